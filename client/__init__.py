@@ -52,11 +52,14 @@ from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 if TYPE_CHECKING:
     from xditd.client.arenas import Arena
+    from xditd.client.async_client import AsyncClient, AsyncGenerationJob
     from xditd.client.diffusers.accelerate import accelerate, unaccelerate
 
 __all__ = [
     "AlreadyRunning",
     "Arena",
+    "AsyncClient",
+    "AsyncGenerationJob",
     "BadCheckpoint",
     "BadMessage",
     "BadRequest",
@@ -113,6 +116,10 @@ def __getattr__(name: str) -> object:
         from xditd.client.diffusers import accelerate
 
         return getattr(accelerate, name)
+    if name in ("AsyncClient", "AsyncGenerationJob"):
+        from xditd.client import async_client
+
+        return getattr(async_client, name)
     if name == "Arena":
         from xditd.client.arenas import Arena
 

@@ -251,7 +251,7 @@ class Client(LoanMethods, DaemonMethods):
         vae: Loan | str,
         latents: torch.Tensor,
         *,
-        transformer: Loan | str | None = None,
+        transformer: Loan | LoanWithLoras | str | None = None,
         clamp: bool = True,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
@@ -273,7 +273,7 @@ class Client(LoanMethods, DaemonMethods):
         vae: Loan | str,
         image: torch.Tensor,
         *,
-        transformer: Loan | str | None = None,
+        transformer: Loan | LoanWithLoras | str | None = None,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
         """Encode images (batch, channels, height, width) in [-1, 1] to latents, with their device and dtype.
@@ -283,7 +283,7 @@ class Client(LoanMethods, DaemonMethods):
         job = encode_request(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
         return self._runner.run(job, Encoded, deadline_s)["latents"]
 
-    def _transformer(self, component: Loan | str | None) -> Component | None:
+    def _transformer(self, component: Loan | LoanWithLoras | str | None) -> Component | None:
         return None if component is None else self._component(component, ComponentKind.TRANSFORMER)
 
     def _component(self, component: Loan | LoanWithLoras | str, kind: ComponentKind) -> Component:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from xditd.client.connection import Connection
 from xditd.client.io_blocks import IoBlock, IoPool
+from xditd.client.jobs.job_scopes import current_scope
 from xditd.client.mailboxes import Ending, Timeouts
 from xditd.ipc.errors import BY_CODE, RequestError, XditdError
 from xditd.ipc.protocol import Reply
@@ -44,11 +45,14 @@ class PendingJob:
         self._is_cancelled = False
         self._lock = threading.Lock()
         self._request_id = request.request_id
+        self._scope = current_scope()
         try:
             self._mailbox = connection.submit(request, purpose)
         except BaseException:
             pool.give_back(block)
             raise
+        if self._scope is not None:
+            self._scope.add(self)
 
     @property
     def request_id(self) -> str:
@@ -90,6 +94,8 @@ class PendingJob:
             if self._is_closed:
                 return
             self._is_closed = True
+        if self._scope is not None:
+            self._scope.discard(self)
         self.cancel()
         pool, block = self._pool, self._block
         self._mailbox.when_ended(lambda ending: (pool.give_back if _have_workers_stopped(ending) else pool.drop)(block))

@@ -9,8 +9,8 @@ import pytest
 from xditd.daemon.front.handlers import jobs
 from xditd.ipc.arguments import InIo
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.requests import Call, Part
-from xditd.ipc.tensors import CudaIpcBlock, Fingerprint, HostShmBlock
+from xditd.ipc.requests import Call, Generate, LoraUse, Part, Sampling, StepStrength
+from xditd.ipc.tensors import ComponentKind, CudaIpcBlock, Fingerprint, HostShmBlock, IoTensor
 
 FINGERPRINT = Fingerprint(length_bytes=4096, digest=bytes(16))
 DEVICE = CudaIpcBlock(device_uuid="GPU-1", handle=bytes(64), size_bytes=8192, fingerprint=FINGERPRINT)
@@ -27,6 +27,23 @@ def call(leaf: InIo, device_io: CudaIpcBlock | None = DEVICE, **more: Any) -> Ca
         device_io=device_io,
         **more,
     )
+
+
+def generation(**loras: tuple[LoraUse, ...]) -> Generate:
+    place = IoTensor(offset_bytes=0, dtype="float32", shape=(1,))
+    return Generate(
+        request_id="1",
+        components={"transformer": "t", "vae": "v"},
+        loras=loras,
+        io=HostShmBlock(fd=3, inode=1, size_bytes=4096, fingerprint=FINGERPRINT),
+        conditioning={},
+        sampling=Sampling(height=64, width=64, steps=4, seed=0),
+        out_latents=place,
+    )
+
+
+def use(*later: int) -> tuple[LoraUse, ...]:
+    return (LoraUse(component_id="l", strength=1.0, later=tuple(StepStrength(step, 0.5) for step in later)),)
 
 
 def leaf(offset_bytes: int, *, in_device_io: bool) -> InIo:
@@ -52,3 +69,22 @@ def test_room_for_results_lies_inside_the_block_of_device_memory() -> None:
     jobs._check_tensors(call(given, device_out_offset_bytes=4096, device_out_size_bytes=4096))
     with pytest.raises(BadRequest, match="device_out ends at byte 8193 of a block of device memory of 8192"):
         jobs._check_tensors(call(given, device_out_offset_bytes=4097, device_out_size_bytes=4096))
+
+
+def test_loras_are_components_of_their_job() -> None:
+    """So that a loan that ends, ends the jobs that use it."""
+    expected = [("t", ComponentKind.TRANSFORMER), ("v", ComponentKind.VAE), ("l", ComponentKind.LORA)]
+    assert jobs._components_of(generation(transformer=use())) == expected
+    assert jobs._components_of(generation(transformer=use(1, 3))) == expected
+    of_call = jobs._components_of(call(leaf(0, in_device_io=True), loras=use()))
+    assert of_call == [("c1", ComponentKind.TRANSFORMER), ("l", ComponentKind.LORA)]
+
+
+def test_loras_of_other_roles_and_steps_that_are_none_are_refused() -> None:
+    with pytest.raises(BadRequest, match="loras: of the vae: a generation takes LoRAs of its transformer alone"):
+        jobs._components_of(generation(vae=use()))
+    for steps in ((4,), (2, 2), (3, 1)):
+        with pytest.raises(BadRequest, match=r"the strengths of l change at the steps .*: ascending ones below 4"):
+            jobs._components_of(generation(transformer=use(*steps)))
+    with pytest.raises(BadRequest, match="l has strengths by step: only a generation has steps"):
+        jobs._components_of(call(leaf(0, in_device_io=True), loras=use(1)))

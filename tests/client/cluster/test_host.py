@@ -1,0 +1,132 @@
+"""A host's agent on a real daemon, without Ray: jobs by content; daemons, workers and agents that restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+from cluster_jobs import bits, direct_bits, make_job, make_tensors, write_models
+from running_daemon import RunningDaemon, until
+
+from xditd.client.cluster.content_hashes import ContentHashes
+from xditd.client.cluster.host import HostAgent
+from xditd.client.cluster.messages import Versions
+from xditd.ipc.errors import BadRequest, ProtocolMismatch, UnknownComponent, XditdError
+from xditd.ipc.status import LeaseState
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def hashes(tmp_path_factory: pytest.TempPathFactory) -> ContentHashes:
+    return ContentHashes(tmp_path_factory.mktemp("cache") / "hashes.json")
+
+
+@pytest.fixture(scope="module")
+def daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+    started = start_daemon(1)
+    started.wait_ready()
+    return started
+
+
+@pytest.fixture
+def agent(daemon: RunningDaemon, models: tuple[Path, Path], hashes: ContentHashes) -> Iterator[HostAgent]:
+    made = HostAgent("a", [models[0].parent], daemon.runtime_dir, hashes)
+    until(lambda: len(made.report().files) == 2, "the files to be hashed")
+    yield made
+    made.leave()
+
+
+def test_a_job_by_content_has_the_bits_of_a_lone_client(agent, daemon, models, hashes):
+    with daemon.connect() as client:
+        (expected,) = direct_bits(client, *models, [5])
+    done, tensors = agent.run(make_job(hashes, *models), make_tensors())
+    assert (done.host, done.seed, done.was_resident) == ("a", 5, False)
+    assert bits(tensors) == expected
+    again, tensors = agent.run(make_job(hashes, *models), make_tensors())
+    assert again.was_resident
+    assert bits(tensors) == expected
+    report = agent.report()
+    assert report.is_serving, report.detail
+    assert set(report.resident) == {hashes.of(each) for each in models}
+    assert report.pace[hashes.of(models[0])] > 0
+    assert report.lend_bytes_per_s > 0
+    assert not report.running
+    assert report.other_jobs == 0
+
+
+def test_the_next_agent_finds_what_the_last_one_adopted(agent, daemon, models, hashes):
+    agent.run(make_job(hashes, *models), make_tensors())
+    second = HostAgent("a", [models[0].parent], daemon.runtime_dir, hashes)
+    until(lambda: len(second.report().resident) == 2, "the adopted components")
+    done, _ = second.run(make_job(hashes, *models), make_tensors())
+    assert done.was_resident
+    assert [each.state for each in daemon.status().components] == [LeaseState.ADOPTED] * 2
+    second.leave()
+    assert daemon.status().components == ()
+
+
+def test_a_job_that_is_sent_twice_runs_once(agent, daemon, models, hashes):
+    before = daemon.status().counters.jobs_done
+    agent.run(make_job(hashes, *models), make_tensors())
+    job = make_job(hashes, *models, job_id="twice", steps=8)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(agent.run, job, make_tensors())
+        until(lambda: "twice" in agent.report().running, "the job to run")
+        second = pool.submit(agent.run, job, make_tensors())
+        assert first.result() == second.result()
+    assert daemon.status().counters.jobs_done == before + 2
+
+
+def test_errors_are_those_of_the_job(agent, models, hashes):
+    with pytest.raises(BadRequest, match="height"):
+        agent.run(make_job(hashes, *models, height=100), make_tensors())
+    with pytest.raises(UnknownComponent, match="no file below"):
+        agent.run(msgspec.structs.replace(make_job(hashes, *models), transformer="blake2b:" + "0" * 64), make_tensors())
+    with pytest.raises(BadRequest, match="no content hash"):
+        agent.run(msgspec.structs.replace(make_job(hashes, *models), transformer=str(models[0])), make_tensors())
+    other = Versions(xditd="9.9", protocol=1, cluster=1)
+    with pytest.raises(ProtocolMismatch, match=r"xditd version 9\.9, but"):
+        agent.run(make_job(hashes, *models, versions=other), make_tensors())
+    assert not agent.report().running
+
+
+def test_workers_and_daemons_that_restart(start_daemon, models, hashes):
+    daemon = start_daemon(1)
+    daemon.wait_ready()
+    agent = HostAgent("a", [models[0].parent], daemon.runtime_dir, hashes)
+    _, tensors = agent.run(make_job(hashes, *models), make_tensors())
+    expected = bits(tensors)
+
+    # The workers take what they adopted along.
+    starts = daemon.status().counters.group_starts
+    os.kill(daemon.status().workers[0].pid, signal.SIGKILL)
+    until(lambda: daemon.status().counters.group_starts > starts, "new workers")
+    daemon.wait_ready()
+    done, tensors = agent.run(make_job(hashes, *models), make_tensors())
+    assert (bits(tensors), done.was_resident) == (expected, False)
+
+    daemon.stop()
+    until(lambda: not agent.report().is_serving, "the agent to see that the daemon is gone")
+    assert "daemon" in agent.report().detail
+    with pytest.raises(XditdError, match="daemon"):
+        agent.run(make_job(hashes, *models), make_tensors())
+
+    second = start_daemon(1, folder=daemon.runtime_dir.parent)
+    second.wait_ready()
+    until(lambda: agent.report().is_serving, "the agent to use the next daemon")
+    done, tensors = agent.run(make_job(hashes, *models), make_tensors())
+    assert (bits(tensors), done.was_resident) == (expected, False)
+    agent.leave()
+    assert second.status().components == ()
+    second.stop()
