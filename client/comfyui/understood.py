@@ -1,16 +1,18 @@
 """Refuse changes of a MODEL, CLIP or VAE that the workers cannot run, by comparing its patcher with a fresh one.
 
-LoRA patches are merged. Wrappers and callbacks of known kinds, ``model_sampling`` and sampler functions run in ComfyUI,
-around the workers. Everything else must be as the loader made it.
+Patches of weights are merged or become branches. Wrappers and callbacks of known kinds, ``model_sampling`` and sampler
+functions run in ComfyUI, around the workers. Everything else must be as the loader made it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 from xditd.client.comfyui.baseline import Baseline
+from xditd.client.comfyui.lora_patches import read_bypass
 from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.unsupported import model_option_faults, refuse
 from xditd.ipc.name_lists import listed
@@ -125,9 +127,15 @@ class Understood:
                 pass  # is set with a compute dtype, which _object_faults checks
             elif name == "injections":
                 for key, each in ((key, each) for key, each in value.items() if each):
+                    if read_bypass(each, self._shape_of) is not None:
+                        continue  # LoRAs, which become branches
                     yield f"{key} {_DESCRIPTIONS[name]} ({_NODES.get(key) or _owners({key: each})})"
             elif not _is_same(value, self._fresh.get(name)):
                 yield _DESCRIPTIONS.get(name) or f"{name} of the patcher ({name_of(value)})"
+
+    def _shape_of(self, path: str) -> Sequence[int]:
+        found: Sequence[int] = attrgetter(path)(self._module()).shape
+        return found
 
     def _object_faults(self, patches: Mapping[str, Any]) -> Iterator[str]:
         for name, value in patches.items():

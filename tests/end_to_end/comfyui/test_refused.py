@@ -81,18 +81,15 @@ def test_a_node(name, through, remote, local, refused):
     refused(make, said)
 
 
-def test_a_lora_that_bypasses_the_weights(comfy, remote, local, refused):
-    from comfy_extras import nodes_lora_debug
-
+def test_an_adapter_that_bypasses_the_weights_and_is_no_lora(comfy, remote, local, refused):
     from xditd.client.comfyui.accelerate import accelerate
 
-    up = {"diffusion_model.img_in.lora_up.weight": torch.ones(256, 4)}
-    adapters = {**up, "diffusion_model.img_in.lora_down.weight": torch.ones(4, 64)}
+    shapes = {"hada_w1_a": (256, 4), "hada_w1_b": (4, 64), "hada_w2_a": (256, 4), "hada_w2_b": (4, 64)}
+    adapters = {f"diffusion_model.img_in.{name}": torch.ones(shape) for name, shape in shapes.items()}
 
     def bypass(model: Any) -> Any:
         return comfy.comfy.sd.load_bypass_lora_for_models(model, None, adapters, 1.0, 0.0)[0]
 
-    assert nodes_lora_debug.LoraLoaderBypassModelOnly
     refused(lambda: bypass(remote), "bypass_lora.*LoraLoaderBypass")
     refused(lambda: accelerate(bypass(local)), "bypass_lora.*LoraLoaderBypass")
 
