@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from xditd.client.lending import Offer
+    from xditd.client.loras.lending import ReadLora
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class LoanMethods:
 
     def lend_lora(
         self,
-        source: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+        source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | ReadLora,
         *,
         label: str | None = None,
         device: str | None = None,
@@ -100,10 +101,11 @@ class LoanMethods:
 
         ``source`` is a safetensors file, a folder that PEFT wrote, or a state dict, whose ``metadata`` is what a file
         has in its header. Names may be those of kohya, diffusers, PEFT, OneTrainer, LyCORIS, XLabs, ai-toolkit or
-        ComfyUI. ``device`` and ``generation`` are those of :meth:`lend`. No weight of a component is read or changed:
-        workers add the low-rank branch to the layers' results. Names that fit no layer are logged once, and are in the
-        loan's ``facts.lora``. With ``as_class`` it is for modules that run as their class, of any class: its layers are
-        submodules of theirs by name, as diffusers and PEFT spell them.
+        ComfyUI. A program that has read one itself gives a ``client.loras.lending.ReadLora``. ``device`` and
+        ``generation`` are those of :meth:`lend`. No weight of a component is read or changed: workers add the low-rank
+        branch to the layers' results. Names that fit no layer are logged once, and are in the loan's ``facts.lora``.
+        With ``as_class`` it is for modules that run as their class, of any class: its layers are submodules of theirs
+        by name, as diffusers and PEFT spell them.
 
         Raises:
             Unsupported: LoHa, LoKr, DoRA and other adapters that are no product of two factors; a LoRA of a model that

@@ -17,6 +17,9 @@ MAX_SCALE: Final = 1e6
 Scale = Annotated[float, msgspec.Meta(ge=-MAX_SCALE, le=MAX_SCALE)]
 """A strength, or the alpha of a layer over its rank: no infinity, and no NaN."""
 
+MAX_OUTPUTS: Final = 2**31
+"""Bound of the number of a layer's outputs."""
+
 FACTOR_DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
@@ -34,7 +37,8 @@ class LoraLayer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """One layer of a LoRA: with strength s, ``s * scale * up @ down`` is added to the layer's weight.
 
     ``target`` is the layer's name as the file spells it, without prefixes, and with ``_`` for dots, as kohya's scripts
-    write it. ``down`` (rank, inputs) and ``up`` (outputs, rank) are names of tensors in the manifest.
+    write it. ``down`` (rank, inputs) and ``up`` (outputs, rank) are names of tensors in the manifest. With ``start``,
+    the rows of ``up`` are those of some outputs of the layer, from this one on: such as the keys of a fused projection.
     """
 
     target: Name
@@ -42,6 +46,7 @@ class LoraLayer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     down: Name
     up: Name
     scale: Scale
+    start: Annotated[int, msgspec.Meta(ge=0, le=MAX_OUTPUTS)] | None = None
 
 
 class LoraDescription(Described, frozen=True, kw_only=True):
@@ -57,11 +62,11 @@ class LoraDescription(Described, frozen=True, kw_only=True):
 def lora_faults(layers: Collection[LoraLayer], tensors: Mapping[str, TensorLike]) -> list[str]:
     """List what is wrong with the factors of a LoRA, as sentences; empty if they fit together."""
     found: list[str] = []
-    seen: set[tuple[LoraPart, str]] = set()
+    seen: set[tuple[LoraPart, str, int | None]] = set()
     for layer in layers:
-        if (layer.part, layer.target) in seen:
+        if (layer.part, layer.target, layer.start) in seen:
             found.append(f"layer {layer.target} is listed twice, the second time by {layer.down}")
-        seen.add((layer.part, layer.target))
+        seen.add((layer.part, layer.target, layer.start))
         missing = [name for name in (layer.down, layer.up) if name not in tensors]
         if missing:
             found.append(f"layer {layer.target} has no tensor {missing[0]}")

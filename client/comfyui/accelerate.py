@@ -71,7 +71,7 @@ def accelerate(patcher: Any) -> RemotePatcher:
     for name in ("patches", "patches_uuid", "object_patches", "model_options", "callbacks", "attachments"):
         setattr(remote, name, getattr(stock, name))
     remote.additional_models, remote.hook_patches = stock.additional_models, stock.hook_patches
-    remote.weight_wrapper_patches = stock.weight_wrapper_patches
+    remote.weight_wrapper_patches, remote.injections = stock.weight_wrapper_patches, stock.injections
     # A model_sampling that was set in the model itself becomes an object patch.
     sampling = patcher.object_patches_backup.get(MODEL_SAMPLING, model.model_sampling)
     if not _is_same_sampling(sampling, ours.model.model_sampling):

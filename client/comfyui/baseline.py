@@ -162,6 +162,8 @@ class Baseline:
             if full in unless:
                 continue
             if callable(value) and callable(getattr(type(module), name, None)):
+                if value == types.MethodType(getattr(type(module), name), module):
+                    continue  # its own method, put back by what had replaced it
                 yield f"{full} was replaced ({name_of(value)})"
             elif name in _WEIGHT_FUNCTIONS:
                 for function in value:

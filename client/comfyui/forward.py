@@ -57,7 +57,7 @@ class RemoteForward:
         check_forward(call.options, call.faults)
         # ComfyUI checks for Cancel in every operation of a local model; a remote forward is one operation.
         comfy.model_management.throw_exception_if_processing_interrupted()
-        client, loan = self._weights.connect(), self._weights.loan
+        client, loan = self._weights.connect(), self._weights.in_use
         dtype = torch_dtype(loan.facts.dtype)
         numbers, kept = self._inputs.read(
             call.rows, call.numbers, call.texts, lambda texts: self._family.keep_row(texts, client.keep, dtype)

@@ -56,7 +56,7 @@ class FusedEuler(comfy.samplers.Sampler):
         rows, _, height, width = start.shape
         (part,) = model_wrap.conds["positive"]
         conditioning, guidance_scale = self._family.loop_inputs(part["model_conds"], rows)
-        client, loan = self._weights.connect(), self._weights.loan
+        client, loan = self._weights.connect(), self._weights.in_use
         facts, dtype = loan.facts.transformer, torch_dtype(loan.facts.dtype)
         assert facts is not None
         pixels = facts.latents.pixels

@@ -1,7 +1,7 @@
 """Make models and encoders from GGUF files, which are lent as they are: ComfyUI itself reads none.
 
-Its blocks are dequantised where they are multiplied. Nothing in ComfyUI can read or patch them, so LoRAs and nodes that
-merge or save weights are refused.
+Its blocks are dequantised where they are multiplied, and LoRAs are branches beside them. Nothing in ComfyUI can read or
+change them, so other patches and nodes that merge or save weights are refused.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class GgufWeights(RemoteWeights):
         """Lend the file.
 
         Raises:
-            Unsupported: there are patches.
+            Unsupported: there are patches that cannot be branches.
         """
         if edits:
             raise Unsupported(
-                f"{self.label}: LoRAs and other patches cannot be merged into a GGUF file ({listed(sorted(edits))}): "
+                f"{self.label}: patches that are no LoRA cannot be merged into a GGUF file ({listed(sorted(edits))}): "
                 f"remove them, or {_REMEDY}",
                 names=sorted(edits),
             )

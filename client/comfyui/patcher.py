@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import comfy.model_detection
@@ -14,12 +15,13 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.families import adapter_of_config, titles
 from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
 from xditd.client.comfyui.forward import RemoteForward
+from xditd.client.comfyui.lora_patches import Factors, read_bypass, read_patches
 from xditd.client.comfyui.merging import edit_of, quantised_tensor
 from xditd.client.comfyui.packed_tensors import HeldTensors, find_packed, hold
 from xditd.client.comfyui.placement import place_conditioning
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_NO_INJECTION = PatcherInjection(inject=lambda _: None, eject=lambda _: None)
+
 WRAPPER_KEY = "xditd"
 PREFIX = "diffusion_model."
 """Prefix of ComfyUI's parameter names, which checkpoints do not have."""
@@ -51,6 +55,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     understood: Understood
     """Finds changes that the workers cannot run."""
+
+    injections: dict[str, list[Any]]
 
     @property
     def weights(self) -> RemoteWeights:
@@ -88,27 +94,64 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        """Lend the weights with this patcher's patches merged; a no-op if they are lent like that.
+        """Lend the weights with this patcher's patches; a no-op if they are lent like that.
+
+        A weight whose patches are all LoRAs gets branches beside it; the patches of others are merged into them.
 
         Raises:
             Unsupported: the patcher or its modules were changed in a way that the workers cannot run.
         """
         self.understood.check(self)
-        self.weights.apply({key.removeprefix(PREFIX): self._edit(key) for key in self.patches})
+        branches = self._branches()
+        merged = [key for key in self.patches if key.removeprefix(PREFIX) not in branches]
+        self.weights.apply({key.removeprefix(PREFIX): self._edit(key) for key in merged})
+        for injections in self.injections.values():
+            for name, added in (read_bypass(injections, self._shape_of) or {}).items():
+                branches.setdefault(name.removeprefix(PREFIX), []).extend(added)
+        self.weights.use_loras(branches, self)
+        self.patch_hooks(self.current_hooks)
         self.model.current_weight_patches_uuid = self.patches_uuid
         self.model.device = self.load_device
         for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
 
+    def inject_model(self) -> None:
+        """Inject nothing: bypass LoRAs are branches in the workers, and other injections are refused."""
+        with self._without_injecting():
+            super().inject_model()
+
+    def eject_model(self) -> None:
+        with self._without_injecting():
+            super().eject_model()
+
+    @contextmanager
+    def _without_injecting(self) -> Iterator[None]:
+        """Replace injections by ones that do nothing, so that only their callbacks run."""
+        kept: dict[str, list[Any]] = self.injections
+        self.injections = {key: [_NO_INJECTION for _ in each] for key, each in kept.items()}
+        try:
+            yield
+        finally:
+            self.injections = kept
+
     def patch_hooks(self, hooks: Any) -> None:
-        """Refuse hooks, which would change weights between steps.
+        """Use the LoRAs of hooks with their strengths at this step, besides the patches; ``None`` uses none.
 
         Raises:
-            Unsupported: a hook is set.
+            Unsupported: a hook changes weights in another way.
         """
-        if hooks is not None:
-            refuse(["hooks (scheduled LoRAs)"])
-        super().patch_hooks(hooks)
+        branches: dict[str, list[Factors]] = {}
+        for key, patches in self.get_combined_hook_patches(hooks).items():
+            factors = read_patches(patches, self._shape_of(key))
+            if factors is None:
+                refuse([f"hooks that change {key} by what is no LoRA"])
+            else:
+                branches[key.removeprefix(PREFIX)] = factors
+        self.weights.use_hooked_loras(branches, self)
+        self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        self.patch_hooks(None)
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         self.understood.check(self)
@@ -173,6 +216,19 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         marker = name.removesuffix(".weight") + MARKER
         markers = {marker: held.markers[marker]} if name in held.packed and marker in held.markers else {}
         return dict(zip(held.group(name), tensors, strict=True)) | markers
+
+    def _branches(self) -> dict[str, list[Factors]]:
+        """Return the factors of the weights whose patches are all LoRAs, by the lent tensors' names."""
+        found = {}
+        for key, patches in self.patches.items():
+            factors = read_patches(patches, self._shape_of(key))
+            if factors is not None:
+                found[key.removeprefix(PREFIX)] = factors
+        return found
+
+    def _shape_of(self, key: str) -> torch.Size:
+        shape: torch.Size = comfy.utils.get_attr(self.model, key).shape
+        return shape
 
     def _edit(self, key: str) -> Edit:
         held, name = self.weights.held, key.removeprefix(PREFIX)

@@ -14,6 +14,7 @@ import torch
 
 from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.families.adapter import TextModel
+from xditd.client.comfyui.lora_patches import Factors
 from xditd.client.comfyui.packed_tensors import HeldTensors
 from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.text_weights import hold_encoder
@@ -50,7 +51,7 @@ class RemoteEncoder(comfy.sd1_clip.ClipTokenWeightEncoder):
                     "text, use a stock CLIP loader for it"
                 )
             ids.append([token for token in section if isinstance(token, int)])
-        encoded = self._weights.connect().encode_text(self._weights.loan, ids, pooled=self._has_pooled)
+        encoded = self._weights.connect().encode_text(self._weights.in_use, ids, pooled=self._has_pooled)
         return encoded.hidden_states, encoded.pooled
 
 
@@ -113,6 +114,16 @@ class JointWeights:
         """Lend all components, each with the edits of its own tensors."""
         for weights, names in self._parts:
             weights.apply({names[name]: edit for name, edit in edits.items() if name in names})
+
+    def use_loras(self, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
+        """Use the LoRAs of ``holder``, each with the component that has its layers."""
+        for weights, names in self._parts:
+            weights.use_loras({names[name]: each for name, each in branches.items() if name in names}, holder)
+
+    def use_hooked_loras(self, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
+        """Use the LoRAs of hooks besides, each with the component that has its layers."""
+        for weights, names in self._parts:
+            weights.use_hooked_loras({names[name]: each for name, each in branches.items() if name in names}, holder)
 
     def release(self) -> None:
         for weights, _ in self._parts:

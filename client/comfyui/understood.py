@@ -1,16 +1,18 @@
 """Refuse changes of a MODEL, CLIP or VAE that the workers cannot run, by comparing its patcher with a fresh one.
 
-LoRA patches are merged. Wrappers and callbacks of known kinds, ``model_sampling`` and sampler functions run in ComfyUI,
-around the workers. Everything else must be as the loader made it.
+Patches of weights are merged or become branches. Wrappers and callbacks of known kinds, ``model_sampling`` and sampler
+functions run in ComfyUI, around the workers. Everything else must be as the loader made it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 from xditd.client.comfyui.baseline import Baseline
+from xditd.client.comfyui.lora_patches import read_bypass, read_patches
 from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.unsupported import model_option_faults, refuse
 from xditd.ipc.name_lists import listed
@@ -43,7 +45,7 @@ COMPILE_KEY: Final = "torch.compile"
 
 _DESCRIPTIONS: Final = {
     "injections": "injects Python code into the model",
-    "hook_patches": "LoRA hooks (scheduled LoRAs)",
+    "hook_patches": "hooks that change weights by what is no LoRA",
     "forced_hooks": "hooks on the CLIP (scheduled LoRAs)",
     "weight_wrapper_patches": "weight wrappers",
     "additional_models": "additional models",
@@ -123,11 +125,21 @@ class Understood:
                     yield _DESCRIPTIONS["is_multigpu_base_clone"]
             elif name == "force_cast_weights":
                 pass  # is set with a compute dtype, which _object_faults checks
+            elif name == "hook_patches":
+                by_weight = [(key, each) for patches in value.values() for key, each in patches.items()]
+                if any(read_patches(each, self._shape_of(key)) is None for key, each in by_weight):
+                    yield _DESCRIPTIONS[name]
             elif name == "injections":
                 for key, each in ((key, each) for key, each in value.items() if each):
+                    if read_bypass(each, self._shape_of) is not None:
+                        continue  # LoRAs, which become branches
                     yield f"{key} {_DESCRIPTIONS[name]} ({_NODES.get(key) or _owners({key: each})})"
             elif not _is_same(value, self._fresh.get(name)):
                 yield _DESCRIPTIONS.get(name) or f"{name} of the patcher ({name_of(value)})"
+
+    def _shape_of(self, path: str) -> Sequence[int]:
+        found: Sequence[int] = attrgetter(path)(self._module()).shape
+        return found
 
     def _object_faults(self, patches: Mapping[str, Any]) -> Iterator[str]:
         for name, value in patches.items():

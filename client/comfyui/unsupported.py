@@ -55,9 +55,12 @@ _BLOCK_CHANGES: Final = frozenset(
 _CONDITIONS: Final = {
     "control": "ControlNet",
     "gligen": "GLIGEN",
-    "hooks": "hooks (scheduled LoRAs)",
 }
 """Keys of conditioning that no model in the workers can use; a family's adapter adds its own."""
+
+
+_WEIGHT_HOOK: Final = "weight"
+"""ComfyUI's kind of hooks that patch weights (Create Hook LoRA)."""
 
 
 def refuse(found: Iterable[str], what: str = "XDiT") -> None:
@@ -116,7 +119,17 @@ def condition_faults(conditions: Mapping[str, Iterable[Mapping[str, Any]]], fami
     for parts in conditions.values():
         for part in parts:
             yield from (what for key, what in _CONDITIONS.items() if not is_empty(part.get(key)))
+            if not is_empty(part.get("hooks")):
+                yield from _hook_faults(part["hooks"])
             yield from family.condition_faults(part)
+
+
+def _hook_faults(group: Any) -> Iterator[str]:
+    """Name the hooks of a group that are not of weights; those of weights are checked where they are registered."""
+    for hook in getattr(group, "hooks", [group]):
+        kind = getattr(getattr(hook, "hook_type", None), "value", name_of(hook))
+        if kind != _WEIGHT_HOOK:
+            yield f"hooks of the kind {kind!r}"
 
 
 def _describe_places(patches: Mapping[Any, Any]) -> Iterator[str]:

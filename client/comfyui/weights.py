@@ -1,4 +1,4 @@
-"""Lend one component's weights while ComfyUI counts its model as loaded, and merge patches (LoRAs) into them.
+"""Lend one component's weights while ComfyUI counts its model as loaded, merge patches into them, and use LoRAs.
 
 | | unpatched tensors | patched tensors |
 |---|---|---|
@@ -6,7 +6,8 @@
 | not whole | lent where they are, such as a file's mapped pages | an arena of their own |
 
 Patches are merged between jobs. Only tensors whose patches changed are computed again; then they are lent as the next
-generation, so that the workers read the new values. A packed weight is written together with its companions.
+generation, so that the workers read the new values. A packed weight is written together with its companions. LoRAs
+that can be branches change no tensor: see ``lent_loras``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xditd.client.arenas import Arena
 from xditd.client.client import Client
+from xditd.client.comfyui.lent_loras import LentLoras
 from xditd.client.comfyui.packed_tensors import HeldTensors
-from xditd.client.loans import Loan
+from xditd.client.loans import Loan, LoanWithLoras
 from xditd.ipc.errors import RequestError, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import form_error, unsupported_error
@@ -30,6 +32,8 @@ from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     import torch
+
+    from xditd.client.comfyui.lora_patches import Factors
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +91,7 @@ class RemoteWeights:
         self._generation = 0
         self._merged: dict[str, tuple[Any, ...]] = {}
         self._loan: Loan | None = None
+        self._loras = LentLoras(connect, kind, label)
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
@@ -125,6 +130,22 @@ class RemoteWeights:
             return self._lend()
         return self._loan
 
+    @property
+    def in_use(self) -> Loan | LoanWithLoras:
+        """The live loan with the LoRAs of the loaded MODEL, as jobs take it."""
+        return self._loras.added_to(self.loan)
+
+    def use_loras(self, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
+        """Use the LoRAs of ``holder``, a MODEL or CLIP, from now on; see :meth:`LentLoras.use`."""
+        self._loras.use(self.loan, branches, holder)
+
+    def use_hooked_loras(self, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
+        """Use the LoRAs of hooks besides, until the next call; without any nothing is lent."""
+        if branches:
+            self._loras.use_hooked(self.loan, branches, holder)
+        else:
+            self._loras.drop_hooked()
+
     def apply(self, edits: Mapping[str, Edit]) -> Loan:
         """Lend the base tensors with ``edits`` merged; a no-op if they are lent like that."""
         stale = {name for name, edit in edits.items() if self._merged.get(name) != edit.recipe}
@@ -155,7 +176,8 @@ class RemoteWeights:
         return self._lend()
 
     def release(self) -> None:
-        """Return the loan and free its arena. The next use lends again."""
+        """Return the loan and its LoRAs, and free its arena. The next use lends again."""
+        self._loras.release()
         loan, self._loan = self._loan, None
         arena, self._arena = self._arena, None
         self._merged.clear()

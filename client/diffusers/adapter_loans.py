@@ -14,7 +14,7 @@ from xditd.client.loans import Loan
 from xditd.ipc.loras import MAX_SCALE, LoraPart
 from xditd.ipc.requests import LoraUse
 
-MAX_IDLE: Final = 16
+MAX_IDLE: Final = 8
 """Loans that stay beside those of the last call, so that it costs nothing to use them again."""
 
 _EXACT: Final = 1e-12

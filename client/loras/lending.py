@@ -6,7 +6,8 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +23,8 @@ from xditd.client.loras.layers import LoraLayers, Matrix, group_layers
 from xditd.client.loras.scales import PeftConfig, decode_scalar, parse_config, read_configs, split_configs
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
-from xditd.ipc.loras import LoraPart
+from xditd.ipc.loras import LoraDescription, LoraLayer, LoraPart, lora_faults
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.tensors import ComponentKind, Manifest, TensorSpec
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.stored_tensors import StoredTensor
@@ -36,8 +38,16 @@ _WEIGHTS: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safetensor
 _MAX_CONFIG_BYTES: Final = 2**20
 
 
+@dataclass(frozen=True)
+class ReadLora:
+    """A LoRA that another program has read: its layers, and their factors by the names in these."""
+
+    layers: Sequence[LoraLayer]
+    factors: Mapping[str, torch.Tensor]
+
+
 def describe_lora(
-    source: Mapping[str, torch.Tensor] | str | os.PathLike[str],
+    source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | ReadLora,
     *,
     label: str | None = None,
     device: str | None = None,
@@ -45,7 +55,8 @@ def describe_lora(
     generation: int = 0,
     as_class: bool = False,
 ) -> Offer:
-    """Prepare a LoRA to be lent: a state dict with its ``metadata``, a safetensors file, or a folder that PEFT wrote.
+    """Prepare a LoRA to be lent: a state dict with its ``metadata``, a safetensors file, a folder that PEFT wrote, or
+    what another program has read.
 
     With ``as_class`` its names are those of layers of a module that runs as its class.
 
@@ -64,6 +75,11 @@ def describe_lora(
             path, config = _find(expand_home(os.fsdecode(source)))
             label = label or os.fsencode(Path(path).stem).decode("utf-8", "replace")
             layers, specs = _describe_file(path, config, label, device, memory)
+        elif isinstance(source, ReadLora):
+            if metadata is not None:
+                raise BadRequest("metadata: the layers have their scales; give it with a state dict")
+            label = label or "lora"
+            layers, specs = _describe_read(source, label, device, memory)
         else:
             label = label or "lora"
             layers, specs = _describe_state(state_of(source), metadata or {}, label, device, memory)
@@ -134,6 +150,19 @@ def _describe_state(
 
     layers = group_layers(infos, label, alpha_of, read_configs(metadata, label))
     return layers, describe_tensors(_as_matrices(state, layers.factors), device, memory)
+
+
+def _describe_read(
+    read: ReadLora, label: str, device: str | None, memory: LentMemory
+) -> tuple[LoraLayers, list[TensorSpec]]:
+    factors = {
+        name: Matrix(dtype_name(each.dtype, f"tensor {name}"), tuple(each.shape)) for name, each in read.factors.items()
+    }
+    faults = lora_faults(read.layers, factors)
+    if faults:
+        raise BadCheckpoint(f"{label}: not a LoRA: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults)
+    layers = LoraLayers(LoraDescription(layers=tuple(read.layers)), factors, ())
+    return layers, describe_tensors(read.factors, device, memory)
 
 
 def _as_matrices(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, Matrix]) -> dict[str, torch.Tensor]:

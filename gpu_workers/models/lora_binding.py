@@ -102,9 +102,13 @@ class LentLora:
         by_layer: dict[str, tuple[Branch, ...]] = {}
         for layer in known:
             down, up = factors[layer.down], factors[layer.up]
+            first = layer.start or 0
             for part in targets[layer.target].parts:
-                branch = Branch(down, up[part.start : part.stop], layer.scale, strength, part.at)
-                by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
+                start, stop = max(part.start, first), min(part.stop, first + up.shape[0])
+                if start < stop:
+                    rows = up[start - first : stop - first]
+                    branch = Branch(down, rows, layer.scale, strength, part.at + start - part.start)
+                    by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
         slots = tuple(model.branch_slots(by_layer))
         unknown = tuple(layer.down for layer in layers if layer.target not in targets)
         return BoundLora(next(_numbers), strength, slots, unknown)
@@ -135,10 +139,12 @@ class LentLora:
         faults = []
         for layer, target in targets.items():
             inputs, outputs = self._sizes(layer)
-            if (inputs, outputs) != (target.inputs, target.outputs):
+            fits = outputs == target.outputs if layer.start is None else layer.start + outputs <= target.outputs
+            if inputs != target.inputs or not fits:
+                first = "" if layer.start is None else f" from {layer.start} on"
                 faults.append(
-                    f"{layer.down} and {layer.up} are of a layer with {inputs} inputs and {outputs} outputs, the "
-                    f"model's has {target.inputs} and {target.outputs}"
+                    f"{layer.down} and {layer.up} are of a layer with {inputs} inputs and {outputs} outputs{first}, "
+                    f"the model's has {target.inputs} and {target.outputs}"
                 )
             for part in target.parts:
                 if part.layer not in model.branches:

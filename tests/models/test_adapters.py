@@ -23,6 +23,7 @@ from flux_pipelines import (
 )
 from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from pipeline_parts import tensors
+from running_daemon import RunningDaemon
 
 from xditd.client import Client, accelerate
 from xditd.client.loans import Loan
@@ -262,3 +263,15 @@ def test_autocast(client: Client) -> None:
     here, there = build_lora().transformer, build_lora().transformer
     with accelerate(there, client=client), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(there(**embedded_call())[0], here(**embedded_call())[0])
+
+
+def test_a_revoked_adapter_is_lent_again(client: Client, one_worker: RunningDaemon) -> None:
+    pipe = build_lora()
+    expected = run_plain(build_lora())
+    with accelerate(pipe, client=client), one_worker.connect() as other:
+        for label in ("transformer adapter style", "transformer"):
+            assert same(run_plain(pipe), expected)
+            (found,) = [each for each in client.status().components if each.label == label]
+            other.revoke(found.component_id)
+            assert same(run_plain(pipe), expected)
+    assert not client.status().components

@@ -14,7 +14,7 @@ from class_entry import Random
 from lora_files import Lora
 from running_daemon import RunningDaemon
 
-from xditd.client import Client
+from xditd.client import BadRequest, Client, Unsupported
 
 BAR = 1e-6
 CLASSES = (
@@ -25,8 +25,6 @@ CLASSES = (
     "FluxTransformer2DModel",
     "ZImageTransformer2DModel",
 )
-ROWS: dict[str, list[str]] = {}
-"""Classes without a token plan, none of these."""
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +102,31 @@ def baked(entry: Any, loras: list[tuple[Lora, float]]) -> torch.nn.Module:
     for lora, strength in loras:
         lora.bake_into(model, strength)
     return model
+
+
+def test_other_names_and_components_are_refused_by_name(connected: Client) -> None:
+    entry = ENTRIES["FluxTransformer2DModel"]
+    model = entry.build()
+    given = entry.arguments(Random(1))
+    some = {name: shape for name, shape in layers_of(model).items() if "attn" in name}
+    with connected.lend(model, as_class=True) as loan:
+        fused = lora_files.make({"double_blocks.0.img_attn.qkv": (96, 32)}, "kohya", 1)
+        large = lora_files.make({name: (outputs + 1, inputs) for name, (outputs, inputs) in some.items()}, "peft", 2)
+        text = lora_files.make({"text_model.encoder.layers.0.self_attn.q_proj": (32, 32)}, "diffusers", 3)
+        text.tensors = {name.replace("transformer.", "text_encoder."): each for name, each in text.tensors.items()}
+        for lora, said in (
+            (fused, r"of another model: this FluxTransformer2DModel has 0 of its 1 layers.*double_blocks_0"),
+            (large, r"outputs, the model's has"),
+            (text, r"it has no layers of FluxTransformer2DModel"),
+        ):
+            with connected.lend_lora(lora.tensors, as_class=True) as bad:
+                assert bad.facts.lora.families == {}
+                with pytest.raises(BadRequest, match=said):
+                    connected.call(loan.with_loras([(bad, 1.0)]), given)
+        with connected.lend_lora(lora_files.make(some, "diffusers", 4).tensors) as known:  # a family knows it
+            assert known.facts.lora.families
+            connected.call(loan.with_loras([(known, 1.0)]), given)
+        unknown = lora_files.make({"img_in": (32, 32)} | dict.fromkeys(("own.a", "own.b"), (4, 4)), "diffusers", 5)
+        with pytest.raises(Unsupported, match="as_class=True"):
+            connected.lend_lora(unknown.tensors)
+        assert error(connected.call(loan, {**given, "return_dict": False}), run(model, entry)) <= BAR

@@ -137,7 +137,7 @@ REFUSED = [
     (put("additional_models", "multigpu", value=[object()]), "several GPUs"),
     (put("injections", "pack", value=[SimpleNamespace(inject=print)]), r"pack injects .*\(print\)"),
     (put("injections", "bypass_lora", value=[SimpleNamespace(inject=print)]), "LoraLoaderBypassModelOnly"),
-    (put("hook_patches", "ref", value={}), "scheduled LoRAs"),
+    (put("hook_patches", "ref", value={"linear.weight": [(1.0, ("diff", ()), 1.0, None, None)]}), "what is no LoRA"),
     (put("forced_hooks", value=object()), "hooks on the CLIP"),
     (put("is_multigpu_base_clone", value=True), "several GPUs"),
     (put("what_a_later_comfyui_adds", value=[print]), "what_a_later_comfyui_adds of the patcher"),

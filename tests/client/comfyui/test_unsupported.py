@@ -72,7 +72,7 @@ def test_a_model_option_that_is_not_understood(options, said):
     [
         ({"control": object()}, "ControlNet"),
         ({"gligen": ("position", object(), [])}, "GLIGEN"),
-        ({"hooks": object()}, "scheduled LoRAs"),
+        ({"hooks": object()}, "hooks of the kind 'object'"),
         ({"reference_latents": [object()]}, "Kontext"),
         ({"attention_mask_img_shape": (8, 8)}, "Apply Style Model"),
         ({"guidance": None}, "FluxDisableGuidance"),

@@ -58,9 +58,10 @@ def test_what_would_read_its_weights_is_refused(written, comfy, connected, condi
     given = conditioning(1), conditioning(2), dict(latent)
     remote = load(path)
     name = "diffusion_model.single_blocks.1.linear2"
-    lora = {f"{name}.lora_up.weight": torch.ones(256, 4), f"{name}.lora_down.weight": torch.ones(4, 1280)}
-    patched = comfy.comfy.sd.load_lora_for_models(remote, None, lora, 1.0, 0.0)[0]
-    with pytest.raises(Unsupported, match=r"^flux1: LoRAs .* \(single_blocks.1.linear2.weight\): remove them, or use"):
+    patched = comfy.comfy.sd.load_lora_for_models(remote, None, {f"{name}.diff": torch.ones(256, 1280)}, 1.0, 0.0)[0]
+    with pytest.raises(
+        Unsupported, match=r"^flux1: patches .* \(single_blocks.1.linear2.weight\): remove them, or use"
+    ):
         ksample(patched, *given)
     for use in (remote.get_key_patches, remote.model_state_dict_for_saving):
         with pytest.raises(Unsupported, match=r"^flux1: weights of a GGUF file cannot be read in ComfyUI"):
@@ -68,6 +69,19 @@ def test_what_would_read_its_weights_is_refused(written, comfy, connected, condi
     with pytest.raises(Unsupported, match=r"^flux1: a GGUF file keeps its types; set weight_dtype"):
         load(path, "fp8_e4m3fn")
     ksample(remote, *given)
+
+
+def test_a_lora_beside_its_weights(written, comfy, connected, conditioning, ksample, latent, relative_error):
+    path, meant = written
+    name, generator = "diffusion_model.single_blocks.1.linear2", torch.Generator().manual_seed(3)
+    shapes = {f"{name}.lora_up.weight": (256, 4), f"{name}.lora_down.weight": (4, 1280)}
+    lora = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+    def run(model: Any) -> torch.Tensor:
+        patched = comfy.comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+        return ksample(patched, conditioning(1), conditioning(2), dict(latent))
+
+    assert relative_error(run(load(path)), run(comfy.comfy.sd.load_diffusion_model(str(meant)))) <= TOLERANCE
 
 
 def test_a_damaged_file_is_refused(written, connected, tmp_path):

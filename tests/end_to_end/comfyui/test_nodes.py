@@ -110,13 +110,14 @@ def test_lora_on_a_model_that_was_made_under_dynamic_vram(
 
 
 def test_same_model_again_lends_nothing_and_another_strength_patches_in_place(
-    comfy, daemon, remote, conditioning, ksample, latent
+    daemon, remote, conditioning, ksample, latent
 ):
     def run(strength: float) -> None:
-        patched = comfy.comfy.sd.load_lora_for_models(remote, None, adapters, strength, 0.0)[0]
+        patched = remote.clone()
+        patched.add_patches(differences, strength)
         ksample(patched, conditioning(1), conditioning(2), dict(latent))
 
-    adapters = lora(3)
+    differences = {"diffusion_model.single_blocks.1.linear2.weight": ("diff", (0.1 * torch.randn(256, 1280),))}
     run(1.0)
     before = remote.weights.loan
     ksample(remote, conditioning(1), conditioning(2), dict(latent))

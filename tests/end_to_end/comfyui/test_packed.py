@@ -127,16 +127,23 @@ def test_each_weight_dtype(format, weight_dtype, files, packed, stock, sample, r
     assert relative_error(sample(accelerated(local)), expected) <= bar
 
 
-def lora(seed: int) -> dict[str, torch.Tensor]:
-    """A LoRA of a fused projection, with its bias, and of a layer of a single block."""
+def lora(seed: int, kind: str = "diff") -> dict[str, torch.Tensor]:
+    """A LoRA of a fused projection, with its bias, and of a layer of a single block; or their full differences.
+
+    These are merged, and LoRAs are branches.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, rows, columns in (
         ("double_blocks.0.img_attn.qkv", 768, 256),
         ("single_blocks.1.linear2", 256, 1280),
     ):
-        found[f"diffusion_model.{name}.lora_up.weight"] = 0.1 * torch.randn(rows, 4, generator=generator)
-        found[f"diffusion_model.{name}.lora_down.weight"] = 0.1 * torch.randn(4, columns, generator=generator)
+        up, down = (0.1 * torch.randn(shape, generator=generator) for shape in ((rows, 4), (4, columns)))
+        found |= (
+            {f"diffusion_model.{name}.diff": up @ down}
+            if kind == "diff"
+            else {f"diffusion_model.{name}.lora_up.weight": up, f"diffusion_model.{name}.lora_down.weight": down}
+        )
     found["diffusion_model.double_blocks.0.img_attn.qkv.diff_b"] = 0.1 * torch.randn(768, generator=generator)
     return found
 
@@ -146,7 +153,9 @@ def lora(seed: int) -> dict[str, torch.Tensor]:
     ("format", "weight_dtype"),
     [("float8", "default"), ("float8_e5m2", "default"), ("old", "default"), ("wide", "fp8_e4m3fn")],
 )
-def test_lora_at_two_strengths(format, weight_dtype, through, comfy, files, packed, stock, sample, relative_error):
+def test_a_difference_at_two_strengths(
+    format, weight_dtype, through, comfy, files, packed, stock, sample, relative_error
+):
     def with_lora(model: Any, strength: float) -> Any:
         return comfy.comfy.sd.load_lora_for_models(model, None, lora(3), strength, 0.0)[0]
 
@@ -163,6 +172,38 @@ def test_lora_at_two_strengths(format, weight_dtype, through, comfy, files, pack
         ours = accelerated(patched) if remote is None else with_lora(remote, strength)
         assert relative_error(sample(ours), expected) <= TOLERANCE
     assert relative_error(sample(remote or accelerated(local)), plain) <= TOLERANCE
+
+
+@pytest.mark.parametrize("through", ["loader", "accelerate"])
+@pytest.mark.parametrize(
+    ("format", "distance"),
+    [("float8", 2e-2), ("float8_e5m2", 4e-2), ("half", 2e-2), ("int8", 4e-2), ("int8_convrot", 4e-2)],
+)
+def test_a_lora_is_not_rounded(
+    format, distance, through, comfy, packed, stock, sample, tmp_path, relative_error, record_property
+):
+    """It is a branch beside the packed weight: as stock on the numbers that this means. Stock rounds it into fp8."""
+    path = packed(format)
+    tensors, packing = load_file(path), packing_of_tensors(load_file(path))
+    gone = {name for each in packing.packed for name in each.companions.values()} | packing.markers
+    for each in packing.packed if format.startswith("float8") else ():
+        scale = tensors[each.companions["scale"]].float()
+        tensors[each.weight] = (tensors[each.weight].float() * scale).to(tensors["img_in.bias"].dtype)
+    save_file({name: each for name, each in tensors.items() if name not in gone}, tmp_path / "meant.safetensors")
+
+    def with_lora(model: Any) -> Any:
+        return comfy.comfy.sd.load_lora_for_models(model, None, lora(3, "lora"), 0.7, 0.0)[0]
+
+    local = stock(path)
+    rounded, plain = sample(with_lora(local)), sample(local)
+    ours = sample(with_lora(remote_of(path)) if through == "loader" else accelerated(with_lora(local)))
+    if format.startswith("float8"):
+        assert relative_error(ours, sample(with_lora(stock(tmp_path / "meant.safetensors")))) <= TOLERANCE
+    measured = relative_error(ours, rounded)
+    record_property("distance_to_stochastic_rounding", measured)
+    print(f"{format}: {measured:.2e} from stock's stochastic rounding")
+    assert 1e-6 < measured <= distance
+    assert measured < 0.5 * relative_error(rounded, plain)
 
 
 @pytest.mark.parametrize("format", ["int8", "int8_convrot", "float8"])
@@ -194,6 +235,9 @@ def test_row_scales_of_fp8_run_unpatched_and_cannot_be_patched(comfy, files, sam
     meant = Packed(tensors=made.meant).save(tmp_path / "meant.safetensors")
     remote = remote_of(made.save(tmp_path / "rows.safetensors"))
     assert relative_error(sample(remote), sample(remote_of(meant))) <= TOLERANCE
+    branched = comfy.comfy.sd.load_lora_for_models(remote, None, lora(3, "lora"), 1.0, 0.0)[0]
+    expected = comfy.comfy.sd.load_lora_for_models(remote_of(meant), None, lora(3, "lora"), 1.0, 0.0)[0]
+    assert relative_error(sample(branched), sample(expected)) <= TOLERANCE
     patched = comfy.comfy.sd.load_lora_for_models(remote, None, lora(3), 1.0, 0.0)[0]
     with pytest.raises(Unsupported, match=r"double_blocks.0.img_attn.qkv.weight.* a scale for each row"):
         sample(patched)

@@ -171,7 +171,8 @@ def test_formats_in_the_header(format, packed, clip_l, stock, encode, relative_e
         assert relative_error(ours, theirs) <= TOLERANCE
 
 
-def lora(seed: int) -> dict[str, torch.Tensor]:
+def lora(seed: int, kind: str) -> dict[str, torch.Tensor]:
+    """A LoRA, which is a branch, or its full differences, which are merged."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, rows, columns in (
@@ -179,20 +180,39 @@ def lora(seed: int) -> dict[str, torch.Tensor]:
         ("lora_te2_encoder_block_1_layer_0_SelfAttention_v", 128, 128),
         ("lora_te2_encoder_block_0_layer_1_DenseReluDense_wo", 128, 256),
     ):
-        found[f"{name}.lora_up.weight"] = 0.3 * torch.randn(rows, 4, generator=generator)
-        found[f"{name}.lora_down.weight"] = 0.3 * torch.randn(4, columns, generator=generator)
+        up, down = (0.3 * torch.randn(shape, generator=generator) for shape in ((rows, 4), (4, columns)))
+        found |= (
+            {f"{name}.diff": up @ down}
+            if kind == "diff"
+            else {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        )
     return found
 
 
-def with_lora(comfy: Any, clip: Any, strength: float) -> Any:
-    return comfy.comfy.sd.load_lora_for_models(None, clip, lora(3), 0.0, strength)[1]
+def with_lora(comfy: Any, clip: Any, strength: float, kind: str = "diff") -> Any:
+    return comfy.comfy.sd.load_lora_for_models(None, clip, lora(3, kind), 0.0, strength)[1]
+
+
+@pytest.mark.parametrize("format", ["plain", "float8", "int8_convrot"])
+def test_a_lora_is_not_rounded(format, comfy, packed, clip_l, stock, encode, relative_error):
+    """Stock rounds the patched weight into its format, by chance up or down."""
+    path = packed(format, format != "int8_convrot")
+    local, clip = stock(path, clip_l), remote(path, clip_l)
+    plain, expected = encode(local)[0], encode(with_lora(comfy, local, 0.4, "lora"))[0]
+    measured = relative_error(encode(with_lora(comfy, clip, 0.4, "lora"))[0], expected)
+    print(f"{format}: {measured:.2e} from stock's stochastic rounding")
+    assert TOLERANCE < measured <= 0.1
+    assert measured < 0.5 * relative_error(expected, plain)
+    assert not t5_of(clip)._merged
 
 
 @pytest.mark.parametrize(
     ("format", "has_tables"), [("plain", True), ("float8", True), ("old", False), ("int8_convrot", False)]
 )
 @pytest.mark.parametrize("is_whole", [False, True], ids=["file", "arena"])
-def test_lora_at_two_strengths(format, has_tables, is_whole, comfy, packed, clip_l, stock, encode, relative_error):
+def test_a_difference_at_two_strengths(
+    format, has_tables, is_whole, comfy, packed, clip_l, stock, encode, relative_error
+):
     path = packed(format, has_tables)
     local, clip = stock(path, clip_l), remote(path, clip_l)
     plain = encode(local)

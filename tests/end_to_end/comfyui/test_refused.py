@@ -81,18 +81,15 @@ def test_a_node(name, through, remote, local, refused):
     refused(make, said)
 
 
-def test_a_lora_that_bypasses_the_weights(comfy, remote, local, refused):
-    from comfy_extras import nodes_lora_debug
-
+def test_an_adapter_that_bypasses_the_weights_and_is_no_lora(comfy, remote, local, refused):
     from xditd.client.comfyui.accelerate import accelerate
 
-    up = {"diffusion_model.img_in.lora_up.weight": torch.ones(256, 4)}
-    adapters = {**up, "diffusion_model.img_in.lora_down.weight": torch.ones(4, 64)}
+    shapes = {"hada_w1_a": (256, 4), "hada_w1_b": (4, 64), "hada_w2_a": (256, 4), "hada_w2_b": (4, 64)}
+    adapters = {f"diffusion_model.img_in.{name}": torch.ones(shape) for name, shape in shapes.items()}
 
     def bypass(model: Any) -> Any:
         return comfy.comfy.sd.load_bypass_lora_for_models(model, None, adapters, 1.0, 0.0)[0]
 
-    assert nodes_lora_debug.LoraLoaderBypassModelOnly
     refused(lambda: bypass(remote), "bypass_lora.*LoraLoaderBypass")
     refused(lambda: accelerate(bypass(local)), "bypass_lora.*LoraLoaderBypass")
 
@@ -116,7 +113,7 @@ def test_a_control_net_from_60_percent(comfy, remote, refused, conditioning):
 
 
 def test_conditioning_that_changes_the_model(remote, refused, conditioning, latent):
-    from comfy.hooks import create_hook_lora
+    from comfy.hooks import HookGroup, TransformerOptionsHook, create_hook_lora
 
     def attached(**more: Any) -> list[Any]:
         ((embeds, extras),) = conditioning(1)
@@ -126,10 +123,11 @@ def test_conditioning_that_changes_the_model(remote, refused, conditioning, late
     mask = {"attention_mask": torch.ones(1, 80, 80), "attention_mask_img_shape": (8, 8)}
     refused(lambda: remote, "Apply Style Model", attached(**mask))
     refused(lambda: remote, "GLIGEN", attached(gligen=("position", types.SimpleNamespace(model=None), [])))
-    up = {"diffusion_model.img_in.lora_up.weight": torch.ones(256, 4)}
-    adapters = {**up, "diffusion_model.img_in.lora_down.weight": torch.ones(4, 64)}
-    hooks = create_hook_lora(adapters, 1.0, 0.0)
-    refused(lambda: remote, "scheduled LoRAs", attached(hooks=hooks))
+    hooks = create_hook_lora({"diffusion_model.img_in.diff": torch.ones(256, 64)}, 1.0, 0.0)
+    refused(lambda: remote.clone(), "hooks that change weights by what is no LoRA", attached(hooks=hooks))
+    hooks = HookGroup()
+    hooks.add(TransformerOptionsHook({"wrappers": {}}))
+    refused(lambda: remote.clone(), "hooks of the kind 'transformer_options'", attached(hooks=hooks))
 
 
 PLANTS: dict[str, tuple[Callable[[Any], Any], str]] = {}
@@ -202,9 +200,10 @@ def a_weight_wrapper(patcher: Any) -> None:
     patcher.add_weight_wrapper("diffusion_model.img_in.weight", print)
 
 
-@plant("scheduled LoRAs")
+@plant("hooks that change weights by what is no LoRA")
 def a_weight_hook(patcher: Any) -> None:
-    patcher.hook_patches["ref"] = {"diffusion_model.img_in.weight": []}
+    difference = (1.0, ("diff", (torch.ones(256, 64),)), 1.0, None, None)
+    patcher.hook_patches["ref"] = {"diffusion_model.img_in.weight": [difference]}
 
 
 @plant("several GPUs")

@@ -197,10 +197,31 @@ def test_a_change_of_the_clip_that_is_refused(change, said, comfy, clip):
         comfy.nodes.CLIPTextEncode().encode(changed, "a cliff")
 
 
-def test_a_bypass_lora_on_the_clip_is_refused(comfy, clip):
-    (_, patched) = comfy.comfy.sd.load_bypass_lora_for_models(None, clip, text_lora(3), 0.0, 1.0)
-    with pytest.raises(Unsupported, match="LoraLoaderBypass"):
-        comfy.nodes.CLIPTextEncode().encode(patched, "a cliff")
+def bypassed_at(comfy: Any, clip: Any, strength: float) -> Any:
+    return comfy.comfy.sd.load_bypass_lora_for_models(None, clip, text_lora(3), 0.0, strength)[1]
+
+
+def test_loras_of_the_clip_are_branches(comfy, daemon, clip, stock_clip, relative_error):
+    """Merged or bypassed in stock, at several strengths; no weight is written or lent again."""
+
+    def encode(each: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ((states, extras),) = comfy.nodes.CLIPTextEncode().encode(each, "a cliff at dusk")[0]
+        return states, extras["pooled_output"]
+
+    plain = encode(stock_clip)
+    held = lora_at(comfy, clip, 0.05)
+    encode(held)
+    before = {each.component_id for each in daemon.status().components}
+    for change, strength in ((lora_at, 0.2), (lora_at, -0.1), (bypassed_at, 0.15), (lora_at, 0.0)):
+        expected = encode(change(comfy, stock_clip, strength))
+        for one, other in zip(encode(change(comfy, clip, strength)), expected, strict=True):
+            assert relative_error(one, other) <= TOLERANCE
+        if strength:
+            assert relative_error(expected[0], plain[0]) > 1e-2
+    components = {each.component_id: each for each in daemon.status().components}
+    assert before <= components.keys()
+    assert all(each.generation == 0 for each in components.values())
+    assert held
 
 
 def test_files_of_one_kind_are_refused(connected, text_files):

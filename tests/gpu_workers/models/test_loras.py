@@ -21,6 +21,8 @@ from xditd.gpu_workers.models.lora_variants import LoraCounters, prepare_variant
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.models.registry import families
 from xditd.gpu_workers.packed.linear import BranchedLinear, add_branches_to
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.loras import LoraDescription, LoraLayer
 from xditd.ipc.requests import LoraUse
 
 
@@ -192,3 +194,30 @@ def test_factors_are_converted_once_and_freed(cache, plug, demo_transformer, len
     lent.unplug()
     assert lent.converted_bytes == 0
     assert not lent.is_bound_to(model)
+
+
+def test_rows_of_a_fused_layer_are_those_of_its_parts(shared_cache, plug, demo_transformer) -> None:
+    """Factors of some rows of a checkpoint's layer, across the bounds of the module's layers."""
+    model = plug(shared_cache, demo_transformer).model
+    hidden = demo_transformer["double_blocks.0.img_attn.qkv.weight"].shape[1]
+    up, down = torch.randn(hidden, 2), torch.randn(2, hidden)
+
+    def bound(start: int) -> dict[str, Any]:
+        layer = LoraLayer("double_blocks_0_img_attn_qkv", "model", "down", "up", 1.0, start)
+        lora = LentLora("x", LoraDescription(layers=(layer,)))
+        lora.plug({"down": down, "up": up}, "lora-1")
+        by_id = {id(branches): name for name, branches in model.branches.items()}
+        return {by_id[id(branches)]: each for branches, (each,) in lora.bind(model).slots if id(branches) in by_id}
+
+    (keys,) = bound(hidden).items()
+    assert keys[0].endswith("attn.to_k")
+    assert (keys[1].start, keys[1].stop) == (0, hidden)
+    half = hidden // 2
+    parts = {name.rpartition(".")[2]: each for name, each in bound(half).items()}
+    assert parts.keys() == {"to_q", "to_k"}
+    assert (parts["to_q"].start, parts["to_q"].stop) == (half, hidden)
+    assert torch.equal(parts["to_q"].up, up[:half])
+    assert (parts["to_k"].start, parts["to_k"].stop) == (0, half)
+    assert torch.equal(parts["to_k"].up, up[half:])
+    with pytest.raises(BadRequest, match=f"outputs from {2 * hidden + 1} on"):
+        bound(2 * hidden + 1)
