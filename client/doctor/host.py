@@ -133,7 +133,7 @@ def check_cluster(environ: Mapping[str, str]) -> Finding | None:
         return None
     return warn(
         "cluster",
-        "whoever holds the token of the Ray cluster can run code as this user on every host, and Ray listens on the network",
+        "who holds the token of the Ray cluster can run code as this user on every host; Ray listens on the network",
         "leave it (xditd cluster leave) unless you trust every host; use a token and TLS: docs/security.md",
     )
 
