@@ -61,6 +61,9 @@ def run(given: argparse.Namespace, report: Report) -> int:
             direct_ms, routed_ms = measure(client, address, transformer, given)
         finally:
             if joined is not None:
+                import ray
+
+                ray.shutdown()  # Ray ends a process whose cluster is gone
                 joined.terminate()
                 joined.wait()
             daemon.stop(client)
