@@ -57,7 +57,7 @@ def test_names_that_the_terminal_does_not_have_are_escaped():
 
 
 @pytest.mark.parametrize(
-    "verb", sorted(set(VERBS) - {"serve", "doctor", "demo", "install-service", "comfyui", "generate"})
+    "verb", sorted(set(VERBS) - {"serve", "doctor", "demo", "install-service", "comfyui", "generate", "cluster"})
 )
 def test_a_verb_that_fails_says_so_in_json(verb, folder, capsys):
     needed = {"adopt": ["c1"], "revoke": ["c1"], "wait": ["--wait-s", "0"]}.get(verb, [])
