@@ -257,8 +257,10 @@ def test_switches_variants_and_clients(daemon, files, state, inputs, processes):
             for client in clients:
                 client.close()
         after = watcher.status()
-        assert [each.component_id for each in after.components] == [each.component_id for each in before.components]
-        assert after.last_errors == before.last_errors
+        # Loans of earlier tests may have ended meanwhile, and their errors are older now.
+        assert {each.component_id for each in after.components} <= {each.component_id for each in before.components}
+        errors, known = ({each.detail for each in found.last_errors} for found in (after, before))
+        assert errors <= known
 
 
 def test_text_encoders(client, relative_error):
