@@ -38,6 +38,9 @@ CASES = (
 """Formats, and whether their products are native."""
 
 
+CPU = torch.device("cpu")
+
+
 class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -53,14 +56,15 @@ class Block(torch.nn.Module):
 
 
 class Model(torch.nn.Module):
-    def __init__(self, blocks: int = 3) -> None:
+    def __init__(self, blocks: int = 3, *, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList([Block() for _ in range(blocks)])
-        self.eval().requires_grad_(False)
-        self.memory = PackedMemory(torch.device("cpu"))
+        self.eval().requires_grad_(False).to(device, dtype)
+        self.device = device
+        self.memory = PackedMemory(device)
         self.memory.scratch.reserve("test", 2 * SIZE * SIZE * 4)
         targets = [f"blocks.{number}.{name}.weight" for number in range(blocks) for name in LAYERS]
-        self.layers = pack_linears(self, targets, torch.float32, self.memory)
+        self.layers = pack_linears(self, targets, dtype, self.memory)
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -70,10 +74,10 @@ class Model(torch.nn.Module):
     def plug(self, packed_format: str, *, is_native: bool, seed: int) -> None:
         """Give all layers other weights and biases."""
         for number, layer in enumerate(self.layers.values()):
-            packed = packed_weight(packed_format, layer, 100 * seed + number)
+            packed = moved(packed_weight(packed_format, layer, 100 * seed + number), self.device)
             layer.plug(replace(packed, native=native_product if is_native else None))
             if layer.bias is not None:
-                bias = numbers(layer.out_features, seed=seed)
+                bias = numbers(layer.out_features, seed=seed).to(layer.bias)
                 layer._parameters["bias"] = torch.nn.Parameter(bias, requires_grad=False)
 
     @property
@@ -89,12 +93,25 @@ def packed_weight(packed_format: str, layer: PackedLinear, seed: int) -> PackedT
     return PackedTensor.of(packing_of_tensors(packed.tensors).packed[0], packed.tensors)
 
 
+def moved(packed: PackedTensor, device: torch.device) -> PackedTensor:
+    fields = {"values": packed.values, "scale": packed.scale, "input_scale": packed.input_scale}
+    return replace(packed, **{name: each.to(device) for name, each in fields.items() if each is not None})
+
+
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def arguments() -> dict[str, torch.Tensor]:
-    return {"image": numbers(1, 5, SIZE), "text": numbers(1, 3, SIZE, seed=1)}
+def arguments(tokens: int = 5) -> dict[str, torch.Tensor]:
+    return {"image": numbers(1, tokens, SIZE), "text": numbers(1, 3, SIZE, seed=1)}
+
+
+def wait_until_made(blocks: CompiledBlocks, key: str) -> None:
+    end = time.monotonic() + 250
+    while blocks.state(key).phase == "making":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert blocks.state(key).phase == "made", blocks.state(key)
 
 
 def made(model: Model, graphs: InterpretedGraphs | CompiledGraphs) -> CompiledBlocks:
@@ -188,11 +205,7 @@ def test_compiled_blocks_with_packed_layers_give_what_eager_ones_give(tmp_path: 
     model.plug("int8", is_native=False, seed=0)
     blocks, call = made(model, graphs), partial(model, **arguments())
     blocks.begin("a", call)
-    end = time.monotonic() + 250
-    while blocks.state("a").phase == "making":
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    assert blocks.state("a").phase == "made", blocks.state("a")
+    wait_until_made(blocks, "a")
     for seed, (packed_format, is_native) in enumerate(CASES):
         model.plug(packed_format, is_native=is_native, seed=seed)
         eager, found = call(), blocks.run("a", call)
@@ -201,4 +214,25 @@ def test_compiled_blocks_with_packed_layers_give_what_eager_ones_give(tmp_path: 
         assert float((found - eager).norm() / eager.norm()) <= limit, (packed_format, is_native)
     assert (blocks.compiled, blocks.eager) == (3 * len(CASES), 0)
     assert len(graphs._states) == 1
+    graphs.close()
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_with_packed_layers_on_a_gpu(tmp_path: Path) -> None:
+    prepare()
+    device = torch.device("cuda:0")
+    graphs = CompiledGraphs(tmp_path / "graphs", device)
+    model = Model(device=device, dtype=torch.bfloat16)
+    model.plug("int8", is_native=False, seed=0)
+    given = {name: each.to(device, torch.bfloat16) for name, each in arguments(tokens=32).items()}
+    blocks, call = made(model, graphs), partial(model, **given)
+    blocks.begin("a", call)
+    wait_until_made(blocks, "a")
+    for seed, (packed_format, is_native) in enumerate(CASES):
+        model.plug(packed_format, is_native=is_native, seed=seed)
+        eager, found = call(), blocks.run("a", call)
+        assert float((found - eager).norm() / eager.norm()) <= 2e-2, (packed_format, is_native)
+    counted = {each.format: (each.native > 0, each.reference > 0) for each in model.memory.counts.report()}
+    assert counted == dict.fromkeys(("int8", "int8_convrot", "float8"), (True, True)) | {"q8_0": (False, True)}
+    assert (blocks.compiled, blocks.eager) == (3 * len(CASES), 0)
     graphs.close()
