@@ -44,8 +44,8 @@ _IQ4_NUMBERS: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 
 def dequantise_into(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
     """Write the numbers of blocks, uint8 (rows, bytes of a row), into ``out``.
 
-    ``kind`` is a key of ``GGUF_BLOCKS``. ``out`` (rows, numbers of a row) is contiguous, of a floating dtype, and on the
-    device of the blocks.
+    ``kind`` is a key of ``GGUF_BLOCKS``. ``out`` (rows, numbers of a row) is contiguous, of a floating dtype, on the
+    same device.
     """
     block, dequantise_blocks = GGUF_BLOCKS[kind], _DEQUANTISERS[kind]
     assert blocks.dtype == torch.uint8
