@@ -55,7 +55,7 @@ def _take(value: Any, tensors: list[torch.Tensor], places: dict[int, int]) -> Ha
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """In place of a tensor of a result: an argument's tensor, or a result of the graph, by number."""
+    """What stands for a tensor of a block's result: the number of an argument's tensor, or of a result of the graph."""
 
     is_argument: bool
     number: int

@@ -25,12 +25,12 @@ from xditd.gpu_workers.models.block_rewrites import rewrite
 GRAPH: Final = "graph.json"
 ARTIFACT: Final = "artifact"
 FAILED: Final = "failed.txt"
-"""In the folder of a graph: its operations, what was compiled, and the reason why it was not."""
+"""The files in the folder of a graph: its operations, the compiled code, and the reason why it is not compiled."""
 
 MAX_REASON_CHARS: Final = 300
 
 _NICENESS: Final = 5
-"""Behind the processes that serve forwards, and not starved where all processors are busy."""
+"""The compiler runs at a lower priority than processes that serve forwards, and still gets time on busy processors."""
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -80,13 +80,13 @@ def _compile(folder: Path, encoded: bytes) -> None:
 
 
 def prepare() -> None:
-    """Import what ``load`` needs: seconds, in which forwards are slower if a thread does it while a process serves."""
+    """Import what ``load`` needs. This takes seconds, in which forwards of this process are slower."""
     for name in ("torch._inductor.compile_fx", "torch._inductor.standalone_compile"):
         import_module(name)
 
 
 def load(path: Path) -> Any:
-    """Load what was compiled: a function of the inputs of a graph that returns its results."""
+    """Load compiled code: a function that takes the inputs of a graph, and returns its results."""
     # Imported here: it takes seconds (see prepare).
     from torch._inductor.standalone_compile import CompiledArtifact
 
@@ -94,7 +94,7 @@ def load(path: Path) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what a compiler has refused, in one line."""
+    """Return the class and the text of an error in one line of at most ``MAX_REASON_CHARS``."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON_CHARS]
 
 

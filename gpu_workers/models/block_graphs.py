@@ -16,7 +16,7 @@ from xditd.ipc.errors import Unsupported
 
 MAX_OPERATIONS: Final = 4_000
 MAX_BYTES: Final = 4 << 20
-"""Of a graph as JSON."""
+"""The longest graph, as JSON."""
 
 _NAMESPACES: Final = frozenset({"aten"})
 _OWN: Final = frozenset({attention_operator.NAME, packed_operator.NAME})
@@ -42,7 +42,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class TensorKind:
-    """All of a tensor that a compiled graph depends on, but its elements."""
+    """What a compiled graph depends on in a tensor: everything but its elements."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -51,14 +51,16 @@ class TensorKind:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorKind:
+        """Return the kind of a tensor; dimensions of size 1 have the strides of a contiguous tensor."""
         strides, dense = list(tensor.stride()), 1
         for dim in reversed(range(tensor.ndim)):
             if tensor.shape[dim] == 1:
-                strides[dim] = dense  # one of a single entry is never used
+                strides[dim] = dense  # the stride of a single entry is never used
             dense *= tensor.shape[dim]
         return cls(tuple(tensor.shape), tuple(strides), tensor.dtype, tensor.device)
 
     def empty(self) -> torch.Tensor:
+        """Return a new tensor of this kind, with whatever its memory contains."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
 
 
@@ -92,7 +94,7 @@ class BlockGraph:
 
     @classmethod
     def decode(cls, encoded: bytes) -> BlockGraph:
-        """Read what ``encode`` has written."""
+        """Return the graph that ``encode`` has written."""
         tree = json.loads(encoded)
         return cls(
             inputs=[
@@ -125,7 +127,11 @@ class BlockGraph:
         return kept
 
     def to_torch(self) -> torch.fx.GraphModule:
-        """Return a graph of torch that takes the inputs, and returns a tuple of the results."""
+        """Return a graph of torch that takes the inputs, and returns a tuple of the results.
+
+        Raises:
+            NotCompiled: an operation is not torch's own, nor one of those that stand for attentions and packed layers.
+        """
         graph = torch.fx.Graph()
         nodes = [graph.placeholder(f"input_{number}") for number in range(len(self.inputs))]
 
@@ -155,7 +161,7 @@ def operator_name(function: torch._ops.OpOverload) -> str:
     """Return the name by which a graph holds an operation.
 
     Raises:
-        NotCompiled: an operation that is not torch's own.
+        NotCompiled: the operation is of another library.
     """
     name = str(function)
     _operator(name)

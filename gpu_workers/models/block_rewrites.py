@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from xditd.gpu_workers.models.block_graphs import TensorKind
+from xditd.gpu_workers.models.entries import HALF_DTYPES
 
 VERSION: Final = 1
 """Raise it when graphs are rewritten in another way: those on disk were compiled before."""
@@ -19,10 +20,9 @@ _SAME_DTYPE: Final = _VIEWS | {
     _ATEN.alias.default, _ATEN.expand.default, _ATEN.permute.default, _ATEN.select.int, _ATEN.slice.Tensor,
     _ATEN.squeeze.dim, _ATEN.transpose.int, _ATEN.unsqueeze.default,
 }  # fmt: skip
-_HALVES: Final = (torch.bfloat16, torch.float16)
 
 Kinds = Mapping[Node, TensorKind]
-"""Of the inputs of a graph."""
+"""The kinds of a graph's inputs, by their nodes."""
 
 
 def rewrite(module: GraphModule, inputs: Sequence[TensorKind]) -> None:
@@ -40,8 +40,8 @@ def rewrite(module: GraphModule, inputs: Sequence[TensorKind]) -> None:
 def _fuse_gelu(gelu: Node, kinds: Kinds) -> None:
     """Let a product whose result goes to GELU (tanh) alone compute it, as cuBLAS does in its epilogue.
 
-    A kernel of its own would read and write four times the width of the model for each token. There is such an epilogue
-    in half precision on GPUs only.
+    A kernel for GELU alone would read and write four times the width of the model for each token. cuBLAS has such an
+    epilogue in half precision on GPUs only.
     """
     product = gelu.args[0]
     while isinstance(product, Node) and product.target in _VIEWS and len(product.users) == 1:
@@ -49,7 +49,7 @@ def _fuse_gelu(gelu: Node, kinds: Kinds) -> None:
     if not isinstance(product, Node) or product.target != _ATEN.addmm.default or len(product.users) != 1:
         return
     bias = kinds.get(product.args[0])  # type: ignore[arg-type]
-    is_half = bias is not None and bias.device.type == "cuda" and bias.dtype in _HALVES and len(bias.shape) == 1
+    is_half = bias is not None and bias.device.type == "cuda" and bias.dtype in HALF_DTYPES and len(bias.shape) == 1
     if gelu.kwargs.get("approximate") != "tanh" or product.kwargs or not is_half:
         return
     product.target = _ATEN._addmm_activation.default

@@ -22,8 +22,9 @@ from xditd.gpu_workers.models.repeated_blocks import attributes_key
 from xditd.ipc.errors import XditdError
 
 _MAX_STATES: Final = 64
+"""The most recordings for which a block's own tensors are remembered."""
 _ALIGNMENT: Final = 16
-"""Bytes at which compiled kernels for GPUs expect tensors to start."""
+"""Compiled kernels for GPUs expect tensors to start at multiples of so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class BlockRun:
         self.has_exchanged = False
         """Whether the last run has begun an attention whose tokens are split over ranks."""
         self._states: dict[Recording, _BlockState] = {}
-        """Not by graph: calls with one graph may take different tensors of the block."""
+        """The block's own tensors by recording, and not by graph: calls of one graph may take different ones."""
 
     def run(
         self,

@@ -36,21 +36,21 @@ from xditd.ipc.errors import XditdError
 logger = logging.getLogger(__name__)
 
 MAX_KEYS: Final = 16
-"""Keys of ``begin`` for which graphs are held."""
+"""The most keys of ``begin`` for which graphs are held."""
 
 IDLE_S: Final = 600.0
-"""A key that no forward has used for so long makes room for another one."""
+"""A key that no forward has used for so long may be replaced by another one."""
 
 MAX_CALLS: Final = 64
-"""Different calls of blocks in one forward."""
+"""The most different calls of blocks in one forward that are compiled."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledState:
-    """How far the graphs of a key are.
+    """The state of the graphs of a key.
 
-    ``made``: all are, or have failed for the ``reason``, and at least one can be used. ``failed``: none can.
-    ``seconds`` is what they took together, ``graphs`` how many can be used.
+    ``made``: each is made, or has failed for the ``reason``, and at least one can be used. ``failed``: none can.
+    ``seconds`` is how long they took together, ``graphs`` how many can be used.
     """
 
     phase: Literal["absent", "making", "made", "failed"]
@@ -126,7 +126,7 @@ class CompiledBlocks:
         return result
 
     def state(self, key: Hashable) -> CompiledState:
-        """Return how far the graphs of a key are. It never waits."""
+        """Return the state of the graphs of a key. It never waits."""
         noted = self._keys.get(key)
         if noted is None:
             return CompiledState("absent", "" if self._has_room() else f"{MAX_KEYS} others are held")
@@ -156,13 +156,13 @@ class CompiledBlocks:
             return call()
 
     def forget(self, key: Hashable) -> None:
-        """Drop what is held for a key. Graphs on disk stay."""
+        """Drop the graphs of a key. Graphs on disk stay."""
         self._keys.pop(key, None)
         held = {each for noted in self._keys.values() for each in noted.calls}
         self._calls = {each: found for each, found in self._calls.items() if each in held}
 
     def _has_room(self) -> bool:
-        """Make room for a key, if one of those that are held has not been used for long."""
+        """Return whether another key can be held; forget the one that was used longest ago if there are too many."""
         if len(self._keys) < MAX_KEYS:
             return True
         oldest = min(self._keys, key=lambda each: self._keys[each].used_s)

@@ -34,17 +34,17 @@ GraphFunction = Callable[..., Sequence[torch.Tensor]]
 """A compiled graph: its inputs by place, and all its results."""
 
 LIMIT_S: Final = 900.0
-"""For one graph: the compiler's process is ended then."""
+"""The longest time for one graph; after it the compiler's process is killed."""
 
 MAX_ON_DISK: Final = 512
-"""Graphs in the folder; those that were made longest ago go first."""
+"""The most graphs in the folder; those that were asked for longest ago go first."""
 
 UNUSED_DAYS: Final = 30.0
-"""Folders of other versions go after this time."""
+"""Folders of other versions are removed after so many days without use."""
 
 _THREADS: Final = "TORCHINDUCTOR_COMPILE_THREADS"
 _MAX_PROCESSES: Final = 8
-"""That compile for one rank, of as many as a quarter of the processors."""
+"""The most processes that compile for one rank: one for every four processors, up to this."""
 
 _SCHEMAS: Final = f"{attention_operator.SCHEMA} {packed_operator.SCHEMA}"
 _POLL_S: Final = 0.05
@@ -53,7 +53,7 @@ _COMPILER: Final = "xditd.gpu_workers.models.block_compiler"
 
 @dataclass(frozen=True, slots=True)
 class GraphState:
-    """Where a graph is: ``making``, then ``made``, or ``failed`` for a reason. ``seconds`` is what this took."""
+    """The state of a graph: ``making``, then ``made``, or ``failed`` for a reason, after ``seconds``."""
 
     phase: Literal["making", "made", "failed"]
     function: GraphFunction | None = None
@@ -116,7 +116,7 @@ class CompiledGraphs:
             self._changed.notify()
 
     def find(self, name: str) -> GraphState | None:
-        """Return where a graph is, or ``None`` if it was never asked for."""
+        """Return the state of a graph, or ``None`` if it was never asked for."""
         return self._states.get(name)
 
     def refuse(self, name: str, reason: str) -> None:
@@ -195,7 +195,7 @@ class CompiledGraphs:
         return left
 
     def _finish(self, name: str, began: float) -> bool:
-        """Note what the compiler's process has left of a graph, if it is done."""
+        """Load the graph, or note its reason, once the compiler's process has left one; return whether it has."""
         if (self.folder / name / ARTIFACT).exists():
             self._load(name, began)
             return True
@@ -207,7 +207,7 @@ class CompiledGraphs:
         return True
 
     def _load(self, name: str, began: float, *, was_on_disk: bool = False) -> bool:
-        """Load a graph; return whether it is done with. One from before that cannot be read has to be compiled anew."""
+        """Load a graph; return whether it is made or has failed. One on disk that cannot be read is compiled again."""
         artifact = self.folder / name / ARTIFACT
         try:
             function = load(artifact)
@@ -241,8 +241,8 @@ class CompiledGraphs:
 def _versions(device: torch.device) -> str:
     """Return the name of the folder for this torch, this Python, this kind of device and these rewrites."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
-    said = f"{torch.__version__} {platform.python_version()} {device.type} {kind} {_SCHEMAS} {REWRITES}"
-    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+    versions = f"{torch.__version__} {platform.python_version()} {device.type} {kind} {_SCHEMAS} {REWRITES}"
+    return hashlib.blake2b(versions.encode(), digest_size=8).hexdigest()
 
 
 def _processor() -> str:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -34,6 +35,9 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
 }
 """The dtypes of plain weights that can be run. Others are packed, with a format that says what they mean."""
+
+HALF_DTYPES: Final = (torch.bfloat16, torch.float16)
+"""The dtypes of half precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,8 @@ def layer_entries(source: str, shape: Shape, *targets: str, rows: tuple[int, ...
 
 def half_precision(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
     """Return the half precision of most elements; ``None`` if no tensor is in half precision."""
-    halves = [(TORCH_DTYPES[info.dtype], info.shape) for info in tensors if info.dtype in ("bfloat16", "float16")]
+    floats = ((TORCH_DTYPES[info.dtype], info.shape) for info in tensors if info.dtype in TORCH_DTYPES)
+    halves = [(dtype, shape) for dtype, shape in floats if dtype in HALF_DTYPES]
     return dtype_of_most(halves) if halves else None
 
 

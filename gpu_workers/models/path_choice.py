@@ -34,7 +34,8 @@ HOST_SHARE: Final = 0.3
 nothing."""
 
 LIMITING_SHARE: Final = 0.9
-"""While its blocks are being compiled, it is captured if the host is what it waits for: it is captured again soon."""
+"""While its blocks are being compiled, a forward is captured only if the host needs at least this share of its time: it
+is captured again when they are compiled."""
 
 
 @dataclass(eq=False)
@@ -44,29 +45,31 @@ class ForwardCase:
     compiled_key: Hashable
     """The key of its graphs of blocks, which other weights share."""
     on_all_ranks: bool
-    """Whether ranks run it together."""
+    """Whether all ranks run it together."""
     runs: int = 0
     is_decided: bool = False
     awaits_blocks: bool = False
     """Whether its blocks are being compiled."""
     is_compiled: bool = False
     host_share: float | None = None
-    """Of the time of its eager forward, what the host needed to launch kernels; ``None`` if that is not known."""
+    """The part of its eager forward's time in which the host launched kernels; ``None`` if it is not known."""
     graph: CapturedForward | None = None
-    """While blocks are being compiled, that of the eager forward."""
+    """The graph that runs. It is that of the eager forward while blocks are being compiled."""
     may_capture: bool = True
     """False once a capture was refused, or found to gain nothing."""
     path: Path = "eager"
-    """The one that was reported last."""
+    """The path that was reported last."""
     shapes: str = ""
-    """Of its tensors, for reports."""
+    """The shapes of the tensors among its arguments, for reports."""
 
     def stay_eager(self) -> None:
+        """Decide that the case stays eager, and free its graph."""
         self.is_decided, self.may_capture = True, False
         self.is_compiled, self.awaits_blocks, self.graph = False, False, None
 
     @property
     def current_path(self) -> Path:
+        """The path that its next forward takes."""
         if self.is_compiled:
             return "compiled" if self.graph is None else "compiled, captured"
         return "eager" if self.graph is None else "captured"
@@ -83,15 +86,15 @@ class LastRun:
     case: ForwardCase
     forward: Forward
     trial: Forward
-    """The same, where it is not known to work: a rank that fails does not make others wait."""
+    """The same forward, for runs that may fail on one rank: no other rank then waits for it."""
     arguments: Mapping[str, Any]
     result: Any
     weights: Mapping[str, torch.Tensor | PackedTensor]
     host_s: float = 0.0
-    """How long the host needed to launch its kernels."""
+    """How long the host launched its kernels, in seconds."""
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-    """Around an eager run on a GPU; ``None`` for one of a graph, or whose blocks were recorded, which takes the host
-    longer."""
+    """The events before and after an eager run on a GPU. ``None`` for a run of a graph, and for one whose blocks were
+    recorded, for which the host needs longer."""
 
 
 class Choice(NamedTuple):
@@ -158,25 +161,25 @@ class PathChooser:
 
     def _choose(self, run: LastRun) -> Choice:
         case = run.case
-        if not self._together(run, run.result is not None):
+        if not self.agree(case, run.result is not None):
             case.is_decided = True
             return Choice("its result holds objects")
-        if self._measures_host and not self._together(run, self._knows_host_share(run)):
+        if self._measures_host and not self.agree(case, self._knows_host_share(run)):
             return Choice("its blocks were recorded")  # so that another run is needed
         reason, error = "", None
         if self.compiles:
             blocks = self.find_blocks()
-            if not self._together(run, isinstance(blocks, CompiledBlocks)) or isinstance(blocks, str):
+            if not self.agree(case, isinstance(blocks, CompiledBlocks)) or isinstance(blocks, str):
                 reason = blocks if isinstance(blocks, str) else "another rank has no blocks to compile"
                 case.awaits_blocks = False
-            elif self._together(run, blocks.state(case.compiled_key).phase != "making"):
+            elif self.agree(case, blocks.state(case.compiled_key).phase != "making"):
                 case.awaits_blocks = False
                 reason, error = self._try_compiled(run, blocks)
         case.is_decided = not case.awaits_blocks
         if not self.captures or not case.may_capture or (case.graph is not None and not case.is_compiled):
             return Choice(reason, error)
         least = LIMITING_SHARE if case.awaits_blocks else HOST_SHARE
-        if self._measures_host and not self._together(run, (case.host_share or 0.0) >= least):
+        if self._measures_host and not self.agree(case, (case.host_share or 0.0) >= least):
             case.graph = None
             return Choice(reason or f"the host needs less than {least:.0%} of its time", error)
         expected = run.result
@@ -191,12 +194,13 @@ class PathChooser:
 
     def _try_compiled(self, run: LastRun, blocks: CompiledBlocks) -> tuple[str, float | None]:
         """Compare a forward with compiled blocks with the eager one; return why it is not used, and its error."""
-        state = blocks.state(run.case.compiled_key)
-        if not self._together(run, state.phase == "made"):
+        case = run.case
+        state = blocks.state(case.compiled_key)
+        if not self.agree(case, state.phase == "made"):
             return state.reason or "another rank has no compiled blocks", None
         call = partial(run.trial, run.arguments)
         try:
-            found = blocks.run(run.case.compiled_key, call)
+            found = blocks.run(case.compiled_key, call)
         except XditdError as fault:
             found, reason = None, fault.detail
         else:
@@ -205,11 +209,11 @@ class PathChooser:
         if found is not None and structure_of(found, 0) == structure_of(run.result, 0):
             worst = self._difference_of(found, run.result)
         is_near = worst.is_allowed
-        is_finite = self._together(run, math.isfinite(worst.error))
-        if not self._together(run, is_near) and is_finite and computes_in_halves(self._module):
+        is_finite = self.agree(case, math.isfinite(worst.error))
+        if not self.agree(case, is_near) and is_finite and computes_in_halves(self._module):
             worst = worst.with_noise(self._noise(run))
-        run.case.is_compiled = self._together(run, worst.is_allowed)
-        return ("" if run.case.is_compiled else reason), worst.error
+        case.is_compiled = self.agree(case, worst.is_allowed)
+        return ("" if case.is_compiled else reason), worst.error
 
     def _noise(self, run: LastRun) -> float:
         """Return how much roundings alone change a result; 0 if that cannot be measured."""
@@ -225,16 +229,16 @@ class PathChooser:
 
     def _capture(self, run: LastRun, expected: Any) -> tuple[CapturedForward | None, str]:
         """Capture a forward, and compare it with its run before; return why it is not captured."""
-        snapshot = ModuleSnapshot(self._module)
+        case, snapshot = run.case, ModuleSnapshot(self._module)
         graph, reason = self._try_capture(run)
-        if not self._together(run, graph is not None):
+        if not self.agree(case, graph is not None):
             return None, reason or "another rank cannot capture it"
         assert graph is not None
-        if not self._together(run, snapshot.is_same):
+        if not self.agree(case, snapshot.is_same):
             return None, "its forward changes the module"
         pairs = zip(tensors_of(graph.replay_last()), tensors_of(expected), strict=True)
-        is_same = all(torch.equal(bits_of(mine), bits_of(its)) for mine, its in pairs)
-        return (graph, "") if self._together(run, is_same) else (None, "its graph gives other bits")
+        is_same = all(torch.equal(bits_of(found), bits_of(given)) for found, given in pairs)
+        return (graph, "") if self.agree(case, is_same) else (None, "its graph gives other bits")
 
     def _try_capture(self, run: LastRun) -> tuple[CapturedForward | None, str]:
         forward = run.forward
@@ -254,19 +258,15 @@ class PathChooser:
             return None, "the GPU has no room for its graph"
 
     def _knows_host_share(self, run: LastRun) -> bool:
-        """Note what part of an eager run the host needed; whether that is known."""
+        """Note what part of an eager run's time the host needed; return whether that is known."""
         if run.events is not None:
             began, ended = run.events
             ended.synchronize()
             run.case.host_share = run.host_s * 1e3 / began.elapsed_time(ended)
         return run.case.host_share is not None
 
-    def _together(self, run: LastRun, ok: bool) -> bool:
-        """Whether it is so, on all ranks that run such a forward together."""
-        return self.agree(run.case, ok)
-
     def agree(self, case: ForwardCase, ok: bool) -> bool:
-        """Whether it is so, on all ranks that run the case together."""
+        """Return whether ``ok`` is true on all ranks that run the case together."""
         return agree(ok, self._among) if case.on_all_ranks else ok
 
 

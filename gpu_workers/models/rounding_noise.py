@@ -13,11 +13,11 @@ from typing import Any, Final
 
 import torch
 
+from xditd.gpu_workers.models.entries import HALF_DTYPES
 from xditd.gpu_workers.packed.linear import PackedLinear
 
-_HALVES: Final = (torch.bfloat16, torch.float16)
 _SHARE: Final = 1 / 8
-"""Of the values whose last place changes: about as many as between two kernels of cuBLAS for one product."""
+"""The share of the values whose last place is changed: about as many differ between two kernels of cuBLAS."""
 _SEED: Final = 1
 
 
@@ -25,9 +25,8 @@ _SEED: Final = 1
 def rounding_noise(module: torch.nn.Module) -> Iterator[None]:
     """Change the last place of some values of every linear layer's result in bfloat16 or float16, while in the block.
 
-    Of packed layers, too: natively, the next one rounds what is changed to eight bits.
-
-    The same ones in every run; torch's own generators are not used.
+    Results of packed layers are changed, too, since the next native product rounds them to eight bits. Each run changes
+    the same values, and does not use torch's own generators.
     """
     layers = [each for each in module.modules() if isinstance(each, torch.nn.Linear | PackedLinear)]
     generators: dict[torch.device, torch.Generator] = {}
@@ -40,7 +39,7 @@ def rounding_noise(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _change_last_places(generators: dict[torch.device, torch.Generator], _: Any, __: Any, result: Any) -> Any:
-    if not isinstance(result, torch.Tensor) or result.dtype not in _HALVES:
+    if not isinstance(result, torch.Tensor) or result.dtype not in HALF_DTYPES:
         return result
     device = result.device
     if device not in generators:

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from xditd.gpu_workers.models.entries import HALF_DTYPES
 from xditd.gpu_workers.packed.linear import packed_layers
 from xditd.gpu_workers.parallel.row_trees import Node, tensors_of
 from xditd.ipc import limits
@@ -31,16 +32,18 @@ MAX_CHECKS: Final = 8
 after that many, all ranks run their calls."""
 
 TOLERANCE: Final = 1e-6
-"""Of results in float32 and float64: the largest difference, relative to the largest value. Another number of rows in
-one product changes the last bits: 2e-7 to 8e-7 for tiny models of most classes."""
+"""The tolerance of results in float32 and float64: the largest difference by the largest value. Another number of rows
+in one product changes the last bits: 2e-7 to 8e-7 for tiny models of most classes."""
 
 TOLERANCE_OF_HALVES: Final = 2e-2
-"""Of results in bfloat16 and float16: the norm of the difference, relative to that of the result. If it is exceeded,
-what roundings change is measured (``rounding_noise``), and the tolerance is at least :data:`NOISES` times that, up to
+"""The tolerance of results in bfloat16 and float16: the norm of the difference by that of the result. If exceeded, what
+roundings change is measured (``rounding_noise``), and the tolerance is at least :data:`NOISES` times that, up to
 :data:`MOST_NOISE`."""
 
 NOISES: Final = 1.5
+"""How many times the effect of roundings is allowed."""
 MOST_NOISE: Final = 0.1
+"""The largest tolerance, however much roundings change."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class Difference(NamedTuple):
 
     @property
     def ratio(self) -> float:
+        """The error by the tolerance."""
         return self.error / self.tolerance
 
     @property
@@ -172,11 +176,11 @@ class Difference(NamedTuple):
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor, *, in_halves: bool) -> Difference:
-    """Compare a result of some rows with the same rows of the whole.
+    """Compare a result with the one that is expected, of the same shape.
 
     ``in_halves``: the forward computed in bfloat16 or float16, whatever the dtype of its result.
     """
-    is_half = in_halves or expected.dtype in (torch.bfloat16, torch.float16)
+    is_half = in_halves or expected.dtype in HALF_DTYPES
     tolerance = TOLERANCE_OF_HALVES if is_half else TOLERANCE
     if not (expected.is_floating_point() or expected.is_complex()):
         return Difference(0.0 if torch.equal(found, expected) else math.inf, tolerance)
@@ -193,7 +197,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor, *, in_halves: bool) 
 
 
 def largest_difference(found: Any, expected: Any, *, in_halves: bool) -> Difference:
-    """Return the largest difference of two results of one structure."""
+    """Return the difference of two results of one structure that is largest by its tolerance."""
     pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
     each = [difference(mine, its, in_halves=in_halves) for mine, its in pairs]
     none = Difference(0.0, TOLERANCE_OF_HALVES if in_halves else TOLERANCE)
@@ -203,8 +207,7 @@ def largest_difference(found: Any, expected: Any, *, in_halves: bool) -> Differe
 def computes_in_halves(module: torch.nn.Module) -> bool:
     """Return whether a module computes in bfloat16 or float16, at least in part, without autocast."""
     return any(
-        each.dtype in (torch.bfloat16, torch.float16)
-        for each in (*module.parameters(), *(layer.weight for layer in packed_layers(module)))
+        each.dtype in HALF_DTYPES for each in (*module.parameters(), *(layer.weight for layer in packed_layers(module)))
     )
 
 

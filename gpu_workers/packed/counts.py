@@ -37,7 +37,7 @@ class PackedProductCounts:
 
     @contextmanager
     def apart(self) -> Iterator[Counted]:
-        """Count what is multiplied within apart, in what is yielded: of a forward that is captured and not run."""
+        """Count the products of a forward that is captured, and not run, in the counter that is yielded instead."""
         before, self._counted = self._counted, Counter()
         try:
             yield self._counted

@@ -2,9 +2,9 @@
 
 Those of GGUF files are in ``gguf_types.py``.
 
-Numbers are converted in the same order and rounded at the same places. Work in float32 is done in stretches of rows, so
+Numbers are converted in the same order and rounded at the same places. Work in float32 is done in chunks of rows, so
 that it takes little memory besides the output; all operations but the rotation treat each number alone, and the
-rotation of a row has the same bits in a stretch as among all rows.
+rotation of a row has the same bits in a chunk as among all rows.
 
 Source: comfy-kitchen 0.2.40, ``backends/eager/quantization.py``, ``float_utils.py``, ``tensor/int8_utils.py``.
 """
@@ -22,8 +22,6 @@ from xditd.gpu_workers.packed import gguf_types
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.packed import GGUF_BLOCKS, SCALED_COLUMNS, TILE_COLUMNS, TILE_ROWS
 
-_STRETCH_NUMBERS: Final = 2**23
-"""Numbers of one stretch: 32 MiB in float32."""
 _POSITIVE_OF_FOUR_BITS: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The positive numbers of e2m1, by their bits; the highest of the four is the sign."""
 _HADAMARD: Final = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
@@ -31,7 +29,10 @@ _HADAMARD: Final = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
 def dequantise(packed: PackedTensor, out: torch.Tensor) -> torch.Tensor:
-    """Write the numbers of a packed weight into ``out``, which is contiguous and has its logical shape; return it."""
+    """Write the numbers of a packed weight into ``out``, and return ``out``.
+
+    ``out`` is contiguous, has the logical shape and a floating dtype, and lies on the device of the weight.
+    """
     _DEQUANTISERS[packed.format](packed, out)
     return out
 
@@ -60,9 +61,9 @@ def _numbers_of_four_bits(dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.cat([positive, -positive])
 
 
-def _stretches(packed: PackedTensor) -> Iterator[slice]:
+def _chunks(packed: PackedTensor) -> Iterator[slice]:
     rows, columns = packed.shape[0], math.prod(packed.shape[1:])
-    step = max(TILE_ROWS, _STRETCH_NUMBERS // max(columns, 1))
+    step = max(TILE_ROWS, gguf_types.CHUNK_NUMBERS // max(columns, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -85,17 +86,17 @@ def _int8_convrot(packed: PackedTensor, out: torch.Tensor) -> None:
 
 
 def _scaled_int8(packed: PackedTensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield stretches of rows with their numbers in float32, not rotated back."""
+    """Yield chunks of rows with their numbers in float32, not rotated back."""
     assert packed.scale is not None
     scale = packed.scale.float()
-    for rows in _stretches(packed):
+    for rows in _chunks(packed):
         yield rows, packed.values[rows].float().mul_(scale[rows] if scale.ndim else scale)
 
 
 def _mxfp8(packed: PackedTensor, out: torch.Tensor) -> None:
     exponents = untiled(packed).to(torch.int32)
     scale = (exponents << 23).view(torch.float32).unsqueeze(-1)  # a power of 2; the lowest exponent is 0.0
-    for rows in _stretches(packed):
+    for rows in _chunks(packed):
         blocks = packed.values[rows].float().view(-1, scale.shape[1], SCALED_COLUMNS["mxfp8"])
         out[rows] = blocks.mul_(scale[rows]).view(blocks.shape[0], -1)
 
@@ -104,7 +105,7 @@ def _nvfp4(packed: PackedTensor, out: torch.Tensor) -> None:
     assert packed.scale_2 is not None
     numbers = _numbers_of_four_bits(out.dtype, str(out.device))
     scale = (packed.scale_2.to(out.dtype) * untiled(packed).to(out.dtype)).unsqueeze(-1)
-    for rows in _stretches(packed):
+    for rows in _chunks(packed):
         pairs = packed.values[rows]
         bits = torch.stack([pairs >> 4, pairs & 0xF], dim=-1).view(pairs.shape[0], -1)
         blocks = numbers[bits.int()].view(pairs.shape[0], -1, SCALED_COLUMNS["nvfp4"])

@@ -15,12 +15,13 @@ from xditd.ipc.packed import SCALED_COLUMNS
 class PackedEmbedding(torch.nn.Module):
     """A table whose rows are dequantised when they are looked up; :meth:`plug` gives it the packed table.
 
-    Has the bits of ``F.embedding(ids, dequantised)``, without the memory of the dequantised table. The hooks of the
-    layer that it replaces are kept. Rows are dequantised into ``dtype``, and returned in ``shown``, if that is given.
+    Integer ids of any shape give (*shape, embedding_dim) in the compute dtype, or in ``shown`` if that is given, with
+    the bits of ``F.embedding(ids, dequantised)`` and without the memory of the dequantised table. The hooks of the
+    layer that it replaces are kept.
     """
 
     scratch_bytes = 0
-    """Looked up rows need no scratch buffer."""
+    """Rows that are looked up need no scratch buffer."""
 
     def __init__(
         self,
@@ -38,8 +39,8 @@ class PackedEmbedding(torch.nn.Module):
         self._shown = shown or dtype
         self._packed: PackedTensor | None = None
         # Code that multiplies by it would get NaN, which no job accepts.
-        nothing = torch.full((), torch.nan, dtype=self._shown, device=device)
-        self._placeholder = nothing.expand(self.num_embeddings, self.embedding_dim)
+        nan = torch.full((), torch.nan, dtype=self._shown, device=device)
+        self._placeholder = nan.expand(self.num_embeddings, self.embedding_dim)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -72,7 +73,7 @@ class PackedEmbedding(torch.nn.Module):
 
 
 def can_look_up(module: torch.nn.Module, target: str, packed_format: str) -> bool:
-    """Whether a parameter is a plain table, in a format whose rows can be taken apart: one without tiles of scales."""
+    """Return whether a parameter is a plain table, whose format has no tiles of scales."""
     path, _, name = target.rpartition(".")
     layer = module.get_submodule(path)
     is_plain = type(layer) is torch.nn.Embedding and layer.max_norm is None

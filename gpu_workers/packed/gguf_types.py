@@ -5,7 +5,7 @@ have the bits of the ``gguf`` package, and hardly depend on how they are compute
 scale of a part and a number has up to 25 bits, so at most one rounding is needed, and with an offset only that of the
 difference. Results in another dtype are those in float32, rounded once.
 
-Rows are dequantised in stretches: besides the output, one takes 1 to 7 bytes for each of its numbers.
+Rows are dequantised in chunks: besides the output, a chunk takes 1 to 7 bytes for each of its numbers.
 
 Source: ggml, ``ggml-common.h`` (``block_q8_0`` and so on), ``ggml-quants.c`` (``dequantize_row_q8_0`` and so on).
 """
@@ -34,27 +34,35 @@ _SCALES: Final[Mapping[str, tuple[int, ...]]] = {
     "iq4_nl": (0,),
     "iq4_xs": (0,),
 }
-"""Where a block has its float16 scale, and that of its offsets."""
-_STRETCH_NUMBERS: Final = 2**23
+"""The bytes of a block at which its float16 scale starts, and that of its offsets."""
+CHUNK_NUMBERS: Final = 2**23
+"""Numbers of one chunk of rows: 32 MiB in float32."""
 _IQ4_NUMBERS: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """What four bits stand for in the IQ4 types (``kvalues_iq4nl``)."""
 
 
 def dequantise_into(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
-    """Write the numbers of blocks into ``out``, which is contiguous, on the same device, and has as many rows."""
+    """Write the numbers of blocks, uint8 (rows, bytes of a row), into ``out``.
+
+    ``kind`` is a key of ``GGUF_BLOCKS``. ``out`` (rows, numbers of a row) is contiguous, of a floating dtype, on the
+    same device.
+    """
     block, dequantise_blocks = GGUF_BLOCKS[kind], _DEQUANTISERS[kind]
     assert blocks.dtype == torch.uint8
     assert blocks.shape[1] % block.size_bytes == 0
     per_row = blocks.shape[1] // block.size_bytes
     numbers = out.view(blocks.shape[0], per_row, block.numbers)
-    step = max(1, _STRETCH_NUMBERS // max(per_row * block.numbers, 1))
+    step = max(1, CHUNK_NUMBERS // max(per_row * block.numbers, 1))
     for start in range(0, blocks.shape[0], step):
-        stretch = blocks[start : start + step].reshape(-1, block.size_bytes)
-        dequantise_blocks(stretch, numbers[start : start + step].view(-1, block.numbers))
+        chunk = blocks[start : start + step].reshape(-1, block.size_bytes)
+        dequantise_blocks(chunk, numbers[start : start + step].view(-1, block.numbers))
 
 
 def has_finite_scales(blocks: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return whether all float16 scales in blocks are finite, as a tensor without dimensions."""
+    """Return whether all float16 scales in blocks are finite, as a bool tensor without dimensions on their device.
+
+    ``blocks`` is uint8 (rows, bytes of a row). The host does not wait.
+    """
     each = blocks.reshape(-1, GGUF_BLOCKS[kind].size_bytes)
     sound = torch.ones((), dtype=torch.bool, device=blocks.device)
     for at in _SCALES[kind]:
@@ -214,4 +222,4 @@ _DEQUANTISERS: Final[Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]]
     "iq4_nl": _iq4_nl,
     "iq4_xs": _iq4_xs,
 }
-"""By type: blocks (blocks, bytes of one), and where their numbers go (blocks, numbers of one)."""
+"""Functions by type: they take blocks (blocks, bytes of one), and write their numbers (blocks, numbers of one)."""

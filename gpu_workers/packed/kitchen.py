@@ -17,15 +17,16 @@ from xditd.gpu_workers.packed.tensors import PackedTensor
 
 logger = logging.getLogger(__name__)
 
-_CUDA: Final = 13
+_LEAST_CUDA: Final = 13
+"""The version of CUDA for which torch has to be built."""
 _PLAIN_GROUP: Final = 256
-"""What its function gets where nothing is rotated."""
+"""The group that its function is given where nothing is rotated."""
 
 
 @lru_cache(maxsize=1)
 def kitchen() -> Any | None:
     """Return the package, or ``None`` if it is not installed or cannot be used here."""
-    if find_spec("comfy_kitchen") is None or int((torch.version.cuda or "0").partition(".")[0]) < _CUDA:
+    if find_spec("comfy_kitchen") is None or int((torch.version.cuda or "0").partition(".")[0]) < _LEAST_CUDA:
         return None
     try:
         return import_module("comfy_kitchen")
@@ -35,7 +36,10 @@ def kitchen() -> Any | None:
 
 
 def kitchen_product(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply by an ``int8`` or ``int8_convrot`` weight, with :func:`kitchen` present."""
+    """Multiply ``x`` (..., columns) by an ``int8`` or ``int8_convrot`` weight: (..., rows) in the dtype of ``x``.
+
+    :func:`kitchen` has to return the package.
+    """
     package = kitchen()
     assert package is not None
     return package.int8_linear(

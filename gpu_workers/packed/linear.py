@@ -23,13 +23,13 @@ class PackedMemory:
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer with a packed weight, which :meth:`plug` gives it.
+    """A linear layer with a packed weight, which :meth:`plug` gives it: (..., in_features) to (..., out_features).
 
     The reference forward dequantises the weight into the scratch buffer, in the compute dtype, and has the bits of
     ``F.linear(x, dequantised, bias)``; on GPUs Triton dequantises, and ``int8_convrot`` may differ in last bits. A
     weight with a ``native`` product is multiplied by that instead. A bias of another dtype is cast to that of the
     product, so that a float32 bias does not make the whole layer compute in float32. ``branches`` are added to the
-    result.
+    result, which has the dtype of the input.
 
     The weight is dequantised into ``dtype``. ``weight`` shows ``shown`` instead, if the layer's inputs are of it:
     models ask a weight for its dtype and cast to that what they multiply.
@@ -75,7 +75,7 @@ class PackedLinear(torch.nn.Module):
         self._packed = None
 
     def dequantised(self) -> torch.Tensor:
-        """Return the weight in the compute dtype, in the scratch buffer: it is valid until the next layer runs."""
+        """Return the weight (out, in) in the compute dtype, in the scratch buffer: valid until the next layer runs."""
         return dequantise_fastest(self.packed, self.memory.scratch.view(self._placeholder.shape, self._dtype))
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -166,6 +166,6 @@ def weight_of(layer: PackedLinear | torch.nn.Linear) -> torch.Tensor:
 
 
 def is_linear_weight(module: torch.nn.Module, target: str) -> bool:
-    """Whether a parameter is the weight of a plain linear layer; one of a subclass may do more with it."""
+    """Return whether a parameter is the weight of a plain linear layer; one of a subclass may do more with it."""
     path, _, name = target.rpartition(".")
     return name == "weight" and type(module.get_submodule(path)) is torch.nn.Linear

@@ -11,7 +11,7 @@ comfy-kitchen's eager ``int8_linear``; on GPUs the rotation is more exact, and n
 dtype, at most 448. Without one there is a scale for each row, where ComfyUI takes 1 for all. Sums are those of
 ``use_fast_accum``, which ComfyUI turns off. The CPU multiplies the rounded numbers in float32.
 
-A product needs rows that torch refuses if they are few: memory is padded, and what the other rows hold is ignored.
+torch refuses products of few rows: memory is allocated for more rows, whose contents and results are ignored.
 
 Sources: comfy-kitchen 0.2.40, ``backends/eager/quantization.py``, ``tensor/fp8.py``; ComfyUI, ``comfy/ops.py``.
 """
@@ -31,9 +31,12 @@ FORMATS: Final = ("int8", "int8_convrot", "float8")
 """The formats that have a native product."""
 
 _TURING: Final = (7, 5)
+"""The compute capability from which on tensor cores multiply int8."""
 _INT8_STEP: Final = 8
 _FLOAT8_STEP: Final = 16
+"""The sides of a weight are multiples of these: ``torch._int_mm`` and ``torch._scaled_mm`` refuse others on GPUs."""
 _ALIGNMENT: Final = 16
+"""Rows of weights on GPUs start at multiples of so many bytes."""
 _MOST_COLUMNS: Final = 2**31 // 128**2 - 1
 """With more, a sum of products in eight bits could exceed an int32."""
 _INT8_ROWS: Final = 32
@@ -88,7 +91,10 @@ def memory_fault(weight: torch.Tensor) -> str | None:
 
 
 def native_product(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply activations by a packed weight that has a native product, and add the bias."""
+    """Multiply activations by a packed weight that has a native product, and add the bias.
+
+    ``x`` (..., columns) gives (..., rows) in the dtype of ``x``. The bias (rows,) may have another dtype.
+    """
     if packed.format == "float8":
         return float8_linear(x, packed.values, packed.scale, packed.input_scale, bias)
     assert packed.scale is not None
@@ -98,15 +104,15 @@ def native_product(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | N
 def int8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, group: int = 0
 ) -> torch.Tensor:
-    """Return ``x`` times the transposed weight, int8 (n, k) with one scale or (n, 1), in the dtype of ``x``.
+    """Return ``x`` (..., k) times the transposed weight, int8 (n, k) with one scale or (n, 1): (..., n).
 
-    ``group`` is that of ``int8_convrot``, else 0.
+    The result has the dtype of ``x``. ``group`` is that of ``int8_convrot``, else 0.
     """
     return multiply_int8(quantise_int8(x, group), weight, scale, bias)
 
 
 def quantise_int8(x: torch.Tensor, group: int = 0) -> QuantisedRows:
-    """Rotate activations in groups of columns, if ``group`` is not 0, and round them, with a scale for each row."""
+    """Rotate activations (..., k) in groups of columns, if ``group`` is not 0, and round them to int8 by rows."""
     rows = _matrix(x)
     if x.is_cuda and row_kernels.can_quantise_int8(group, rows.shape[1]):
         values, scales = _memory(rows, torch.int8, _INT8_ROWS)
@@ -121,9 +127,9 @@ def quantise_int8(x: torch.Tensor, group: int = 0) -> QuantisedRows:
     divisor = divisor.masked_fill(divisor == 0, torch.finfo(x.dtype).tiny)
     values = (rows / divisor.unsqueeze(-1)).round_().clamp_(-128.0, 127.0).to(torch.int8)
     if x.is_cuda:
-        whole, more = _memory(rows, torch.int8, _INT8_ROWS)
-        whole[: len(values)], more[: len(values)] = values, scales
-        values, scales = whole, more
+        padded_values, padded_scales = _memory(rows, torch.int8, _INT8_ROWS)
+        padded_values[: len(values)], padded_scales[: len(values)] = values, scales
+        values, scales = padded_values, padded_scales
     return QuantisedRows(values, scales, x.shape[:-1], x.dtype)
 
 
@@ -152,12 +158,15 @@ def float8_linear(
     input_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``x`` times the transposed weight, e4m3 (n, k) with one scale, (n, 1) or none, in the dtype of ``x``."""
+    """Return ``x`` (..., k) times the transposed weight, e4m3 (n, k) with one scale, (n, 1) or none: (..., n).
+
+    The result has the dtype of ``x``. ``input_scale`` is the scale of the file for all of ``x``, float32.
+    """
     return multiply_float8(quantise_float8(x, input_scale), weight, scale, bias)
 
 
 def quantise_float8(x: torch.Tensor, input_scale: torch.Tensor | None = None) -> QuantisedRows:
-    """Round activations to e4m3, with the file's scale or one for each row."""
+    """Round activations (..., k) to e4m3, with the file's scale or one for each row."""
     rows = _matrix(x)
     values, scales = _memory(rows, eight_bits.DTYPE, eight_bits.FEWEST_ROWS)
     count = rows.shape[0]

@@ -32,12 +32,13 @@ ProductName = Literal["reference", "native", "kitchen"]
 
 _NAMES: Final[tuple[ProductName, ...]] = ("reference", "native", "kitchen")
 _SCHEMA: Final = 1
-"""Of the file; also counted up when kernels change so much that they have to be measured again."""
+"""The version of the file. Raise it also when kernels change so much that they have to be measured again."""
 _MAX_FILE_BYTES: Final = 2**20
 _LEAST_SIDE: Final = 1024
 _MOST_SIDE: Final = 8192
+"""The sides of weights that are measured: smaller and larger ones count as these."""
 _GAIN: Final = 0.97
-"""Another product has to take at most this part of the reference's time, which has the exact numbers."""
+"""A native product has to take at most this part of the time of the reference, which does not round the input."""
 
 
 class Decision(NamedTuple):
@@ -78,7 +79,7 @@ class ProductChoice:
         self._is_leader = is_leader
         self._known: dict[ProductKind, Decision] = {}
         self._fastest_of: dict[ProductKind, Decision] = {}
-        """By classes of kinds, on rank 0."""
+        """Rank 0's decisions by the kinds that are measured (:func:`class_of`)."""
         self._measured: dict[str, dict[str, float]] | None = None
 
     def choose(self, kinds: Iterable[ProductKind]) -> dict[ProductKind, Decision]:
@@ -127,7 +128,7 @@ class ProductChoice:
         if took[best] <= _GAIN * took["reference"]:
             return Decision(best)
         return Decision(
-            "reference", f"measured: {took['reference']:.2f} ms, {took[best]:.2f} ms without ({kind.label})"
+            "reference", f"measured: {took['reference']:.2f} ms dequantised, {took[best]:.2f} ms {best} ({kind.label})"
         )
 
     def _times(self, kind: ProductKind) -> dict[str, float] | None:
@@ -160,7 +161,7 @@ class ProductChoice:
 
 
 def class_of(kind: ProductKind) -> ProductKind:
-    """Return the kind that is measured for this one: sides are powers of 2 that are not larger."""
+    """Return the kind that is measured for this one: its sides are the powers of 2 below, from 1024 to 8192."""
     k, n = (min(_MOST_SIDE, max(_LEAST_SIDE, 1 << (side.bit_length() - 1))) for side in (kind.k, kind.n))
     return kind._replace(k=k, n=n)
 
@@ -192,8 +193,8 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
 def _versions(device: torch.device) -> str:
     """Return the name of the file for these versions and this kind of device."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    said = " ".join([torch.__version__, *map(_version, ("triton", "comfy-kitchen", "xditd")), card, str(_SCHEMA)])
-    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+    versions = " ".join([torch.__version__, *map(_version, ("triton", "comfy-kitchen", "xditd")), card, str(_SCHEMA)])
+    return hashlib.blake2b(versions.encode(), digest_size=8).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -17,12 +17,13 @@ from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 from xditd.ipc.packed import PackedFormat
 
 ROWS: Final = 2048
-"""Activations of each product: a share of an image's tokens."""
+"""Tokens of each product: a share of those of an image."""
 _WARM_UPS: Final = 2
 _REPEATS: Final = 7
 _IN_A_ROW: Final = 4
+"""Calls between two events of a GPU."""
 _AHEAD_CYCLES: Final = 10_000_000
-"""Of a GPU's clock: 5 ms at 2 GHz."""
+"""Cycles for which the GPU waits before them, until the host has launched all: 5 ms at 2 GHz."""
 _KITCHEN_TOLERANCE: Final = 0.02
 """Relative difference of comfy-kitchen's product from ours: both round to eight bits, in other orders."""
 
@@ -95,7 +96,7 @@ def _some_weight(kind: ProductKind, device: torch.device) -> PackedTensor:
 
 
 def _is_kitchen_right(x: torch.Tensor, packed: PackedTensor) -> bool:
-    """Whether comfy-kitchen is there, gives our result but for rounding, and keeps its bits if rows are split."""
+    """Return whether comfy-kitchen is installed, agrees with our product, and keeps its bits if rows are split."""
     if kitchen() is None:
         return False
     try:

@@ -29,7 +29,7 @@ class Projection(NamedTuple):
 
 
 class Dequantiser:
-    """Gives weights of ``dtype``: plain ones of it as they are, all others in the scratch buffer until the next one."""
+    """Gives weights in ``dtype``: plain ones of it as they are, others in the scratch buffer until the next call."""
 
     def __init__(self, memory: PackedMemory, dtype: torch.dtype) -> None:
         self.scratch = memory.scratch
@@ -44,7 +44,7 @@ class Dequantiser:
         return dequantise_fastest(weight, self.scratch.view(weight.shape, self.dtype))
 
     def native(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor | None:
-        """Project rows by the native product of a weight, if one was chosen for it."""
+        """Project rows (rows, in) by the native product of a weight: (rows, out), or ``None`` if none was chosen."""
         weight = projection.weight
         if not isinstance(weight, PackedTensor) or weight.native is None:
             return None
@@ -65,10 +65,10 @@ class Dequantiser:
         return Projection(weight[rows], bias[rows].to(self.dtype))
 
 
-class _OfCheckpoint:
+class _CheckpointProducts:
     """Products of the packed weights of a checkpoint.
 
-    ``largest`` is the most numbers that a weight has, for which the scratch buffer is made.
+    ``largest`` is the most numbers that one weight has: the scratch buffer is reserved for it.
     """
 
     def __init__(self, dequantiser: Dequantiser, largest: int) -> None:
@@ -77,7 +77,11 @@ class _OfCheckpoint:
         self._checkpoint: Weights = {}
 
     def reserve(self) -> int:
-        """Make room in the scratch buffer, which counts apart from lent and copied memory."""
+        """Reserve the scratch buffer, and return 0, the bytes of other memory that was allocated.
+
+        Raises:
+            torch.OutOfMemoryError: the device has too little memory.
+        """
         self.dequantiser.scratch.reserve(self, self._largest * self.dequantiser.dtype.itemsize)
         return 0
 
@@ -90,7 +94,7 @@ class _OfCheckpoint:
         self.dequantiser.scratch.release(self)
 
 
-class PackedWeightProducts(_OfCheckpoint, TensorRows):
+class PackedWeightProducts(_CheckpointProducts, TensorRows):
     """Native products of packed weights where they were chosen, else products of the dequantised weights.
 
     The latter are those of :class:`~xditd.gpu_workers.kernels.products.SixteenBit`.
@@ -127,7 +131,7 @@ class PackedWeightProducts(_OfCheckpoint, TensorRows):
         return project_up(rows, Linear(self.dequantiser(up.weight).t(), up.bias))
 
 
-class Float8Products(_OfCheckpoint, EightBitRows):
+class Float8Products(_CheckpointProducts, EightBitRows):
     """Native products of ``float8`` weights: norms, GELU and attention give rows in eight bits to the next product.
 
     For checkpoints of which :meth:`fits` is true.
@@ -171,7 +175,7 @@ class Float8Products(_OfCheckpoint, EightBitRows):
 
 
 def _rounds_rows(weight: PackedTensor) -> bool:
-    """Whether the input of a weight may be rounded to e4m3, to be multiplied natively."""
+    """Return whether the input of a weight may be rounded to e4m3, to be multiplied natively."""
     return weight.values.dtype == DTYPE and weight.quantises_input and memory_fault(weight.values) is None
 
 

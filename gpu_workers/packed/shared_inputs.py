@@ -12,7 +12,7 @@ from xditd.gpu_workers.packed.linear import PackedLinear
 
 
 def project_all(layers: Sequence[torch.nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
-    """Return what each layer makes of ``x``, with the bits of separate calls."""
+    """Return the result of each layer for ``x`` (..., in), with the bits of separate calls."""
     packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
     if len(packed) < len(layers) or not _share_rounding(packed):
         return [layer(x) for layer in layers]
@@ -30,7 +30,7 @@ def project_all(layers: Sequence[torch.nn.Module], x: torch.Tensor) -> list[torc
 
 
 def _share_rounding(layers: Sequence[PackedLinear]) -> bool:
-    """Whether all are multiplied by our own native product, and round their input alike."""
+    """Return whether all are multiplied by our own native product, and round their input alike."""
     weights = [layer.packed for layer in layers]
     first = weights[0]
     return all(
@@ -42,9 +42,9 @@ def _share_rounding(layers: Sequence[PackedLinear]) -> bool:
 
 
 class WithProjections:
-    """An attention layer as its processor sees it, with the results of some of its layers for the input at hand.
+    """An attention layer whose named layers return results that are computed already, whatever they are called with.
 
-    For processors of other packages, which call ``layer.to_q(hidden_states)`` and the like once each.
+    It serves processors of other packages, which call ``layer.to_q(hidden_states)`` and the like once each, with ``x``.
     """
 
     def __init__(self, layer: torch.nn.Module, names: Sequence[str], x: torch.Tensor) -> None:

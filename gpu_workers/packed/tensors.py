@@ -13,7 +13,7 @@ from xditd.ipc.packed import SCALED_COLUMNS, TILE_ROWS, PackedFormat, PackedWeig
 Shape = tuple[int, ...]
 
 Product = Callable[[torch.Tensor, "PackedTensor", "torch.Tensor | None"], torch.Tensor]
-"""A product of an input with a packed weight, and its bias: the result has the input's dtype."""
+"""Multiplies an input (..., columns) by a packed weight and adds its bias: (..., rows) in the dtype of the input."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

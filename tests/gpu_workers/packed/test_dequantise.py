@@ -9,7 +9,7 @@ import torch
 from packed_checkpoints import FORMATS, pack, rotation_of, tiled
 
 from xditd.client.packed_weights import packing_of_tensors
-from xditd.gpu_workers.packed import dequantise as module
+from xditd.gpu_workers.packed import gguf_types
 from xditd.gpu_workers.packed.dequantise import dequantise, hadamard, untiled
 from xditd.gpu_workers.packed.tensors import PackedTensor
 
@@ -55,11 +55,9 @@ def test_rows_are_views_with_the_bits_of_the_whole(plain: torch.Tensor, packed_f
 
 
 @pytest.mark.parametrize("packed_format", ["int8_convrot", "int8", "mxfp8", "nvfp4"])
-def test_stretches_of_rows_change_no_bit(
-    plain: torch.Tensor, packed_format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_of_rows_change_no_bit(plain: torch.Tensor, packed_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, meant = packed_tensor(plain, packed_format, torch.bfloat16)
-    monkeypatch.setattr(module, "_STRETCH_NUMBERS", 1)  # 128 rows at a time
+    monkeypatch.setattr(gguf_types, "CHUNK_NUMBERS", 1)  # 128 rows at a time
     assert torch.equal(dequantise(packed, torch.empty(packed.shape, dtype=torch.bfloat16)), meant)
 
 
@@ -99,7 +97,7 @@ def kitchen() -> Any:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [512, 3072])
 def test_comfy_kitchen_gives_the_same_bits(kitchen: Any, dtype: torch.dtype, columns: int) -> None:
-    """3,072 columns of 5,000 rows take several stretches."""
+    """3,072 columns of 5,000 rows take several chunks."""
     rows = 5_000 if columns == 3_072 else 384
     plain = 0.02 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]

@@ -92,11 +92,11 @@ def test_blocks_may_lie_at_odd_addresses_and_in_rows_apart(kind: str) -> None:
 
 
 @kinds
-def test_rows_are_dequantised_in_stretches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_rows_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = hostile(kind, 33, 4)
     expected = dequantise(blocks, kind, torch.bfloat16)
     for numbers in (1, 5 * expected.shape[1]):
-        monkeypatch.setattr(gguf_types, "_STRETCH_NUMBERS", numbers)
+        monkeypatch.setattr(gguf_types, "CHUNK_NUMBERS", numbers)
         found = torch.full_like(expected, float("nan"))
         dequantise_into(blocks, kind, found)
         assert torch.equal(found, expected)
