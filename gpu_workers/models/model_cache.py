@@ -157,11 +157,13 @@ class ModelCache:
         entries = family.entries(config, resolution.sources)
         check_targets(family, entries, {name: tuple(p.shape) for name, p in module.named_parameters()})
         packed = linear_targets(module, resolution.key_map, resolution.packed)
-        layers = pack_linears(module, packed, resolution.compute_dtype, self.packed)
+        # As plain weights of a text encoder, packed ones are widened whatever they are dequantised into.
+        shown = torch.float32 if family.kind == "text_encoder" else None
+        layers = pack_linears(module, packed, resolution.compute_dtype, self.packed, shown)
         tables = {}
         if family.kind == "text_encoder":  # its operations look rows up, and do nothing else with a table
             targets = embedding_targets(module, resolution.key_map, resolution.packed)
-            tables = pack_embeddings(module, targets, resolution.compute_dtype, self.layout.device)
+            tables = pack_embeddings(module, targets, resolution.compute_dtype, self.layout.device, shown)
         of_packed = {target.removesuffix(".weight") for target in layers}  # these cast their own biases
         apart = {target: each for target, each in exceptions.items() if target.rpartition(".")[0] not in of_packed}
         compute_in_widest(module, apart, self.layout.device)

@@ -15,23 +15,31 @@ from xditd.ipc.packed import SCALED_COLUMNS
 class PackedEmbedding(torch.nn.Module):
     """A table whose rows are dequantised when they are looked up; :meth:`plug` gives it the packed table.
 
-    Integer ids of any shape give (*shape, embedding_dim) in the compute dtype, with the bits of ``F.embedding(ids,
-    dequantised)`` and without the memory of the dequantised table. The hooks of the layer that it replaces are kept.
+    Integer ids of any shape give (*shape, embedding_dim) in the compute dtype, or in ``shown`` if that is given, with
+    the bits of ``F.embedding(ids, dequantised)`` and without the memory of the dequantised table. The hooks of the
+    layer that it replaces are kept.
     """
 
     scratch_bytes = 0
     """Rows that are looked up need no scratch buffer."""
 
-    def __init__(self, embedding: torch.nn.Embedding, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        embedding: torch.nn.Embedding,
+        dtype: torch.dtype,
+        device: torch.device,
+        shown: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.num_embeddings = embedding.num_embeddings
         self.embedding_dim = embedding.embedding_dim
         self.training = embedding.training
         self._forward_hooks.update(embedding._forward_hooks)
         self._dtype = dtype
+        self._shown = shown or dtype
         self._packed: PackedTensor | None = None
         # Code that multiplies by it would get NaN, which no job accepts.
-        nan = torch.full((), torch.nan, dtype=dtype, device=device)
+        nan = torch.full((), torch.nan, dtype=self._shown, device=device)
         self._placeholder = nan.expand(self.num_embeddings, self.embedding_dim)
 
     @property
@@ -57,7 +65,7 @@ class PackedEmbedding(torch.nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = _rows(self.packed, ids.reshape(-1))
         out = torch.empty(rows.shape, dtype=self._dtype, device=rows.values.device)
-        return dequantise_fastest(rows, out).view(*ids.shape, self.embedding_dim)
+        return dequantise_fastest(rows, out).view(*ids.shape, self.embedding_dim).to(self._shown)
 
     def extra_repr(self) -> str:
         packed = "nothing plugged" if self._packed is None else self._packed.format
@@ -73,14 +81,18 @@ def can_look_up(module: torch.nn.Module, target: str, packed_format: str) -> boo
 
 
 def pack_embeddings(
-    module: torch.nn.Module, targets: Iterable[str], dtype: torch.dtype, device: torch.device
+    module: torch.nn.Module,
+    targets: Iterable[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    shown: torch.dtype | None = None,
 ) -> dict[str, PackedEmbedding]:
     """Replace the embeddings with these tables by packed ones, wherever the module has them; return them by name."""
     found: dict[str, PackedEmbedding] = {}
     for target in targets:
         layer = module.get_submodule(target.removesuffix(".weight"))
         assert isinstance(layer, torch.nn.Embedding)
-        found[target] = PackedEmbedding(layer, dtype, device)
+        found[target] = PackedEmbedding(layer, dtype, device, shown)
         for parent in module.modules():
             for name, child in parent._modules.items():
                 if child is layer:

@@ -30,9 +30,14 @@ class PackedLinear(torch.nn.Module):
     weight with a ``native`` product is multiplied by that instead. A bias of another dtype is cast to that of the
     product, so that a float32 bias does not make the whole layer compute in float32. ``branches`` are added to the
     result, which has the dtype of the input.
+
+    The weight is dequantised into ``dtype``. ``weight`` shows ``shown`` instead, if the layer's inputs are of it:
+    models ask a weight for its dtype and cast to that what they multiply.
     """
 
-    def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype, memory: PackedMemory) -> None:
+    def __init__(
+        self, linear: torch.nn.Linear, dtype: torch.dtype, memory: PackedMemory, shown: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
@@ -42,7 +47,7 @@ class PackedLinear(torch.nn.Module):
         self.branches = Branches()
         self._dtype = dtype
         self._packed: PackedTensor | None = None
-        self._placeholder = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        self._placeholder = torch.empty(self.out_features, self.in_features, dtype=shown or dtype, device="meta")
 
     @property
     def weight(self) -> torch.Tensor:
@@ -52,7 +57,7 @@ class PackedLinear(torch.nn.Module):
     @property
     def scratch_bytes(self) -> int:
         """The size of its dequantised weight."""
-        return self._placeholder.nbytes
+        return self._placeholder.numel() * self._dtype.itemsize
 
     @property
     def packed(self) -> PackedTensor:
@@ -128,15 +133,19 @@ def pack_linears(
     targets: Iterable[str],
     dtype: torch.dtype,
     memory: PackedMemory,
+    shown: torch.dtype | None = None,
 ) -> dict[str, PackedLinear]:
-    """Replace the linear layers with these weights by packed ones; return them by the weights' names."""
+    """Replace the linear layers with these weights by packed ones; return them by the weights' names.
+
+    ``dtype`` and ``shown`` are those of :class:`PackedLinear`.
+    """
     found: dict[str, PackedLinear] = {}
     for target in targets:
         path = target.removesuffix(".weight")
         parent, _, name = path.rpartition(".")
         layer = module.get_submodule(path)
         assert isinstance(layer, torch.nn.Linear)
-        found[target] = PackedLinear(layer, dtype, memory)
+        found[target] = PackedLinear(layer, dtype, memory, shown)
         setattr(module.get_submodule(parent), name, found[target])
     return found
 

@@ -62,6 +62,7 @@ def segments(client: Client, processes: Any) -> list[set[str]]:
     return [processes.memfds(worker.pid) - own for worker in client.status().workers]
 
 
+@pytest.mark.long
 def test_results_larger_than_the_sample_are_right_and_what_held_them_is_bounded(client, daemon, scale, processes):
     before = segments(client, processes)
     for number in range(3 * PROVIDED_PER_CLIENT):

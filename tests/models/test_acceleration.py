@@ -20,7 +20,7 @@ from xditd.ipc.status import ForwardPath
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
 FLUX = "FluxTransformer2DModel"
-COMPILED = [FLUX, pytest.param("WanTransformer3DModel", marks=pytest.mark.long)]
+COMPILED = (FLUX, "WanTransformer3DModel")
 MADE_WITHIN_S = 240.0
 
 
@@ -49,6 +49,7 @@ def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize("key", COMPILED)
 def test_blocks_are_compiled_and_stay_so_when_weights_are_swapped(daemon: RunningDaemon, key: str) -> None:
@@ -89,6 +90,7 @@ def test_a_loan_can_be_eager(daemon: RunningDaemon) -> None:
             client.lend({"weight": torch.zeros(2)}, acceleration="eager")
 
 
+@pytest.mark.long
 def test_the_status_has_a_table_of_paths(daemon: RunningDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     entry = ENTRIES[FLUX]
     module, given = entry.build(), entry.arguments(Random(3))

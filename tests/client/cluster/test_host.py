@@ -101,6 +101,7 @@ def test_errors_are_those_of_the_job(agent, models, hashes):
     assert not agent.report().running
 
 
+@pytest.mark.long
 def test_workers_and_daemons_that_restart(start_daemon, models, hashes):
     daemon = start_daemon(1)
     daemon.wait_ready()

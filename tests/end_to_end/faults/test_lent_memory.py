@@ -295,6 +295,7 @@ def test_a_file_whose_ctime_alone_moves(client, copied, good_job):
         good_job(client, loan)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_files_that_change_before_a_rebuild(daemon, client, files, copied, make_inputs, run, good_job, wait_until):
     """The rebuilt ranks compare with what was lent, too: by the digests that the daemon was told."""

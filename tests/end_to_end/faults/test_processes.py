@@ -189,8 +189,9 @@ def impatient(start_impatient) -> RunningDaemon:
     return start_impatient()
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_ended_at_the_deadline(rank, impatient, files, make_inputs, run, seed_bits, long_job):
     """The stopped rank hangs the other one in a collective."""
     with impatient.connect() as client, client.lend(files.transformer) as loan:

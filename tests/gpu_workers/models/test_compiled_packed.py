@@ -198,6 +198,7 @@ def test_packed_weights_count_as_parameters_of_blocks_and_for_their_precision() 
     assert computes_in_halves(model)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_blocks_with_packed_layers_give_what_eager_ones_give(tmp_path: Path) -> None:
     prepare()

@@ -119,6 +119,20 @@ def test_text_encoders_compute_in_float32_on_weights_dequantised_into_it(
         )
 
 
+@pytest.mark.parametrize("packed_format", ["int8_rows", "mxfp8", "plain"])
+@pytest.mark.parametrize("make", [clip_l_state_dict, t5_state_dict])
+def test_text_encoders_compute_in_float32_on_weights_dequantised_into_another_dtype(
+    rank: OneRank, direct: ModuleType, make: Any, packed_format: str
+) -> None:
+    """As on a plain file of the weights in that dtype."""
+    packed = pack(make(0), packed_format, torch.bfloat16)
+    tokens = torch.arange(2, 14)[None]
+    found, _ = direct.encode_text(lend(rank, "packed", packed.tensors, "bfloat16").model, tokens)
+    expected, _ = direct.encode_text(lend(rank, "plain", packed.meant).model, tokens)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_nan_in_the_table_of_a_t5_in_plain_fp8_counts_as_zero(rank: OneRank, direct: ModuleType) -> None:
     packed = pack(t5_state_dict(0), "plain", torch.float32)
     packed.tensors["shared.weight"][5, 3] = torch.nan
