@@ -1,4 +1,4 @@
-"""Find the packed weights of a checkpoint that is to be lent, and their companions, by markers, names and dtypes."""
+"""Find the packed weights of a checkpoint that is lent, and their companions, by markers, names and dtypes."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def find_packing(
 ) -> Packing:
     """Find the packed weights among ``tensors``, which are all of the checkpoint.
 
-    ``read`` returns the bytes of a marker, a few KiB. ``metadata`` has the file's name and the text of
-    ``_quantization_metadata``, for each file with one; ``known`` are the packed weights of GGUF files. Tensors of fp8
-    without a marker count as packed, too, whatever their number of dimensions.
+    ``read`` returns the bytes of a marker, a few KiB. ``metadata`` is a file's name and the text of its
+    ``_quantization_metadata``, for each file that has one; ``known`` are the packed weights of GGUF files. Tensors of
+    fp8 without a marker count as packed, too, whatever their number of dimensions.
 
     Raises:
         BadCheckpoint: a marker is malformed, two of them contradict each other, or a weight or its companions do not
