@@ -7,7 +7,7 @@ those of their layers to ``F.multi_head_attention_forward``. A tensor on meta in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class ShownWeight(torch.Tensor):
 
     _values: Callable[[], torch.Tensor]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    # Results are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -33,8 +34,6 @@ class ShownWeight(torch.Tensor):
         return shown
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(ShownWeight, lambda shown: shown._values(), (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
