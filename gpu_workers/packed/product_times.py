@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 from xditd.ipc.packed import PackedFormat
+
+ProductName = Literal["reference", "native", "kitchen"]
+PRODUCT_NAMES: Final[tuple[ProductName, ...]] = get_args(ProductName)
 
 ROWS: Final = 2048
 """Tokens of each product: a share of those of an image."""
