@@ -32,7 +32,7 @@ ACCELERATION = [
     f"At most {forward_paths.MAX_CAPTURED} graphs stay",
     f"captured again after {NUMBERS[forward_paths.RUNS_AFTER_LOSS + 1]} more calls",
     f"arguments of over {forward_paths.MAX_INPUT_BYTES // 2**30} GiB",
-    f"gets at most {NUMBERS[forward_paths.MAX_VALUES]} graphs",
+    f"gets at most {NUMBERS[forward_paths.MAX_VALUES]} cases",
     f"at most {compiled_graphs.MAX_ON_DISK} graphs",
     f"not used for {compiled_graphs.UNUSED_DAYS:.0f} days",
     f"{mib_of_heads_and_tokens(HEADS_BYTES[0])} MiB, doubled for larger sizes up to "
