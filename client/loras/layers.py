@@ -71,7 +71,7 @@ def group_layers(
     """Group the tensors of a LoRA. ``alpha_of`` reads the only element of the tensor of this name.
 
     Raises:
-        Unsupported: another adapter than LoRA, or no adapter.
+        Unsupported: another adapter than LoRA, no adapter, or factors in fp8.
         BadCheckpoint: a factor is missing, factors do not fit together, or an alpha is not finite.
     """
     formats = other_formats(tensors)
@@ -110,6 +110,13 @@ def group_layers(
     factors = {
         name: Matrix.of(tensors[name]) for each in found.values() for name in (each.tensors["down"], each.tensors["up"])
     }
+    in_float8 = [f"{name} is {each.dtype}" for name, each in factors.items() if each.dtype.startswith("float8")]
+    if in_float8:
+        raise Unsupported(
+            f"{label}: factors of a LoRA cannot be in fp8: lend its bfloat16 or float16 file, or a state dict of its "
+            f"tensors cast to bfloat16; {len(in_float8)} of {len(factors)} factors: {listed(in_float8)}",
+            names=in_float8,
+        )
     layers: list[LoraLayer] = []
     faults: list[str] = []
     for each in found.values():

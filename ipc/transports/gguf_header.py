@@ -122,7 +122,8 @@ def _check_version(reader: GgufReader) -> None:
     if version and version % 2**16 == 0:  # as ggml recognizes them: no version number is that large
         raise reader.refuse("a GGUF file in big-endian byte order; get the little-endian one, or convert it")
     if version not in _VERSIONS:
-        raise reader.refuse(f"a GGUF file of version {version}; versions 2 and 3 are read: get a newer file")
+        age = "a newer" if version < min(_VERSIONS) else "an older"
+        raise reader.refuse(f"a GGUF file of version {version}; versions 2 and 3 are read: get {age} file")
 
 
 def _read_infos(reader: GgufReader, count: int) -> list[_Info]:

@@ -161,7 +161,8 @@ def read_pairs(reader: GgufReader, count: int) -> GgufPairs:
             found.alignment = reader.number(4)
             if not MIN_ALIGNMENT <= found.alignment <= MAX_ALIGNMENT or found.alignment & (found.alignment - 1):
                 raise reader.refuse(
-                    f"{key} is {found.alignment}, not a power of 2 from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}"
+                    f"{key} is {found.alignment}, not a power of 2 from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}: get "
+                    "the file again"
                 )
         elif key == SPLIT_COUNT and kind in _INTEGERS:
             files = reader.number(_VALUE_BYTES[kind], is_signed=_INTEGERS[kind])

@@ -107,6 +107,11 @@ def test_factors_of_1x1_convolutions_are_matrices() -> None:
         ({f"{LAYER}.lora_B.weight": torch.ones(6)}, BadCheckpoint, r"are not two matrices"),
         ({f"{LAYER}.lora_B.weight": torch.ones(6, 4, 3, 3)}, BadCheckpoint, r"are not two matrices"),
         ({f"{LAYER}.lora_B.weight": torch.ones(6, 4, dtype=torch.int8)}, BadCheckpoint, r"is int8, not float32, bfl"),
+        (
+            {f"{LAYER}.lora_B.weight": torch.ones(6, 4).to(torch.float8_e4m3fn)},
+            Unsupported,
+            r"cannot be in fp8: lend its bfloat16 .* 1 of 2 factors: .*lora_B\.weight is float8_e4m3fn",
+        ),
         ({f"{LAYER}.lora_B.weight": None}, BadCheckpoint, r"has .*lora_A.weight and no up factor"),
         ({f"{LAYER}.alpha": torch.tensor(math.nan)}, BadCheckpoint, r"alpha nan with rank 4 is no scale"),
         ({f"{LAYER}.alpha": torch.tensor(math.inf)}, BadCheckpoint, r"alpha inf with rank 4 is no scale"),

@@ -208,9 +208,9 @@ Q4_K = packed_tensor("k", "q4_k", random_blocks("q4_k", 5, 256, 0), 256)
     ("content", "reason"),
     [
         (b"GGML" + bytes(100), "a GGUF file begins with b'GGUF'"),
-        (gguf_bytes([SMALL], version=1), "a GGUF file of version 1; versions 2 and 3 are read"),
+        (gguf_bytes([SMALL], version=1), "a GGUF file of version 1; versions 2 and 3 are read: get a newer file"),
         (gguf_bytes([SMALL], version=0), "a GGUF file of version 0;"),
-        (gguf_bytes([SMALL], version=4), "a GGUF file of version 4;"),
+        (gguf_bytes([SMALL], version=4), "a GGUF file of version 4; versions 2 and 3 are read: get an older file"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "in big-endian byte order"),
         (gguf_bytes([SMALL], tensor_count=0), "bytes follow the last tensor"),
         (gguf_bytes([SMALL], tensor_count=2), "tensor 2 of 2: a name has 1 to 512 characters"),
