@@ -34,8 +34,13 @@ ASSUMED_LEND_BYTES_PER_S: Final = 1e9
 LEND_S: Final = 0.2
 """What a lend takes beside its bytes."""
 
-_FRESH_S: Final = 1.0
+START_S: Final = 10.0
+"""What workers that are starting take until they serve; their daemon queues jobs meanwhile."""
+
+_FRESH_S: Final = 2.0
 """How old a report may be. A report that is newer costs a round trip; jobs sent since are counted here."""
+
+_LOOK_AGAIN_S: Final = 0.2
 
 P = TypeVar("P")
 Q = TypeVar("Q")
@@ -63,9 +68,13 @@ class _Known:
 
 
 class Router(Generic[P, Q]):
-    """Routes jobs to the hosts that ``set_hosts`` names. For any thread: each waits for its own job."""
+    """Routes jobs to the hosts that ``set_hosts`` names. For any thread: each waits for its own job.
 
-    def __init__(self) -> None:
+    A job waits up to ``wait_s`` for hosts that are lost: Ray restarts an agent within seconds.
+    """
+
+    def __init__(self, wait_s: float = 0.0) -> None:
+        self._wait_s = wait_s
         self._lock = threading.Lock()
         self._hosts: dict[str, HostHandle[P, Q]] = {}
         self._known: dict[str, _Known] = {}
@@ -98,7 +107,7 @@ class Router(Generic[P, Q]):
         first_error: XditdError | None = None
         tried: list[str] = []
         while True:
-            name = self._choose(job, tried, first_error)
+            name = self._wait_for_host(job, tried, first_error)
             try:
                 outcome, found = self._run_on(name, job, tensors)
                 error = outcome.error() if isinstance(outcome, Refused) else None
@@ -114,11 +123,27 @@ class Router(Generic[P, Q]):
             tried.append(name)
             self._forget_report(name)
 
-    def choose(self, job: Job, tried: list[str] | None = None) -> str:
-        """Return the host that a job would run on now."""
-        return self._choose(job, tried or [], None)
+    def choose(self, job: Job) -> str:
+        """Return the host that a job would run on now; errors are those of :meth:`run`."""
+        found = self._choose(job, [])
+        if isinstance(found, str):
+            return found
+        raise _no_host(job, found, None)
 
-    def _choose(self, job: Job, tried: list[str], first_error: XditdError | None) -> str:
+    def _wait_for_host(self, job: Job, tried: list[str], first_error: XditdError | None) -> str:
+        wait_s = self._wait_s if job.deadline_s is None else min(self._wait_s, job.deadline_s)
+        ends_s = time.monotonic() + wait_s
+        while True:
+            found = self._choose(job, tried)
+            if isinstance(found, str):
+                return found
+            may_come_back = not (found or tried) or any(isinstance(each, HostLost) for each in found.values())
+            if not may_come_back or time.monotonic() >= ends_s:
+                raise _no_host(job, found, first_error)
+            time.sleep(_LOOK_AGAIN_S)  # reports come from the hosts; nothing tells of a host that is back
+
+    def _choose(self, job: Job, tried: list[str]) -> str | dict[str, XditdError]:
+        """Return the best host, or why each cannot run the job."""
         self._ask(_FRESH_S)
         costs: dict[str, tuple[float, str]] = {}
         refusals: dict[str, XditdError] = {}
@@ -134,9 +159,7 @@ class Router(Generic[P, Q]):
                 if job.job_id in known.report.running:
                     return name  # an earlier router sent it there
                 costs[name] = (cost_s(known.report, list(known.sent.values()), job), name)
-        if costs:
-            return min(costs, key=lambda name: costs[name])
-        raise _no_host(job, refusals, first_error)
+        return min(costs, key=lambda name: costs[name]) if costs else refusals
 
     def _run_on(self, name: str, job: Job, tensors: P) -> tuple[Outcome, Q]:
         with self._counted(name, job) as host:
@@ -187,6 +210,7 @@ def cost_s(report: HostReport, sent: list[Job], job: Job) -> float:
     own = {each.job_id for each in sent}
     wait_s = sum(report.pace.get(each.transformer, mean_s / max(each.work, 1e-9)) * each.work for each in sent)
     wait_s += mean_s * (report.other_jobs + len(report.running.keys() - own))
+    wait_s += START_S if report.is_starting else 0.0
     promised = {digest for each in sent for digest in each.digests}
     bytes_per_s = report.lend_bytes_per_s or ASSUMED_LEND_BYTES_PER_S
     for digest in job.digests:
@@ -206,7 +230,7 @@ def _why_not(name: str, known: _Known, job: Job) -> XditdError | None:
     missing = [digest for digest in job.digests if digest not in report.files]
     if missing:
         return UnknownComponent(f"host {name}: no file of content {', '.join(missing)}", names=missing)
-    if not report.is_serving:
+    if not (report.is_serving or report.is_starting):
         return WorkersUnavailable(f"host {name}: {report.detail}")
     return None
 
