@@ -25,7 +25,9 @@ from xditd.ipc.errors import BadRequest, PeerError, Unsupported
 
 logger = logging.getLogger(__name__)
 
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_libc: Final = ctypes.CDLL(None)
 _REFUSED: Final = 2
 """The member's exit status if this host must not join."""
 
@@ -89,7 +91,7 @@ def join(membership: Membership) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     # What `ray start` started becomes a child of this process if `ray start` is killed, so that it can be ended.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     pause_s = _FIRST_PAUSE_S
     while not stopping.is_set():
         began_s = time.monotonic()
@@ -117,7 +119,12 @@ def _stay(membership: Membership, stopping: threading.Event) -> int | None:
         for command in (membership.ray_command(), membership.member_command()):
             processes.append(
                 subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
             )
         raylet, member = processes
@@ -126,6 +133,11 @@ def _stay(membership: Membership, stopping: threading.Event) -> int | None:
         return member.poll()
     finally:
         _end(processes)
+
+
+def _end_with_parent() -> None:
+    """Have this process, a child before exec, get SIGTERM when the join is killed: `ray start` then ends its Ray."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -161,10 +173,16 @@ def folders(search_path: str) -> tuple[Path, ...]:
     """Split a search path at its colons.
 
     Raises:
-        BadRequest: a folder does not exist.
+        BadRequest: a folder does not exist, or cannot be read.
     """
     found = tuple(user_path(each).absolute() for each in search_path.split(":") if each)
     for each in found:
-        if not each.exists():
-            raise BadRequest(f"search path {each}: does not exist on this host")
+        try:
+            each.stat()
+        except FileNotFoundError:
+            raise BadRequest(f"search path {each}: does not exist on this host") from None
+        except OSError as error:
+            raise BadRequest(f"search path {each}: {error.strerror}") from None
+        if not os.access(each, os.R_OK | (os.X_OK if each.is_dir() else 0)):
+            raise BadRequest(f"search path {each}: this user may not read it")
     return found

@@ -60,11 +60,15 @@ class HostHandle(Protocol[P_contra, Q_co]):
 
 @dataclass(eq=False)
 class _Known:
-    """What the router knows of a host: its last report, and the jobs sent since, by id, with their work."""
+    """What the router knows of a host: its last report, and the jobs sent since, by id, with their work.
+
+    ``gained`` are the contents of jobs that ended there since the report was asked for, with the time of that end.
+    """
 
     report: HostReport | None = None
     error: XditdError | None = None
     sent: dict[str, Job] = field(default_factory=dict)
+    gained: dict[str, float] = field(default_factory=dict)
 
 
 class Router(Generic[P, Q]):
@@ -158,12 +162,18 @@ class Router(Generic[P, Q]):
                 assert known.report is not None
                 if job.job_id in known.report.running:
                     return name  # an earlier router sent it there
-                costs[name] = (cost_s(known.report, list(known.sent.values()), job), name)
+                current = msgspec.structs.replace(known.report, resident=(*known.report.resident, *known.gained))
+                costs[name] = (cost_s(current, list(known.sent.values()), job), name)
         return min(costs, key=lambda name: costs[name]) if costs else refusals
 
     def _run_on(self, name: str, job: Job, tensors: P) -> tuple[Outcome, Q]:
         with self._counted(name, job) as host:
-            return host.run(job, tensors)
+            outcome, found = host.run(job, tensors)
+        if isinstance(outcome, Done):
+            with self._lock:
+                if name in self._known:
+                    self._known[name].gained.update(dict.fromkeys(job.digests, time.monotonic()))
+        return outcome, found
 
     @contextmanager
     def _counted(self, name: str, job: Job) -> Iterator[HostHandle[P, Q]]:
@@ -191,6 +201,7 @@ class Router(Generic[P, Q]):
                 if time.monotonic() - self._asked_s <= max_age_s:
                     return
                 hosts = dict(self._hosts)
+            began_s = time.monotonic()
             if hosts:
                 with ThreadPoolExecutor(len(hosts)) as pool:
                     found = list(pool.map(_report_of, hosts.values()))
@@ -200,6 +211,9 @@ class Router(Generic[P, Q]):
                             known = self._known[name]
                             known.error = each if isinstance(each, XditdError) else None
                             known.report = None if isinstance(each, XditdError) else each
+                            known.gained = {
+                                digest: ended_s for digest, ended_s in known.gained.items() if ended_s >= began_s
+                            }
             with self._lock:
                 self._asked_s = time.monotonic()
 

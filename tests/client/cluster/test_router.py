@@ -79,6 +79,22 @@ def test_of_hosts_that_wait_equally_the_one_with_the_weights_is_chosen() -> None
     assert routing(Host("a", resident=(A,)), Host("b", resident=(B,))).choose(job(transformer=B)) == "b"
 
 
+def test_a_host_that_ran_a_job_has_its_weights_before_it_reports_them() -> None:
+    hosts = [Host("a", other_jobs=1), Host("b")]
+    router = routing(*hosts)
+
+    def report_in_mid_job() -> None:
+        hosts[0].found, hosts[1].found = report("a"), report("b", other_jobs=1)
+        router.reports()
+
+    hosts[1].wait = report_in_mid_job
+    router.run(job(), "")
+    assert hosts[1].runs == ["j"]
+    assert router.choose(job()) == "b"  # the last report says that it has to lend the weights, and wait for a job
+    router.reports()
+    assert router.choose(job()) == "a"
+
+
 def test_a_queue_that_is_longer_than_a_lend_moves_the_job() -> None:
     # A lend takes 2.2 s: two jobs of 1 s before it take less, three take more.
     assert routing(Host("a", resident=(A,), other_jobs=2), Host("b")).choose(job()) == "a"

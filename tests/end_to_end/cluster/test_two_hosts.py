@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 ALL_JOBS_WITHIN_S = 240.0
 IN_FLIGHT = 16
+KILLS = 12
 ERRORS_OF_TWO_LOSSES = ("host_lost", "lease_lost", "workers_lost", "session_lost", "process_gone")
 
 
@@ -144,13 +145,13 @@ def test_each_of_200_jobs_is_answered_once_whatever_is_killed(cluster, driver, c
     network, hosts = cluster
     until_serving(network, hosts)
     seeds = [number % 8 for number in range(200)]
-    driver.send(op="submit", seeds=seeds, transformer=contents["transformer"], in_flight=IN_FLIGHT, pause_s=1.0)
+    driver.send(op="submit", seeds=seeds, transformer=contents["transformer"], in_flight=IN_FLIGHT, pause_s=2.0)
     is_answered = threading.Event()
     killed: list[str] = []
 
     def kill_at_random() -> None:
         chance = random.Random(1)
-        while not is_answered.wait(chance.uniform(1.0, 4.0)):
+        while len(killed) < KILLS and not is_answered.wait(chance.uniform(1.0, 4.0)):
             # The first three are of each kind.
             victim = ["router", "agent", "workers"][len(killed)] if len(killed) < 3 else chance.choice(killed[:3])
             host = hosts[0] if victim == "router" else chance.choice(hosts)
