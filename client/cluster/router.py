@@ -62,13 +62,29 @@ class HostHandle(Protocol[P_contra, Q_co]):
 class _Known:
     """What the router knows of a host: its last report, and the jobs sent since, by id, with their work.
 
-    ``gained`` are the contents of jobs that ended there since the report was asked for, with the time of that end.
+    ``ended`` are the jobs that ended there since the report was asked for, with the time of that end: the report may
+    still have them running. ``gained`` are the contents of those that succeeded, which the workers hold now.
     """
 
     report: HostReport | None = None
     error: XditdError | None = None
     sent: dict[str, Job] = field(default_factory=dict)
+    ended: dict[str, float] = field(default_factory=dict)
     gained: dict[str, float] = field(default_factory=dict)
+
+    def take(self, answer: HostReport | XditdError, asked_s: float) -> None:
+        """Replace the report by the answer to a question of the time ``asked_s``."""
+        self.error = answer if isinstance(answer, XditdError) else None
+        self.report = None if isinstance(answer, XditdError) else answer
+        self.ended = {job_id: ended_s for job_id, ended_s in self.ended.items() if ended_s >= asked_s}
+        self.gained = {digest: ended_s for digest, ended_s in self.gained.items() if ended_s >= asked_s}
+
+    def current(self) -> HostReport | None:
+        """Return the report with what has changed since."""
+        if self.report is None:
+            return None
+        running = {job_id: work for job_id, work in self.report.running.items() if job_id not in self.ended}
+        return msgspec.structs.replace(self.report, resident=(*self.report.resident, *self.gained), running=running)
 
 
 class Router(Generic[P, Q]):
@@ -159,34 +175,34 @@ class Router(Generic[P, Q]):
                 if why is not None:
                     refusals[name] = why
                     continue
-                assert known.report is not None
-                if job.job_id in known.report.running:
+                report = known.current()
+                assert report is not None
+                if job.job_id in report.running:
                     return name  # an earlier router sent it there
-                current = msgspec.structs.replace(known.report, resident=(*known.report.resident, *known.gained))
-                costs[name] = (cost_s(current, list(known.sent.values()), job), name)
+                costs[name] = (cost_s(report, list(known.sent.values()), job), name)
         return min(costs, key=lambda name: costs[name]) if costs else refusals
 
     def _run_on(self, name: str, job: Job, tensors: P) -> tuple[Outcome, Q]:
-        with self._counted(name, job) as host:
+        with self._counted(name, job) as (host, known):
             outcome, found = host.run(job, tensors)
-        if isinstance(outcome, Done):
-            with self._lock:
-                if name in self._known:
-                    self._known[name].gained.update(dict.fromkeys(job.digests, time.monotonic()))
-        return outcome, found
+            if isinstance(outcome, Done):
+                with self._lock:
+                    known.gained.update(dict.fromkeys(job.digests, time.monotonic()))
+            return outcome, found
 
     @contextmanager
-    def _counted(self, name: str, job: Job) -> Iterator[HostHandle[P, Q]]:
+    def _counted(self, name: str, job: Job) -> Iterator[tuple[HostHandle[P, Q], _Known]]:
         with self._lock:
             host, known = self._hosts.get(name), self._known.get(name)
             if host is None or known is None:
                 raise HostLost(f"host {name}: it has left the cluster")
             known.sent[job.job_id] = job
         try:
-            yield host
+            yield host, known
         finally:
             with self._lock:
                 known.sent.pop(job.job_id, None)
+                known.ended[job.job_id] = time.monotonic()
 
     def _forget_report(self, name: str) -> None:
         with self._lock:
@@ -208,12 +224,7 @@ class Router(Generic[P, Q]):
                 with self._lock:
                     for name, each in zip(hosts, found, strict=True):
                         if name in self._known:
-                            known = self._known[name]
-                            known.error = each if isinstance(each, XditdError) else None
-                            known.report = None if isinstance(each, XditdError) else each
-                            known.gained = {
-                                digest: ended_s for digest, ended_s in known.gained.items() if ended_s >= began_s
-                            }
+                            self._known[name].take(each, began_s)
             with self._lock:
                 self._asked_s = time.monotonic()
 

@@ -84,15 +84,15 @@ def test_a_host_that_ran_a_job_has_its_weights_before_it_reports_them() -> None:
     router = routing(*hosts)
 
     def report_in_mid_job() -> None:
-        hosts[0].found, hosts[1].found = report("a"), report("b", other_jobs=1)
+        hosts[0].found, hosts[1].found = report("a"), report("b", running={"j": 10.0, "k": 10.0})
         router.reports()
 
     hosts[1].wait = report_in_mid_job
     router.run(job(), "")
     assert hosts[1].runs == ["j"]
-    assert router.choose(job()) == "b"  # the last report says that it has to lend the weights, and wait for a job
+    assert router.choose(job("next")) == "b"  # the last report says that it has to lend the weights, and wait for two jobs
     router.reports()
-    assert router.choose(job()) == "a"
+    assert router.choose(job("next")) == "a"
 
 
 def test_a_queue_that_is_longer_than_a_lend_moves_the_job() -> None:

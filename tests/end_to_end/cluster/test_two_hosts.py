@@ -218,6 +218,30 @@ def test_a_head_that_is_killed_does_not_disturb_local_clients_and_the_cluster_he
         driver.close()
 
 
+def test_a_join_that_is_killed_leaves_no_process_and_joins_again(cluster):
+    network, hosts = cluster
+    until_serving(network, hosts)
+    before = hosts[1].pids().keys()
+    assert len(before) > 3  # Ray, the member process and the agent
+    hosts[1].process.kill()
+    hosts[1].process.wait()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before), "all processes to end")
+    hosts[1].join()
+    until_serving(network, hosts)
+
+
+def test_two_joins_of_one_name_on_one_host(cluster):
+    network, hosts = cluster
+    until_serving(network, hosts)
+    second = ClusterHost(network, 1, hosts[1].daemon, hosts[1].models)
+    began = second.log.stat().st_size
+    second.join()
+    assert second.process is not None
+    assert second.process.wait(timeout=180) == 1
+    assert "the host at 10.77.0.2 has it; choose another one by --name" in second.log.read_text()[began:]
+    until_serving(network, hosts)
+
+
 def test_a_host_leaves(cluster):
     network, hosts = cluster
     done = network.ask(0, "leave", "--name", "b")
