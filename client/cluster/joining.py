@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import hashlib
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -81,8 +84,31 @@ def join(membership: Membership) -> bool:
     """Join, and stay until a signal ends this process or the host leaves; returns whether it has left.
 
     Raises:
+        BadRequest: another join of this user has joined this host by this name.
         PeerError: this host was refused; the member process has logged why.
     """
+    with _claim(membership.name):
+        return _stay_joined(membership)
+
+
+def _claim(name: str) -> socket.socket:
+    """Claim the name on this host, until the socket is closed or this process ends, however it ends."""
+    # An abstract socket belongs to a network namespace, as a host's address does, and leaves no file behind.
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()  # a name may be longer than an address
+        claim.bind(f"\0xditd-cluster-{os.getuid()}-{digest}")
+    except OSError as error:
+        claim.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise BadRequest(
+            f"name {name!r}: another `xditd cluster join` on this host has it; end it, or choose another by --name"
+        ) from None
+    return claim
+
+
+def _stay_joined(membership: Membership) -> bool:
     stopping = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:

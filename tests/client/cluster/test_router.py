@@ -90,7 +90,9 @@ def test_a_host_that_ran_a_job_has_its_weights_before_it_reports_them() -> None:
     hosts[1].wait = report_in_mid_job
     router.run(job(), "")
     assert hosts[1].runs == ["j"]
-    assert router.choose(job("next")) == "b"  # the last report says that it has to lend the weights, and wait for two jobs
+    assert (
+        router.choose(job("next")) == "b"
+    )  # the last report says that it has to lend the weights, and wait for two jobs
     router.reports()
     assert router.choose(job("next")) == "a"
 

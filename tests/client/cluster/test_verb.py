@@ -89,6 +89,13 @@ def test_misuse_is_named(arguments, text, capsys):
     assert text in capsys.readouterr().err
 
 
+def test_a_name_is_joined_once_on_a_host_until_that_join_ends():
+    refused = pytest.raises(BadRequest, match="name 'a': another `xditd cluster join` on this host has it")
+    with joining._claim("a"), joining._claim("b" * 300), refused:
+        joining._claim("a")
+    joining._claim("a").close()
+
+
 def test_a_search_path_has_existing_folders(tmp_path):
     assert joining.folders(f"{tmp_path}:{tmp_path}") == (tmp_path, tmp_path)
     with pytest.raises(BadRequest, match="does not exist on this host"):
