@@ -105,7 +105,7 @@ def _is_kitchen_right(x: torch.Tensor, packed: PackedTensor) -> bool:
     try:
         found = kitchen_product(x, packed, None)
         halves = [kitchen_product(half, packed, None) for half in x.split([ROWS // 2 - 1, ROWS // 2 + 1])]
-    except Exception:  # noqa: BLE001  # whatever its backends raise on a card that they do not support
+    except Exception:  # noqa: BLE001  # whatever its backends raise on a GPU that they do not support
         return False
     expected = native_product(x, packed, None).float()
     error = (found.float() - expected).norm() / expected.norm()
