@@ -6,13 +6,13 @@
     python benchmarks/run.py modules --device cpu --small
 
 Weights are random, made on the first GPU. The class in this process and the daemon's worker use the same tensors, in
-turns. Prints the medians of one call in ms and their ratio, a call among calls in a row, the time to lend, the memory that the worker takes, whether
-the results have the same bits, the spread of calls (longest by shortest), and the processor time of the busiest worker
-for each call (``host_ms``). Calls are timed once the workers have chosen how the model runs; ``ready_s`` is when they
-had: a second run of this command finds compiled graphs on disk. With ``--swap`` two models of the class are called in
-turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on, and the GPU
-memory that these took more. With ``--profile`` each rank's kernels of one call are summed up, with the share of its
-time in which none runs (``gaps``).
+turns. Prints the medians of one call in ms and their ratio, one of calls in a row (``in_a_row_ms``), the time to lend,
+the memory that the worker takes, whether the results have the same bits, the spread of calls (longest by shortest), and
+the processor time of the busiest worker for each call (``host_ms``). Calls are timed once the workers have chosen how
+the model runs; ``ready_s`` is when they had: a second run of this command finds compiled graphs on disk. With
+``--swap`` two models of the class are called in turns; ``swap`` has the first calls of a turn by the last one, medians
+of the turns from the third on, and the GPU memory that these took more. With ``--profile`` each rank's kernels of one
+call are summed up, with the share of its time in which none runs (``gaps``).
 
 Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
 """

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
+
+NameT = TypeVar("NameT", bound=str)
 
 _WARM_UPS: Final = 2
 _REPEATS: Final = 7
@@ -18,18 +20,18 @@ _AHEAD_CYCLES: Final = 10_000_000
 
 
 def times_ms(
-    ways: Mapping[str, Callable[[], object]],
+    ways: Mapping[NameT, Callable[[], object]],
     device: torch.device,
     *,
     repeats: int = _REPEATS,
     ahead_cycles: int = _AHEAD_CYCLES,
-) -> dict[str, float]:
+) -> dict[NameT, float]:
     """Time each way in turns, so that a change of the clock rate meets all; return the medians in milliseconds.
 
     A GPU waits for ``ahead_cycles`` before the calls of a way, until the host has launched all: in a forward the host
     is ahead, too.
     """
-    took: dict[str, list[float]] = {name: [] for name in ways}
+    took: dict[NameT, list[float]] = {name: [] for name in ways}
     for number in range(_WARM_UPS + repeats):
         for name, way in ways.items():
             one_ms = _time_ms(way, device, ahead_cycles)

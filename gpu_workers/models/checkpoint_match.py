@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from xditd.gpu_workers.models.cached_model import CachedModel
@@ -117,6 +118,12 @@ class CheckpointMatch:
     def facts(self, manifest: Manifest) -> ComponentFacts:
         """Return the facts that clients get of a component."""
         model, kind = self.model, self.family.kind
+        read = self.read_names  # of a file with several components, those of this one
+        used = msgspec.structs.replace(
+            manifest,
+            tensors=tuple(spec for spec in manifest.tensors if spec.name in read),
+            packed=tuple(self.packed.values()),
+        )
         transformer = vae = text_encoder = None
         if kind == "transformer":
             transformer = model.operations_for(kind).facts(self.config, model.layout)
@@ -129,8 +136,8 @@ class CheckpointMatch:
             class_name=class_of(model.module),
             kind=ComponentKind(kind),
             dtype=dtype_name(self.dtype),
-            bytes_by_dtype=manifest.bytes_by_dtype,
-            bytes_by_format=manifest.bytes_by_format,
+            bytes_by_dtype=used.bytes_by_dtype,
+            bytes_by_format=used.bytes_by_format,
             scratch_bytes=model.scratch_bytes,
             transformer=transformer,
             vae=vae,

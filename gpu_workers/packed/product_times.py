@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
 from xditd.ipc.packed import PackedFormat
+
+ProductName = Literal["reference", "native", "kitchen"]
+PRODUCT_NAMES: Final[tuple[ProductName, ...]] = get_args(ProductName)
 
 ROWS: Final = 2048
 """Tokens of each product: a share of those of an image."""
@@ -95,7 +98,7 @@ def _is_kitchen_right(x: torch.Tensor, packed: PackedTensor) -> bool:
     try:
         found = kitchen_product(x, packed, None)
         halves = [kitchen_product(half, packed, None) for half in x.split([ROWS // 2 - 1, ROWS // 2 + 1])]
-    except Exception:  # noqa: BLE001  # whatever its backends raise on a card that they do not support
+    except Exception:  # noqa: BLE001  # whatever its backends raise on a GPU that they do not support
         return False
     expected = native_product(x, packed, None).float()
     error = (found.float() - expected).norm() / expected.norm()

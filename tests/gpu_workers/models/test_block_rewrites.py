@@ -86,7 +86,8 @@ def test_a_product_with_gelu_rounds_once_less() -> None:
 
 def test_rotations_are_computed_in_real_numbers() -> None:
     graph = rotary()
-    assert not {"view_as_complex", "mul_complex"} & set(names(graph, rewritten=True))
+    assert "view_as_complex" in names(graph, rewritten=False)
+    assert "view_as_complex" not in names(graph, rewritten=True)
     given = [torch.randn(each.shape, dtype=each.dtype) for each in graph.inputs]
     module = graph.to_torch()
     (expected,) = module(*given)
