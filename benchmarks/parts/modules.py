@@ -12,7 +12,8 @@ the processor time of the busiest worker for each call (``host_ms``). Calls are 
 the model runs; ``ready_s`` is when they had: a second run of this command finds compiled graphs on disk. With
 ``--swap`` two models of the class are called in turns; ``swap`` has the first calls of a turn by the last one, medians
 of the turns from the third on, and the GPU memory that these took more. With ``--profile`` each rank's kernels of one
-call are summed up, with the share of its time in which none runs (``gaps``).
+call are summed up, with the share of its time in which none runs (``gaps``), these by their length, and the three
+longest with the kernels around them.
 
 Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
 """
@@ -364,6 +365,10 @@ def print_profiles(found: dict[tuple[str, str], dict[str, Any]]) -> None:
             kinds = ", ".join(f"{kind} {took:.1f} ms" for kind, took in each["kinds_ms"].items())
             about = f"{each['length_ms']} ms, gaps {each['gaps']:.1%}, {each['kernels']} kernels: {kinds}"
             rows = [(f"{took:.2f} ms", str(count), kernel) for took, count, kernel in each["top"]]
+            rows += [(f"{of['ms']:.3f} ms", str(of["count"]), f"gaps {size}") for size, of in each["gaps_of"].items()]
+            rows += [
+                (f"{took} us", "", f"gap from {before} to {after}") for took, before, after in each["largest_gaps"]
+            ]
             print_table(f"{name}, {acceleration}, {rank}: {about}", rows)
 
 
