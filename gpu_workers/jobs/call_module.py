@@ -122,9 +122,8 @@ def _begin(
     written = _WrittenTensors(parts)
     stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
     numerics = job.numerics or Numerics()
-    settings.enter_context(use_numerics(numerics, context.device))
     settings.enter_context(loras.switched_on())
-    run_part = partial(_run_part, component, job.method)
+    run_part = partial(_run_part, component, job.method, numerics)
     rows = ModuleRows(
         component.class_model, job.method, numerics, run_part, context.held.shares, is_eager=loras.changes
     )
@@ -173,12 +172,14 @@ def _note_finite(results: Sequence[Any], describer: ResultDescriber) -> FiniteCh
     return finite
 
 
-def _run_part(component: Component, method: str, arguments: Mapping[str, Any]) -> Any:
+def _run_part(component: Component, method: str, numerics: Numerics, arguments: Mapping[str, Any]) -> Any:
+    """Run a method of the class. The numerics are set here: a graph has them, and its replay sets none."""
     model = component.class_model
     call = model.module if method == "forward" else getattr(model.module, method)
     before = _random_states(model.device)
     try:
-        result = call(**arguments)
+        with use_numerics(numerics, model.device):
+            result = call(**arguments)
     except (torch.OutOfMemoryError, XditdError):
         raise
     except Exception as error:  # whatever the class raises for arguments that do not fit it
