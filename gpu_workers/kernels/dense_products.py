@@ -1,4 +1,4 @@
-"""Products of plain weights in half precision: torch's, or those of cuBLASLt without a workspace where they are as fast.
+"""Products of plain weights in half precision: torch's, or, where as fast, those of cuBLASLt without a workspace.
 
 Both have the same bits, or torch's stays. A kind of product is torch's until :func:`measure_pending` has timed it, once
 in the life of the process, so that no forward waits for that.
