@@ -1,8 +1,8 @@
 """Matrix products by cuBLASLt without a workspace, for which torch has no argument.
 
 With a workspace cuBLAS takes kernels that schedule their tiles by a counter in memory, which a memset has to clear
-before each of them: in a CUDA graph this costs 5 to 15 us a product. Without one it takes kernels whose schedule is
-fixed. Constants and structures are those of ``cublasLt.h`` of CUDA 12 and 13.
+before each of them, also in a CUDA graph. Without one it takes kernels whose schedule is fixed. Constants and
+structures are those of ``cublasLt.h`` of CUDA 12 and 13.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def mib_of_heads_and_tokens(heads_bytes: int) -> int:
 
 
 ACCELERATION = [
-    f"at least {1 - dense_products._FASTER:.0%} faster".replace("%", " %"),
+    f"at most {dense_products._AS_FAST} of torch's time",
     f"at least {path_choice.HOST_SHARE:.0%} of a forward".replace("%", " %"),
     f"needs at least {path_choice.LIMITING_SHARE:.0%} of the time".replace("%", " %"),
     f"{split_checks.TOLERANCE:.0e} in float32".replace("e-0", "e-"),
