@@ -97,7 +97,8 @@ def describe(
     its class does, in any case. ``replaced`` are attributes of the module that are left out of the description, and
     ``base_layers`` paths of layers of PEFT, in whose place their base layers are lent.
     ``acceleration`` is how forwards of such a module run on GPUs. ``compute_dtype`` is the dtype into which workers
-    dequantise packed weights; without it, they take the half precision of most plain weights, or bfloat16.
+    dequantise packed weights; without it, they take float32 in text encoders of a family, else the half precision of
+    most plain weights, or bfloat16.
 
     Raises:
         BadCheckpoint: a file is not a valid safetensors or GGUF file, the files of a folder or an index are not

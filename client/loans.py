@@ -231,7 +231,7 @@ def component_id_of(component: Loan | str, kind: ComponentKind) -> str:
     if component.kind is ComponentKind.MODULE:
         raise BadRequest(
             f"{kind.value}: {component.label} was lent to run as its class, by client.call(); for this job lend a "
-            f"{kind.value} of a family (FLUX.1, Z-Image), without as_class"
+            f"{kind.value} of a family (docs/models.md lists them), without as_class"
         )
     raise BadRequest(f"{kind.value}: {component.label} is a {component.kind.value}; name a {kind.value}")
 

@@ -27,8 +27,9 @@ OLD_MARKER: Final = "scaled_fp8"
 METADATA: Final = "_quantization_metadata"
 
 MAX_MARKER_BYTES: Final = 4_096
-"""The JSON of one layer; those in use have 28 to 100 bytes."""
+"""The longest JSON of one layer; those in use have 28 to 100 bytes."""
 _OLD_SIZES: Final = (0, 1, 2)
+"""How many elements a marker ``scaled_fp8`` may have."""
 
 _FORMATS: Final[Mapping[str, PackedFormat]] = {
     "float8_e4m3fn": "float8",
@@ -37,11 +38,11 @@ _FORMATS: Final[Mapping[str, PackedFormat]] = {
     "mxfp8": "mxfp8",
     "nvfp4": "nvfp4",
 }
-_STORED_AS: Final = {"float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e5m2"}
-_TELL_NOTHING: Final = frozenset({"orig_dtype", "orig_shape", "per_row", "group_size"})
+_REDUNDANT: Final = frozenset({"orig_dtype", "orig_shape", "per_row", "group_size"})
 """Parameters that repeat what shapes show, or say what the weights were before."""
 _KNOWN: Final = frozenset({"format", "params", "full_precision_matrix_mult", "convrot", "convrot_groupsize"})
-_GROUP: Final = 256
+_DEFAULT_GROUP: Final = 256
+"""The group of a rotated layer whose marker names none, as in ComfyUI."""
 
 
 def name_in_markers(packed_format: PackedFormat, dtype: str) -> str:
@@ -62,7 +63,7 @@ class LayerFormat:
 
 
 def marker_names(names: Iterable[str]) -> list[str]:
-    """Return the names of tensors that only describe others."""
+    """Return the names of markers among the names of tensors."""
     return [name for name in names if name.endswith(MARKER) or is_old_marker(name)]
 
 
@@ -144,7 +145,7 @@ def _layer_format(what: str, config: object) -> LayerFormat:
     if not isinstance(inner, dict):
         raise BadCheckpoint(f"{what}: params {reprlib.repr(inner)} are not a JSON object")
     known = _KNOWN if packed_format == "int8" else _KNOWN - {"convrot", "convrot_groupsize"}
-    unknown = sorted(set(config) - known - _TELL_NOTHING | set(inner) - known - _TELL_NOTHING)
+    unknown = sorted((set(config) | set(inner)) - known - _REDUNDANT)
     if unknown:
         raise Unsupported(
             f"{what}: the parameters {', '.join(map(reprlib.repr, unknown[:5]))} of {name} are not known: lend another "
@@ -154,11 +155,11 @@ def _layer_format(what: str, config: object) -> LayerFormat:
     given = inner | config
     group = 0
     if _flag(what, given, "convrot"):
-        packed_format, group = "int8_convrot", given.get("convrot_groupsize", _GROUP)
+        packed_format, group = "int8_convrot", given.get("convrot_groupsize", _DEFAULT_GROUP)
         if type(group) is not int or not 0 < group <= MAX_GROUP:
             raise BadCheckpoint(f"{what}: convrot_groupsize {reprlib.repr(group)} is not a number of 1 to {MAX_GROUP}")
     quantises_input = not _flag(what, given, "full_precision_matrix_mult")
-    return LayerFormat(packed_format, group, quantises_input, _STORED_AS.get(name or ""))
+    return LayerFormat(packed_format, group, quantises_input, name if packed_format == "float8" else None)
 
 
 def _flag(what: str, config: Mapping[str, object], name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Find the packed weights of a checkpoint that is to be lent, and their companions, by markers, names and dtypes."""
+"""Find the packed weights of a checkpoint that is lent, and their companions, by markers, names and dtypes."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def find_packing(
 ) -> Packing:
     """Find the packed weights among ``tensors``, which are all of the checkpoint.
 
-    ``read`` returns the bytes of a marker, a few KiB. ``metadata`` has the file's name and the text of
-    ``_quantization_metadata``, for each file with one; ``known`` are the packed weights of GGUF files. Tensors of fp8
-    without a marker count as packed, too, whatever their number of dimensions.
+    ``read`` returns the bytes of a marker, a few KiB. ``metadata`` is a file's name and the text of its
+    ``_quantization_metadata``, for each file that has one; ``known`` are the packed weights of GGUF files. Tensors of
+    fp8 without a marker count as packed, too, whatever their number of dimensions.
 
     Raises:
         BadCheckpoint: a marker is malformed, two of them contradict each other, or a weight or its companions do not
@@ -141,8 +141,12 @@ def _described_layers(
     for where, text in metadata:
         named = packed_markers.read_metadata(text, where)
         for layer, described in zip(_find_layers(named, tensors), named.values(), strict=True):
-            if layer is not None:  # else it is of a part that this checkpoint does not have
-                found[layer] = described
+            # Without a layer it is of a part that this checkpoint does not have.
+            if layer is not None and found.setdefault(layer, described) != described:
+                raise BadCheckpoint(
+                    f"{METADATA} of {where} says of {layer} {described}, and elsewhere {found[layer]}: get the files "
+                    "again, of one revision"
+                )
     for name in markers:
         if packed_markers.is_old_marker(name):
             continue
@@ -221,4 +225,12 @@ def _companions(layer: str, tensors: Mapping[str, TensorLike]) -> _Companions:
             raise Unsupported(
                 f"tensor {layer + end}, {what}, cannot be applied: lend another file of this model", names=[layer + end]
             )
-    return _Companions(*(next((layer + end for end in ends if layer + end in tensors), None) for ends in _ENDS))
+    given = [[layer + end for end in ends if layer + end in tensors] for ends in _ENDS]
+    twice = next((names for names in given if len(names) > 1), None)
+    if twice is not None:
+        raise BadCheckpoint(
+            f"tensors {' and '.join(twice)} are both the same scale of {layer}{_WEIGHT}, in a new and an old name: "
+            "lend another file of this model",
+            names=twice,
+        )
+    return _Companions(*(names[0] if names else None for names in given))

@@ -71,7 +71,7 @@ class TextEncoding:
     """The output of a text encoder in float32, on the device of the token ids; the caller owns it.
 
     ``hidden_states`` (batch, tokens, width) are the last layer after the final norm. ``pooled`` (batch, width), if
-    requested, is the state at the first end-of-text token, not projected, as FLUX.1 takes it.
+    requested, is the state at the first end-of-text token, before any projection.
     """
 
     hidden_states: torch.Tensor

@@ -156,8 +156,9 @@ class ComponentFacts(Described, frozen=True, kw_only=True):
     dtype: DType
     """The dtype of most elements, to which a transformer's tensors are cast."""
     bytes_by_dtype: Annotated[dict[DType, Bytes], msgspec.Meta(max_length=16)]
+    """Bytes of the tensors that it reads, by dtype."""
     bytes_by_format: Formats = msgspec.field(default_factory=dict)
-    """Bytes of packed weights with their companions, by format."""
+    """Bytes of those of its packed weights with their companions, by format."""
     scratch_bytes: Bytes = 0
     """The size of the buffer into which a rank dequantises one packed weight at a time; all components share it."""
     transformer: TransformerFacts | None = None

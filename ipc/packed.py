@@ -50,7 +50,7 @@ PackedFormat = Literal[
 
 
 class GgufBlock(NamedTuple):
-    """The numbers of one block along a row, and the bytes that hold them."""
+    """How many numbers of a row are in one block, and how many bytes it takes."""
 
     numbers: int
     size_bytes: int
@@ -77,7 +77,7 @@ TILE_ROWS: Final = 128
 TILE_COLUMNS: Final = 4
 
 MAX_GROUP: Final = 4**5
-"""The rotation of a group is a matrix of its size, here 4 MiB; files in use have groups of 256."""
+"""The largest group of ``int8_convrot``: its rotation takes 4 MiB in float32. Files in use have groups of 256."""
 
 _STORED: Final[Mapping[str, tuple[str, ...]]] = {
     "float8": ("float8_e4m3fn", "float8_e5m2"),
@@ -147,20 +147,22 @@ class PackedWeight(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
     @property
     def rows(self) -> int:
+        """The first side of the logical shape; 1 for a number."""
         return self.shape[0] if self.shape else 1
 
     @property
     def columns(self) -> int:
+        """The numbers of one row."""
         return math.prod(self.shape[1:])
 
     @property
     def row_step(self) -> int:
-        """Rows from which a slice may start so that it is a view of the weight and of every companion."""
+        """The step of rows at which a slice may start, so that it is a view of the weight and of every companion."""
         return TILE_ROWS if self.format in SCALED_COLUMNS else 1
 
 
 def tiled_shape(rows: int, columns: int, shared_by: int) -> tuple[int, int]:
-    """Return the shape of scales in tiles, each of which ``shared_by`` columns share."""
+    """Return the shape of scales in tiles, where ``shared_by`` columns share a scale."""
     return -(-rows // TILE_ROWS) * TILE_ROWS, -(-columns // (shared_by * TILE_COLUMNS)) * TILE_COLUMNS
 
 
@@ -264,5 +266,5 @@ def _stored_faults(packed: PackedWeight, tensors: Mapping[str, TensorLike]) -> I
         if companion.dtype not in accepted:
             yield f"has the {field} {name} in {companion.dtype}: it has to be {' or '.join(accepted)}"
         if tuple(companion.shape) not in shapes:
-            expects = " or ".join(str(list(shape)) for shape in (shapes[0], *shapes[3:4]))
+            expects = " or ".join(str(list(shape)) for shape in (shapes[0], *shapes[3:4]))  # one, or one for each row
             yield f"has the {field} {name} of shape {list(companion.shape)}: it has to be {expects}"

@@ -14,7 +14,7 @@ import torch
 
 from xditd.client.comfyui.families import adapter_of_model, titles
 from xditd.client.comfyui.naming import name_of
-from xditd.client.comfyui.packed_tensors import HeldTensors, find_packed, hold
+from xditd.client.comfyui.packed_tensors import LendableTensors, find_packed, lendable_tensors
 from xditd.client.comfyui.patcher import (
     PREFIX,
     WRAPPER_KEY,
@@ -55,10 +55,10 @@ def accelerate(patcher: Any) -> RemotePatcher:
     family.check_config(model.model_config, _label(patcher))
     ours = _remote_models.get(model)
     if ours is None:
-        held = _held_tensors(patcher)
+        lendable = _lendable_of(patcher)
         compute = model.manual_cast_dtype or model.get_dtype()
-        weights = make_weights(held, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False, dtype=compute)
-        shapes = held.logical(compute)
+        weights = make_weights(lendable, ComponentKind.TRANSFORMER, _label(patcher), is_whole=False, dtype=compute)
+        shapes = lendable.logical(compute)
         ours = _remote_models[model] = make_transformer_patcher(
             build_weightless(model.model_config, shapes, _operations_of(model)), weights, family
         )
@@ -87,7 +87,7 @@ def _is_same_sampling(sampling: Any, own: Any) -> bool:
     return have_same_steps(sampling, own) and torch.equal(sampling.sigmas.cpu(), own.sigmas.cpu())
 
 
-def _held_tensors(patcher: Any) -> HeldTensors:
+def _lendable_of(patcher: Any) -> LendableTensors:
     """Describe the unpatched tensors of a stock MODEL, over the memory that holds them.
 
     Layers of mixed precision name their tensors as files do. With DynamicVRAM, tensors that ComfyUI casts to fp8 when
@@ -98,7 +98,7 @@ def _held_tensors(patcher: Any) -> HeldTensors:
     packing = find_packed(tensors, _label(patcher))
     described = {name for each in packing.packed if each.companions for name in each.names}
     tensors = cast_as_stock(tensors, names_in(module, FLOAT8), described | packing.markers)
-    return hold(tensors, find_packed(tensors, _label(patcher)), functools.partial(_quantises_input, module))
+    return lendable_tensors(tensors, find_packed(tensors, _label(patcher)), functools.partial(_quantises_input, module))
 
 
 def _base_tensors(patcher: Any) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ import folder_paths
 import torch
 
 from xditd.client.comfyui.connections import connect
-from xditd.client.comfyui.packed_tensors import HeldTensors
+from xditd.client.comfyui.packed_tensors import LendableTensors
 from xditd.client.comfyui.patcher import build_weightless, config_of, make_transformer_patcher, plain_names
 from xditd.client.comfyui.stock_dtypes import WeightDtype, compute_dtype
 from xditd.client.comfyui.weights import Edit, RemoteWeights
@@ -136,7 +136,7 @@ def make_gguf_model(path: str, choice: WeightDtype) -> Any:
     dtype = compute_dtype(config, shapes, choice, is_mixed=True)
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
-    model = build_weightless(config, HeldTensors(config.process_unet_state_dict(shapes)).logical(dtype))
+    model = build_weightless(config, LendableTensors(config.process_unet_state_dict(shapes)).logical(dtype))
     weights = GgufWeights(path, ComponentKind.TRANSFORMER, shapes, size, dtype)
     return make_transformer_patcher(model, weights, family)
 

@@ -32,14 +32,16 @@ if TYPE_CHECKING:
     import torch
 
 _WEIGHT: Final = ".weight"
-_ENDS: Final = {"scale": "_scale", "scale_2": "_scale_2", "input_scale": "input_scale"}
+_ENDS: Final = {"scale": "_scale", "scale_2": "_scale_2"}
+"""What follows a weight's name in the names of its companions; the scale of the input has the layer's name instead."""
 
 
 @dataclass(frozen=True)
-class HeldTensors:
-    """What is lent of one model. ``packed`` are the packed weights by name; ``tensors`` has their companions, too.
+class LendableTensors:
+    """The tensors of one model in the form in which they are lent, by name.
 
-    ``markers`` are lent beside ``tensors``, and only say what these are. ``tables`` are those of ``packed`` that are
+    ``packed`` describes the packed weights among ``tensors``, which has their companions, too. ``markers`` are lent
+    beside ``tensors``, and only say what these are. ``tables`` are those of ``packed`` that are
     tables with scales, of which rows are looked up: stock patches them in another way than layers.
     """
 
@@ -56,7 +58,7 @@ class HeldTensors:
         """Return a tensor and its companions."""
         return [self.tensors[each] for each in self.group(name)]
 
-    def renamed(self, names: Mapping[str, str]) -> HeldTensors:
+    def renamed(self, names: Mapping[str, str]) -> LendableTensors:
         """Return the same tensors by other names; ``names`` has the new one of each."""
         packed = {
             names[name]: msgspec.structs.replace(
@@ -65,7 +67,7 @@ class HeldTensors:
             for name, each in self.packed.items()
         }
         layers = {name.removesuffix(_WEIGHT): new.removesuffix(_WEIGHT) for name, new in names.items()}
-        return HeldTensors(
+        return LendableTensors(
             {names[name]: tensor for name, tensor in self.tensors.items()},
             packed,
             {layers[name.removesuffix(MARKER)] + MARKER: marker for name, marker in self.markers.items()},
@@ -110,15 +112,15 @@ def is_mixed(packing: Packing) -> bool:
     return bool(packing.markers) or any(each.companions for each in packing.packed)
 
 
-def hold(
+def lendable_tensors(
     tensors: Mapping[str, torch.Tensor], packing: Packing, quantises_input: Callable[[PackedWeight], bool]
-) -> HeldTensors:
+) -> LendableTensors:
     """Bring a checkpoint into the form in which it is lent; weights are not copied.
 
     ``quantises_input`` returns whether stock ComfyUI quantises the input of a layer, whatever its file allows.
     """
     kept = {name: tensor for name, tensor in tensors.items() if name not in packing.markers}
-    held = HeldTensors(kept)
+    lendable = LendableTensors(kept)
     for packed in packing.packed:
         layer = packed.weight.removesuffix(_WEIGHT)
         names: dict[str, str] = {}
@@ -126,11 +128,11 @@ def hold(
             names[role] = f"{layer}.{role}" if role == "input_scale" else packed.weight + _ENDS[role]
             kept[names[role]] = _companion(packed, role, kept.pop(name))
         described = msgspec.structs.replace(packed, **names, quantises_input=quantises_input(packed))
-        held.packed[packed.weight] = described
+        lendable.packed[packed.weight] = described
         needs_marker = described.format != "float8" or described.scale is not None or described.quantises_input
         if packed.weight.endswith(_WEIGHT) and needs_marker:
-            held.markers[layer + MARKER] = _marker(described, kept[packed.weight])
-    return held
+            lendable.markers[layer + MARKER] = _marker(described, kept[packed.weight])
+    return lendable
 
 
 def _companion(packed: PackedWeight, role: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
 from xditd.client.comfyui.forward import RemoteForward
 from xditd.client.comfyui.lora_patches import Factors, read_bypass, read_patches
 from xditd.client.comfyui.merging import edit_of, quantised_tensor
-from xditd.client.comfyui.packed_tensors import HeldTensors, find_packed, hold
+from xditd.client.comfyui.packed_tensors import LendableTensors, find_packed, lendable_tensors
 from xditd.client.comfyui.placement import place_conditioning
 from xditd.client.comfyui.run_checks import RunChecks
 from xditd.client.comfyui.stock_dtypes import CHOICES, WeightDtype, hold_as_stock
@@ -200,22 +200,22 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def _base(self, name: str) -> torch.Tensor:
         """Return an unpatched tensor; a packed weight is dequantised."""
-        held, dtype = self.weights.held, self.weights.compute_dtype
-        packed = held.packed.get(name)
+        lendable, dtype = self.weights.lendable, self.weights.compute_dtype
+        packed = lendable.packed.get(name)
         if packed is None or packed.scale is None or dtype is None:
-            return held.tensors[name]
-        whole: torch.Tensor = quantised_tensor(packed, held.group_tensors(name), dtype).dequantize()
+            return lendable.tensors[name]
+        whole: torch.Tensor = quantised_tensor(packed, lendable.group_tensors(name), dtype).dequantize()
         return whole
 
     def _merged(self, key: str, name: str) -> dict[str, torch.Tensor]:
         """Return a tensor with its companions and marker, patched."""
-        held = self.weights.held
-        tensors: Sequence[torch.Tensor] = held.group_tensors(name)
+        lendable = self.weights.lendable
+        tensors: Sequence[torch.Tensor] = lendable.group_tensors(name)
         if key in self.patches:
             tensors = [tensor.to("cpu") for tensor in self._edit(key).merged(tensors)]
         marker = name.removesuffix(".weight") + MARKER
-        markers = {marker: held.markers[marker]} if name in held.packed and marker in held.markers else {}
-        return dict(zip(held.group(name), tensors, strict=True)) | markers
+        markers = {marker: lendable.markers[marker]} if name in lendable.packed and marker in lendable.markers else {}
+        return dict(zip(lendable.group(name), tensors, strict=True)) | markers
 
     def _branches(self) -> dict[str, list[Factors]]:
         """Return the factors of the weights whose patches are all LoRAs, by the lent tensors' names."""
@@ -231,13 +231,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return shape
 
     def _edit(self, key: str) -> Edit:
-        held, name = self.weights.held, key.removeprefix(PREFIX)
-        if name in held.tables:
+        lendable, name = self.weights.lendable, key.removeprefix(PREFIX)
+        if name in lendable.tables:
             raise Unsupported(
                 f"XDiT: {name} is a packed table of tokens, and a patch of it would be dequantised: remove the LoRA or "
                 "merging node, or load a bf16 or fp16 file"
             )
-        packed = held.packed.get(name)
+        packed = lendable.packed.get(name)
         return edit_of(self.patches[key], key, self.load_device, packed, self.weights.compute_dtype)
 
 
@@ -266,15 +266,15 @@ def make_model(
         BadCheckpoint: packed weights do not have the form of their format.
     """
     packing = find_packed(tensors, label, quantization_metadata)
-    shapes = hold(tensors, packing, lambda packed: packed.quantises_input).logical(torch.bfloat16)
+    shapes = lendable_tensors(tensors, packing, lambda packed: packed.quantises_input).logical(torch.bfloat16)
     config, family = config_of(shapes, label)
     named = config.process_unet_state_dict(dict(tensors))  # names of ComfyUI's modules, which may differ from the file
-    held, dtype = hold_as_stock(config, named, label, choice, quantization_metadata)
-    logger.debug("weightless model label=%s dtype=%s packed=%d", label, dtype, len(held.packed))
+    lendable, dtype = hold_as_stock(config, named, label, choice, quantization_metadata)
+    logger.debug("weightless model label=%s dtype=%s packed=%d", label, dtype, len(lendable.packed))
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
-    weights = make_weights(held, ComponentKind.TRANSFORMER, label, is_whole=True, dtype=dtype)
-    return make_transformer_patcher(build_weightless(config, held.logical(dtype)), weights, family)
+    weights = make_weights(lendable, ComponentKind.TRANSFORMER, label, is_whole=True, dtype=dtype)
+    return make_transformer_patcher(build_weightless(config, lendable.logical(dtype)), weights, family)
 
 
 def config_of(shapes: Mapping[str, torch.Tensor], label: str) -> tuple[Any, Adapter]:
@@ -323,7 +323,7 @@ def make_transformer_patcher(model: Any, weights: RemoteWeights, family: Adapter
 
 
 def make_weights(
-    tensors: Mapping[str, torch.Tensor] | HeldTensors,
+    tensors: Mapping[str, torch.Tensor] | LendableTensors,
     kind: ComponentKind,
     label: str,
     *,
@@ -336,7 +336,7 @@ def make_weights(
     """
     device = comfy.model_management.get_torch_device()
     is_whole = is_whole and device.type == "cuda"
-    has_packed = isinstance(tensors, HeldTensors) and bool(tensors.packed)
+    has_packed = isinstance(tensors, LendableTensors) and bool(tensors.packed)
     return RemoteWeights(
         tensors,
         kind=kind,

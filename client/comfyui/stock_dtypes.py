@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 from comfy.cli_args import PerformanceFeature, args
 
-from xditd.client.comfyui.packed_tensors import HeldTensors, find_packed, hold, is_mixed
+from xditd.client.comfyui.packed_tensors import LendableTensors, find_packed, is_mixed, lendable_tensors
 from xditd.ipc.packed import PackedWeight
 
 
@@ -50,7 +50,7 @@ def hold_as_stock(
     label: str,
     choice: WeightDtype,
     quantization_metadata: str | None = None,
-) -> tuple[HeldTensors, torch.dtype]:
+) -> tuple[LendableTensors, torch.dtype]:
     """Describe the tensors of a checkpoint as stock would hold them, and return the dtype of the model's inputs.
 
     ``tensors`` have ComfyUI's names. Packed weights of the file stay as they are. With a choice of fp8, other tensors
@@ -65,13 +65,13 @@ def hold_as_stock(
     if not packing.packed and not choice.is_float8:
         cast = {name: each if choice.dtype is None else each.to(choice.dtype) for name, each in tensors.items()}
         dtype: torch.dtype = comfy.utils.weight_dtype(cast)  # of most elements, as in ComfyUI's loader
-        return HeldTensors(cast), dtype
+        return LendableTensors(cast), dtype
     compute = compute_dtype(config, tensors, choice, is_mixed=mixed)
     # Stock casts fp8 without scales to another fp8, but keeps what layers of a mixed checkpoint have.
     keeps_packed = mixed or not choice.is_float8
     described = {name for each in packing.packed for name in each.names} if keeps_packed else set()
     if choice.is_float8:
-        shapes = hold(tensors, packing, lambda packed: packed.quantises_input).logical(compute)
+        shapes = lendable_tensors(tensors, packing, lambda packed: packed.quantises_input).logical(compute)
         dtypes = _float8_parameters(config, shapes, choice, compute, mixed)
     elif choice.dtype is not None:
         dtypes = dict.fromkeys(tensors, choice.dtype)
@@ -79,7 +79,7 @@ def hold_as_stock(
         dtypes = {}
     cast = cast_as_stock(tensors, dtypes, described | packing.markers)
     packing = find_packed(cast, label, quantization_metadata)
-    return hold(cast, packing, _input_policy(choice, mixed)), compute
+    return lendable_tensors(cast, packing, _input_policy(choice, mixed)), compute
 
 
 def compute_dtype(

@@ -15,7 +15,7 @@ import torch
 from xditd.client.comfyui.families import adapters, titles
 from xditd.client.comfyui.families.adapter import TextModel
 from xditd.client.comfyui.lora_patches import Factors
-from xditd.client.comfyui.packed_tensors import HeldTensors
+from xditd.client.comfyui.packed_tensors import LendableTensors
 from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.text_weights import hold_encoder
 from xditd.client.comfyui.weights import Edit, RemoteWeights
@@ -77,19 +77,21 @@ class RemoteTextModel(torch.nn.Module):
 
 
 class JointWeights:
-    """Components that ComfyUI loads and unloads as one; ``held`` has the names of ComfyUI's text model."""
+    """Components that ComfyUI loads and unloads as one; ``lendable`` has the names of ComfyUI's text model."""
 
     compute_dtype: Final = COMPUTE_DTYPE
 
     def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
         self._parts = parts
-        self.held = HeldTensors({})
+        self.lendable = LendableTensors({})
         for weights, names in parts:
-            held = weights.held.renamed({inner: name for name, inner in names.items() if inner in weights.held.tensors})
-            self.held.tensors.update(held.tensors)
-            self.held.packed.update(held.packed)
-            self.held.markers.update(held.markers)
-            self.held = dataclasses.replace(self.held, tables=self.held.tables | held.tables)
+            lendable = weights.lendable.renamed(
+                {inner: name for name, inner in names.items() if inner in weights.lendable.tensors}
+            )
+            self.lendable.tensors.update(lendable.tensors)
+            self.lendable.packed.update(lendable.packed)
+            self.lendable.markers.update(lendable.markers)
+            self.lendable = dataclasses.replace(self.lendable, tables=self.lendable.tables | lendable.tables)
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
@@ -100,7 +102,7 @@ class JointWeights:
         """
         for weights, _ in self._parts:
             _ = weights.base
-        return self.held.tensors
+        return self.lendable.tensors
 
     @property
     def size_bytes(self) -> int:
@@ -144,10 +146,10 @@ def encoder_weights(
     given = {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_WEIGHTS)}
     found = (adapter.stock_encoder(given) for adapter in adapters())
     stock = next((each for each in found if each is not None), None)
-    held = HeldTensors(given)
+    lendable = LendableTensors(given)
     if stock is not None:
-        held = hold_encoder(given, label, stock.dtype, stock.is_table, quantization_metadata)
-    return make_weights(held, ComponentKind.TEXT_ENCODER, label, is_whole=True, dtype=torch_dtype(COMPUTE_DTYPE))
+        lendable = hold_encoder(given, label, stock.dtype, stock.is_table, quantization_metadata)
+    return make_weights(lendable, ComponentKind.TEXT_ENCODER, label, is_whole=True, dtype=torch_dtype(COMPUTE_DTYPE))
 
 
 def make_clip(files: Mapping[str, RemoteWeights]) -> Any:

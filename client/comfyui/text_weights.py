@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from xditd.client.comfyui.merging import quantised_tensor
-from xditd.client.comfyui.packed_tensors import HeldTensors, find_packed, hold
+from xditd.client.comfyui.packed_tensors import LendableTensors, find_packed, lendable_tensors
 from xditd.client.comfyui.stock_dtypes import cast_as_stock
 from xditd.client.packed_markers import MARKER
 from xditd.ipc.tensors import ComputeDType
@@ -35,7 +35,7 @@ def hold_encoder(
     dtype: torch.dtype,
     is_table: Callable[[str], bool],
     quantization_metadata: str | None = None,
-) -> HeldTensors:
+) -> LendableTensors:
     """Describe the tensors of a text encoder, which stock would hold in ``dtype``; only what is cast is copied.
 
     ``is_table`` returns whether a tensor is a table of which rows are looked up. ``quantization_metadata`` is the text
@@ -52,19 +52,21 @@ def hold_encoder(
     ]
     kept = {name for each in own for name in each.names} | packing.markers
     found = cast_as_stock(tensors, dict.fromkeys(tensors, dtype), kept)
-    held = hold(found, find_packed(found, label, quantization_metadata), lambda packed: packed.quantises_input)
-    for name, packed in list(held.packed.items()):
+    lendable = lendable_tensors(
+        found, find_packed(found, label, quantization_metadata), lambda packed: packed.quantises_input
+    )
+    for name, packed in list(lendable.packed.items()):
         if is_table(name) and packed.format in ("int8", "int8_convrot"):
-            _dequantise(held, name, dtype)
-    tables = {name for name, packed in held.packed.items() if is_table(name) and packed.scale is not None}
-    return dataclasses.replace(held, tables=frozenset(tables))
+            _dequantise(lendable, name, dtype)
+    tables = {name for name, packed in lendable.packed.items() if is_table(name) and packed.scale is not None}
+    return dataclasses.replace(lendable, tables=frozenset(tables))
 
 
-def _dequantise(held: HeldTensors, name: str, dtype: torch.dtype) -> None:
-    packed, tensors = held.packed[name], held.group_tensors(name)
+def _dequantise(lendable: LendableTensors, name: str, dtype: torch.dtype) -> None:
+    packed, tensors = lendable.packed[name], lendable.group_tensors(name)
     whole: Any = quantised_tensor(packed, tensors, cast("ComputeDType", dtype_name(dtype))).dequantize()
-    for each in held.group(name):
-        del held.tensors[each]
-    held.tensors[name] = whole
-    del held.packed[name]
-    held.markers.pop(name.removesuffix(".weight") + MARKER, None)
+    for each in lendable.group(name):
+        del lendable.tensors[each]
+    lendable.tensors[name] = whole
+    del lendable.packed[name]
+    lendable.markers.pop(name.removesuffix(".weight") + MARKER, None)

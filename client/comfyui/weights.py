@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xditd.client.arenas import Arena
 from xditd.client.client import Client
 from xditd.client.comfyui.lent_loras import LentLoras
-from xditd.client.comfyui.packed_tensors import HeldTensors
+from xditd.client.comfyui.packed_tensors import LendableTensors
 from xditd.client.loans import Loan, LoanWithLoras
 from xditd.ipc.errors import RequestError, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
@@ -62,7 +62,7 @@ class RemoteWeights:
 
     def __init__(
         self,
-        tensors: Mapping[str, torch.Tensor] | HeldTensors,
+        tensors: Mapping[str, torch.Tensor] | LendableTensors,
         *,
         kind: ComponentKind,
         label: str,
@@ -79,8 +79,8 @@ class RemoteWeights:
         Raises:
             Unsupported: quantised tensors that are not described.
         """
-        self.held = tensors if isinstance(tensors, HeldTensors) else HeldTensors(dict(tensors))
-        check_plain(self.held.tensors, label, self.held)
+        self.lendable = tensors if isinstance(tensors, LendableTensors) else LendableTensors(dict(tensors))
+        check_plain(self.lendable.tensors, label, self.lendable)
         self.compute_dtype = compute_dtype
         self.kind = kind
         self.label = label
@@ -96,19 +96,19 @@ class RemoteWeights:
     @property
     def base(self) -> dict[str, torch.Tensor]:
         """The unpatched tensors by name, with the companions of packed weights."""
-        return self.held.tensors
+        return self.lendable.tensors
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, companions of packed weights included."""
-        return tuple(self.held.tensors)
+        return tuple(self.lendable.tensors)
 
     @property
     def shapes(self) -> dict[str, torch.Tensor]:
         """The tensors of the model on the meta device; packed weights in the compute dtype, without companions."""
         import torch
 
-        return self.held.logical(torch.float32 if self.compute_dtype is None else torch_dtype(self.compute_dtype))
+        return self.lendable.logical(torch.float32 if self.compute_dtype is None else torch_dtype(self.compute_dtype))
 
     @property
     def size_bytes(self) -> int:
@@ -163,7 +163,7 @@ class RemoteWeights:
             for name in gone:
                 del self._merged[name]  # the base tensor is lent again
             if self._arena is None or not edits.keys() <= self._arena.tensors.keys():
-                names = [each for name in edits for each in self.held.group(name)]
+                names = [each for name in edits for each in self.lendable.group(name)]
                 shapes = {name: (self.base[name].dtype, tuple(self.base[name].shape)) for name in names}
                 self._replace_arena(Arena(shapes, self._device))
                 stale = set(edits)
@@ -195,15 +195,15 @@ class RemoteWeights:
         names = sorted(stale | gone)
         # If a merge fails half way, the next apply has to write these tensors again, whatever its edits.
         self._merged.update(dict.fromkeys(names, _UNFINISHED))
-        owners = {each: name for name in names for each in self.held.group(name)}
-        missing = {name: len(self.held.group(name)) for name in names}
+        owners = {each: name for name in names for each in self.lendable.group(name)}
+        missing = {name: len(self.lendable.group(name)) for name in names}
         for each in self._arena.fill({each: self.base[each] for each in owners}):
             name = owners[each]
             missing[name] -= 1
             if missing[name]:
                 continue  # a companion is still being copied
             if name in stale:
-                targets = [self._arena.tensors[part] for part in self.held.group(name)]
+                targets = [self._arena.tensors[part] for part in self.lendable.group(name)]
                 for target, merged in zip(targets, edits[name].merged(targets), strict=True):
                     target.copy_(merged)
                 self._merged[name] = edits[name].recipe
@@ -233,13 +233,13 @@ class RemoteWeights:
         if self._is_whole:
             tensors: Mapping[str, torch.Tensor] = self._ensure_whole_arena().tensors
         elif self._arena is not None:
-            patched = [each for name in self._merged for each in self.held.group(name)]
+            patched = [each for name in self._merged for each in self.lendable.group(name)]
             tensors = {**self.base, **{name: self._arena.tensors[name] for name in patched}}
         else:
             tensors = self.base
         older = self._loan
         self._loan = self.connect().lend(
-            {**tensors, **self.held.markers},
+            {**tensors, **self.lendable.markers},
             kind=self.kind,
             label=self.label,
             generation=self._generation,
@@ -250,8 +250,8 @@ class RemoteWeights:
         return self._loan
 
 
-def check_plain(tensors: Mapping[str, torch.Tensor], label: str, held: HeldTensors | None = None) -> None:
-    """Refuse quantised tensors, but those that ``held`` describes.
+def check_plain(tensors: Mapping[str, torch.Tensor], label: str, lendable: LendableTensors | None = None) -> None:
+    """Refuse quantised tensors, but those that ``lendable`` describes.
 
     Raises:
         Unsupported: fp8 or another packed dtype, or GGUF.
@@ -259,7 +259,7 @@ def check_plain(tensors: Mapping[str, torch.Tensor], label: str, held: HeldTenso
     import torch
 
     plain = (torch.bfloat16, torch.float16, torch.float32)
-    known = set() if held is None else {each for name in held.packed for each in held.group(name)}
+    known = set() if lendable is None else {each for name in lendable.packed for each in lendable.group(name)}
     packed = []
     for name, tensor in tensors.items():
         if name in known or tells_nothing(bare_name(name)):

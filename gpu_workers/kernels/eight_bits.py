@@ -19,7 +19,7 @@ LARGEST = 448.0
 TINY = 1e-30
 """Lower bound of a row's largest number, so that a row of zeros has a scale, too."""
 ADA = (8, 9)
-"""The compute capability from which on cards multiply e4m3."""
+"""The compute capability from which on GPUs multiply e4m3."""
 FEWEST_ROWS = 64
 """cuBLAS of CUDA 13.0 refuses fewer than 43 rows in eight bits with row scales, for sums of 12,288 numbers and more. So
 fewer rows are padded, which costs no time: reading the weights takes longer."""
@@ -27,8 +27,9 @@ fewer rows are padded, which costs no time: reading the weights takes longer."""
 # Triton's interpreter (for machines without a GPU) takes 10 ms for each program.
 _ROWS_A_PROGRAM = 256 if triton.knobs.runtime.interpret else 1
 _MANY_COLUMNS = 4096
+"""Rows of more numbers are quantised by 16 warps in place of 8."""
 _SCALE_ALIGNMENT = 4
-"""In scales: ``torch._scaled_mm`` needs addresses that are multiples of 16 bytes."""
+"""A slice of scales starts at a multiple of so many: ``torch._scaled_mm`` needs addresses at multiples of 16 bytes."""
 
 
 @triton.jit
@@ -105,6 +106,7 @@ class Quantised(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, width: int, device: torch.device) -> Quantised:
+        """Allocate ``values`` and ``scales``, with whatever their memory contains."""
         return cls(
             torch.empty(rows, width, dtype=DTYPE, device=device),
             torch.empty(rows, dtype=torch.float32, device=device),
@@ -139,7 +141,8 @@ def quantise(
     """Round rows to eight bits, each with the scale that its largest number needs: [``x`` | gelu(``gelu_of``)].
 
     One of the two may be left out. Both are contiguous, (rows, width), of the same dtype; GELU is the one by tanh.
-    ``scales``, float32 (2,), are that of the first ``text_rows`` rows and that of the others instead.
+    ``scales``, float32 (2,), replace them: the first one is that of the first ``text_rows`` rows, the second that of
+    all others. ``out`` is written, or else allocated, and returned.
     """
     given = x if x is not None else gelu_of
     assert given is not None

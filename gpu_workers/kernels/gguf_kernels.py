@@ -22,6 +22,7 @@ from xditd.ipc.packed import GGUF_BLOCKS
 TILE_NUMBERS = 2**16 if triton.knobs.runtime.interpret else 4096
 """Numbers that one program writes."""
 WARPS = 4
+"""``benchmarks/run.py packed_products --tiles`` times other tiles and warps."""
 
 
 @triton.jit
@@ -126,9 +127,9 @@ KINDS: Final = frozenset(_KERNELS)
 
 
 def dequantise_gguf(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
-    """Write the numbers of ``blocks`` into ``out``, which is contiguous.
+    """Write the numbers of ``blocks`` into ``out``, which is contiguous and has a floating dtype.
 
-    ``blocks`` is uint8 (rows, bytes of a row), of a type in ``KINDS``.
+    ``blocks`` is uint8 (rows, bytes of a row), of a type in ``KINDS``; rows may be apart.
     """
     numbers, size_bytes = GGUF_BLOCKS[kind]
     rows, row_bytes = blocks.shape

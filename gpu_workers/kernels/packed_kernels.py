@@ -23,10 +23,11 @@ _IS_INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 TILE_NUMBERS = 2**16 if _IS_INTERPRETED else 4096
 """Numbers that one program of ``float8`` and ``int8`` reads."""
 TILE_COLUMNS = 1024
-"""At most so many of them are in one row."""
+"""The most numbers of one row that such a program reads."""
 ROTATED_NUMBERS = 2**16 if _IS_INTERPRETED else 8192
 """Numbers that one program of ``int8_convrot`` reads."""
 WARPS = 4
+"""``benchmarks/run.py packed_products --tiles`` times other tiles and warps."""
 
 _LEAST_DOT: Final = 16
 """The least size of a matrix that ``tl.dot`` multiplies."""
@@ -148,7 +149,7 @@ def factors_of(group: int) -> tuple[int, int]:
 
 
 def can_rotate(group: int, columns: int) -> bool:
-    """Whether groups of this size can be rotated in rows of so many columns."""
+    """Return whether groups of this size can be rotated in rows of so many columns."""
     return group in GROUPS and columns % max(group, _LEAST_DOT) == 0
 
 

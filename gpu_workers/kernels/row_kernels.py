@@ -16,11 +16,13 @@ from xditd.gpu_workers.kernels.packed_kernels import can_rotate, factors_of, had
 
 LARGEST_INT8 = 127.0
 TINY_SCALE = 1e-30
+"""The least scale, so that a row of zeros has one, too."""
 
 # Triton's interpreter (for machines without a GPU) takes 10 ms for each program.
 _TILE_NUMBERS = 2**16 if triton.knobs.runtime.interpret else 4096
 _TILE_COLUMNS = 1024
 _MANY_COLUMNS = 4096
+"""Longer rows are quantised by 8 warps in place of 4."""
 MOST_COLUMNS = 2**15
 """The longest row that one program holds."""
 
@@ -132,7 +134,7 @@ def _quantise_float8(
 
 
 def can_quantise_int8(group: int, columns: int) -> bool:
-    """Whether rows of so many columns can be rotated in these groups (0: not at all) and quantised here."""
+    """Return whether rows of so many columns can be rotated in these groups (0: not at all) and quantised here."""
     return columns <= MOST_COLUMNS and (group == 0 or can_rotate(group, columns))
 
 

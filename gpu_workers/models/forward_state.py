@@ -54,7 +54,7 @@ class Site:
 
 @dataclass
 class ForwardState:
-    """The state of one forward: the streams that were seen, and where it is."""
+    """The state of one forward: the streams whose tokens were split, and the submodules whose attention runs."""
 
     ranks: Ranks
     streams: dict[str, Stream] = field(default_factory=dict)
@@ -63,6 +63,11 @@ class ForwardState:
     sites: list[Site] = field(default_factory=list)
 
     def split(self, value: Any, split: Split | Count | Length, what: str) -> Any:
+        """Return this rank's share of an argument or a result, of each tensor in it; ``what`` names it in errors.
+
+        Raises:
+            PlanFault: its tokens are not those that the plan declares.
+        """
         if isinstance(split, Length):
             return self._found(split.stream, value, what).counts[self.ranks.rank] if value else value
         if isinstance(split, Count):
@@ -136,6 +141,7 @@ class ForwardState:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Split the arguments of a submodule, as a forward pre-hook; ``names`` are its positional arguments."""
         given, named = list(args), dict(kwargs)
         for name, split in splits.items():
             if name in named:
@@ -147,9 +153,11 @@ class ForwardState:
     def split_results(
         self, splits: Mapping[int, Split | Count | Length], _: torch.nn.Module, __: Any, results: Any
     ) -> Any:
+        """Split the results of a submodule, by number, as a forward hook."""
         return self._for_each(splits, results, lambda split, value: self.split(value, split, "a result"))
 
     def gather_results(self, gathers: Mapping[int, Split], _: torch.nn.Module, __: Any, results: Any) -> Any:
+        """Gather the results of a submodule from all ranks, by number, as a forward hook."""
         return self._for_each(gathers, results, self._gather)
 
     def _gather(self, split: Split, own: torch.Tensor | None) -> torch.Tensor | None:
@@ -175,15 +183,26 @@ class ForwardState:
         return change(splits[0], results)
 
     def stream(self, name: str) -> Stream:
+        """Return a stream by name.
+
+        Raises:
+            PlanFault: none of its tokens were split yet.
+        """
         found = self.streams.get(name)
         if found is None:
             raise PlanFault(f"no tokens of {name} were split before they are used")
         return found
 
     def enter_attention(self, declared: Attention | None, module: torch.nn.Module, *_: Any) -> None:
+        """Note that a submodule with an attention begins, as a forward pre-hook."""
         self.sites.append(Site(declared, module))
 
     def leave_attention(self, _: torch.nn.Module, __: Any, result: Any) -> None:
+        """Note that the submodule ends, as a forward hook that is always called.
+
+        Raises:
+            PlanFault: it has computed no attention by a function that is known.
+        """
         site = self.sites.pop()
         has_failed = result is None  # torch calls this also for a forward that raises
         if site.declared is not None and not (site.calls or site.declared.may_skip or has_failed):

@@ -72,6 +72,7 @@ def plan_load(module: torch.nn.Module, tensors: Mapping[str, TensorInfo], main: 
     Raises:
         BadCheckpoint: missing, unexpected and wrongly shaped tensors.
         Unsupported: tensors that the class joins or splits when it loads them.
+        UnsupportedDtype: integers in place of parameters in floating point, which diffusers casts as they are.
     """
     from diffusers.models.modeling_utils import ModelMixin
 
@@ -97,6 +98,19 @@ def plan_load(module: torch.nn.Module, tensors: Mapping[str, TensorInfo], main: 
         if tuple(held[name].shape) != tensors[source].shape
     ]
     check_fit({"missing": missing, "unexpected": unexpected, "wrongly shaped": misshapen}, type(module).__name__)
+    integers = sorted(
+        f"{source} is {tensors[source].dtype}"
+        for name, source in sources.items()
+        if tensors[source].dtype not in _FLOATS
+        and isinstance(held[name], torch.nn.Parameter)
+        and held[name].is_floating_point()
+    )
+    if integers:
+        raise UnsupportedDtype(
+            f"{type(module).__name__} computes with these in floating point, and the checkpoint does not say what "
+            f"their integers mean: {listed(integers)}; lend another checkpoint of this model, or one with markers",
+            names=integers,
+        )
     return LoadPlan(sources, _loaded_dtypes(module, held, sources, tensors, main))
 
 

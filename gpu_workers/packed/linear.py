@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,12 @@ import torch.nn.functional as F
 from xditd.gpu_workers.kernels.branches import Branches
 from xditd.gpu_workers.packed.counts import PackedProductCounts
 from xditd.gpu_workers.packed.scratch import ScratchBuffer
+from xditd.gpu_workers.packed.shown_weight import ShownWeight
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.packed.embedding import PackedEmbedding
 
 
 class PackedMemory:
@@ -51,8 +56,14 @@ class PackedLinear(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A tensor without memory, for code that asks for the shape or the dtype of the weight."""
-        return self._placeholder
+        """The weight for code that asks for its shape, dtype or device, or reads it: then it is dequantised anew.
+
+        While a block is compiled, or nothing is plugged, a tensor on meta without values.
+        """
+        if self._packed is None or torch.compiler.is_compiling():
+            return self._placeholder
+        shown = self._placeholder
+        return ShownWeight(shown.shape, shown.dtype, self._packed.values.device, self._copy)
 
     @property
     def scratch_bytes(self) -> int:
@@ -77,6 +88,11 @@ class PackedLinear(torch.nn.Module):
     def dequantised(self) -> torch.Tensor:
         """Return the weight (out, in) in the compute dtype, in the scratch buffer: valid until the next layer runs."""
         return dequantise_fastest(self.packed, self.memory.scratch.view(self._placeholder.shape, self._dtype))
+
+    def _copy(self) -> torch.Tensor:
+        self.memory.counts.count_reference(self.packed, "the model's code reads the weight")
+        values = torch.empty(self._placeholder.shape, dtype=self._dtype, device=self.packed.values.device)
+        return dequantise_fastest(self.packed, values).to(self._placeholder.dtype)
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Count a native product, and return its weight, its scale and the bias."""
@@ -155,9 +171,9 @@ def packed_layers(module: torch.nn.Module) -> list[PackedLinear]:
     return [each for each in module.modules() if isinstance(each, PackedLinear)]
 
 
-def largest_bytes(layers: Mapping[str, PackedLinear]) -> int:
-    """Return what the scratch buffer has to hold for these layers."""
-    return max((layer.scratch_bytes for layer in layers.values()), default=0)
+def largest_bytes(layers: Iterable[PackedLinear | PackedEmbedding]) -> int:
+    """Return how many bytes of the scratch buffer the largest of these layers needs; 0 without any."""
+    return max((layer.scratch_bytes for layer in layers), default=0)
 
 
 def weight_of(layer: PackedLinear | torch.nn.Linear) -> torch.Tensor:

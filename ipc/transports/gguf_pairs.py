@@ -1,7 +1,7 @@
-"""Read the start of a GGUF file: its numbers and strings, and what its key-value pairs say of the tensors.
+"""Read the start of a GGUF file: its numbers and strings, and the key-value pairs that describe the tensors.
 
 Most pairs are skipped: they describe language models. No number is trusted before it was compared with the size of the
-file, and nothing is allocated by one.
+file, and no number alone decides how much memory is allocated.
 
 Source: ggml, ``docs/gguf.md``.
 """
@@ -25,7 +25,7 @@ ORIGINAL_SHAPE: Final = "comfy.gguf.orig_shape."
 DEFAULT_ALIGNMENT: Final = 32
 MIN_ALIGNMENT: Final = 8
 MAX_ALIGNMENT: Final = 2**20
-"""As in ggml, which refuses all but powers of 2, too."""
+"""The largest alignment. ggml has the same limits, and refuses all but powers of 2, too."""
 _MAX_KEY_BYTES: Final = 2**16 - 1
 _FIRST_READ_BYTES: Final = 64 * 1024
 
@@ -56,12 +56,13 @@ class GgufReader:
         self.file_bytes = os.fstat(fd).st_size
         self.at = 0
         self.part = "its start"
-        self.many_values = 0
-        """Values that were read one by one in arrays."""
+        self.array_values = 0
+        """How many values of arrays were read one by one."""
         self._fd = fd
         self._bytes = bytearray()
 
     def refuse(self, why: str) -> BadCheckpoint:
+        """Return the error that names the file and says ``why``."""
         return BadCheckpoint(f"{self.path}: {why}")
 
     def take(self, count: int) -> bytes:
@@ -78,7 +79,7 @@ class GgufReader:
         """Pass over the next bytes.
 
         Raises:
-            BadCheckpoint: the file, or what is read of a header, ends before.
+            BadCheckpoint: the file ends before, or the header is longer than the limit.
         """
         end = self.at + count
         if end > self.file_bytes:
@@ -94,10 +95,19 @@ class GgufReader:
         self.at = end
 
     def number(self, size_bytes: int, *, is_signed: bool = False) -> int:
+        """Return the next integer, little endian.
+
+        Raises:
+            BadCheckpoint: as :meth:`skip`.
+        """
         return int.from_bytes(self.take(size_bytes), "little", signed=is_signed)
 
     def text(self, max_bytes: int, what: str) -> str:
-        """Return the next string, of at most ``max_bytes``."""
+        """Return the next string: its length in eight bytes, then at most ``max_bytes``; ``what`` names it in errors.
+
+        Raises:
+            BadCheckpoint: it is longer, or no UTF-8, or the file ends before.
+        """
         length = self.number(8)
         if length > max_bytes:
             raise self.refuse(f"{self.part}: {what} of {length} bytes; at most {max_bytes} are read")
@@ -118,7 +128,7 @@ class GgufReader:
 
 @dataclass
 class GgufPairs:
-    """What the key-value pairs say that a reader of tensors needs."""
+    """The key-value pairs that a reader of tensors needs. ``original_shapes`` are those before a tool changed them."""
 
     architecture: str | None = None
     alignment: int = DEFAULT_ALIGNMENT
@@ -192,10 +202,10 @@ def _skip_value(reader: GgufReader, kind: int, depth: int = 0) -> None:
         if inner in _VALUE_BYTES:
             reader.skip(count * _VALUE_BYTES[inner])
             return
-        reader.many_values += count
-        if reader.many_values > limits.MAX_GGUF_VALUES:
+        reader.array_values += count
+        if reader.array_values > limits.MAX_GGUF_VALUES:
             raise reader.refuse(
-                f"{reader.part} ends after {reader.many_values} values in arrays; at most "
+                f"{reader.part} ends after {reader.array_values} values in arrays; at most "
                 f"{limits.MAX_GGUF_VALUES} are read"
             )
         for _ in range(count):

@@ -150,6 +150,20 @@ def test_metadata_and_a_marker_may_say_the_same() -> None:
         packing_with(state, text.replace("e4m3fn", "e5m2"))
 
 
+@pytest.mark.parametrize("names", [("a", "a"), ("x.a", "a")])
+def test_what_two_entries_of_metadata_say_of_a_layer_has_to_agree(names: tuple[str, str]) -> None:
+    """Each shard of a model may have metadata, and a layer may be named with its prefix and without."""
+    state = {f"x.{name}": each for name, each in layer(torch.int8, weight_scale=ROWS).items()}
+    infos = {name: _Info(str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in state.items()}
+    configs = {"format": "int8_tensorwise"}, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
+    for first, second in (configs, configs[::-1]):
+        texts = [json.dumps({"layers": {name: config}}) for name, config in zip(names, (first, second), strict=True)]
+        with pytest.raises(BadCheckpoint, match=r"_quantization_metadata of second says of x\.a .* and elsewhere"):
+            find_packing(infos, lambda _: b"", [("first", texts[0]), ("second", texts[1])])
+    same = [("first", texts[0]), ("second", texts[0])]
+    assert len(find_packing(infos, lambda _: b"", same).packed) == 1
+
+
 REFUSED: list[tuple[State, type[RequestError], str]] = [
     (layer(comfy_quant=marker(format="asym_w4a8_int8")), Unsupported, "a.comfy_quant: the format 'asym_w4a8_int8'"),
     (layer(comfy_quant=marker(form="mxfp8")), Unsupported, "the format None cannot be run; known formats are float8"),
@@ -195,6 +209,16 @@ REFUSED: list[tuple[State, type[RequestError], str]] = [
     ),
     (layer(weight_scale=torch.ones(2, 2)), BadCheckpoint, r"of shape \[2, 2\]"),
     (layer(pre_quant_scale=torch.ones(64)), Unsupported, r"tensor a\.pre_quant_scale, a scale of the layer's input"),
+]
+
+
+REFUSED += [
+    (
+        layer(**{name: ONE, other: ONE}),
+        BadCheckpoint,
+        rf"tensors a\.{name} and a\.{other} are both the same scale of a\.weight",
+    )
+    for name, other in (("weight_scale", "scale_weight"), ("input_scale", "scale_input"))
 ]
 
 

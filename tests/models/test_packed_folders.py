@@ -25,6 +25,7 @@ CASES = (
     ("WanTransformer3DModel", "int8_rows"),  # keeps parts in float32
     ("WanTransformer3DModel", "plain"),
     ("PixArtTransformer2DModel", "nvfp4"),
+    ("HunyuanDiT2DModel", "int8_rows"),  # gives the weights of its pooling to a function
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xditd.client import Unsupported
-from xditd.client.comfyui.packed_tensors import HeldTensors, find_packed, hold, is_mixed
+from xditd.client.comfyui.packed_tensors import LendableTensors, find_packed, is_mixed, lendable_tensors
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.packed_markers import METADATA
 from xditd.client.packed_weights import packing_of_tensors
@@ -27,9 +27,9 @@ def as_the_file(packed: PackedWeight) -> bool:
     return packed.quantises_input
 
 
-def described(held: HeldTensors) -> dict[str, PackedWeight]:
+def described(lendable: LendableTensors) -> dict[str, PackedWeight]:
     """What a lend recognises."""
-    return {each.weight: each for each in packing_of_tensors({**held.tensors, **held.markers}).packed}
+    return {each.weight: each for each in packing_of_tensors({**lendable.tensors, **lendable.markers}).packed}
 
 
 @pytest.mark.parametrize("in_metadata", [False, True], ids=["markers", "header"])
@@ -37,19 +37,19 @@ def described(held: HeldTensors) -> dict[str, PackedWeight]:
 def test_a_lend_recognises_what_the_file_says(format, in_metadata, state):
     made = packed_checkpoints.pack(state, format, torch.bfloat16, in_metadata=in_metadata)
     packing = find_packed(made.tensors, "x", made.metadata.get(METADATA))
-    held = hold(made.tensors, packing, as_the_file)
-    assert described(held) == held.packed
-    assert set(held.packed) == set(made.weights)
+    lendable = lendable_tensors(made.tensors, packing, as_the_file)
+    assert described(lendable) == lendable.packed
+    assert set(lendable.packed) == set(made.weights)
     for each in packing.packed:
-        ours = held.packed[each.weight]
+        ours = lendable.packed[each.weight]
         assert (ours.format, ours.shape, ours.group) == (each.format, each.shape, each.group)
         assert ours.quantises_input == each.quantises_input
-        assert held.tensors[each.weight] is made.tensors[each.weight]  # the same memory
+        assert lendable.tensors[each.weight] is made.tensors[each.weight]  # the same memory
         for role, name in each.companions.items():
-            mine = held.tensors[ours.companions[role]]
+            mine = lendable.tensors[ours.companions[role]]
             assert torch.equal(mine.float().flatten(), made.tensors[name].float().flatten())
     assert is_mixed(packing) == (format != "plain")
-    logical = held.logical(torch.bfloat16)
+    logical = lendable.logical(torch.bfloat16)
     assert {name: tuple(each.shape) for name, each in logical.items()} == {
         name: tuple(each.shape) for name, each in state.items()
     }
@@ -59,13 +59,15 @@ def test_a_lend_recognises_what_the_file_says(format, in_metadata, state):
 @pytest.mark.parametrize("quantises", [False, True])
 def test_a_decision_of_stock_is_said_in_the_marker(format, quantises, state):
     made = packed_checkpoints.pack(state, format, torch.bfloat16)
-    held = hold(made.tensors, find_packed(made.tensors, "x"), lambda packed: quantises and len(packed.shape) == 2)
-    assert described(held)[f"{NAME}.weight"].quantises_input is quantises
-    assert described(held) == held.packed
+    lendable = lendable_tensors(
+        made.tensors, find_packed(made.tensors, "x"), lambda packed: quantises and len(packed.shape) == 2
+    )
+    assert described(lendable)[f"{NAME}.weight"].quantises_input is quantises
+    assert described(lendable) == lendable.packed
     if format == "plain" and not quantises:
-        assert not held.markers
+        assert not lendable.markers
     else:
-        config = json.loads(bytes(held.markers[f"{NAME}.comfy_quant"].tolist()))
+        config = json.loads(bytes(lendable.markers[f"{NAME}.comfy_quant"].tolist()))
         assert config.get("full_precision_matrix_mult", False) is not quantises
 
 
@@ -79,11 +81,11 @@ def test_scales_have_room_for_those_of_patched_weights():
     ):
         marker = torch.tensor([*b'{"format": "int8_tensorwise"}'], dtype=torch.uint8)
         tensors = {"a.weight": weight, "a.weight_scale": scale, "a.comfy_quant": marker}
-        held = hold(tensors, find_packed(tensors, "x"), as_the_file)
-        found = held.tensors["a.weight_scale"]
+        lendable = lendable_tensors(tensors, find_packed(tensors, "x"), as_the_file)
+        found = lendable.tensors["a.weight_scale"]
         assert (found.dtype, tuple(found.shape), set(found.flatten().tolist())) == (torch.float32, shape, {0.5})
-        assert held.group("a.weight") == ("a.weight", "a.weight_scale")
-        assert described(held) == held.packed
+        assert lendable.group("a.weight") == ("a.weight", "a.weight_scale")
+        assert described(lendable) == lendable.packed
 
 
 def test_tensors_of_another_gguf_loader_are_refused():

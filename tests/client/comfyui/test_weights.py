@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xditd.client import Unsupported
-from xditd.client.comfyui.packed_tensors import HeldTensors
+from xditd.client.comfyui.packed_tensors import LendableTensors
 from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
 from xditd.ipc.packed import PackedWeight
 from xditd.ipc.tensors import ComponentKind
@@ -151,7 +151,7 @@ def test_a_packed_weight_is_patched_together_with_its_companions(lender):
 
     for is_whole in (False, True):
         weights = RemoteWeights(
-            HeldTensors(dict(tensors), {"b": packed}, {"b.comfy_quant": marker}),
+            LendableTensors(dict(tensors), {"b": packed}, {"b.comfy_quant": marker}),
             kind=ComponentKind.TRANSFORMER,
             label="x",
             device="cpu",

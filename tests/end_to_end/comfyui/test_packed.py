@@ -299,14 +299,14 @@ def test_layers_may_be_multiplied_in_fp8_where_stock_does_that(
     path = files.transformer if format == "wide" else packed(format)
     expected = multiplies and (has_float8 or format == "int8_convrot")
     for model in (remote_of(path, weight_dtype), accelerated(stock(path, weight_dtype))):
-        held = model.weights.held
-        found = held.packed.get("double_blocks.0.img_attn.qkv.weight")
+        lendable = model.weights.lendable
+        found = lendable.packed.get("double_blocks.0.img_attn.qkv.weight")
         if found is None:  # ComfyUI has cast fp8 to a wider dtype
             assert (format, has_float8) == ("plain", False)
             continue
         assert found.quantises_input is expected
-        described = packing_of_tensors({**held.tensors, **held.markers})
-        assert {each.weight: each for each in described.packed} == held.packed
+        described = packing_of_tensors({**lendable.tensors, **lendable.markers})
+        assert {each.weight: each for each in described.packed} == lendable.packed
 
 
 def test_a_wide_and_a_packed_model_take_turns(files, packed, stock, sample, relative_error):

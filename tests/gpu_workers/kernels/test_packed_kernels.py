@@ -36,7 +36,7 @@ def test_the_references_of_blocks_are_those_of_the_gguf_package() -> None:
         assert found == expected[0].tolist(), kind
 
 
-def test_groups_that_no_kernel_rotates_are_known() -> None:
+def test_a_group_is_rotated_if_it_is_a_power_of_4_to_1024_that_divides_the_row() -> None:
     assert can_rotate(256, 3072)
     assert not can_rotate(4096, 4096 * 3)  # sums would be rounded
     assert not can_rotate(4, 24)  # 16 numbers is the least that a product of matrices takes
@@ -47,23 +47,23 @@ def test_groups_that_no_kernel_rotates_are_known() -> None:
 @pytest.mark.parametrize("dtype", packed_cases.DTYPES)
 class TestOnGpu:
     @pytest.mark.parametrize("shape", [*packed_cases.SHAPES, *packed_cases.ODD_SHAPES, (3072, 15360)])
-    def test_int8(self, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    def test_int8_becomes_its_numbers(self, dtype: torch.dtype, shape: tuple[int, int]) -> None:
         packed_cases.check_int8(shape, dtype, "cuda")
 
     @pytest.mark.parametrize("group", packed_cases.GROUPS)
     @pytest.mark.parametrize("rows", [5, 1, 1027])
-    def test_int8_convrot(self, dtype: torch.dtype, group: int, rows: int) -> None:
+    def test_int8_convrot_becomes_its_numbers(self, dtype: torch.dtype, group: int, rows: int) -> None:
         packed_cases.check_rotated(group, rows, dtype, "cuda")
 
     @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
     @pytest.mark.parametrize("shape", [(5, 259), (33, 3072), (1, 1)])
-    def test_float8(self, dtype: torch.dtype, kind: torch.dtype, shape: tuple[int, int]) -> None:
+    def test_float8_becomes_its_numbers(self, dtype: torch.dtype, kind: torch.dtype, shape: tuple[int, int]) -> None:
         packed_cases.check_float8(kind, shape, dtype, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q5_k", "q6_k"])
 @torch.inference_mode()
-def test_blocks_on_a_gpu(kind: str) -> None:
+def test_gguf_blocks_and_empty_weights_become_their_numbers_on_a_gpu(kind: str) -> None:
     packed_cases.check_gguf(kind, 7, 12, "cuda")
     packed_cases.check_empty("cuda")

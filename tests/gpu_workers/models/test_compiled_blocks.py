@@ -407,7 +407,7 @@ LoraLinear.__module__ = "peft.tuners.lora.layer"
         (lambda model: setattr(model, "blocks", model.blocks[:1]), "no repeated blocks"),
     ],
 )
-def test_modules_that_are_not_compiled(graphs: InterpretedGraphs, change: Any, reason: str) -> None:
+def test_a_module_that_cannot_be_compiled_has_a_reason(graphs: InterpretedGraphs, change: Any, reason: str) -> None:
     model = Model()
     change(model)
     found = CompiledBlocks.of(model, None, graphs)

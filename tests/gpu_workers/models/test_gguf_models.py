@@ -111,7 +111,7 @@ def test_flux1_has_the_bits_of_diffusers(rank: OneRank, direct: ModuleType, tmp_
     assert torch.equal(latents, flux1_expected(meant(state, packed, torch.bfloat16), given))
 
 
-def test_flux1_in_float32(rank: OneRank, direct: ModuleType, tmp_path: Path) -> None:
+def test_flux1_in_float32_has_the_bits_of_diffusers(rank: OneRank, direct: ModuleType, tmp_path: Path) -> None:
     state = flux1_state_dict(0, **FLUX1)
     packed = write_model(tmp_path / "x.gguf", state, mixed, "flux")
     component = lend(rank, tmp_path / "x.gguf", "float32")
@@ -191,7 +191,9 @@ def test_a_scale_that_is_not_finite_is_refused(rank: OneRank, tmp_path: Path, ki
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k"])
-def test_a_t5_in_the_names_of_llama_cpp(rank: OneRank, direct: ModuleType, tmp_path: Path, kind: str) -> None:
+def test_a_t5_in_the_names_of_llama_cpp_has_the_result_of_a_plain_one(
+    rank: OneRank, direct: ModuleType, tmp_path: Path, kind: str
+) -> None:
     """It computes in float32 on the numbers that its blocks mean; its table stays in blocks."""
     state = t5_state_dict(0, width=256, inner=512, heads=4, vocabulary=300)
     packed = write_t5(tmp_path / "t5.gguf", state, kind)

@@ -116,7 +116,7 @@ def test_a_model_with_any_tensor_kept_wider_runs(cache: ModelCache, plug: Plugge
         assert result.isfinite().all(), name
 
 
-def test_each_mixture_has_a_skeleton_of_its_own(cache: ModelCache, plug: Plugger) -> None:
+def test_each_mixture_of_dtypes_has_a_model_of_its_own(cache: ModelCache, plug: Plugger) -> None:
     exact = flux1_state_dict(0, **SMALL)
     states = [
         {name: tensor.bfloat16() for name, tensor in exact.items()},

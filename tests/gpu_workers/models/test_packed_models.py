@@ -27,6 +27,7 @@ from xditd.gpu_workers.packed.embedding import PackedEmbedding
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 from xditd.ipc.packed import PackedWeight
+from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
     from one_rank import OneRank
@@ -151,6 +152,24 @@ def test_a_vae_in_plain_fp8_is_dequantised(rank: OneRank, direct: ModuleType) ->
     found = direct.decode(component.model, latents)
     assert component.model.packed_layers
     assert torch.equal(found, direct.decode(lend(rank, "plain", packed.meant).model, latents))
+
+
+def test_of_a_file_with_several_components_the_facts_count_the_bytes_of_one(rank: OneRank) -> None:
+    parts = {
+        "model.diffusion_model.": pack(flux1_state_dict(0, **SMALL), "int8_rows", torch.bfloat16),
+        "vae.": pack(flux_vae_state_dict(0), "plain", torch.bfloat16),
+    }
+    state = {prefix + name: each for prefix, part in parts.items() for name, each in part.tensors.items()}
+    for kind, part in zip((ComponentKind.TRANSFORMER, ComponentKind.VAE), parts.values(), strict=True):
+        offer = describe(state, kind=kind)
+        rank._offers.append(offer)
+        rank.components.prepare(kind.value, offer.manifest, rank.client)
+        facts = rank.components.plug(kind.value).facts
+        read = {name: each for name, each in part.tensors.items() if not name.endswith("comfy_quant")}
+        scales = [name.replace(".weight", ".weight_scale") for name in part.weights]
+        packed = [each for name, each in read.items() if name in (*part.weights, *scales)]
+        assert [*facts.bytes_by_format.values()] == [sum(each.nbytes for each in packed)]
+        assert sum(facts.bytes_by_dtype.values()) == sum(each.nbytes for each in read.values())
 
 
 def test_layers_of_several_formats_and_dtypes_live_in_one_checkpoint(

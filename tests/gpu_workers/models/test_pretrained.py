@@ -185,6 +185,19 @@ def test_what_does_not_fit_is_named(models: ClassModels, tmp_path: Path):
     assert models.built == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_integers_in_place_of_weights_are_named(models: ClassModels, tmp_path: Path, dtype: torch.dtype):
+    """They belong to a format that nothing describes; cast to the dtype of the class they would be other numbers."""
+    for kind, make in ((diffusers.AutoencoderKL, vae), (transformers.T5EncoderModel, t5)):
+        folder = tmp_path / kind.__name__
+        make().save_pretrained(folder)
+        state = load_file(next(folder.glob("*.safetensors")))
+        name = next(each for each, tensor in state.items() if tensor.ndim == 2)
+        with pytest.raises(UnsupportedDtype, match="does not say what their integers mean") as caught:
+            match(models, kind, folder, {**state, name: state[name].to(dtype)})
+        assert caught.value.names == (f"{name} is {str(dtype).removeprefix('torch.')}",)
+
+
 def test_the_same_names_and_dtypes_reuse_a_module(models: ClassModels, tmp_path: Path):
     wan().save_pretrained(tmp_path)
     state = load_file(next(tmp_path.glob("*.safetensors")))

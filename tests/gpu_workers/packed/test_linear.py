@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,37 @@ def test_the_bits_are_those_of_a_plain_product(memory: PackedMemory, bias_dtype:
     wide = layer(x.float())
     assert wide.dtype == torch.float32
     assert torch.equal(wide, F.linear(x.float(), meant.float(), None if bias is None else bias.float()))
-    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == (meant.shape, BF16, "meta")
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == (meant.shape, BF16, CPU)
+
+
+READS = {
+    "product": lambda x, weight: F.linear(x, weight),
+    "joined": lambda _, weight: torch.cat([weight.data, weight.detach()]),
+    "rows": lambda _, weight: weight[3:5].float(),
+    "attention": lambda _, weight: F.multi_head_attention_forward(
+        torch.ones(2, 3, 64, dtype=BF16), torch.ones(2, 3, 64, dtype=BF16), torch.ones(2, 3, 64, dtype=BF16), 64, 4,
+        None, torch.zeros(192, dtype=BF16), None, None, False, 0.0, weight[:64], None, use_separate_proj_weight=True,
+        q_proj_weight=weight[:64], k_proj_weight=weight[:64], v_proj_weight=weight[32:],
+    )[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("read", READS)
+def test_a_model_that_reads_the_weight_gets_its_values(memory: PackedMemory, read: str, mode: Any) -> None:
+    """And not what memory holds: on the CPU a product with a tensor on meta is no error."""
+    layer = layer_of(memory, bias=None)
+    packed, meant = made("int8_rows")
+    layer.plug(packed)
+    x = torch.randn(5, 64).to(BF16)
+    with mode():
+        found = READS[read](x, layer.weight)
+        assert torch.equal(found, READS[read](x, meant))
+    assert type(found) is torch.Tensor
+    (report,) = memory.counts.report()
+    assert set(report.why_not_native) == {"the model's code reads the weight"}
+    layer.unplug()
+    assert layer.weight.is_meta
 
 
 def test_layers_share_one_buffer(memory: PackedMemory) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xditd.gpu_workers.packed import product_choice, product_times
+from xditd.gpu_workers.packed import kept_times, product_choice, product_times
 from xditd.gpu_workers.packed.kitchen import kitchen, kitchen_product
 from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.product_choice import ProductChoice, class_of
@@ -44,7 +44,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measurements:
     """A machine with a card on which everything qualifies but GGUF."""
     found = Measurements()
     monkeypatch.setattr(product_times, "measure", found.measure)
-    monkeypatch.setattr(product_choice, "_versions", lambda device: "versions")
+    monkeypatch.setattr(kept_times, "_versions", lambda device: "versions")
     monkeypatch.setattr(
         product_choice, "qualifies", lambda name, *_: None if name in ("int8_convrot", "float8") else f"no {name}"
     )
@@ -77,28 +77,6 @@ def test_the_reference_stays_unless_another_is_clearly_faster(tmp_path: Path, me
     assert found.function_for(WEIGHT) is kitchen_product
     turned = replace(WEIGHT, values=WEIGHT.values.t())
     assert found.function_for(turned) is None
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b'{"schema": 99, "measured": {}}',
-        b'{"schema": 1, "measured": {"int8_convrot bfloat16 k 2048 n 8192 group 256": {"native": 9.0}}}',
-        b'{"schema": 1, "measured": {"int8_convrot bfloat16 k 2048 n 8192 group 256": {"reference": -1, "native": 9}}}',
-        b'{"schema": 1, "measured": {}, "more": ' + b"[" * 100_000,
-        b'{"schema": 1, "measured": {"\xff": {}}}',
-    ],
-)
-def test_a_file_that_is_not_ours_is_measured_anew(tmp_path: Path, measured: Measurements, content: bytes) -> None:
-    folder = tmp_path / "products"
-    folder.mkdir(mode=0o700)
-    (folder / "versions.json").write_bytes(content)
-    assert ProductChoice("auto", GPU, folder).choose([INT8])[INT8].product == "native"
-    assert len(measured.kinds) == 1
-    assert ProductChoice("auto", GPU, folder).choose([INT8])[INT8].product == "native"
-    assert len(measured.kinds) == 1
 
 
 def test_with_a_folder_of_others_the_reference_runs(tmp_path: Path, measured: Measurements) -> None:
