@@ -257,6 +257,7 @@ def test_a_host_leaves(cluster):
         ("__init__.py", '"{0}"', '"9.9.9"', "the cluster's router: xditd version {0}, but 9.9.9 here"),
         ("ipc/protocol.py", " = {1}", " = 99", "the cluster's router: protocol version {1}, but 99 here"),
     ],
+    ids=["xditd", "protocol"],
 )
 def test_a_host_of_another_version_is_refused_by_name(cluster, tmp_path, file, before, after, text):
     network, hosts = cluster
