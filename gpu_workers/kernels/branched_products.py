@@ -119,8 +119,11 @@ class BranchedProducts(TensorRows):
         self._last = None
 
     def _up(self, rows: torch.Tensor, up: Branched[Any], out: torch.Tensor) -> None:
-        self._products.multiply(rows, up.linear, out)
         pairs = self._table.stacks.pairs(up.branches, out.shape[1])
+        if not pairs and out.is_contiguous():  # torch has no GELU in products into a slice
+            self._products.up(rows, up.linear, out)
+            return
+        self._products.multiply(rows, up.linear, out)
         lows = [self._low(rows, pair) for pair in pairs]
         self._last = None
         if len(pairs) == 1 and pairs[0].up.shape[0] == out.shape[1] and can_add_and_gelu(out, lows[0], pairs[0].up):

@@ -149,6 +149,27 @@ def test_projections_of_the_same_rows_share_what_the_factor_makes_of_them(dtype:
     assert branched._last is None
 
 
+def test_gelu_stays_part_of_a_product_that_has_no_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    state = {"up.weight": torch.randn(HIDDEN, WIDTH), "up.bias": torch.randn(HIDDEN)}
+    state |= {"down.weight": torch.randn(WIDTH, HIDDEN), "down.bias": torch.randn(WIDTH)}
+    products = SixteenBit()
+    products.load(state)
+    table = BranchTable([Part("up", 0, HIDDEN), Part("down", 0, WIDTH)], {})
+    branched = BranchedProducts(products, table)
+    lora = Branch(torch.randn(2, HIDDEN), torch.randn(WIDTH, 2), 1.0, strength_of(0.5))
+    table.at("down").active = (lora,)
+    calls = []
+    of_products = products.up
+    monkeypatch.setattr(products, "up", lambda *given: (calls.append(1), of_products(*given)))
+    rows, out = torch.randn(6, WIDTH), torch.empty(6, WIDTH)
+    branched.mlp(rows, branched.linear("up"), branched.linear("down"), out)
+    hidden = F.gelu(F.linear(rows, state["up.weight"], state["up.bias"]), approximate="tanh")
+    expected = F.linear(hidden, state["down.weight"] + 0.5 * lora.up @ lora.down, state["down.bias"])
+    assert float((out - expected).norm() / expected.norm()) <= 1e-6
+    assert calls == [1]
+
+
 @pytest.mark.slow
 def test_in_the_interpreter_a_branch_and_gelu_are_those_of_the_reference() -> None:
     environment = os.environ | {"PYTHONPATH": str(HERE.parent / "support"), "OMP_NUM_THREADS": "1"}
