@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels.cublaslt import MAX_ALIGNMENT, DenseKind, Refused, StaticProduct, alignment
+from xditd.gpu_workers.kernels.dtypes import HALF_DTYPES
 from xditd.gpu_workers.kernels.timings import times_ms
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ _AS_FAST: Final = 1.005
 memset costs 1 to 3 us; in CUDA graphs it costs about 7."""
 _REPEATS: Final = 3
 _AHEAD_CYCLES: Final = 1_000_000
-_HALVES: Final = frozenset({torch.bfloat16, torch.float16})
 
 _ways: dict[DenseKind, StaticProduct | None] = {}
 """The static product of a kind; ``None``: torch's."""
@@ -45,7 +45,7 @@ def multiply(
 
     ``gelu``: GELU (tanh) of that, on GPUs in the epilogue of the product, before it is rounded.
     """
-    if not rows.is_cuda or rows.dtype not in _HALVES:
+    if not rows.is_cuda or rows.dtype not in HALF_DTYPES:
         return _by_torch(rows, weight, bias, gelu=gelu, out=out)
     result = rows.new_empty(rows.shape[0], weight.shape[1]) if out is None else out
     kind = kind_of(rows, weight, bias, result, gelu=gelu)

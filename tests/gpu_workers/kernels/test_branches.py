@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from xditd.gpu_workers.kernels import branch_kernels
 from xditd.gpu_workers.kernels.branch_stacks import BranchStacks
 from xditd.gpu_workers.kernels.branched_products import BranchedProducts, BranchTable, Part
 from xditd.gpu_workers.kernels.branches import Branch, Branches, Strength
@@ -183,3 +184,20 @@ def test_in_the_interpreter_a_branch_and_gelu_are_those_of_the_reference() -> No
 @pytest.mark.parametrize("shape", [*branch_cases.SHAPES, (4608, 12288, 16), (2304, 12288, 128)])
 def test_on_gpus_a_branch_and_gelu_are_those_of_the_reference(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     branch_cases.check_add_and_gelu(shape, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_on_gpus_the_kernel_is_taken_once_it_was_right() -> None:
+    out, low, up = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((8, 24), (8, 16), (24, 16)))
+    assert branch_kernels.can_add_and_gelu(out, low, up)
+    assert not branch_kernels.can_add_and_gelu(out.t(), low, up)
+    assert not branch_kernels.can_add_and_gelu(out.cpu(), low.cpu(), up.cpu())
+
+
+@pytest.mark.parametrize("wrong", [lambda out: out.mul_(2), lambda _: (_ for _ in ()).throw(RuntimeError("no"))])
+def test_a_kernel_that_is_wrong_or_does_not_compile_is_not_taken(monkeypatch: pytest.MonkeyPatch, wrong) -> None:
+    monkeypatch.setattr(branch_kernels, "add_and_gelu", lambda out, *_: wrong(out))
+    assert not branch_kernels._is_right.__wrapped__(torch.bfloat16, torch.device("cpu"))
+    right = lambda out, low, up, alpha: out.copy_(F.gelu(out + alpha * low @ up.t(), approximate="tanh"))  # noqa: E731
+    monkeypatch.setattr(branch_kernels, "add_and_gelu", right)
+    assert branch_kernels._is_right.__wrapped__(torch.float16, torch.device("cpu"))
