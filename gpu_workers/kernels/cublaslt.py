@@ -26,7 +26,8 @@ _PREF_MAX_WORKSPACE_BYTES, _PREF_ALIGNMENT_A = 1, 5
 _EPILOGUES: Final = {(False, False): 1, (True, False): 4, (False, True): 32, (True, True): 36}
 """By whether there are a bias and GELU (tanh)."""
 
-_MAX_ALIGNMENT: Final = 256
+MAX_ALIGNMENT: Final = 256
+"""Bytes; larger alignments do not matter."""
 
 
 class Refused(Exception):
@@ -36,15 +37,15 @@ class Refused(Exception):
 class DenseKind(NamedTuple):
     """A product of ``rows`` (rows, inputs) with a weight (outputs, inputs), and how its tensors are laid out.
 
-    ``strides`` of dimension 0, in elements, and ``alignments`` of the addresses, in bytes, are those of the weight, the
-    rows and the result.
+    ``strides`` of dimension 0, in elements, are those of the weight, the rows and the result; ``alignments`` of the
+    addresses, in bytes, are theirs and that of the bias.
     """
 
     rows: int
     inputs: int
     outputs: int
     strides: tuple[int, int, int]
-    alignments: tuple[int, int, int]
+    alignments: tuple[int, int, int, int]
     dtype: torch.dtype
     has_bias: bool
     has_gelu: bool
@@ -78,7 +79,7 @@ class StaticProduct:
         self._describe(_DESC_EPILOGUE, c_int(_EPILOGUES[kind.has_bias, kind.has_gelu]))
         if kind.has_bias:
             self._describe(_DESC_BIAS_DTYPE, c_int(dtype))
-            self._describe(_DESC_BIAS_POINTER, c_void_p(_MAX_ALIGNMENT))  # some address: the kernel is chosen by it
+            self._describe(_DESC_BIAS_POINTER, c_void_p(kind.alignments[3]))  # an address that is so aligned
         shapes = (
             (kind.inputs, kind.outputs, of_weight),
             (kind.inputs, kind.rows, of_rows),
@@ -100,7 +101,7 @@ class StaticProduct:
         preference, found, count = c_void_p(), _Heuristic(), c_int()
         _check(self._lib.cublasLtMatmulPreferenceCreate(byref(preference)), "preference")
         try:
-            of_weight, of_rows, of_result = kind.alignments
+            of_weight, of_rows, of_result, _ = kind.alignments
             settings: dict[int, Any] = {_PREF_MAX_WORKSPACE_BYTES: c_uint64(0)}
             for number, each in enumerate((of_weight, of_rows, of_result, of_result)):
                 settings[_PREF_ALIGNMENT_A + number] = c_uint32(each)
@@ -148,7 +149,7 @@ _ZERO: Final = c_float(0.0)
 
 def alignment(tensor: torch.Tensor) -> int:
     """Return the largest power of two that divides a tensor's address, at most 256."""
-    address = tensor.data_ptr() | _MAX_ALIGNMENT
+    address = tensor.data_ptr() | MAX_ALIGNMENT
     return address & -address
 
 

@@ -7,12 +7,13 @@ in the life of the process, so that no forward waits for that.
 from __future__ import annotations
 
 import logging
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from xditd.gpu_workers.kernels.cublaslt import DenseKind, Refused, StaticProduct, alignment
+from xditd.gpu_workers.kernels.cublaslt import MAX_ALIGNMENT, DenseKind, Refused, StaticProduct, alignment
+from xditd.gpu_workers.kernels.dtypes import HALF_DTYPES
 from xditd.gpu_workers.kernels.timings import times_ms
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ _AS_FAST: Final = 1.005
 memset costs 1 to 3 us; in CUDA graphs it costs about 7."""
 _REPEATS: Final = 3
 _AHEAD_CYCLES: Final = 1_000_000
-_HALVES: Final = frozenset({torch.bfloat16, torch.float16})
 
 _ways: dict[DenseKind, StaticProduct | None] = {}
 """The static product of a kind; ``None``: torch's."""
@@ -45,10 +45,10 @@ def multiply(
 
     ``gelu``: GELU (tanh) of that, on GPUs in the epilogue of the product, before it is rounded.
     """
-    if not rows.is_cuda or rows.dtype not in _HALVES:
+    if not rows.is_cuda or rows.dtype not in HALF_DTYPES:
         return _by_torch(rows, weight, bias, gelu=gelu, out=out)
     result = rows.new_empty(rows.shape[0], weight.shape[1]) if out is None else out
-    kind = _kind_of(rows, weight, bias, result, gelu=gelu)
+    kind = kind_of(rows, weight, bias, result, gelu=gelu)
     if kind is None:
         return _by_torch(rows, weight, bias, gelu=gelu, out=result)
     way = _ways.get(kind)
@@ -60,7 +60,11 @@ def multiply(
         for each in (rows, weight, bias):
             if each is not None:
                 each.detach()  # a capture keeps the tensors that it sees in operators of torch
-    way.run(rows, weight, bias, result)
+    try:
+        way.run(rows, weight, bias, result)
+    except Refused as refused:
+        _note_refused(kind, refused)
+        return _by_torch(rows, weight, bias, gelu=gelu, out=result)
     return result
 
 
@@ -70,53 +74,58 @@ def measure_pending(device: torch.device) -> None:
     _pending.clear()
     for kind in pending:
         try:
-            _ways[kind] = _choose(kind, device)
+            found = compare(kind, device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
         except Refused as refused:
-            logger.info("static product refused kind=%s reason=%s", kind, refused)
-            _ways[kind] = None
+            _note_refused(kind, refused)
+        else:
+            _ways[kind] = found.static if found.is_static_taken else None
 
 
-def _choose(kind: DenseKind, device: torch.device) -> StaticProduct | None:
-    of_weight, of_rows, of_result = kind.strides
+class Comparison(NamedTuple):
+    """Milliseconds of both products of one kind, and whether their bits are the same."""
+
+    static: StaticProduct
+    torch_ms: float
+    static_ms: float
+    is_same: bool
+
+    @property
+    def is_static_taken(self) -> bool:
+        return self.is_same and self.static_ms <= _AS_FAST * self.torch_ms
+
+
+def compare(kind: DenseKind, device: torch.device) -> Comparison:
+    """Run both products of a kind on random numbers, and time them.
+
+    Raises:
+        Refused: cuBLASLt has none without a workspace.
+        torch.OutOfMemoryError: there is no room for the tensors.
+    """
+    strides, alignments = kind.strides, kind.alignments
     generator = torch.Generator(device).manual_seed(0)
 
-    def numbers(first: int, second: int, stride: int, aligned: int) -> torch.Tensor:
-        found = torch.empty((first - 1) * stride + second + _MOST_SHIFT, dtype=kind.dtype, device=device)
-        found.normal_(generator=generator)
-        shift = 0 if aligned >= _MOST_SHIFT * found.itemsize else aligned // found.itemsize
-        return found[shift:].as_strided((first, second), (stride, 1), found.storage_offset() + shift)
+    def numbers(shape: tuple[int, int], stride: int, aligned: int) -> torch.Tensor:
+        size = (shape[0] - 1) * stride + shape[1]
+        found = torch.empty(size + MAX_ALIGNMENT, dtype=kind.dtype, device=device).normal_(generator=generator)
+        return found.as_strided(shape, (stride, 1), aligned % MAX_ALIGNMENT // found.itemsize)
 
-    of_alignment = kind.alignments
-    weight = numbers(kind.outputs, kind.inputs, of_weight, of_alignment[0]).t()
-    rows = numbers(kind.rows, kind.inputs, of_rows, of_alignment[1])
-    bias = torch.randn(kind.outputs, dtype=kind.dtype, device=device, generator=generator) if kind.has_bias else None
-    out, expected = (numbers(kind.rows, kind.outputs, of_result, of_alignment[2]) for _ in range(2))
+    weight = numbers((kind.outputs, kind.inputs), strides[0], alignments[0]).t()
+    rows = numbers((kind.rows, kind.inputs), strides[1], alignments[1])
+    out, expected = (numbers((kind.rows, kind.outputs), strides[2], alignments[2]) for _ in range(2))
+    bias = numbers((1, kind.outputs), kind.outputs, alignments[3])[0] if kind.has_bias else None
     static = StaticProduct(kind)
-    _by_torch(rows, weight, bias, gelu=kind.has_gelu, out=expected)
-    static.run(rows, weight, bias, out)
-    is_same = torch.equal(out, expected)
     ways = {
         "torch": lambda: _by_torch(rows, weight, bias, gelu=kind.has_gelu, out=expected),
         "static": lambda: static.run(rows, weight, bias, out),
     }
     took = times_ms(ways, device, repeats=_REPEATS, ahead_cycles=_AHEAD_CYCLES)
-    is_used = is_same and took["static"] <= _AS_FAST * took["torch"]
-    logger.debug(
-        "product timed rows=%d inputs=%d outputs=%d bias=%s gelu=%s torch_us=%.1f static_us=%.1f same_bits=%s used=%s",
-        kind.rows, kind.inputs, kind.outputs, kind.has_bias, kind.has_gelu, took["torch"] * 1e3, took["static"] * 1e3,
-        is_same, is_used,
-    )  # fmt: skip
-    return static if is_used else None
+    return Comparison(static, took["torch"], took["static"], torch.equal(out, expected))
 
 
-_MOST_SHIFT: Final = 128
-"""Elements of 256 bytes, the largest alignment that matters."""
-
-
-def _kind_of(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, *, gelu: bool
+def kind_of(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, *, gelu: bool = False
 ) -> DenseKind | None:
     """Return the kind of a product; ``None`` if its tensors are laid out in another way, or it is empty."""
     is_plain = rows.stride(1) == 1 and weight.stride(0) == 1 and out.stride(1) == 1
@@ -129,7 +138,7 @@ def _kind_of(
         rows.shape[1],
         weight.shape[1],
         (weight.stride(1), rows.stride(0), out.stride(0)),
-        (alignment(weight), alignment(rows), alignment(out)),
+        (alignment(weight), alignment(rows), alignment(out), MAX_ALIGNMENT if bias is None else alignment(bias)),
         rows.dtype,
         bias is not None,
         gelu,
@@ -147,3 +156,8 @@ def _by_torch(
         return torch._addmm_activation(bias, rows, weight, use_gelu=True, out=out)
     found = F.gelu(_by_torch(rows, weight, bias, gelu=False, out=None), approximate="tanh")
     return found if out is None else out.copy_(found)
+
+
+def _note_refused(kind: DenseKind, refused: Refused) -> None:
+    logger.info("static product refused kind=%s reason=%s", kind, refused)
+    _ways[kind] = None

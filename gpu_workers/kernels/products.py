@@ -126,6 +126,10 @@ class SixteenBit(TensorRows):
     def multiply(self, rows: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         multiply(rows, linear.weight, linear.bias, out=out)
 
+    def up(self, rows: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+        """Project rows and apply GELU (tanh)."""
+        multiply(rows, linear.weight, linear.bias, gelu=True, out=out)
+
     def mlp(self, rows: torch.Tensor, up: Linear, down: Linear, out: torch.Tensor) -> None:
         self.multiply(project_up(rows, up), down, out)
 

@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch.fx import GraphModule, Node
 
+from xditd.gpu_workers.kernels.dtypes import HALF_DTYPES
 from xditd.gpu_workers.models.block_graphs import TensorKind
-from xditd.gpu_workers.models.entries import HALF_DTYPES
 from xditd.gpu_workers.models.product_operator import OPERATOR
 
 VERSION: Final = 2

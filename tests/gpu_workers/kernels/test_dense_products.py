@@ -51,7 +51,7 @@ def test_other_devices_have_products_of_torch(gelu: bool, has_bias: bool, into: 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a torch without CUDA")
 def test_a_torch_without_cuda_is_named() -> None:
-    kind = DenseKind(5, 8, 6, (8, 8, 6), (256, 256, 256), torch.bfloat16, has_bias=False, has_gelu=False)
+    kind = DenseKind(5, 8, 6, (8, 8, 6), (256, 256, 256, 256), torch.bfloat16, has_bias=False, has_gelu=False)
     with pytest.raises(Refused, match="no CUDA"):
         StaticProduct(kind)
 
@@ -71,6 +71,8 @@ def test_all_kinds_have_the_bits_of_torch(shape: tuple[int, int, int], dtype: to
         lambda: multiply(rows, weight.t(), bias, gelu=True),
         lambda: multiply(rows, weight.t(), bias, out=both[:, 64:]),
         lambda: multiply(rows[:, : inputs // 2], weight.t()[: inputs // 2], bias),
+        lambda: multiply(rows, weight.t()[:, 8:-5], bias[8:-5]),
+        lambda: multiply(rows, weight.t()[:, 1:-7], bias[1:-7]),
     )
     before = [call().clone() for call in calls]
     assert len(dense_products._pending) == len(calls)
