@@ -20,12 +20,23 @@ KINDS = (
 APART_S = 0.1
 """Between calls, so that kernels of one are told from those of the next."""
 MOST_WAIT_S = 60.0
+GAP_LIMITS_US = (2.0, 10.0)
+"""Between the sizes of gaps that are counted apart: two kernels of one graph are about 1 us apart."""
+LARGEST_GAPS = 3
 
 
 class Kernel(NamedTuple):
     name: str
     begins_us: float
     ends_us: float
+
+
+class Gap(NamedTuple):
+    """A time in which nothing ran on the GPU, with the names of the kernels before and after it."""
+
+    length_us: float
+    before: str
+    after: str
 
 
 class KernelRecorder:
@@ -93,28 +104,56 @@ def by_call(kernels: list[Kernel]) -> list[list[Kernel]]:
 def summarise(calls: list[list[Kernel]], top: int = 12) -> dict[str, Any]:
     """Sum up the call in the middle by its length: from its first kernel to the end of the last one.
 
-    ``gaps`` is the share of that time in which nothing ran on the GPU.
+    ``gaps`` is the share of that time in which nothing ran on the GPU. ``gaps_of`` has their milliseconds and number by
+    length, and ``largest_gaps`` those that took longest, in us, with the kernels before and after.
     """
     kernels = sorted(calls, key=lambda call: call[-1].ends_us - call[0].begins_us)[len(calls) // 2]
-    busy_us, free_from = 0.0, kernels[0].begins_us
+    gaps = gaps_between(kernels)
     kinds: dict[str, float] = defaultdict(float)
     names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for kernel in kernels:
-        busy_us += max(0.0, kernel.ends_us - max(free_from, kernel.begins_us))
-        free_from = max(free_from, kernel.ends_us)
         took_ms = (kernel.ends_us - kernel.begins_us) / 1e3
         kinds[kind_of(kernel.name)] += took_ms
         names[kernel.name[:90]][0] += took_ms
         names[kernel.name[:90]][1] += 1
-    length_us = free_from - kernels[0].begins_us
+    length_us = max(kernel.ends_us for kernel in kernels) - kernels[0].begins_us
     longest = sorted(((round(took, 2), int(count), name) for name, (took, count) in names.items()), reverse=True)
     return {
         "kernels": len(kernels),
         "length_ms": round(length_us / 1e3, 2),
-        "gaps": round(1 - busy_us / length_us, 4),
+        "gaps": round(sum(gap.length_us for gap in gaps) / length_us, 4),
+        "gaps_of": gaps_by_length(gaps),
+        "largest_gaps": [
+            (round(gap.length_us, 1), gap.before[:90], gap.after[:90])
+            for gap in sorted(gaps, key=lambda gap: gap.length_us, reverse=True)[:LARGEST_GAPS]
+        ],
         "kinds_ms": {kind: round(took, 2) for kind, took in sorted(kinds.items())},
         "top": longest[:top],
     }
+
+
+def gaps_between(kernels: list[Kernel]) -> list[Gap]:
+    """Return the gaps between kernels that are in the order of their begin."""
+    found, last = [], kernels[0]  # the kernel that ends last of those so far
+    for kernel in kernels[1:]:
+        if kernel.begins_us > last.ends_us:
+            found.append(Gap(kernel.begins_us - last.ends_us, last.name, kernel.name))
+        if kernel.ends_us > last.ends_us:
+            last = kernel
+    return found
+
+
+def gaps_by_length(gaps: list[Gap]) -> dict[str, dict[str, float]]:
+    short_us, long_us = GAP_LIMITS_US
+    limits = {
+        f"below {short_us:g} us": (0.0, short_us),
+        f"{short_us:g} to {long_us:g} us": (short_us, long_us),
+        f"above {long_us:g} us": (long_us, float("inf")),
+    }
+    lengths = {
+        name: [gap.length_us for gap in gaps if least <= gap.length_us < most] for name, (least, most) in limits.items()
+    }
+    return {name: {"ms": round(sum(each) / 1e3, 3), "count": len(each)} for name, each in lengths.items()}
 
 
 def kind_of(name: str) -> str:

@@ -162,7 +162,7 @@ class ForwardPath(Described, frozen=True, kw_only=True):
     split: Literal["whole", "tokens"]
     """Whether ranks share the tokens of such a forward, or one rank runs all of it."""
     shapes: Text
-    """Of the tensors among its arguments, in order."""
+    """The shapes of the tensors among its arguments, in order."""
     path: Literal["eager", "compiled", "captured", "compiled, captured"]
     """Kernel by kernel, with compiled blocks, as a CUDA graph, or both."""
     error: RelativeError | None = None
@@ -221,7 +221,7 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     """``None`` until the workers have reported it."""
     attention_backend: Text
     precision: Text
-    """Of a transformer's matrix products: ``bf16``, as lent, or ``fp8``. Empty while no group is ready."""
+    """How a transformer's matrix products run: ``bf16``, as lent, or ``fp8``. Empty while no group is ready."""
     fused_checks: Annotated[tuple[FusedCheck, ...], msgspec.Meta(max_length=limits.MAX_FUSED_CHECKS)]
     """Fast path checks since the group started, oldest first; bounded."""
     split_checks: Annotated[tuple[SplitCheck, ...], msgspec.Meta(max_length=limits.MAX_SPLIT_CHECKS)] = ()
@@ -229,7 +229,7 @@ class DaemonStatus(Described, frozen=True, kw_only=True):
     forward_paths: Annotated[tuple[ForwardPath, ...], msgspec.Meta(max_length=limits.MAX_FORWARD_PATHS)] = ()
     """Decisions on the paths of forwards since the group started, oldest first; bounded."""
     packed_products: Annotated[tuple[PackedProducts, ...], msgspec.Meta(max_length=limits.MAX_PACKED_FORMATS)] = ()
-    """By format of packed weights, those that were multiplied."""
+    """The products of packed weights, one entry for each format that was multiplied."""
     loras: LoraCounts = LoraCounts()
     workers: tuple[WorkerStatus, ...]
     components: tuple[ComponentStatus, ...]

@@ -76,6 +76,19 @@ def test_service_unit_keeps_what_the_daemon_relies_on(name: str) -> None:
     assert re.fullmatch(r"\S+/bin/xditd serve( --runtime-dir /run/xditd/%i)?", service["ExecStart"][0])
 
 
+def test_cluster_unit_joins_and_leaves_the_daemon_to_its_own_unit() -> None:
+    found = unit("xditd-cluster.service")
+    service = found["Service"]
+    assert re.fullmatch(r"\S+/bin/xditd cluster join", service["ExecStart"][0])
+    assert {key: service[key] for key in ("KillMode", "Restart", "RestartPreventExitStatus")} == {
+        "KillMode": ["mixed"],
+        "Restart": ["on-failure"],
+        "RestartPreventExitStatus": ["2"],
+    }
+    assert found["Unit"]["After"] == ["xditd.service"]
+    assert not found["Unit"].keys() & {"Wants", "Requires", "BindsTo", "PartOf"}
+
+
 def test_user_unit_needs_no_mount_namespace() -> None:
     """Such a directive would put the daemon into a user namespace, from where it cannot open what clients lend."""
     forbidden = ("Protect", "Private", "ReadOnly", "ReadWrite", "Inaccessible", "TemporaryFileSystem", "Bind", "Device")
@@ -94,7 +107,7 @@ def test_system_unit_leaves_alone_what_breaks_lending_and_says_why() -> None:
 @pytest.fixture
 def rendered(tmp_path: Path) -> Path:
     """The units as an installation has them, where systemd-analyze can look at them."""
-    for name in ("xditd.service", "xditd.socket", "xditd@.service", "xditd@.socket"):
+    for name in ("xditd.service", "xditd.socket", "xditd@.service", "xditd@.socket", "xditd-cluster.service"):
         text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", (SYSTEMD / name).read_text(), flags=re.MULTILINE)
         (tmp_path / name.replace("@", "@daemon")).write_text(text)
     return tmp_path
@@ -113,6 +126,7 @@ def analyze(rendered: Path, *arguments: str) -> str:
 def test_units_are_clean(rendered: Path) -> None:
     assert analyze(rendered, "verify", "--man=no", "./xditd@daemon.service", "./xditd@daemon.socket") == ""
     assert analyze(rendered, "--user", "verify", "--man=no", "./xditd.service", "./xditd.socket") == ""
+    assert analyze(rendered, "--user", "verify", "--man=no", "./xditd-cluster.service") == ""
 
 
 @needs_systemd_analyze

@@ -6,13 +6,14 @@
     python benchmarks/run.py modules --device cpu --small
 
 Weights are random, made on the first GPU. The class in this process and the daemon's worker use the same tensors, in
-turns. Prints the medians of one call in ms and their ratio, the time to lend, the memory that the worker takes, whether
-the results have the same bits, the spread of calls (longest by shortest), and the processor time of the busiest worker
-for each call (``host_ms``). Calls are timed once the workers have chosen how the model runs; ``ready_s`` is when they
-had: a second run of this command finds compiled graphs on disk. With ``--swap`` two models of the class are called in
-turns; ``swap`` has the first calls of a turn by the last one, medians of the turns from the third on, and the GPU
-memory that these took more. With ``--profile`` each rank's kernels of one call are summed up, with the share of its
-time in which none runs (``gaps``).
+turns. Prints the medians of one call in ms and their ratio, one of calls in a row (``in_a_row_ms``), the time to lend,
+the memory that the worker takes, whether the results have the same bits, the spread of calls (longest by shortest), and
+the processor time of the busiest worker for each call (``host_ms``). Calls are timed once the workers have chosen how
+the model runs; ``ready_s`` is when they had: a second run of this command finds compiled graphs on disk. With
+``--swap`` two models of the class are called in turns; ``swap`` has the first calls of a turn by the last one, medians
+of the turns from the third on, and the GPU memory that these took more. With ``--profile`` each rank's kernels of one
+call are summed up, with the share of its time in which none runs (``gaps``), these by their length, and the three
+longest with the kernels around them.
 
 Needs: one GPU for each worker (78 GiB for flux2); --device cpu --small is a dry run
 """
@@ -269,6 +270,7 @@ def measure_with(
                 results.append(call(model, **arguments))
                 synchronize(device)
                 into.append((time.perf_counter() - began) * 1e3)
+        in_a_row_ms = time_in_a_row(model, arguments, calls)
         busiest_s = max(processor_s(pid) - before_s for pid, before_s in host_s.items())
         profiles = {}
         if recorder is not None:
@@ -280,9 +282,10 @@ def measure_with(
     return {
         "here_ms": round(statistics.median(here_ms), 1),
         "call_ms": round(statistics.median(there_ms), 1),
+        "in_a_row_ms": round(in_a_row_ms, 1),
         "ratio": round(statistics.median(there_ms) / statistics.median(here_ms), 3),
         "spread": round(max(there_ms) / min(there_ms), 2),
-        "host_ms": round(busiest_s / calls * 1e3, 1),
+        "host_ms": round(busiest_s / (2 * calls) * 1e3, 1),
         "first_lend_ms": round(first_lend_ms, 1),
         "lend_ms": round(lend_ms, 1),
         "ready_s": round(ready_s, 1),
@@ -294,6 +297,17 @@ def measure_with(
         "path": path_of(paths[-1]) if paths and acceleration != "eager" else "eager",
         **({"profile": profiles} if profiles else {}),
     }
+
+
+def time_in_a_row(model: torch.nn.Module, arguments: Arguments, calls: int) -> float:
+    """Return the milliseconds of a call among calls one after the other, as in a pipeline's loop."""
+    device = next(model.parameters()).device
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        model(**arguments)
+    synchronize(device)
+    return (time.perf_counter() - began) / calls * 1e3
 
 
 def settle(model: torch.nn.Module, arguments: Arguments, client: Client, acceleration: Acceleration) -> float:
@@ -351,6 +365,10 @@ def print_profiles(found: dict[tuple[str, str], dict[str, Any]]) -> None:
             kinds = ", ".join(f"{kind} {took:.1f} ms" for kind, took in each["kinds_ms"].items())
             about = f"{each['length_ms']} ms, gaps {each['gaps']:.1%}, {each['kernels']} kernels: {kinds}"
             rows = [(f"{took:.2f} ms", str(count), kernel) for took, count, kernel in each["top"]]
+            rows += [(f"{of['ms']:.3f} ms", str(of["count"]), f"gaps {size}") for size, of in each["gaps_of"].items()]
+            rows += [
+                (f"{took} us", "", f"gap from {before} to {after}") for took, before, after in each["largest_gaps"]
+            ]
             print_table(f"{name}, {acceleration}, {rank}: {about}", rows)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.generations import Outputs, sampling_of
 from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import table
 from xditd.ipc.addresses import expand_home
@@ -136,49 +137,48 @@ def _status(parsed: argparse.Namespace) -> int:
 def _submit(parsed: argparse.Namespace) -> int:
     from xditd.client.cluster import joining
 
-    for flag, needed in (("--transformer", parsed.transformer), ("--embeds", parsed.embeds), ("--vae", parsed.vae)):
+    for flag, needed in (("--transformer", parsed.transformer), ("--embeds", parsed.embeds)):
         if needed is None:
             parsed.refuse(f"submit: {flag} is needed")
-    for flag, other in (("--random-embeds", parsed.random_embeds), ("--device", parsed.device)):
+    if parsed.vae is None and parsed.save_latents is None:
+        parsed.refuse("submit: --vae or --save-latents is needed: without both nothing is written")
+    for flag, other in (
+        ("--random-embeds", parsed.random_embeds),
+        ("--device", parsed.device),
+        ("--lora", parsed.lora),
+    ):
         if other is not None:
             parsed.refuse(f"submit: {flag} is for `xditd generate` on one host; leave it out")
-    if parsed.save_latents is not None:
-        parsed.refuse("submit: --save-latents is for `xditd generate` on one host; use Client(cluster=...) for latents")
     joining.require_ray()
     from xditd.client.client import Client  # noqa: F401 - loads the session's modules before Ray's threads start
     from xditd.client.cluster.client import ClusterClient
-    from xditd.client.image_files import check_image_target
     from xditd.client.tensor_files import read_tensors, require_torch
 
     require_torch()
-    width, height = parsed.size
-    target = check_image_target(parsed.out, width, height)
+    outputs = Outputs(parsed)
     with ClusterClient(parsed.address) as cluster:
         result = cluster.generate(
             str(parsed.transformer),
             read_tensors(parsed.embeds),
             has_file_names=True,
-            vae=str(parsed.vae),
-            height=height,
-            width=width,
-            steps=parsed.steps,
-            seed=parsed.seed,
-            guidance_scale=parsed.guidance,
-            step_cache=parsed.step_cache,
-            options=parsed.option,
+            vae=None if parsed.vae is None else str(parsed.vae),
             compute_dtype=parsed.compute_dtype,
+            **sampling_of(parsed),
         ).result()
-    count = 0 if result.image is None else len(result.image)
-    paths = [
-        target if count == 1 else target.with_name(f"{target.stem}-{each}{target.suffix}") for each in range(count)
-    ]
-    for number, path in enumerate(paths):
-        result.save(path, number)
+    outputs.name_images(0 if result.image is None else len(result.image))
+    outputs.write(result)
+    paths = [str(path) for path in (*outputs.images, outputs.latents) if path is not None]
     if parsed.json:
-        report = {"images": [str(path) for path in paths], "seed": result.seed, "host": result.host,
-                  "runs": result.runs, "timings_ms": result.timings_ms}  # fmt: skip
+        report = {
+            "images": [str(path) for path in outputs.images],
+            "latents": None if outputs.latents is None else str(outputs.latents),
+            "seed": result.seed,
+            "host": result.host,
+            "runs": result.runs,
+            "timings_ms": result.timings_ms,
+        }
         print(json_text(report, indent=2))
     else:
         again = f", run {result.runs} times" if result.runs > 1 else ""
-        print(f"{', '.join(map(str, paths))}: seed {result.seed}, by host {result.host}{again}")
+        print(f"{', '.join(paths)}: seed {result.seed}, by host {result.host}{again}")
     return exits.DONE

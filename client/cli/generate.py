@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.generations import Outputs, sampling_of
 from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_by_kind, copied_text, size_text, span_text
 from xditd.client.loans import Loan
-from xditd.ipc.errors import BadRequest, OutputFailed
-from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.settings.client import GenerateFlags
 
 if TYPE_CHECKING:
     import torch
 
-    from xditd.client.conditioning import Conditioning
-    from xditd.client.results import GenerationResult
-
-_LATENT_ITEM_BYTES: Final = 4
-"""Latents are written in the dtype of the conditioning, which rarely has larger elements."""
-
-_PIXEL_BYTES: Final = 3
-"""Bytes for each pixel of an uncompressed image."""
 
 SUMMARY = "lend checkpoint files and generate images"
 DESCRIPTION = """\
@@ -103,7 +91,6 @@ def run(parsed: argparse.Namespace) -> int:
         vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
         loras = {path: client.lend_lora(path, device=parsed.device) for path in parsed.lora or {}}
         lend_s = time.perf_counter() - started
-        width, height = parsed.size
         if stored is None:
             conditioning = random_conditioning(transformer.facts, parsed.random_embeds, parsed.text_tokens)
         else:
@@ -113,13 +100,7 @@ def run(parsed: argparse.Namespace) -> int:
             transformer.with_loras([(loras[path], strength) for path, strength in (parsed.lora or {}).items()]),
             conditioning,
             vae=vae,
-            height=height,
-            width=width,
-            steps=parsed.steps,
-            seed=parsed.seed,
-            guidance_scale=parsed.guidance,
-            step_cache=parsed.step_cache,
-            options=parsed.option,
+            **sampling_of(parsed),
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
         outputs.write(result)
@@ -133,8 +114,8 @@ def run(parsed: argparse.Namespace) -> int:
                 "latents": None if outputs.latents is None else str(outputs.latents),
                 "seed": result.seed,
                 "sampling": {
-                    "width": width,
-                    "height": height,
+                    "width": parsed.size[0],
+                    "height": parsed.size[1],
                     "steps": job.total_steps,
                     "guidance_scale": default_guidance if parsed.guidance is None else parsed.guidance,
                     "step_cache": parsed.step_cache,
@@ -158,88 +139,6 @@ def run(parsed: argparse.Namespace) -> int:
             print(f"{written}: seed {result.seed}, lent in {span_text(lend_s)}, "
                   f"generated in {span_text(seconds['generate'])}{reused}")  # fmt: skip
     return exits.DONE
-
-
-class Outputs:
-    """The output files of a generation: checked before anything is lent, written elsewhere if that fails later."""
-
-    def __init__(self, parsed: argparse.Namespace) -> None:
-        """Check the paths of one image and its latents.
-
-        Raises:
-            BadRequest: a path is invalid for such a file, or is also an input.
-            OutputFailed: a path cannot be written, or the disk has no room.
-        """
-        from xditd.client.image_files import check_image_target
-        from xditd.client.output_files import check_target
-
-        self._width, self._height = parsed.size
-        read = (parsed.transformer, parsed.vae, parsed.embeds, *map(os.path.expanduser, parsed.lora or {}))
-        self._read = [path for path in read if path is not None]
-        self.images: list[Path] = []
-        self.latents: Path | None = None
-        if parsed.vae is not None:
-            self.images = [check_image_target(parsed.out, self._width, self._height)]
-        if parsed.save_latents is not None:
-            self.latents = check_target(parsed.save_latents)
-        self._check_apart()
-
-    def prepare(self, facts: ComponentFacts, conditioning: Conditioning) -> None:
-        """Set and check the paths, now that the number of images and the shape of latents are known.
-
-        Raises:
-            BadRequest, OutputFailed: as the constructor; or the transformer does not take this conditioning.
-        """
-        from xditd.client.jobs.checks import check_conditioning
-        from xditd.client.output_files import check_target
-
-        assert facts.transformer is not None  # lent with kind="transformer"
-        batch = check_conditioning(conditioning, facts.transformer.conditioning)
-        if self.images and batch > 1:
-            (one,) = self.images
-            self.images = [one.with_name(f"{one.stem}-{number}{one.suffix}") for number in range(batch)]
-            for path in self.images:
-                check_target(path, _PIXEL_BYTES * self._width * self._height)
-            self._check_apart()
-        if self.latents is not None:
-            shape = facts.transformer.latents.shape(batch, self._height, self._width)
-            check_target(self.latents, _LATENT_ITEM_BYTES * math.prod(shape))
-
-    def _check_apart(self) -> None:
-        taken = {os.path.realpath(path) for path in self._read}
-        for output in (*self.images, self.latents):
-            if output is not None:
-                real = os.path.realpath(output)
-                if real in taken:
-                    raise BadRequest(f"output file {output}: is also read here, or written twice; choose another name")
-                taken.add(real)
-
-    def write(self, result: GenerationResult) -> None:
-        """Write the images and the latents.
-
-        Raises:
-            OutputFailed: one was not written; the message names the file that has its content instead.
-        """
-        from xditd.client.image_files import encode_image, image_format
-        from xditd.client.output_files import write_or_keep
-        from xditd.client.tensor_files import encode_tensors
-
-        failures: list[OutputFailed] = []
-        contents: list[tuple[Path, str, list[bytes]]] = []
-        for number, path in enumerate(self.images):
-            image = result.to_pil(number)
-            contents.append((path, "image", [encode_image(image, image_format(path, *image.size))]))
-        if self.latents is not None:
-            contents.append((self.latents, "file of latents", encode_tensors({"latents": result.latents})))
-        for path, what, parts in contents:
-            try:
-                write_or_keep(path, what, *parts)
-            except OutputFailed as error:
-                failures.append(error)  # write the other files first
-        if failures:
-            found = OutputFailed("; ".join(error.detail for error in failures))
-            found.kept = tuple(path for error in failures for path in error.kept)
-            raise found
 
 
 def _shape(value: torch.Tensor | list[torch.Tensor]) -> list[object]:

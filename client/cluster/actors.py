@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import ray
 import ray.util
@@ -34,8 +35,19 @@ logger = logging.getLogger(__name__)
 
 _REPORT_DEADLINE_S: Final = 2.0
 _HOSTS_EVERY_S: Final = 0.5
+_LOST_HOST_WAIT_S: Final = 15.0
 _HOST_THREADS: Final = 64
 _ROUTER_THREADS: Final = 512
+_CONTROL: Final = "control"
+_CONTROL_THREADS: Final = 8
+
+Method = TypeVar("Method", bound=Callable[..., object])
+
+
+def _control(method: Method) -> Method:
+    """Give a method, which returns at once, threads beside those of the jobs, which may all be taken."""
+    marked: Method = ray.method(concurrency_group=_CONTROL)(method)
+    return marked
 
 
 class HostActor:
@@ -46,6 +58,7 @@ class HostActor:
         folder = None if runtime_dir is None else Path(runtime_dir)
         self._agent = HostAgent(name, [Path(each) for each in search_path], folder)
 
+    @_control
     def report(self) -> bytes:
         return encode(self._agent.report())
 
@@ -60,6 +73,7 @@ class HostActor:
             logger.exception("bug in the host's agent")
             return encode(refusal(self._agent.name, Internal(f"{type(error).__name__}: {error}"))), b""
 
+    @_control
     def leave(self) -> None:
         self._agent.leave()
 
@@ -86,15 +100,19 @@ class _RemoteHost:
 
 
 class RouterActor:
-    """The router in an actor. It looks for hosts by their names, so a new one knows them within a second."""
+    """The router in an actor. It looks for hosts by their names, so a new one knows them within a second.
+
+    It asks them for reports all the time, so that a job seldom waits for one.
+    """
 
     def __init__(self) -> None:
         _configure_logging()
-        self._router: Router[Any, Any] = Router()
+        self._router: Router[Any, Any] = Router(wait_s=_LOST_HOST_WAIT_S)
         self._known: dict[str, Any] = {}
         self._find_hosts()
         threading.Thread(target=self._keep_finding, daemon=True).start()
 
+    @_control
     def versions(self) -> bytes:
         return encode(HERE)
 
@@ -109,6 +127,7 @@ class RouterActor:
             return encode(refusal("", Internal(f"{type(error).__name__}: {error}"))), []
         return encode(outcome), [found]
 
+    @_control
     def status(self) -> dict[str, bytes]:
         """Return each host's report, or its error."""
         self._find_hosts()
@@ -140,6 +159,7 @@ class RouterActor:
             pause.wait(_HOSTS_EVERY_S)
             try:
                 self._find_hosts()
+                self._router.reports()
             except LOST as error:
                 logger.warning("hosts are not listed: %s", error)
 
@@ -157,7 +177,7 @@ def make_router() -> Any:
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
     }
-    return ray.remote(RouterActor).options(**options).remote()
+    return _with_control(RouterActor).options(**options).remote()
 
 
 def make_host(name: str, search_path: list[str], runtime_dir: str | None) -> Any:
@@ -177,7 +197,11 @@ def make_host(name: str, search_path: list[str], runtime_dir: str | None) -> Any
         "num_cpus": 0,
         "resources": {host_resource(name): 0.001},
     }
-    return ray.remote(HostActor).options(**options).remote(name, search_path, runtime_dir)
+    return _with_control(HostActor).options(**options).remote(name, search_path, runtime_dir)
+
+
+def _with_control(actor: type) -> Any:
+    return ray.remote(concurrency_groups={_CONTROL: _CONTROL_THREADS})(actor)
 
 
 def _lost(name: str, error: Exception) -> HostLost:

@@ -31,6 +31,11 @@ _ROUTER_DEADLINE_S: Final = 30.0
 
 _RETRY_S: Final = 0.2
 _LEAVE_DEADLINE_S: Final = 20.0
+_MAX_SENDS: Final = 20
+"""How often a job is sent while routers, or hosts with its result, are lost."""
+
+_router: Any = None
+"""The router that answered last; ``None`` after it was lost."""
 
 
 def connect(address: str) -> None:
@@ -45,6 +50,8 @@ def connect(address: str) -> None:
     node_ip = security.own_address(address)
     security.check_access(os.environ, [host, node_ip])
     os.environ.update(security.tuned(os.environ))
+    if not ray.is_initialized():
+        _forget(_router)
     try:
         ray.init(
             address=address,
@@ -70,14 +77,15 @@ def connect(address: str) -> None:
 
 
 def router(deadline_s: float = _ROUTER_DEADLINE_S) -> Any:
-    """Return the router of the connected cluster, of the same versions as this process.
+    """Return the router of the connected cluster, of the same versions as this process; asked once until it is lost.
 
     Raises:
         ClusterUnreachable: there is none within ``deadline_s``.
         ProtocolMismatch: it has other versions.
     """
+    global _router
     ends_s = time.monotonic() + deadline_s
-    while True:
+    while (known := _router) is None:
         try:
             found = ray.get_actor(ROUTER, namespace=NAMESPACE)
             versions = decode(ray.get(found.versions.remote(), timeout=deadline_s), Versions)
@@ -89,19 +97,28 @@ def router(deadline_s: float = _ROUTER_DEADLINE_S) -> Any:
             time.sleep(_RETRY_S)  # Ray restarts it
         else:
             check_versions(versions, "the cluster's router")
-            return found
+            _router = found
+    return known
+
+
+def _forget(lost: Any) -> None:
+    global _router
+    if _router is lost:
+        _router = None
 
 
 def submit(job: Job, tensors: StoredTensors) -> tuple[Done, StoredTensors]:
     """Run a job on the cluster, and wait for its end. A router that is lost meanwhile gets the same job again.
+
+    So does the router if the result is lost with the host that made it: the job runs again, with the same seed.
 
     Raises:
         ClusterUnreachable: no router answers.
         XditdError: the error that ended the job.
     """
     reference = ray.put(encode(tensors))
-    ends_s: float | None = None
-    while True:
+    lost: Exception | None = None
+    for _ in range(_MAX_SENDS):
         actor = router()
         try:
             data, found = ray.get(actor.run.remote(encode(job), [reference]))
@@ -110,17 +127,31 @@ def submit(job: Job, tensors: StoredTensors) -> tuple[Done, StoredTensors]:
                 raise outcome.error()
             return outcome, decode(ray.get(found[0]), StoredTensors)
         except LOST as error:
-            ends_s = ends_s or time.monotonic() + _ROUTER_DEADLINE_S
-            if time.monotonic() > ends_s:
-                raise ClusterUnreachable(f"job {job.job_id}: the router was lost again and again: {error}") from None
-            time.sleep(_RETRY_S)
+            lost = error
+            _forget(actor)
+            time.sleep(_RETRY_S)  # Ray restarts it
+    raise ClusterUnreachable(f"job {job.job_id}: sent {_MAX_SENDS} times, and the router was lost each time: {lost}")
 
 
 def status() -> dict[str, HostReport | Refused]:
-    """Return each host's report, or why it has none."""
-    found: dict[str, bytes] = ray.get(router().status.remote(), timeout=_ROUTER_DEADLINE_S)
+    """Return each host's report, or why it has none.
+
+    Raises:
+        ClusterUnreachable: no router answers.
+    """
     entry: Any = HostReport | Refused
-    return {name: decode(data, entry) for name, data in sorted(found.items())}
+    ends_s = time.monotonic() + _ROUTER_DEADLINE_S
+    while True:
+        actor = router()
+        try:
+            found: dict[str, bytes] = ray.get(actor.status.remote(), timeout=_ROUTER_DEADLINE_S)
+        except LOST as error:
+            _forget(actor)
+            if time.monotonic() > ends_s:
+                raise ClusterUnreachable(f"the cluster's router does not answer: {error}") from None
+            time.sleep(_RETRY_S)
+        else:
+            return {name: decode(data, entry) for name, data in sorted(found.items())}
 
 
 def leave(name: str) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -24,16 +24,20 @@ _MAX_ENTRIES: Final = 20_000
 """Entries of the cache file; the oldest are dropped."""
 
 
+FileKey = tuple[int, int, int, int, int]
+
+
 class _Entry(msgspec.Struct, frozen=True, array_like=True):
     device: int
     inode: int
     size_bytes: int
     mtime_ns: int
     ctime_ns: int
-    digest: str
+    digest: Annotated[str, msgspec.Meta(pattern=f"^{PREFIX}[0-9a-f]{{64}}$")]
 
-
-FileKey = tuple[int, int, int, int, int]
+    @property
+    def key(self) -> FileKey:
+        return self.device, self.inode, self.size_bytes, self.mtime_ns, self.ctime_ns
 
 
 def cache_path() -> Path:
@@ -69,7 +73,7 @@ class ContentHashes:
         self._lock = threading.Lock()
         self._known: dict[FileKey, str] = {}
         for entry in _read_cache(self._cache):
-            self._known[entry.device, entry.inode, entry.size_bytes, entry.mtime_ns, entry.ctime_ns] = entry.digest
+            self._known[entry.key] = entry.digest
 
     def of(self, path: Path) -> str:
         """Return the content hash of a file, reading it only if it is unknown: 1 GB takes about a second.
@@ -90,6 +94,8 @@ class ContentHashes:
         return digest
 
     def _write_cache(self) -> None:
+        for entry in _read_cache(self._cache):  # what other processes have found since
+            self._known.setdefault(entry.key, entry.digest)
         while len(self._known) > _MAX_ENTRIES:
             del self._known[next(iter(self._known))]
         entries = [_Entry(*key, digest) for key, digest in self._known.items()]

@@ -21,31 +21,32 @@ class HostFiles:
     """Finds the checkpoint files below the folders of ``search_path``, and hashes each once.
 
     ``search_path`` holds folders, which are read with their subfolders, and files. Symbolic links to folders are not
-    followed. For any thread: one scans at a time.
+    followed. One that does not exist, for now, has no files. For any thread: one scans at a time.
     """
 
     def __init__(self, search_path: Sequence[Path], hashes: ContentHashes) -> None:
-        for each in search_path:
-            if not each.exists():
-                raise BadRequest(f"search path {each}: does not exist on this host")
         self._search_path = tuple(search_path)
         self._hashes = hashes
         self._scanning = threading.Lock()
         self._lock = threading.Lock()
         self._paths: dict[str, Path] = {}
         self._keys: dict[Path, FileKey] = {}
+        self._told: set[str] = set()
 
     def scan(self) -> None:
         """Look for new, changed and removed files. The first scan reads all bytes of files that no cache knows."""
         with self._scanning:
             paths: dict[str, Path] = {}
             keys: dict[Path, FileKey] = {}
+            refused: set[str] = set()
             for path in self._candidates():
                 try:
                     keys[path] = file_key(path)
                     digest = self._hashes.of(path)
                 except (BadRequest, StaleSource) as error:
-                    logger.warning("file is not offered: %s", error)
+                    refused.add(error.detail)
+                    if error.detail not in self._told:  # by the last scan
+                        logger.warning("file is not offered: %s", error)
                     continue
                 paths.setdefault(digest, path)
                 with self._lock:  # so that a host offers its first files while it hashes the others
@@ -53,6 +54,7 @@ class HostFiles:
                     self._keys[path] = keys[path]
             with self._lock:
                 self._paths, self._keys = paths, keys
+            self._told = refused
 
     def digests(self) -> dict[str, int]:
         """Return the content hashes of the files known by now, with their sizes in bytes."""
@@ -89,7 +91,7 @@ class HostFiles:
     def _candidates(self) -> list[Path]:
         found: list[Path] = []
         for start in self._search_path:
-            if start.is_file():
+            if os.path.isfile(start):
                 found.append(start)
             for folder, _, names in os.walk(start):
                 found += [Path(folder, name) for name in sorted(names) if name.endswith(SUFFIXES)]

@@ -30,6 +30,7 @@ from xditd.client.conditioning import conditioning_of
 from xditd.client.results import GenerationResult
 from xditd.client.waiting import why_not_serving
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, UnknownComponent, XditdError
+from xditd.ipc.status import GroupState
 from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
@@ -76,11 +77,12 @@ class HostAgent:
 
     def report(self) -> HostReport:
         """Describe the host, its daemon's state included."""
-        detail, other_jobs = "", 0
+        detail, other_jobs, is_starting = "", 0, False
         try:
             client, residents = self._attached()
             status = client.status(deadline_s=_STATUS_DEADLINE_S)
             detail = why_not_serving(status)
+            is_starting = status.group_state in (GroupState.STARTING, GroupState.DEAD)
             # A job of the agent that still waits for its lend is not in the daemon's queue.
             other_jobs = max(0, len(status.jobs) - len(self._running()))
             resident = residents.digests()
@@ -91,6 +93,7 @@ class HostAgent:
             versions=HERE,
             host=self.name,
             is_serving=not detail,
+            is_starting=is_starting,
             detail=detail,
             files=self._files.digests(),
             resident=resident,

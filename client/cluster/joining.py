@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import hashlib
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +28,9 @@ from xditd.ipc.errors import BadRequest, PeerError, Unsupported
 
 logger = logging.getLogger(__name__)
 
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_libc: Final = ctypes.CDLL(None)
 _REFUSED: Final = 2
 """The member's exit status if this host must not join."""
 
@@ -79,8 +84,31 @@ def join(membership: Membership) -> bool:
     """Join, and stay until a signal ends this process or the host leaves; returns whether it has left.
 
     Raises:
+        BadRequest: another join of this user has joined this host by this name.
         PeerError: this host was refused; the member process has logged why.
     """
+    with _claim(membership.name):
+        return _stay_joined(membership)
+
+
+def _claim(name: str) -> socket.socket:
+    """Claim the name on this host, until the socket is closed or this process ends, however it ends."""
+    # An abstract socket belongs to a network namespace, as a host's address does, and leaves no file behind.
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()  # a name may be longer than an address
+        claim.bind(f"\0xditd-cluster-{os.getuid()}-{digest}")
+    except OSError as error:
+        claim.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise BadRequest(
+            f"name {name!r}: another `xditd cluster join` on this host has it; end it, or choose another by --name"
+        ) from None
+    return claim
+
+
+def _stay_joined(membership: Membership) -> bool:
     stopping = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -89,7 +117,7 @@ def join(membership: Membership) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     # What `ray start` started becomes a child of this process if `ray start` is killed, so that it can be ended.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     pause_s = _FIRST_PAUSE_S
     while not stopping.is_set():
         began_s = time.monotonic()
@@ -117,7 +145,12 @@ def _stay(membership: Membership, stopping: threading.Event) -> int | None:
         for command in (membership.ray_command(), membership.member_command()):
             processes.append(
                 subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
             )
         raylet, member = processes
@@ -126,6 +159,11 @@ def _stay(membership: Membership, stopping: threading.Event) -> int | None:
         return member.poll()
     finally:
         _end(processes)
+
+
+def _end_with_parent() -> None:
+    """Have this process, a child before exec, get SIGTERM when the join is killed: `ray start` then ends its Ray."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -161,10 +199,16 @@ def folders(search_path: str) -> tuple[Path, ...]:
     """Split a search path at its colons.
 
     Raises:
-        BadRequest: a folder does not exist.
+        BadRequest: a folder does not exist, or cannot be read.
     """
     found = tuple(user_path(each).absolute() for each in search_path.split(":") if each)
     for each in found:
-        if not each.exists():
-            raise BadRequest(f"search path {each}: does not exist on this host")
+        try:
+            each.stat()
+        except FileNotFoundError:
+            raise BadRequest(f"search path {each}: does not exist on this host") from None
+        except OSError as error:
+            raise BadRequest(f"search path {each}: {error.strerror}") from None
+        if not os.access(each, os.R_OK | (os.X_OK if each.is_dir() else 0)):
+            raise BadRequest(f"search path {each}: this user may not read it")
     return found

@@ -18,7 +18,7 @@ from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-CLUSTER_VERSION: Final = 1
+CLUSTER_VERSION: Final = 2
 """Raised with every change of a struct here."""
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -142,6 +142,8 @@ class HostReport(_Message, frozen=True, kw_only=True, tag="report"):
     versions: Versions
     host: str
     is_serving: bool
+    is_starting: bool
+    """Whether its workers start, so that jobs which are sent now wait for them."""
     detail: str
     """Why it does not serve; empty if it does."""
     files: dict[str, int]

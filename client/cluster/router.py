@@ -34,8 +34,13 @@ ASSUMED_LEND_BYTES_PER_S: Final = 1e9
 LEND_S: Final = 0.2
 """What a lend takes beside its bytes."""
 
-_FRESH_S: Final = 1.0
+START_S: Final = 10.0
+"""What workers that are starting take until they serve; their daemon queues jobs meanwhile."""
+
+_FRESH_S: Final = 2.0
 """How old a report may be. A report that is newer costs a round trip; jobs sent since are counted here."""
+
+_LOOK_AGAIN_S: Final = 0.2
 
 P = TypeVar("P")
 Q = TypeVar("Q")
@@ -55,17 +60,41 @@ class HostHandle(Protocol[P_contra, Q_co]):
 
 @dataclass(eq=False)
 class _Known:
-    """What the router knows of a host: its last report, and the jobs sent since, by id, with their work."""
+    """What the router knows of a host: its last report, and the jobs sent since, by id, with their work.
+
+    ``ended`` are the jobs that ended there since the report was asked for, with the time of that end: the report may
+    still have them running. ``gained`` are the contents of those that succeeded, which the workers hold now.
+    """
 
     report: HostReport | None = None
     error: XditdError | None = None
     sent: dict[str, Job] = field(default_factory=dict)
+    ended: dict[str, float] = field(default_factory=dict)
+    gained: dict[str, float] = field(default_factory=dict)
+
+    def take(self, answer: HostReport | XditdError, asked_s: float) -> None:
+        """Replace the report by the answer to a question of the time ``asked_s``."""
+        self.error = answer if isinstance(answer, XditdError) else None
+        self.report = None if isinstance(answer, XditdError) else answer
+        self.ended = {job_id: ended_s for job_id, ended_s in self.ended.items() if ended_s >= asked_s}
+        self.gained = {digest: ended_s for digest, ended_s in self.gained.items() if ended_s >= asked_s}
+
+    def current(self) -> HostReport | None:
+        """Return the report with what has changed since."""
+        if self.report is None:
+            return None
+        running = {job_id: work for job_id, work in self.report.running.items() if job_id not in self.ended}
+        return msgspec.structs.replace(self.report, resident=(*self.report.resident, *self.gained), running=running)
 
 
 class Router(Generic[P, Q]):
-    """Routes jobs to the hosts that ``set_hosts`` names. For any thread: each waits for its own job."""
+    """Routes jobs to the hosts that ``set_hosts`` names. For any thread: each waits for its own job.
 
-    def __init__(self) -> None:
+    A job waits up to ``wait_s`` for hosts that are lost: Ray restarts an agent within seconds.
+    """
+
+    def __init__(self, wait_s: float = 0.0) -> None:
+        self._wait_s = wait_s
         self._lock = threading.Lock()
         self._hosts: dict[str, HostHandle[P, Q]] = {}
         self._known: dict[str, _Known] = {}
@@ -98,7 +127,7 @@ class Router(Generic[P, Q]):
         first_error: XditdError | None = None
         tried: list[str] = []
         while True:
-            name = self._choose(job, tried, first_error)
+            name = self._wait_for_host(job, tried, first_error)
             try:
                 outcome, found = self._run_on(name, job, tensors)
                 error = outcome.error() if isinstance(outcome, Refused) else None
@@ -114,11 +143,27 @@ class Router(Generic[P, Q]):
             tried.append(name)
             self._forget_report(name)
 
-    def choose(self, job: Job, tried: list[str] | None = None) -> str:
-        """Return the host that a job would run on now."""
-        return self._choose(job, tried or [], None)
+    def choose(self, job: Job) -> str:
+        """Return the host that a job would run on now; errors are those of :meth:`run`."""
+        found = self._choose(job, [])
+        if isinstance(found, str):
+            return found
+        raise _no_host(job, found, None)
 
-    def _choose(self, job: Job, tried: list[str], first_error: XditdError | None) -> str:
+    def _wait_for_host(self, job: Job, tried: list[str], first_error: XditdError | None) -> str:
+        wait_s = self._wait_s if job.deadline_s is None else min(self._wait_s, job.deadline_s)
+        ends_s = time.monotonic() + wait_s
+        while True:
+            found = self._choose(job, tried)
+            if isinstance(found, str):
+                return found
+            may_come_back = not (found or tried) or any(isinstance(each, HostLost) for each in found.values())
+            if not may_come_back or time.monotonic() >= ends_s:
+                raise _no_host(job, found, first_error)
+            time.sleep(_LOOK_AGAIN_S)  # reports come from the hosts; nothing tells of a host that is back
+
+    def _choose(self, job: Job, tried: list[str]) -> str | dict[str, XditdError]:
+        """Return the best host, or why each cannot run the job."""
         self._ask(_FRESH_S)
         costs: dict[str, tuple[float, str]] = {}
         refusals: dict[str, XditdError] = {}
@@ -130,30 +175,34 @@ class Router(Generic[P, Q]):
                 if why is not None:
                     refusals[name] = why
                     continue
-                assert known.report is not None
-                if job.job_id in known.report.running:
+                report = known.current()
+                assert report is not None
+                if job.job_id in report.running:
                     return name  # an earlier router sent it there
-                costs[name] = (cost_s(known.report, list(known.sent.values()), job), name)
-        if costs:
-            return min(costs, key=lambda name: costs[name])
-        raise _no_host(job, refusals, first_error)
+                costs[name] = (cost_s(report, list(known.sent.values()), job), name)
+        return min(costs, key=lambda name: costs[name]) if costs else refusals
 
     def _run_on(self, name: str, job: Job, tensors: P) -> tuple[Outcome, Q]:
-        with self._counted(name, job) as host:
-            return host.run(job, tensors)
+        with self._counted(name, job) as (host, known):
+            outcome, found = host.run(job, tensors)
+            if isinstance(outcome, Done):
+                with self._lock:
+                    known.gained.update(dict.fromkeys(job.digests, time.monotonic()))
+            return outcome, found
 
     @contextmanager
-    def _counted(self, name: str, job: Job) -> Iterator[HostHandle[P, Q]]:
+    def _counted(self, name: str, job: Job) -> Iterator[tuple[HostHandle[P, Q], _Known]]:
         with self._lock:
             host, known = self._hosts.get(name), self._known.get(name)
             if host is None or known is None:
                 raise HostLost(f"host {name}: it has left the cluster")
             known.sent[job.job_id] = job
         try:
-            yield host
+            yield host, known
         finally:
             with self._lock:
                 known.sent.pop(job.job_id, None)
+                known.ended[job.job_id] = time.monotonic()
 
     def _forget_report(self, name: str) -> None:
         with self._lock:
@@ -168,15 +217,14 @@ class Router(Generic[P, Q]):
                 if time.monotonic() - self._asked_s <= max_age_s:
                     return
                 hosts = dict(self._hosts)
+            began_s = time.monotonic()
             if hosts:
                 with ThreadPoolExecutor(len(hosts)) as pool:
                     found = list(pool.map(_report_of, hosts.values()))
                 with self._lock:
                     for name, each in zip(hosts, found, strict=True):
                         if name in self._known:
-                            known = self._known[name]
-                            known.error = each if isinstance(each, XditdError) else None
-                            known.report = None if isinstance(each, XditdError) else each
+                            self._known[name].take(each, began_s)
             with self._lock:
                 self._asked_s = time.monotonic()
 
@@ -187,6 +235,7 @@ def cost_s(report: HostReport, sent: list[Job], job: Job) -> float:
     own = {each.job_id for each in sent}
     wait_s = sum(report.pace.get(each.transformer, mean_s / max(each.work, 1e-9)) * each.work for each in sent)
     wait_s += mean_s * (report.other_jobs + len(report.running.keys() - own))
+    wait_s += START_S if report.is_starting else 0.0
     promised = {digest for each in sent for digest in each.digests}
     bytes_per_s = report.lend_bytes_per_s or ASSUMED_LEND_BYTES_PER_S
     for digest in job.digests:
@@ -206,7 +255,7 @@ def _why_not(name: str, known: _Known, job: Job) -> XditdError | None:
     missing = [digest for digest in job.digests if digest not in report.files]
     if missing:
         return UnknownComponent(f"host {name}: no file of content {', '.join(missing)}", names=missing)
-    if not report.is_serving:
+    if not (report.is_serving or report.is_starting):
         return WorkersUnavailable(f"host {name}: {report.detail}")
     return None
 

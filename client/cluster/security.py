@@ -36,6 +36,8 @@ HEALTH: Final = {
     "RAY_grpc_keepalive_timeout_ms": "2000",
     # How long hosts wait for a head that is gone before they start over.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    # By default Ray gives its actors niceness 15: on a busy host the router and the agent would wait for all others.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Environment of every process of the cluster that this host starts, unless the user has set another value."""

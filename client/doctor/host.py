@@ -127,15 +127,31 @@ def check_allocator(environ: Mapping[str, str]) -> Finding:
     return ok(name, text or "torch's default; memory is lent without a copy")
 
 
-def check_cluster(environ: Mapping[str, str]) -> Finding | None:
-    """Say what a host that joins a cluster risks; ``None`` where nothing of a cluster is configured."""
-    if not any(environ.get(name) for name in ("XDITD_CLUSTER", "RAY_AUTH_MODE", "RAY_ADDRESS")):
+def check_cluster(environ: Mapping[str, str], proc: Path = Path("/proc")) -> Finding | None:
+    """Say what a host of a cluster risks; ``None`` where this user has not joined one, and configured nothing of it."""
+    where = _joined_cluster(proc)
+    if where is None and not any(environ.get(name) for name in ("XDITD_CLUSTER", "RAY_AUTH_MODE", "RAY_ADDRESS")):
         return None
     return warn(
         "cluster",
+        f"{where or 'configured'}: "
         "who holds the token of the Ray cluster can run code as this user on every host; Ray listens on the network",
         "leave it (xditd cluster leave) unless you trust every host; use a token and TLS: docs/security.md",
     )
+
+
+def _joined_cluster(proc: Path) -> str | None:
+    """Return which cluster a process of this user has joined, by the arguments of ``client/cluster/member.py``."""
+    for folder in proc.glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            is_own = folder.stat().st_uid == os.getuid()
+        except OSError:
+            continue  # it has ended
+        if is_own and "xditd.client.cluster.member" in words[:-2]:
+            address, name, *_ = words[words.index("xditd.client.cluster.member") + 1 :]
+            return f"this host has joined {address} as {name}"
+    return None
 
 
 def check_devices(dev: Path = Path("/dev")) -> Finding | None:

@@ -6,18 +6,19 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
+from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows, PreparedParts
 from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.jobs.reading import ArgumentReader
 from xditd.gpu_workers.jobs.result_describer import CACHE, ResultDescriber
 from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter
 from xditd.gpu_workers.models.component import Component
+from xditd.gpu_workers.models.lora_variants import LoraVariant
 from xditd.gpu_workers.models.object_tensors import change_tensors
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.snapshots import Snapshot
@@ -53,40 +54,29 @@ def run(job: Call, context: JobContext) -> Finished:
 def _run(job: Call, context: JobContext) -> Finished:
     clock = PhaseClock(context.device)
     device_io = context.open_device_io(job)
-    with raise_on_all_ranks():
-        component = context.components.get(job.component_id, "module")
-        clock.end_phase("plug", waits=False)
-        _check_job(job, component)
-        io = context.open_io()
-        reader = ArgumentReader(io, context.device, context.kept, context.client, context.held, device_io)
-        parts = [
-            dict(reader.read(part.arguments, f"parts[{number}]." if len(job.parts) > 1 else "").arguments)
-            for number, part in enumerate(job.parts)
-        ]
-        reader.finish()
-        loras = context.components.variant(component, job.loras)
-    for part, given in zip(parts, job.parts, strict=True):
-        _gather_plain(part, given.arguments, context.held.shares)
-    clock.end_phase("inputs", waits=False)
-    numerics = job.numerics or Numerics()
     with ExitStack() as settings:
         with raise_on_all_ranks():
-            describer = ResultDescriber(context.held, context.client, job, parts)
-            written = _WrittenTensors(parts)
-            stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
-            settings.enter_context(use_numerics(numerics, context.device))
-            settings.enter_context(loras.switched_on())
-        run_part = partial(_run_part, component, job.method)
-        rows = ModuleRows(
-            component.class_model, job.method, numerics, run_part, context.held.shares, is_eager=loras.changes
-        )
-        of_parts = [
-            {*changed, *(name for name, node in described.arguments.items() if holds(node, Held))}
-            for changed, described in zip(stateful, job.parts, strict=True)
-        ]
-        results = rows.run(
-            [ModulePart(part, bool(names), frozenset(names)) for part, names in zip(parts, of_parts, strict=True)]
-        )
+            component = context.components.get(job.component_id, "module")
+            clock.end_phase("plug", waits=False)
+            _check_job(job, component)
+            io = context.open_io()
+            reader = ArgumentReader(io, context.device, context.kept, context.client, context.held, device_io)
+            parts = [
+                dict(reader.read(part.arguments, f"parts[{number}]." if len(job.parts) > 1 else "").arguments)
+                for number, part in enumerate(job.parts)
+            ]
+            reader.finish()
+            loras = context.components.variant(component, job.loras)
+            # Nothing has to be gathered from other ranks: without another round of them.
+            begun = None if context.held.shares else _begin(job, context, component, parts, loras, settings)
+        if begun is None:
+            for part, given in zip(parts, job.parts, strict=True):
+                _gather_plain(part, given.arguments, context.held.shares)
+            with raise_on_all_ranks():
+                begun = _begin(job, context, component, parts, loras, settings)
+        clock.end_phase("inputs", waits=False)
+        describer, written, stateful = begun.describer, begun.written, begun.stateful
+        results = begun.rows.run_prepared(begun.prepared)
     described: CallResults | None = None
     with raise_on_all_ranks():
         written.check(stateful, f"{component.class_model.class_name}.{job.method}")
@@ -107,6 +97,42 @@ def _run(job: Call, context: JobContext) -> Finished:
                 describer.describe_state(value, lambda _: None)
             clock.end_phase("forward")
     return Finished(clock.marks_ms, results=described)
+
+
+class _Begun(NamedTuple):
+    """A call whose arguments are on the device."""
+
+    describer: ResultDescriber
+    written: _WrittenTensors
+    stateful: list[dict[str, Any]]
+    rows: ModuleRows
+    prepared: PreparedParts
+
+
+def _begin(
+    job: Call,
+    context: JobContext,
+    component: Component,
+    parts: list[dict[str, Any]],
+    loras: LoraVariant,
+    settings: ExitStack,
+) -> _Begun:
+    """Do what comes between the reading of arguments and the forwards; ``settings`` end after these."""
+    describer = ResultDescriber(context.held, context.client, job, parts)
+    written = _WrittenTensors(parts)
+    stateful = [_stateful(job.parts[number].arguments, part) for number, part in enumerate(parts)]
+    numerics = job.numerics or Numerics()
+    settings.enter_context(loras.switched_on())
+    run_part = partial(_run_part, component, job.method, numerics)
+    rows = ModuleRows(
+        component.class_model, job.method, numerics, run_part, context.held.shares, is_eager=loras.changes
+    )
+    of_parts = [
+        {*changed, *(name for name, node in described.arguments.items() if holds(node, Held))}
+        for changed, described in zip(stateful, job.parts, strict=True)
+    ]
+    given = [ModulePart(part, bool(names), frozenset(names)) for part, names in zip(parts, of_parts, strict=True)]
+    return _Begun(describer, written, stateful, rows, rows.prepare(given))
 
 
 def _check_job(job: Call, component: Component) -> None:
@@ -146,12 +172,14 @@ def _note_finite(results: Sequence[Any], describer: ResultDescriber) -> FiniteCh
     return finite
 
 
-def _run_part(component: Component, method: str, arguments: Mapping[str, Any]) -> Any:
+def _run_part(component: Component, method: str, numerics: Numerics, arguments: Mapping[str, Any]) -> Any:
+    """Run a method of the class. The numerics are set here: a graph has them, and its replay sets none."""
     model = component.class_model
     call = model.module if method == "forward" else getattr(model.module, method)
     before = _random_states(model.device)
     try:
-        result = call(**arguments)
+        with use_numerics(numerics, model.device):
+            result = call(**arguments)
     except (torch.OutOfMemoryError, XditdError):
         raise
     except Exception as error:  # whatever the class raises for arguments that do not fit it

@@ -76,9 +76,14 @@ class PhaseClock(Clock):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
+        # The thread sleeps until the GPU is there. While it spins, it takes a processor that others need, and on a busy
+        # host it has used up its share when the GPU is done.
+        self._reached = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
 
     def end_phase(self, phase: str, *, waits: bool = True) -> None:
         """Store the milliseconds since the last phase. Without ``waits`` pending GPU work counts to a later phase."""
-        if waits and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if waits and self._reached is not None:
+            self._reached.record(torch.cuda.current_stream(self._device))
+            self._reached.synchronize()
+            torch.cuda.synchronize(self._device)  # other streams
         self.mark(phase)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -55,6 +55,14 @@ class ModulePart:
     arguments: Mapping[str, Any]
     on_all_ranks: bool
     stateful: frozenset[str] = frozenset()
+
+
+class PreparedParts(NamedTuple):
+    """The parts of a call, and of each whether its cache may be split, and its case: both empty with one rank."""
+
+    parts: Sequence[ModulePart]
+    has_cache: Sequence[bool] = ()
+    keys: Sequence[CaseKey] = ()
 
 
 class ModuleRows:
@@ -104,13 +112,25 @@ class ModuleRows:
             Unsupported: the forward cannot run in workers.
             OutOfMemory, OtherRankFailed: see ``raise_on_all_ranks``.
         """
+        with raise_on_all_ranks():
+            prepared = self.prepare(parts)
+        return self.run_prepared(prepared)
+
+    def prepare(self, parts: Sequence[ModulePart]) -> PreparedParts:
+        """Do what comes before the forwards; call this within ``raise_on_all_ranks``, it may fail on one rank alone."""
+        if self._ranks == 1:
+            return PreparedParts(parts)
+        has_cache = [self._has_cache(part) for part in parts]
+        keys = [self._key(part.arguments, has_cache=has) for part, has in zip(parts, has_cache, strict=True)]
+        return PreparedParts(parts, has_cache, keys)
+
+    def run_prepared(self, prepared: PreparedParts) -> list[Any]:
+        """Do the rest of :meth:`run`."""
+        parts, has_cache, keys = prepared
         if self._ranks == 1:
             with raise_on_all_ranks():
                 return [self._run_alone(part) for part in parts]
         results: list[Any] = [None] * len(parts)
-        with raise_on_all_ranks():
-            has_cache = [self._has_cache(part) for part in parts]
-            keys = [self._key(part.arguments, has_cache=has) for part, has in zip(parts, has_cache, strict=True)]
         shared: dict[int, Case] = {}
         for number, part in enumerate(parts):
             if has_cache[number]:

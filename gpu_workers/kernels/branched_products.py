@@ -1,16 +1,19 @@
 """The products of fused blocks with LoRAs: those of other products, and the branches of their projections.
 
 Only forwards with LoRAs use them, so that others take the kernels that they have without: a branch is added before
-GELU, which is then a kernel of its own.
+GELU, by one kernel for both, or by two. Several LoRAs are one branch (``branch_stacks``).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
+from xditd.gpu_workers.kernels.branch_kernels import add_and_gelu, can_add_and_gelu
+from xditd.gpu_workers.kernels.branch_stacks import BranchStacks, Pair
 from xditd.gpu_workers.kernels.branches import Branch, Branches, add_branches, joined
 from xditd.gpu_workers.kernels.products import TensorRows
 
@@ -37,6 +40,8 @@ class BranchTable:
     def __init__(self, parts: Iterable[Part], places: Mapping[str, tuple[str, int]]) -> None:
         self._parts: dict[str, list[tuple[Part, Branches]]] = {}
         self._places = places
+        self.stacks = BranchStacks()
+        """Factors of several LoRAs, which outlive a change of the checkpoint."""
         for part in parts:
             self._parts.setdefault(part.layer, []).append((part, Branches()))
 
@@ -81,13 +86,15 @@ class BranchedProducts(TensorRows):
     def __init__(self, products: TensorRows, table: BranchTable) -> None:
         self._products: Any = products
         self._table = table
+        self._last: _Low | None = None
 
     def linear(self, name: str, rows: slice = slice(None)) -> Branched[Any]:
         return Branched(self._products.linear(name, rows), self._table.at(name, rows))
 
     def multiply(self, rows: torch.Tensor, linear: Branched[Any], out: torch.Tensor) -> None:
         self._products.multiply(rows, linear.linear, out)
-        add_branches(linear.branches.active, out, rows)
+        for pair in self._table.stacks.pairs(linear.branches, out.shape[1]):
+            _add(pair, self._low(rows, pair), out)
 
     def mlp(self, rows: torch.Tensor, up: Branched[Any], down: Branched[Any], out: torch.Tensor) -> None:
         if not (up.branches.active or down.branches.active):
@@ -96,6 +103,7 @@ class BranchedProducts(TensorRows):
         hidden = rows.new_empty(rows.shape[0], up.linear.bias.shape[0])
         self._up(rows, up, hidden)
         self.multiply(hidden, down, out)
+        self._last = None
 
     def mlp_and_attention(
         self, attended: torch.Tensor, rows: torch.Tensor, up: Branched[Any], second: Branched[Any], out: torch.Tensor
@@ -108,10 +116,50 @@ class BranchedProducts(TensorRows):
         both[:, :width] = attended
         self._up(rows, up, both[:, width:])
         self.multiply(both, second, out)
+        self._last = None
 
     def _up(self, rows: torch.Tensor, up: Branched[Any], out: torch.Tensor) -> None:
-        self.multiply(rows, up, out)
+        pairs = self._table.stacks.pairs(up.branches, out.shape[1])
+        if not pairs and out.is_contiguous():  # torch has no GELU in products into a slice
+            self._products.up(rows, up.linear, out)
+            return
+        self._products.multiply(rows, up.linear, out)
+        lows = [self._low(rows, pair) for pair in pairs]
+        self._last = None
+        if len(pairs) == 1 and pairs[0].up.shape[0] == out.shape[1] and can_add_and_gelu(out, lows[0], pairs[0].up):
+            add_and_gelu(out, lows[0], pairs[0].up, pairs[0].alpha)
+            return
+        for pair, low in zip(pairs, lows, strict=True):
+            _add(pair, low, out)
         torch.ops.aten.gelu_(out, approximate="tanh")
+
+    def _low(self, rows: torch.Tensor, pair: Pair) -> torch.Tensor:
+        """Return ``down x`` (rows, rank) with its scales: for projections with the same rows and factor, once."""
+        last = self._last
+        if last is not None and last.rows() is rows and last.down() is pair.down and last.scales is pair.scales:
+            return last.low
+        low = torch.mm(rows.to(pair.down.dtype), pair.down.t())
+        if pair.scales is not None:
+            low.mul_(pair.scales)
+        self._last = _Low(weakref.ref(rows), weakref.ref(pair.down), pair.scales, low)
+        return low
+
+
+class _Low(NamedTuple):
+    """The last ``down x``, without a reference to lent memory."""
+
+    rows: weakref.ref[torch.Tensor]
+    down: weakref.ref[torch.Tensor]
+    scales: torch.Tensor | None
+    low: torch.Tensor
+
+
+def _add(pair: Pair, low: torch.Tensor, out: torch.Tensor) -> None:
+    part = out[:, pair.start : pair.start + pair.up.shape[0]]
+    if part.dtype == pair.up.dtype:
+        part.addmm_(low, pair.up.t(), alpha=pair.alpha)
+    else:
+        part.add_(torch.mm(low, pair.up.t()), alpha=pair.alpha)
 
 
 def with_branches(matrices: Matrices, branches: Sequence[Branches]) -> Matrices:

@@ -15,7 +15,7 @@ import torch
 class Strength:
     """The strength of one LoRA in the job at hand, which all its branches read when they run."""
 
-    __slots__ = ("value",)
+    __slots__ = ("__weakref__", "value")
 
     def __init__(self) -> None:
         self.value = 0.0

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels import triton_kernels
+from xditd.gpu_workers.kernels.dense_products import multiply
 from xditd.gpu_workers.kernels.eight_bits import ADA, DTYPE, FEWEST_ROWS, Quantised, quantise
 from xditd.ipc.errors import Unsupported
 
@@ -124,24 +124,26 @@ class SixteenBit(TensorRows):
         return Linear(self._checkpoint[f"{name}.weight"][rows].t(), self._checkpoint[f"{name}.bias"][rows])
 
     def multiply(self, rows: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
-        torch.addmm(linear.bias, rows, linear.weight, out=out)
+        multiply(rows, linear.weight, linear.bias, out=out)
+
+    def up(self, rows: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+        """Project rows and apply GELU (tanh)."""
+        multiply(rows, linear.weight, linear.bias, gelu=True, out=out)
 
     def mlp(self, rows: torch.Tensor, up: Linear, down: Linear, out: torch.Tensor) -> None:
-        torch.addmm(down.bias, project_up(rows, up), down.weight, out=out)
+        self.multiply(project_up(rows, up), down, out)
 
     def mlp_and_attention(
         self, attended: torch.Tensor, rows: torch.Tensor, up: Linear, second: Linear, out: torch.Tensor
     ) -> None:
         width = attended.shape[1]
-        torch.addmm(second.bias, attended, second.weight[:width], out=out)
+        multiply(attended, second.weight[:width], second.bias, out=out)
         out.addmm_(project_up(rows, up), second.weight[width:])
 
 
 def project_up(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """Project and apply GELU (tanh); on GPUs in the epilogue of the product."""
-    if x.is_cuda:
-        return torch._addmm_activation(linear.bias, x, linear.weight, use_gelu=True)
-    return F.gelu(torch.addmm(linear.bias, x, linear.weight), approximate="tanh")
+    return multiply(x, linear.weight, linear.bias, gelu=True)
 
 
 class EightBitLinear(NamedTuple):

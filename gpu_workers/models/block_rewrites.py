@@ -8,10 +8,11 @@ from typing import Any, Final
 import torch
 from torch.fx import GraphModule, Node
 
+from xditd.gpu_workers.kernels.dtypes import HALF_DTYPES
 from xditd.gpu_workers.models.block_graphs import TensorKind
-from xditd.gpu_workers.models.entries import HALF_DTYPES
+from xditd.gpu_workers.models.product_operator import OPERATOR
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Raise it when graphs are rewritten in another way: those on disk were compiled before."""
 
 _ATEN: Final[Any] = torch.ops.aten
@@ -33,6 +34,9 @@ def rewrite(module: GraphModule, inputs: Sequence[TensorKind]) -> None:
             _fuse_gelu(node, kinds)
         elif node.target == _ATEN.view_as_real.default:
             _rotate_in_reals(node, kinds)
+    for node in list(module.graph.nodes):
+        if node.target in (_ATEN.addmm.default, _ATEN._addmm_activation.default, _ATEN.mm.default):
+            _use_dense_product(node, kinds)
     module.graph.eliminate_dead_code()
     module.recompile()
 
@@ -55,6 +59,23 @@ def _fuse_gelu(gelu: Node, kinds: Kinds) -> None:
     product.target = _ATEN._addmm_activation.default
     product.kwargs = {"use_gelu": True}
     gelu.replace_all_uses_with(gelu.args[0])  # type: ignore[arg-type]
+
+
+def _use_dense_product(product: Node, kinds: Kinds) -> None:
+    """Let :data:`OPERATOR` compute the product of a layer in half precision on a GPU."""
+    gelu = bool(product.kwargs.get("use_gelu"))
+    bias = None if product.target == _ATEN.mm.default else product.args[0]
+    rows, weight = product.args[-2:]
+    if set(product.kwargs) - {"use_gelu"} or not isinstance(weight, Node) or weight.target != _ATEN.t.default:
+        return
+    given = [kinds.get(each) for each in (weight.args[0], bias) if each is not None]  # type: ignore[arg-type]
+    if any(each is None or each.device.type != "cuda" or each.dtype not in HALF_DTYPES for each in given):
+        return
+    if bias is not None and len(kinds[bias].shape) != 1:  # type: ignore[index]
+        return
+    product.target = OPERATOR
+    product.args = (rows, weight, bias, gelu)
+    product.kwargs = {}
 
 
 def _rotate_in_reals(result: Node, kinds: Kinds) -> None:

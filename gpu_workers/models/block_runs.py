@@ -14,7 +14,7 @@ from xditd.gpu_workers.models.block_arguments import fill_places
 from xditd.gpu_workers.models.block_attention import AttentionCall, AttentionFunctions
 from xditd.gpu_workers.models.block_compiler import one_line
 from xditd.gpu_workers.models.block_graphs import NotCompiled, TensorKind
-from xditd.gpu_workers.models.block_recorder import Recording, holder
+from xditd.gpu_workers.models.block_recordings import Recording, holder
 from xditd.gpu_workers.models.forward_state import Site
 from xditd.gpu_workers.models.packed_operator import products_by
 from xditd.gpu_workers.models.planned_forward import PlannedModule

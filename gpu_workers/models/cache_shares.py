@@ -14,7 +14,7 @@ from xditd.gpu_workers.parallel.streams import Stream
 from xditd.gpu_workers.parallel.token_shares import Cut, TokenShares
 
 ShareHeads = Callable[[str], Stream | None]
-"""From the name of a projection to how ranks share its heads, ``None`` if every rank has all of them."""
+"""Returns how ranks share the heads of a projection, by its name; ``None`` if every rank has all of them."""
 
 _GIVEN, _RESULT = "argument", "result"
 

@@ -18,7 +18,7 @@ from xditd.gpu_workers.models.operations import (
     VaeOperations,
 )
 from xditd.gpu_workers.packed.embedding import PackedEmbedding
-from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, add_branches_to
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, add_branches_to, largest_bytes
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Internal
@@ -55,7 +55,7 @@ class CachedModel:
         self.owner: str | None = None
         self.operations = operations
         self.packed_layers = packed_layers
-        self.scratch_bytes = max((layer.scratch_bytes for layer in packed_layers.values()), default=0)
+        self.scratch_bytes = largest_bytes(packed_layers.values())
         self.packed_memory = packed_memory
         self.branches = add_branches_to(module)
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)

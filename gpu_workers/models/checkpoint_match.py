@@ -15,7 +15,7 @@ from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.models.packed_weights import (
     choose_products,
     dequantise_once,
-    with_product,
+    packed_view,
 )
 from xditd.gpu_workers.models.scale_checks import check_scales
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
@@ -92,7 +92,7 @@ class CheckpointMatch:
         bindings: Bindings = {}
         for target, part in self.key_map.items():
             if target in self.model.packed_layers:
-                packed = self._view(part.source, tensors)
+                packed = self._packed_view(part.source, tensors)
                 if part.stop - part.start != packed.shape[0]:
                     packed = packed.rows(part.start, part.stop)
                 bindings[target] = packed if len(packed.shape) == 2 else packed.as_matrix()
@@ -103,15 +103,14 @@ class CheckpointMatch:
             bindings[target] = tensor if part.shape is None else tensor.view(part.shape)
         return bindings
 
-    def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
-        packed = PackedTensor.of(self.packed[name], tensors)
-        return with_product(packed, self.products.get(name))
+    def _packed_view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
+        return packed_view(self.packed[name], tensors, self.products.get(name))
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
         """Return the tensors that the family uses, by canonical name; packed ones where layers multiply them so."""
         kept = self.kept_packed
         return {
-            canonical: self._view(given, tensors) if given in kept else tensors[given]
+            canonical: self._packed_view(given, tensors) if given in kept else tensors[given]
             for canonical, given in self.sources.items()
         }
 

@@ -86,7 +86,7 @@ class ClassModel:
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
         self.packed_memory = packed_memory
         self.packed_layers = {} if self.plan is None else self._pack(self.plan, checkpoint or {})
-        self.scratch_bytes = largest_bytes(self.packed_layers)
+        self.scratch_bytes = largest_bytes(self.packed_layers.values())
         self._move_buffers()
         self.split_checks = SplitChecks(reports=layout.rank == 0)
         """Verdicts on calls, which stay when other weights are plugged."""

@@ -56,7 +56,7 @@ class ClassModels:
         return tuple(found[-limits.MAX_SPLIT_CHECKS :])
 
     def close(self) -> None:
-        """End what compiles."""
+        """End the compiler's process and the thread that loads compiled graphs."""
         if self._graphs is not None:
             self._graphs.close()
 

@@ -42,7 +42,7 @@ IDLE_S: Final = 600.0
 """A key that no forward has used for so long may be replaced by another one."""
 
 MAX_CALLS: Final = 64
-"""The most different calls of blocks in one forward that are compiled."""
+"""The most different calls of blocks in one forward that are compiled. Classes in the tests have at most 8."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from typing import Final, Literal
 import torch
 
 from xditd.gpu_workers.kernels.cache_folder import own_folder, remove_unused, write_whole
-from xditd.gpu_workers.models import attention_operator, packed_operator
+from xditd.gpu_workers.models import attention_operator, packed_operator, product_operator
 from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line, prepare
 from xditd.gpu_workers.models.block_rewrites import VERSION as REWRITES
 
@@ -46,7 +46,7 @@ _THREADS: Final = "TORCHINDUCTOR_COMPILE_THREADS"
 _MAX_PROCESSES: Final = 8
 """The most processes that compile for one rank: one for every four processors, up to this."""
 
-_SCHEMAS: Final = f"{attention_operator.SCHEMA} {packed_operator.SCHEMA}"
+_SCHEMAS: Final = " ".join(each.SCHEMA for each in (attention_operator, packed_operator, product_operator))
 _POLL_S: Final = 0.05
 _COMPILER: Final = "xditd.gpu_workers.models.block_compiler"
 

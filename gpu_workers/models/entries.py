@@ -11,10 +11,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 
+from xditd.gpu_workers.kernels.dtypes import HALF_DTYPES
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.ipc.packed import PackedWeight
 
@@ -35,9 +35,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
 }
 """The dtypes of plain weights that can be run. Others are packed, with a format that says what they mean."""
-
-HALF_DTYPES: Final = (torch.bfloat16, torch.float16)
-"""The dtypes of half precision."""
 
 
 @dataclass(frozen=True, slots=True)

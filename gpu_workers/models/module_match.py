@@ -10,7 +10,7 @@ import torch
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.packed_modules import dequantise_others
-from xditd.gpu_workers.models.packed_weights import choose_products, with_product
+from xditd.gpu_workers.models.packed_weights import choose_products, packed_view
 from xditd.gpu_workers.models.scale_checks import check_scales
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -22,19 +22,19 @@ from xditd.ipc.transports.tensor_views import dtype_name
 
 @dataclass(frozen=True)
 class _ClassAsFamily:
-    """What the workers read of every component's ``Family``, for a module that has none."""
+    """Stands for the ``Family`` of a module that has none: what the workers read of every component's."""
 
     name: str
     kind: str = "module"
 
     def heads(self, _: object) -> int:
-        """There are no attention heads to distribute: every rank runs the whole module."""
+        """Return 0: no attention heads are distributed, and every rank runs the whole module."""
         return 0
 
 
 @dataclass(frozen=True)
 class ModuleMatch:
-    """A manifest matched to a module; see :class:`~xditd.gpu_workers.models.model_cache.CheckpointMatch`.
+    """A manifest matched to a module; see :class:`~xditd.gpu_workers.models.checkpoint_match.CheckpointMatch`.
 
     ``dtype`` is that in which the module is loaded, or of most elements of a live one. ``sources`` has the name in the
     manifest of each tensor of the module.
@@ -45,7 +45,7 @@ class ModuleMatch:
     sources: Mapping[str, str]
     is_reused: bool
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of the tensors whose dtype ``from_pretrained`` changes."""
+    """The shapes of the tensors whose dtype ``from_pretrained`` changes."""
     packed: Mapping[str, PackedWeight] = field(default_factory=dict)
     """The packed weights, by their names in the manifest."""
     config: None = None
@@ -99,16 +99,16 @@ class ModuleMatch:
         """Return the module's tensors by name: views of ``tensors``, and converted copies."""
         found: Bindings = {}
         for name, source in self.sources.items():
-            found[name] = self._view(source, tensors) if name in self.model.packed_layers else tensors[source]
+            found[name] = self._packed_view(source, tensors) if name in self.model.packed_layers else tensors[source]
         for name, converted in self._converted.items():
             found[name] = converted.copy_(tensors[self.sources[name]])
         return found
 
-    def _view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
-        packed = PackedTensor.of(self.packed[name], tensors)
-        return with_product(packed, self.products.get(name))
+    def _packed_view(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:
+        return packed_view(self.packed[name], tensors, self.products.get(name))
 
     def by_canonical_name(self, tensors: Mapping[str, torch.Tensor]) -> Bindings:
+        """Return the tensors by their own names: a class has no others."""
         return dict(tensors)
 
     def facts(self, manifest: Manifest) -> ComponentFacts:

@@ -12,8 +12,8 @@ from xditd.ipc.transports.module_walk import class_name, is_describable
 
 Path = tuple[str | int, ...]
 Change = Callable[[Path, str | None, torch.Tensor], torch.Tensor]
-"""From the place of a tensor, and the name of the attribute of an object that it is in or ``None``, to what takes its
-place."""
+"""Returns what replaces a tensor. It takes the tensor's place, the name of the attribute of an object that holds it (or
+``None``), and the tensor."""
 
 
 def change_tensors(value: Any, change: Change, *, path: Path = (), attribute: str | None = None) -> Any:

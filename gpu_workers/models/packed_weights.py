@@ -79,8 +79,9 @@ def choose_products(
     return found
 
 
-def with_product(packed: PackedTensor, decision: Decision | None) -> PackedTensor:
-    """Return a packed weight with the product that was chosen for it, if its memory allows that."""
+def packed_view(weight: PackedWeight, tensors: Mapping[str, torch.Tensor], decision: Decision | None) -> PackedTensor:
+    """View a packed weight among ``tensors``, with the product that was chosen for it, if its memory allows that."""
+    packed = PackedTensor.of(weight, tensors)
     if decision is None:
         return packed
     if decision.product == "reference":

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
+from xditd.gpu_workers.kernels.dense_products import measure_pending
 from xditd.gpu_workers.models.captured_forward import CapturedForward, CaptureRefused
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.entries import tensors_in
@@ -175,6 +176,8 @@ class PathChooser:
             elif self.agree(case, blocks.state(case.compiled_key).phase != "making"):
                 case.awaits_blocks = False
                 reason, error = self._try_compiled(run, blocks)
+        if self._device.type == "cuda":
+            measure_pending(self._device)
         case.is_decided = not case.awaits_blocks
         if not self.captures or not case.may_capture or (case.graph is not None and not case.is_compiled):
             return Choice(reason, error)

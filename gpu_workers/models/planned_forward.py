@@ -44,6 +44,8 @@ class PlannedModule:
         ]
         self._exchanges = [ExchangedAttention(each, declared) for each, declared in self._resolve(plan.exchanges)]
         self._namespaces = namespaces()
+        self._names: dict[torch.nn.Module, list[str]] = {}
+        """The arguments of each hooked module's forward, which take as long to read as all hooks to set."""
         self.current: ForwardState | None = None
         """The state of the forward that runs now, if one does."""
 
@@ -78,7 +80,7 @@ class PlannedModule:
         """
         forward = ForwardState(ranks)
         with ExitStack() as stack:
-            names = list(inspect.signature(self._module.forward).parameters)
+            names = self._names_of(self._module)
             check = partial(check_values, self._plan.refused, names)
             stack.enter_context(_removed(self._module.register_forward_pre_hook(check, with_kwargs=True)))
             for module, splits in self._splits:
@@ -107,11 +109,16 @@ class PlannedModule:
             if matches(pattern, path)
         ]
 
+    def _names_of(self, module: torch.nn.Module) -> list[str]:
+        if module not in self._names:
+            self._names[module] = list(inspect.signature(module.forward).parameters)
+        return self._names[module]
+
     def _hook_splits(self, stack: ExitStack, forward: ForwardState, module: torch.nn.Module, splits: Splits) -> None:
         arguments = {name: split for name, split in splits.items() if isinstance(name, str)}
         results = {number: split for number, split in splits.items() if isinstance(number, int)}
         if arguments:
-            names = list(inspect.signature(module.forward).parameters)
+            names = self._names_of(module)
             hook = partial(forward.split_arguments, arguments, names)
             stack.enter_context(_removed(module.register_forward_pre_hook(hook, with_kwargs=True)))
         if results:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from xditd.gpu_workers.models.entries import HALF_DTYPES
+from xditd.gpu_workers.kernels.dtypes import HALF_DTYPES
 from xditd.gpu_workers.packed.linear import PackedLinear
 
 _SHARE: Final = 1 / 8

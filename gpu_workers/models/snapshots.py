@@ -17,7 +17,7 @@ class Snapshot:
 
     def __init__(self, roots: Iterable[object]) -> None:
         self._saved: dict[int, tuple[Any, Any]] = {}
-        """By id, the containers, which this keeps alive, and copies of them."""
+        """The containers, which this keeps alive, and copies of them, by id."""
         pending: list[Any] = list(roots)
         while pending:
             each = pending.pop()

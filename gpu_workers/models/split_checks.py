@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from xditd.gpu_workers.models.entries import HALF_DTYPES
+from xditd.gpu_workers.kernels.dtypes import HALF_DTYPES
 from xditd.gpu_workers.packed.linear import packed_layers
 from xditd.gpu_workers.parallel.row_trees import Node, tensors_of
 from xditd.ipc import limits

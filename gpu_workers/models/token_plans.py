@@ -67,7 +67,7 @@ class Count:
 
 
 Splits = Mapping[str | int, Split | Count | Length]
-"""Of one submodule: arguments by name, results by number; those of a length before the tensors that have its tokens."""
+"""What is split of a submodule: arguments by name, results by number. A length comes before tensors with its tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,8 +103,8 @@ def _read(path: Path) -> dict[str, Times]:
 
 def _versions(device: torch.device) -> str:
     """Return the name of the file for these versions and this kind of device."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    versions = " ".join([torch.__version__, *map(_version, ("triton", "comfy-kitchen", "xditd")), card, str(_SCHEMA)])
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = " ".join([torch.__version__, *map(_version, ("triton", "comfy-kitchen", "xditd")), kind, str(_SCHEMA)])
     return hashlib.blake2b(versions.encode(), digest_size=8).hexdigest()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from xditd.gpu_workers.packed.scratch import ScratchBuffer
 from xditd.gpu_workers.packed.shown_weight import ShownWeight
 from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.packed.triton_dequantise import dequantise_fastest
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.packed.embedding import PackedEmbedding
 
 
 class PackedMemory:
@@ -167,9 +171,9 @@ def packed_layers(module: torch.nn.Module) -> list[PackedLinear]:
     return [each for each in module.modules() if isinstance(each, PackedLinear)]
 
 
-def largest_bytes(layers: Mapping[str, PackedLinear]) -> int:
-    """Return what the scratch buffer has to hold for these layers."""
-    return max((layer.scratch_bytes for layer in layers.values()), default=0)
+def largest_bytes(layers: Iterable[PackedLinear | PackedEmbedding]) -> int:
+    """Return how many bytes of the scratch buffer the largest of these layers needs; 0 without any."""
+    return max((layer.scratch_bytes for layer in layers), default=0)
 
 
 def weight_of(layer: PackedLinear | torch.nn.Linear) -> torch.Tensor:

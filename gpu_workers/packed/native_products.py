@@ -40,7 +40,7 @@ _ALIGNMENT: Final = 16
 _MOST_COLUMNS: Final = 2**31 // 128**2 - 1
 """With more, a sum of products in eight bits could exceed an int32."""
 _INT8_ROWS: Final = 32
-"""``torch._int_mm`` refuses fewer than 17 rows; some cards want multiples of 32."""
+"""``torch._int_mm`` refuses fewer than 17 rows; some GPUs want multiples of 32."""
 
 
 class QuantisedRows(NamedTuple):

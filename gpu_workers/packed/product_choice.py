@@ -81,7 +81,7 @@ class ProductChoice:
             if self._mode == "auto":
                 why = "on the CPU the setting native_products has to be always"
             return Decision("reference", kind.refusal or qualifies(kind.format, kind.k, kind.n, self._device) or why)
-        found = self._known.get(kind)  # not by its class: which kinds qualify may depend on the rank's card
+        found = self._known.get(kind)  # not by its class: which kinds qualify may depend on the rank's GPU
         if found is None:
             found = self._known[kind] = self._agree(kind)
         return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from statistics import median
+from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 
+from xditd.gpu_workers.kernels.timings import times_ms
 from xditd.gpu_workers.packed.kitchen import kitchen, kitchen_product
 from xditd.gpu_workers.packed.native_products import native_product
 from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -21,12 +20,6 @@ PRODUCT_NAMES: Final[tuple[ProductName, ...]] = get_args(ProductName)
 
 ROWS: Final = 2048
 """Tokens of each product: a share of those of an image."""
-_WARM_UPS: Final = 2
-_REPEATS: Final = 7
-_IN_A_ROW: Final = 4
-"""Calls between two events of a GPU."""
-_AHEAD_CYCLES: Final = 10_000_000
-"""Cycles for which the GPU waits before them, until the host has launched all: 5 ms at 2 GHz."""
 _KITCHEN_TOLERANCE: Final = 0.02
 """Relative difference of comfy-kitchen's product from ours: both round to eight bits, in other orders."""
 
@@ -77,7 +70,7 @@ def measure(kind: ProductKind, device: torch.device) -> dict[str, float]:
         }
         if kind.format != "float8" and device.type == "cuda" and _is_kitchen_right(x, packed):
             ways["kitchen"] = lambda: kitchen_product(x, packed, None)
-        return _times(ways, device)
+        return times_ms(ways, device)
 
 
 def _some_weight(kind: ProductKind, device: torch.device) -> PackedTensor:
@@ -105,39 +98,8 @@ def _is_kitchen_right(x: torch.Tensor, packed: PackedTensor) -> bool:
     try:
         found = kitchen_product(x, packed, None)
         halves = [kitchen_product(half, packed, None) for half in x.split([ROWS // 2 - 1, ROWS // 2 + 1])]
-    except Exception:  # noqa: BLE001  # whatever its backends raise on a card that they do not support
+    except Exception:  # noqa: BLE001  # whatever its backends raise on a GPU that they do not support
         return False
     expected = native_product(x, packed, None).float()
     error = (found.float() - expected).norm() / expected.norm()
     return bool(error <= _KITCHEN_TOLERANCE) and torch.equal(torch.cat(halves), found)
-
-
-def _times(ways: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Time each way in turns, so that a change of the clock rate meets all; return the medians in milliseconds."""
-    took: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(_WARM_UPS + _REPEATS):
-        for name, way in ways.items():
-            one_ms = _time_ms(way, device)
-            if number >= _WARM_UPS:
-                took[name].append(one_ms)
-    return {name: median(each) for name, each in took.items()}
-
-
-def _time_ms(way: Callable[[], object], device: torch.device) -> float:
-    """Return milliseconds of one call, of several in a row.
-
-    A GPU waits before them, until the host has launched all: in a forward the host is ahead, too.
-    """
-    if device.type != "cuda":
-        started = time.perf_counter()
-        way()
-        return (time.perf_counter() - started) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(_AHEAD_CYCLES)
-    begin.record()
-    for _ in range(_IN_A_ROW):
-        way()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / _IN_A_ROW

@@ -135,10 +135,13 @@ class HostMapping:
         """View the whole mapping as 1-D uint8. Writing to a read-only mapping would be a segmentation fault."""
         import torch
 
+        mapped = memoryview(self._mapping)  # see HostArena.tensor
+        if not mapped.readonly:
+            return torch.frombuffer(mapped, dtype=torch.uint8)
         with warnings.catch_warnings():
             # torch warns that tensors cannot be read-only; weights are never written to here.
             warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-            return torch.frombuffer(memoryview(self._mapping), dtype=torch.uint8)  # see HostArena.tensor
+            return torch.frombuffer(mapped, dtype=torch.uint8)
 
     def close(self) -> None:
         """Unmap.

@@ -18,8 +18,8 @@ from typing import Any, Final
 logger = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 32 * 2**20
-"""Of one block. Pinned pages cannot be swapped out, and only small copies gain: they wait more for the driver than for
-the bus."""
+"""The largest block that is pinned. Pinned pages cannot be swapped out, and only small copies gain: they wait more for
+the driver than for the bus."""
 
 _PORTABLE: Final = 1
 """CU_MEMHOSTREGISTER_PORTABLE: pinned for every context of this process, so for all its GPUs."""

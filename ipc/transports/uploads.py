@@ -138,7 +138,7 @@ class _UploadThreads:
         self._events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         """Numbers of pairs that are copied, and ``None`` from each thread at its end."""
         self._buffers: list[_Buffer] = []
-        """Of all threads: the GPU may still copy from those of a thread that has ended."""
+        """The buffers of all threads: the GPU may still copy from those of a thread that has ended."""
         self._is_over = False
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # what still reads or writes the targets

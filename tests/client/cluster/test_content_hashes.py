@@ -72,12 +72,41 @@ def test_a_cache_that_others_may_write_is_not_used(tmp_path: Path, reads: list[P
     assert reads == [file, file]
 
 
-def test_a_broken_cache_is_not_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "[[1,", "{}", "\xff", "[[1, 2, 3, 4, 5]]", "KEY_WITHOUT_HASH"])
+def test_a_broken_cache_is_not_used_and_is_replaced(tmp_path: Path, text: str) -> None:
     file, cache = tmp_path / "a", tmp_path / "hashes.json"
     file.write_bytes(b"1")
-    cache.write_text("[[1,")
+    key = ", ".join(map(str, content_hashes.file_key(file)))
+    cache.write_text(text.replace("KEY_WITHOUT_HASH", f'[[{key}, "the hash of another file"]]'), encoding="latin-1")
     cache.chmod(0o600)
-    assert ContentHashes(cache).of(file).startswith("blake2b:")
+    found = ContentHashes(cache).of(file)
+    assert found == "blake2b:" + hashlib.blake2b(b"1", digest_size=32).hexdigest()
+    assert found in cache.read_text()
+
+
+def test_hashes_that_another_process_has_found_stay_in_the_cache(tmp_path: Path, reads: list[Path]) -> None:
+    files, cache = [tmp_path / name for name in "ab"], tmp_path / "hashes.json"
+    both = [ContentHashes(cache), ContentHashes(cache)]
+    for hashes, file in zip(both, files, strict=True):
+        file.write_bytes(file.name.encode())
+        hashes.of(file)
+    for file in files:
+        ContentHashes(cache).of(file)
+    assert reads == files
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_cache_without_room_costs_the_cache_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def fill(*_: object, **__: object) -> None:
+        with open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"1")
+
+    monkeypatch.setattr(content_hashes, "write_file", fill)
+    file = tmp_path / "a"
+    file.write_bytes(b"1")
+    assert ContentHashes(tmp_path / "hashes.json").of(file).startswith("blake2b:")
+    assert "No space left on device" in caplog.text
 
 
 def test_folders_and_fifos_are_refused(hashes: ContentHashes, tmp_path: Path) -> None:
@@ -113,6 +142,21 @@ def test_files_are_found_by_content_at_any_path(hashes: ContentHashes, tmp_path:
         files.find(one)
 
 
-def test_a_folder_that_does_not_exist_is_refused(hashes: ContentHashes, tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="does not exist"):
-        HostFiles([tmp_path / "none"], hashes)
+def test_a_disk_that_is_not_mounted_yet_has_files_once_it_is(hashes: ContentHashes, tmp_path: Path) -> None:
+    files = HostFiles([tmp_path / "disk"], hashes)
+    files.scan()
+    assert files.digests() == {}
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.safetensors").write_bytes(b"one")
+    files.scan()
+    assert list(files.digests().values()) == [3]
+
+
+def test_a_file_that_cannot_be_hashed_is_told_once(
+    hashes: ContentHashes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "a.gguf")
+    files = HostFiles([tmp_path], hashes)
+    for _ in range(3):
+        files.scan()
+    assert caplog.text.count("file is not offered") == 1

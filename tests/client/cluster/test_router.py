@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 import pytest
+from running_daemon import until
 
 from xditd.client.cluster.errors import HostLost
 from xditd.client.cluster.messages import HERE, Done, HostReport, Job, Outcome, Versions, refusal
@@ -35,8 +37,8 @@ def job(job_id: str = "j", transformer: str = A) -> Job:
 
 def report(name: str, **changes: Any) -> HostReport:
     found = HostReport(
-        versions=HERE, host=name, is_serving=True, detail="", files={A: 2 * GB, B: 2 * GB}, resident=(), running={},
-        other_jobs=0, pace={}, mean_job_s=1.0, lend_bytes_per_s=GB,
+        versions=HERE, host=name, is_serving=True, is_starting=False, detail="", files={A: 2 * GB, B: 2 * GB},
+        resident=(), running={}, other_jobs=0, pace={}, mean_job_s=1.0, lend_bytes_per_s=GB,
     )  # fmt: skip
     return msgspec.structs.replace(found, **changes)
 
@@ -75,6 +77,24 @@ def routing(*hosts: Host) -> Router[str, str]:
 def test_of_hosts_that_wait_equally_the_one_with_the_weights_is_chosen() -> None:
     assert routing(Host("a"), Host("b", resident=(A,))).choose(job()) == "b"
     assert routing(Host("a", resident=(A,)), Host("b", resident=(B,))).choose(job(transformer=B)) == "b"
+
+
+def test_a_host_that_ran_a_job_has_its_weights_before_it_reports_them() -> None:
+    hosts = [Host("a", other_jobs=1), Host("b")]
+    router = routing(*hosts)
+
+    def report_in_mid_job() -> None:
+        hosts[0].found, hosts[1].found = report("a"), report("b", running={"j": 10.0, "k": 10.0})
+        router.reports()
+
+    hosts[1].wait = report_in_mid_job
+    router.run(job(), "")
+    assert hosts[1].runs == ["j"]
+    assert (
+        router.choose(job("next")) == "b"
+    )  # the last report says that it has to lend the weights, and wait for two jobs
+    router.reports()
+    assert router.choose(job("next")) == "a"
 
 
 def test_a_queue_that_is_longer_than_a_lend_moves_the_job() -> None:
@@ -139,7 +159,7 @@ def test_the_error_says_why_no_other_host_ran_it() -> None:
     ("host", "error", "text"),
     [
         (Host("a", files={}), UnknownComponent, "no host has the files of job j: host a: no file of content blake2b:a"),
-        (Host("a", is_serving=False, detail="workers starting"), WorkersUnavailable, "host a: workers starting"),
+        (Host("a", is_serving=False, detail="workers given up"), WorkersUnavailable, "host a: workers given up"),
         (Host("a", versions=Versions(xditd="9", protocol=1, cluster=1)), ProtocolMismatch, "host a: xditd version 9"),
     ],
 )
@@ -147,6 +167,39 @@ def test_no_host_can_run_it(host: Host, error: type[XditdError], text: str) -> N
     with pytest.raises(error, match=text):
         routing(host).run(job(), "")
     assert host.runs == []
+
+
+def test_a_job_goes_to_a_host_whose_workers_start_if_no_other_is_sooner() -> None:
+    starting = Host("a", resident=(A,), is_serving=False, is_starting=True)
+    assert routing(starting).choose(job()) == "a"
+    assert routing(starting, Host("b", other_jobs=7)).choose(job()) == "b"
+    assert routing(starting, Host("b", other_jobs=8)).choose(job()) == "a"
+
+
+def test_a_job_waits_for_a_host_that_is_lost_and_comes_back() -> None:
+    back = Host("a")
+    back.found = HostLost("host a: its agent restarts")
+    router: Router[str, str] = Router(wait_s=30.0)
+    router.set_hosts({"a": back})
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(router.run, job(), "")
+        until(lambda: router.reports() != {}, "the router to ask")
+        back.found = report("a")
+        router.reports()
+        outcome, _ = answer.result(timeout=10)
+    assert isinstance(outcome, Done)
+    assert back.runs == ["j"]
+
+
+def test_a_wait_for_a_lost_host_ends_by_the_deadline_of_the_job_and_is_for_lost_hosts_alone() -> None:
+    router: Router[str, str] = Router(wait_s=30.0)
+    began_s = time.monotonic()
+    with pytest.raises(HostLost, match="xditd cluster join"):
+        router.run(msgspec.structs.replace(job(), deadline_s=0.3), "")
+    router.set_hosts({"a": Host("a", files={})})
+    with pytest.raises(UnknownComponent):
+        router.run(job(), "")
+    assert time.monotonic() - began_s < 10.0
 
 
 def test_a_cluster_without_hosts_says_so() -> None:

@@ -22,6 +22,9 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+SUBMIT = ("submit", "--address", "127.0.0.1:1", "--transformer", "t", "--embeds", "e")
+
+
 def join(tmp_path: Path, *flags: str) -> list[str]:
     return ["cluster", "join", "--address", "127.0.0.1:6379", "--search-path", str(tmp_path), *flags]
 
@@ -74,6 +77,9 @@ def test_hash_prints_the_content_hash_of_a_file(tmp_path, capsys):
         (["joni"], "did you mean"),
         (["join", "--address", "127.0.0.1:1"], "--search-path"),
         (["submit", "--address", "127.0.0.1:1"], "submit: --transformer is needed"),
+        ([*SUBMIT], "submit: --vae or --save-latents is needed"),
+        ([*SUBMIT, "--vae", "v", "--lora", "style.safetensors=0.8"], "--lora is for `xditd generate` on one host"),
+        ([*SUBMIT, "--vae", "v", "--device", "cuda"], "--device is for `xditd generate` on one host"),
     ],
 )
 def test_misuse_is_named(arguments, text, capsys):
@@ -81,6 +87,13 @@ def test_misuse_is_named(arguments, text, capsys):
         main(["cluster", *arguments])
     assert ended.value.code == 2
     assert text in capsys.readouterr().err
+
+
+def test_a_name_is_joined_once_on_a_host_until_that_join_ends():
+    refused = pytest.raises(BadRequest, match="name 'a': another `xditd cluster join` on this host has it")
+    with joining._claim("a"), joining._claim("b" * 300), refused:
+        joining._claim("a")
+    joining._claim("a").close()
 
 
 def test_a_search_path_has_existing_folders(tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,9 @@ from typing import Any
 
 import pytest
 from running_daemon import RunningDaemon, until
+
+from xditd.client.waiting import SERVING
+from xditd.ipc.errors import XditdError
 
 XDITD = str(Path(sys.executable).with_name("xditd"))
 PORT = 6379
@@ -125,7 +129,8 @@ class ClusterHost:
         self.log = network.folder / f"join-{self.name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def join(self) -> None:
+    def join(self, **changes: str | None) -> None:
+        """Join; ``changes`` are to the environment."""
         flags = ["--address", self.network.address, "--name", self.name, "--search-path", str(self.models)]
         flags += ["--runtime-dir", str(self.daemon.runtime_dir), "--accept-remote-code"]
         if self.number == 0:
@@ -133,7 +138,7 @@ class ClusterHost:
             flags += ["--head", "--ray-temp-dir", tempfile.mkdtemp(prefix="xdray", dir="/tmp")]
         command = self.network.command(self.number, XDITD, "cluster", "join", *flags)
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self.network.environment())
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self.network.environment(**changes))
 
     def pids(self) -> dict[int, list[str]]:
         """The processes of this host's membership with their command lines."""
@@ -145,6 +150,16 @@ class ClusterHost:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         return found
+
+    def victims(self, kind: str) -> list[int]:
+        """The pids of the running router, agent or workers; none while they start."""
+        if kind == "workers":
+            with contextlib.suppress(XditdError):
+                found = self.daemon.status()
+                return [each.pid for each in found.workers] if found.group_state in SERVING else []
+            return []
+        word = {"router": "ray::RouterActor", "agent": "ray::HostActor"}[kind]
+        return [pid for pid, command in self.pids().items() if word in " ".join(command)]
 
     def pid_of(self, word: str) -> int:
         found = [pid for pid, command in self.pids().items() if word in " ".join(command)]
@@ -186,8 +201,12 @@ class Driver:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
 
-    def receive(self) -> Any:
+    def receive(self, within_s: float = 300.0) -> Any:
         assert self.process.stdout is not None
+        found, _, _ = select.select([self.process.stdout], [], [], within_s)
+        if not found:
+            self.process.send_signal(signal.SIGUSR1)
+            pytest.fail(f"no answer within {within_s:.0f} s; driver.log has the stacks of the driver's threads")
         line = self.process.stdout.readline()
         assert line, "the driver has ended; see driver.log"
         return json.loads(line)
@@ -239,3 +258,27 @@ def until_serving(network: Network, hosts: list[ClusterHost]) -> None:
         return all(found.get(host.name, {}).get("is_serving") and len(found[host.name]["files"]) == 2 for host in hosts)
 
     until(serving, "both hosts to serve", hosts[1].log)
+
+
+def other_version(folder: Path, file: str, before: str, after: str) -> dict[str, str]:
+    """Make a copy of xditd with a change in one file; returns the environment whose processes import it."""
+    import xditd
+
+    installed = Path(xditd.__file__).parent
+    copy = folder / "xditd"
+    shutil.copytree(installed, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (copy / file).read_text()
+    assert before in text
+    (copy / file).write_text(text.replace(before, after))
+    return {"PYTHONPATH": str(folder)}
+
+
+def other_clocks(folder: Path) -> dict[str, str]:
+    """Return the environment of Python processes whose clocks are a day and a million seconds ahead."""
+    (folder / "sitecustomize.py").write_text(
+        "import time\n"
+        "wall, steady = time.time, time.monotonic\n"
+        "time.time = lambda: wall() + 86_400.0\n"
+        "time.monotonic = lambda: steady() + 1e6\n"
+    )
+    return {"PYTHONPATH": str(folder)}

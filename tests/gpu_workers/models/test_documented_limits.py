@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from xditd.gpu_workers.kernels import dense_products
 from xditd.gpu_workers.models import compiled_graphs, forward_paths, path_choice, split_checks
 from xditd.gpu_workers.packed import native_products, product_choice, product_times
 from xditd.gpu_workers.parallel.peer_exchange import HEADS_BYTES
@@ -24,6 +25,7 @@ def mib_of_heads_and_tokens(heads_bytes: int) -> int:
 
 
 ACCELERATION = [
+    f"at most {dense_products._AS_FAST} of torch's time",
     f"at least {path_choice.HOST_SHARE:.0%} of a forward".replace("%", " %"),
     f"needs at least {path_choice.LIMITING_SHARE:.0%} of the time".replace("%", " %"),
     f"{split_checks.TOLERANCE:.0e} in float32".replace("e-0", "e-"),

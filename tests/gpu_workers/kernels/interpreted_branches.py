@@ -1,0 +1,18 @@
+"""A program, not a test: add branches and apply GELU in Triton's interpreter on the CPU.
+
+It ends with status 0 if all results are those of the references.
+"""
+
+from __future__ import annotations
+
+import mended_interpreter
+import torch
+
+mended_interpreter.mend()
+
+from branch_cases import DTYPES, SHAPES, check_add_and_gelu  # noqa: E402  # after the interpreter is mended
+
+torch.set_num_threads(1)
+for dtype in DTYPES:
+    for shape in SHAPES:
+        check_add_and_gelu(shape, dtype, "cpu")
