@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from kernel_profile import Gap, Kernel, gaps_between, summarise
+# By its path: with benchmarks/ in sys.path, its run.py would stand for that of tests/stress/.
+spec = spec_from_file_location(
+    "kernel_profile", Path(__file__).resolve().parents[2] / "benchmarks" / "kernel_profile.py"
+)
+assert spec is not None
+assert spec.loader is not None
+kernel_profile = sys.modules[spec.name] = module_from_spec(spec)
+spec.loader.exec_module(kernel_profile)
+Gap, Kernel = kernel_profile.Gap, kernel_profile.Kernel
+gaps_between, summarise = kernel_profile.gaps_between, kernel_profile.summarise
 
 KERNELS = [
     Kernel("first", 0.0, 10.0),

@@ -78,6 +78,7 @@ def test_results_larger_than_the_sample_are_right_and_what_held_them_is_bounded(
         client.call(scale, part(0, times=0))
 
 
+@pytest.mark.long
 def test_parts_of_any_size_come_back_together(client, scale):
     """One of them alone is larger than the room that was offered for all."""
     parts = [part(0), part(1, times=300), part(2, times=2), part(3)]

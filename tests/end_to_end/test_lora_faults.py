@@ -148,6 +148,7 @@ def test_a_rewritten_file_is_stale_and_an_adopted_lora_stays(
     client.revoke(adopted.component_id)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_rebuilt_group_maps_loras_again(client, transformer, state, wait_until, processes):
     lora = lora_files.make(matrices(state), "kohya", 1)

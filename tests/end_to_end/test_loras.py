@@ -221,6 +221,7 @@ def test_z_image_in_both_namings(client, names: str, spelling: str, relative_err
         assert relative_error(plain[row], right[row]) > 0.05
 
 
+@pytest.mark.long
 def test_switches_variants_and_clients(daemon, files, state, inputs, processes):
     """Four clients, twenty variants, two hundred switches: right results, no weight copied, nothing leaks."""
     loras = [lora_files.make(matrices(state), "kohya", seed, ranks=(2,)) for seed in range(4)]

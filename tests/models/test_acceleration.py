@@ -17,7 +17,7 @@ from xditd.client.cli.main import main
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.status import ForwardPath
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
 FLUX = "FluxTransformer2DModel"
 COMPILED = (FLUX, "WanTransformer3DModel")
@@ -29,7 +29,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("caches")
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[1, 2])
 def daemon(
     request: pytest.FixtureRequest, start_daemon: Callable[..., RunningDaemon], caches: Path
 ) -> Iterator[RunningDaemon]:
@@ -49,7 +49,6 @@ def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
 
 
-@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize("key", COMPILED)
 def test_blocks_are_compiled_and_stay_so_when_weights_are_swapped(daemon: RunningDaemon, key: str) -> None:
@@ -90,7 +89,6 @@ def test_a_loan_can_be_eager(daemon: RunningDaemon) -> None:
             client.lend({"weight": torch.zeros(2)}, acceleration="eager")
 
 
-@pytest.mark.long
 def test_the_status_has_a_table_of_paths(daemon: RunningDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     entry = ENTRIES[FLUX]
     module, given = entry.build(), entry.arguments(Random(3))

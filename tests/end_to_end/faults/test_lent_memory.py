@@ -328,6 +328,7 @@ def test_a_file_that_is_rewritten_in_mid_job(client, copied, make_inputs, good_j
         events.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_file_that_is_truncated_in_mid_job(client, copied, make_inputs, run, good_job):
     """Reading beyond its end is a SIGBUS for the ranks; the rebuilt ones cannot map it, and its loan ends."""

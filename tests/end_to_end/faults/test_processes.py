@@ -149,8 +149,9 @@ def kill_in_call(two_parts, start_call, wait_call_runs, processes) -> Callable[.
     return kill
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_killed_in_a_call_of_many_parts(rank, daemon, client, transformer, kill_in_call):
     kill_in_call(daemon, client, transformer, rank)
 
@@ -268,11 +269,9 @@ def test_a_pause_of_the_whole_machine_in_mid_job_loses_nothing(impatient, files,
     assert "stood still for" in impatient.log_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "error"),
-    [pytest.param(signal.SIGKILL, DaemonUnreachable, marks=pytest.mark.long), (signal.SIGTERM, DaemonStopping)],
-)
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGKILL, DaemonUnreachable), (signal.SIGTERM, DaemonStopping)])
 def test_a_daemon_that_ends_in_mid_job(
     number, error, impatient, start_daemon, wait_until, files, make_inputs, run, seed_bits, long_job, processes
 ):

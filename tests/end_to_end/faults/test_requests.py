@@ -163,6 +163,7 @@ def test_a_block_that_a_failed_job_used_is_unmapped_by_idle_workers(
     wait_until(lambda: [processes.memfds(pid) for pid in ranks] == before, "the block to be unmapped, with no job sent")
 
 
+@pytest.mark.long
 def test_a_hundred_loans_leave_nothing_behind(client, files, good_job):
     status = client.status()
     ranks = [worker.pid for worker in status.workers]

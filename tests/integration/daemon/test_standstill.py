@@ -71,6 +71,7 @@ def test_pause_in_mid_job_loses_nothing(
     assert "stood still for" in daemon.log
 
 
+@pytest.mark.long
 def test_rank_that_hangs_after_a_pause_is_ended_at_its_deadline(
     start_daemon: Any, memory: Any, stop_for_a_while: Callable[[list[int]], None]
 ) -> None:
@@ -91,6 +92,7 @@ def test_rank_that_hangs_after_a_pause_is_ended_at_its_deadline(
     assert time.monotonic() - began > DEADLINE_S / 2  # a new deadline, which is then missed
 
 
+@pytest.mark.long
 def test_pause_while_workers_start_is_not_their_fault(
     start_daemon: Any, stop_for_a_while: Callable[[list[int]], None], wait_until: Callable[..., None]
 ) -> None:

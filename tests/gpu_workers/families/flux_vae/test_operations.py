@@ -68,6 +68,7 @@ def test_a_decoder_alone_decodes_and_refuses_to_encode(
         direct.encode(half, torch.zeros(1, 3, 32, 32))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_zeroing_any_tensor_of_the_vae_shows_in_image_or_latents(
     shared_cache: ModelCache, demo_vae: State, plug: Plugger, direct: ModuleType
