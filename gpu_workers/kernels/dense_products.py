@@ -25,6 +25,8 @@ MAX_PENDING: Final = 32
 _AS_FAST: Final = 1.005
 """The largest ratio of its time to torch's with which a static product is taken. Kernels are timed on a stream, where a
 memset costs 1 to 3 us; in CUDA graphs it costs about 7."""
+_BIAS_ALIGNMENT: Final = 16
+"""Bytes; cuBLASLt asks for the alignments of all tensors but the bias, which its kernels may read in vectors."""
 _REPEATS: Final = 3
 _AHEAD_CYCLES: Final = 1_000_000
 
@@ -132,6 +134,8 @@ def kind_of(
     if not is_plain or not out.numel() or not rows.numel() or weight.dtype != rows.dtype or out.dtype != rows.dtype:
         return None
     if bias is not None and (bias.ndim != 1 or bias.dtype != rows.dtype or bias.stride(0) != 1):
+        return None
+    if bias is not None and alignment(bias) < _BIAS_ALIGNMENT:
         return None
     return DenseKind(
         rows.shape[0],

@@ -75,9 +75,10 @@ def test_all_kinds_have_the_bits_of_torch(shape: tuple[int, int, int], dtype: to
         lambda: multiply(rows, weight.t()[:, 1:-7], bias[1:-7]),
     )
     before = [call().clone() for call in calls]
-    assert len(dense_products._pending) == len(calls)
+    kinds = len(calls) - 1  # a bias at an odd address is torch's
+    assert len(dense_products._pending) == kinds
     measure_pending(torch.device("cuda"))
-    assert len(dense_products._ways) == len(calls)
+    assert len(dense_products._ways) == kinds
     for number, (call, expected) in enumerate(zip(calls, before, strict=True)):
         assert torch.equal(call(), expected), number
     exact = F.linear(rows.double(), weight.double(), bias.double())
