@@ -231,9 +231,7 @@ class Progress:
         self._is_leader = is_leader
         self._is_cancelled = is_cancelled
         self._report_step = report_step
-        self._events = (
-            [torch.cuda.Event(blocking=True), torch.cuda.Event(blocking=True)] if device.type == "cuda" else []
-        )
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(2)] if device.type == "cuda" else []
         self._started = time.perf_counter()
         self.first_step_ms = 0.0
 

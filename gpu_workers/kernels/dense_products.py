@@ -23,8 +23,8 @@ MAX_KINDS: Final = 512
 MAX_PENDING: Final = 32
 """Kinds that are timed at a time."""
 _AS_FAST: Final = 1.005
-"""The largest ratio of its time to torch's with which a static product is taken. Kernels are timed on a stream, where a
-memset costs 1 to 3 us; in CUDA graphs it costs about 7."""
+"""The largest ratio of its time to torch's with which a static product is taken. Kernels are timed on a stream; in
+a CUDA graph a memset also leaves a gap before the product."""
 _BIAS_ALIGNMENT: Final = 16
 """Bytes; cuBLASLt asks for the alignments of all tensors but the bias, which its kernels may read in vectors."""
 _REPEATS: Final = 3
