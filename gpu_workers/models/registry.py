@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: Final = (
     ("xditd.gpu_workers.families.flux1.checkpoint", "Flux1"),
+    ("xditd.gpu_workers.families.flux2.checkpoint", "Flux2"),
     ("xditd.gpu_workers.families.flux_vae.checkpoint", "FluxVae"),
     ("xditd.gpu_workers.families.clip_l", "ClipL"),
     ("xditd.gpu_workers.families.t5", "T5"),
