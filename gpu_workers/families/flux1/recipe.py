@@ -1,6 +1,10 @@
 """Sampling with FLUX.1 as diffusers' ``FluxPipeline`` does it: schedule, arguments, packing.
 
-Source: diffusers, ``pipelines/flux/pipeline_flux.py``; a test compares the bits.
+Fill, Canny and Depth have further channels beside those of the latents, as in ``FluxFillPipeline`` and
+``FluxControlPipeline``.
+
+Sources: diffusers, ``pipeline_flux.py``, ``pipeline_flux_fill.py`` and ``pipeline_flux_control.py``; tests
+compare the bits.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from xditd.gpu_workers.families.flux1.config import PATCH, PIXELS_PER_LATENT, Flux1Config
+from xditd.gpu_workers.families.flux1.config import LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, Flux1Config
+from xditd.gpu_workers.families.flux1.facts import CONTROL, MASK, MASKED_IMAGE
 from xditd.gpu_workers.families.flux1.timesteps import SCALE, time_dtype
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
@@ -40,6 +45,7 @@ class Flux1Recipe:
         rows, columns = (side // PIXELS_PER_LATENT // PATCH for side in (wanted.height, wanted.width))
         partition_tokens(embeds.shape[1], rows * columns, model.layout.degrees.sequence)
         embeds, pooled = prepare(model, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+        beside = _channels_beside(model, wanted, conditioning)
         latents = cast(torch.Tensor, FluxPipeline._pack_latents(noise.contiguous(), *noise.shape))
         scheduler = _scheduled(config, wanted, latents.shape[1], model.device)
         # As the pipeline gives them to the model. The host reads them here, before it would wait for GPU work.
@@ -55,6 +61,7 @@ class Flux1Recipe:
         return Flux1Run(
             scheduler=scheduler,
             latents=latents,
+            beside=beside,
             timesteps=timesteps,
             foreseen={"timestep": tuple(timesteps.tolist())},
             fixed=fixed,
@@ -70,6 +77,8 @@ class Flux1Run:
 
     scheduler: FlowMatchEulerDiscreteScheduler
     latents: torch.Tensor
+    beside: torch.Tensor | None
+    """The channels of each token beside those of the latents, (batch, tokens, channels)."""
     timesteps: torch.Tensor
     """The model's timestep at each step, (steps,)."""
     foreseen: Mapping[str, tuple[float, ...]]
@@ -82,9 +91,9 @@ class Flux1Run:
     """Height and width of the latents, unpacked."""
 
     def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
-        batch = latents.shape[0]
+        batch, tokens = latents.shape[0], latents.to(self.dtype)
         arguments = {
-            "hidden_states": latents.to(self.dtype),
+            "hidden_states": tokens if self.beside is None else torch.cat([tokens, self.beside], dim=2),
             "timestep": self.timesteps[step].expand(batch),
             **self.fixed,
         }
@@ -98,6 +107,24 @@ class Flux1Run:
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         height, width = self.size
         return cast(torch.Tensor, FluxPipeline._unpack_latents(latents, height, width, 1))
+
+
+def _channels_beside(model: Model[Flux1Config], wanted: Wanted, conditioning: Mapping[str, Any]) -> torch.Tensor | None:
+    """Check and pack what the image is made from besides the text, (batch, tokens, channels)."""
+    size = (wanted.height // PIXELS_PER_LATENT, wanted.width // PIXELS_PER_LATENT)
+    named = {name: conditioning[name] for name in (CONTROL, MASKED_IMAGE, MASK) if name in conditioning}
+    for name, each in named.items():
+        shape = (1, wanted.height, wanted.width) if name == MASK else (LATENT_CHANNELS, *size)
+        check_shape(name, each, (wanted.batch, *shape))
+    if not named:
+        return None
+    prepared = dict(zip(named, prepare(model, **named), strict=True))
+    if MASK in prepared:
+        # Each latent has the pixels of its square as channels.
+        squares = prepared[MASK][:, 0].unflatten(1, (-1, PIXELS_PER_LATENT)).unflatten(3, (-1, PIXELS_PER_LATENT))
+        prepared[MASK] = squares.permute(0, 2, 4, 1, 3).flatten(1, 2)
+    packed = [FluxPipeline._pack_latents(each.contiguous(), *each.shape) for each in prepared.values()]
+    return torch.cat(packed, dim=2)
 
 
 def _scheduled(
