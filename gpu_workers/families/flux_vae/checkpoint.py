@@ -47,7 +47,8 @@ class FluxVae:
     fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
-        return not _MARKS.isdisjoint(names)
+        # The VAEs of Wan and Qwen-Image, in diffusers' names, share some of these, and have norms of gamma alone.
+        return not _MARKS.isdisjoint(names) and not any(name.endswith(".gamma") for name in names)
 
     def canonical(self, name: str) -> str:
         return name
