@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_known_and_does_not_fit_is_named(cache: ModelCache,
         ),
         (
             {"head.modulation": TensorInfo("bfloat16", (1, 2, 9))},
-            r"^Wan cannot be run: lend FLUX\.1 dev or schnell \(flux1-dev\.safetensors\), ",
+            r"^Wan cannot be run: lend FLUX\.1 \(flux1-dev\.safetensors; also schnell, Kontext, Fill, Canny, Depth\), ",
         ),
     ):
         with pytest.raises(RequestError, match=says) as caught:
