@@ -79,8 +79,8 @@ class Flux1Model:
             raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
         faults = ["ControlNet"] if control else []
         references = References(tuple(ref_latents or ()), more.get("ref_latents_method", self._reference_method))
-        if references.latents and references.method not in METHODS:
-            faults.append(f"reference latents by the method {references.method!r}")
+        if references.latents:
+            faults.extend(self._method_faults(references.method))
         if more.get("attention_mask") is not None:
             faults.append(_REFUSED["attention_mask_img_shape"])
         rows = x.shape[0]
@@ -100,8 +100,15 @@ class Flux1Model:
         for key, what in _REFUSED.items():
             if not is_empty(part.get(key)):
                 yield what
+        if not is_empty(part.get("reference_latents")):
+            yield from self._method_faults(part.get("reference_latents_method", self._reference_method))
         if self._has_guidance and part.get("guidance", 0.0) is None:
             yield "conditioning without guidance (FluxDisableGuidance)"
+
+    @staticmethod
+    def _method_faults(method: str) -> Iterator[str]:
+        if method not in METHODS:
+            yield f"reference latents by the method {method!r}"
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
         embeds = conditions["c_crossattn"].cond

@@ -27,12 +27,21 @@ LATENTS: Final = LatentFacts(
     scaling=LatentScaling(factor=0.3611, shift=0.1159),
 )
 
+REFERENCES: Final = "reference_latents"
 CONTROL: Final = "control_latents"
 MASKED_IMAGE: Final = "masked_image_latents"
 MASK: Final = "mask"
 _OF_LATENTS: Final = ("batch", LATENT_CHANNELS, "latent_height", "latent_width")
 _IMAGES: Final = {
-    PACKED_CHANNELS: (),
+    PACKED_CHANNELS: (
+        ArgumentFacts(
+            name=REFERENCES,
+            shape=(LATENT_CHANNELS, "reference_height", "reference_width"),
+            is_list=True,
+            is_shared=True,
+            is_needed=False,
+        ),
+    ),
     CONTROL_CHANNELS: (ArgumentFacts(name=CONTROL, shape=_OF_LATENTS),),
     FILL_CHANNELS: (
         ArgumentFacts(name=MASKED_IMAGE, shape=_OF_LATENTS),

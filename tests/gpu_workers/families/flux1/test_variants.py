@@ -1,4 +1,4 @@
-"""Fill, Canny and Depth: the bits of diffusers' pipelines on one rank; what they are made from is checked by name."""
+"""Kontext, Fill, Canny and Depth: the bits of diffusers' pipelines on one rank; wrong pictures are refused by name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from flux1_variants import HEIGHT, WIDTH, numbers, pictures, state_of, text
 
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.gpu_workers.families.flux1 import reference
@@ -20,23 +21,6 @@ State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]
 
 SCALING, SHIFT = 0.3611, 0.1159
-HEIGHT, WIDTH = 64, 96
-
-
-def state_of(channels: int, dtype: torch.dtype = torch.float32) -> State:
-    state = flux1_state_dict(1, dtype=dtype)
-    hidden = state["img_in.weight"].shape[0]
-    generator = torch.Generator().manual_seed(channels)
-    state["img_in.weight"] = (torch.randn(hidden, channels, generator=generator) / channels**0.5).to(dtype)
-    return state
-
-
-def numbers(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def text(batch: int) -> State:
-    return {"prompt_embeds": numbers(1, batch, 15, 4096), "pooled_prompt_embeds": numbers(2, batch, 768)}
 
 
 def pipeline_of(kind: type, state: State, vae: Any) -> Any:
@@ -109,24 +93,58 @@ def test_fill_has_the_bits_of_the_pipeline(
     assert torch.equal(ours, unpacked(expected))
 
 
+@pytest.mark.parametrize("size", [(8, 12), (6, 4)])
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)])
+def test_kontext_has_the_bits_of_the_pipeline(
+    cache: ModelCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype, batch: int, size: tuple[int, int]
+) -> None:
+    from diffusers import FluxKontextPipeline
+
+    state, noise = flux1_state_dict(1, dtype=dtype), numbers(3, batch, 16, HEIGHT // 8, WIDTH // 8).to(dtype)
+    picture, given = numbers(9, 1, 16, *size).to(dtype), {name: each.to(dtype) for name, each in text(batch).items()}
+    vae = reference.vae_from(flux_vae_state_dict(1), dtype=dtype)
+    found = pipeline_of(FluxKontextPipeline, state, vae)(
+        image=picture, height=HEIGHT, width=WIDTH, max_area=HEIGHT * WIDTH, num_inference_steps=3, guidance_scale=2.5,
+        latents=packed_noise(noise), output_type="latent", _auto_resize=False, **given,
+    ).images  # fmt: skip
+    model = plug(cache, state).model
+    sizes = {"steps": 3, "guidance_scale": 2.5, "height": HEIGHT, "width": WIDTH}
+    ours = direct.generate_from(model, {**given, "reference_latents": [picture[0]]}, noise, **sizes)
+    assert torch.equal(ours, unpacked(found))
+    assert not torch.equal(ours, direct.generate_from(model, given, noise, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "0 tensors where a list of one tensor is needed"),
+        ([numbers(1, 16, 8, 8)] * 2, "2 tensors where.*join several pictures"),
+        (numbers(1, 16, 8, 8), "Tensor where a list of one tensor"),
+        ([numbers(1, 16, 8, 7)], r"reference_latents\[0\]: shape is \[16, 8, 7\], use even sides of at most 1024"),
+        ([numbers(1, 4, 8, 8)], r"reference_latents\[0\]: shape is \[4, 8, 8\]"),
+        ([torch.full((16, 8, 8), torch.nan)], r"reference_latents\[0\]"),
+    ],
+    ids=str,
+)
+def test_wrong_references_are_refused_by_name(
+    cache: ModelCache, plug: Plugger, direct: ModuleType, given: Any, message: str
+) -> None:
+    model, noise = plug(cache, flux1_state_dict(1)).model, numbers(3, 1, 16, HEIGHT // 8, WIDTH // 8)
+    with pytest.raises(BadRequest, match=message):
+        direct.generate_from(model, {**text(1), "reference_latents": given}, noise, steps=1, height=HEIGHT, width=WIDTH)
+
+
 @pytest.mark.parametrize("channels", [128, 384])
 def test_float32_time_gives_the_same_within_rounding(
     cache: ModelCache, plug: Plugger, direct: ModuleType, channels: int
 ) -> None:
     model, noise = plug(cache, state_of(channels)).model, numbers(3, 1, 16, HEIGHT // 8, WIDTH // 8)
-    given = {**text(1), **images(channels)}
+    given = {**text(1), **pictures(channels)}
     found = [
         direct.generate_from(model, given, noise, steps=2, height=HEIGHT, width=WIDTH, variant=variant)
         for variant in ("class", "float32_time")
     ]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-
-
-def images(channels: int) -> Mapping[str, torch.Tensor]:
-    latents = numbers(8, 1, 16, HEIGHT // 8, WIDTH // 8)
-    if channels == 128:
-        return {"control_latents": latents}
-    return {"masked_image_latents": latents, "mask": torch.ones(1, 1, HEIGHT, WIDTH)}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +167,7 @@ def test_wrong_images_are_refused_by_name(
     model, noise = plug(cache, state_of(channels)).model, numbers(3, 1, 16, HEIGHT // 8, WIDTH // 8)
     with pytest.raises(BadRequest, match=message):
         direct.generate_from(
-            model, {**text(1), **images(channels), **changed}, noise, steps=1, height=HEIGHT, width=WIDTH
+            model, {**text(1), **pictures(channels), **changed}, noise, steps=1, height=HEIGHT, width=WIDTH
         )
 
 
