@@ -13,6 +13,7 @@ from xditd.gpu_workers.models.entries import Shape
 if TYPE_CHECKING:
     from xditd.gpu_workers.kernels.branches import Branch, Branches
     from xditd.gpu_workers.models.forward_paths import ForwardPaths
+    from xditd.gpu_workers.models.planned_path import PlannedPath
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.packed.tensors import PackedTensor
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -250,6 +251,10 @@ class Model(Protocol[ConfigT_co]):
     @property
     def layout(self) -> ParallelLayout:
         """The parallel degrees and the attention backend of this component."""
+
+    @property
+    def planned(self) -> PlannedPath:
+        """The path that ``Operations.fuse`` returned, for families that run their class by its token plan."""
 
 
 class FastPath(Protocol):
