@@ -141,7 +141,7 @@ class RouterActor:
     def status(self) -> dict[str, bytes]:
         """Return each host's report, or its error."""
         self._find_hosts()
-        found = self._router.reports(max_age_s=0.0)
+        found = self._router.reports()
         return {
             name: encode(refusal(name, each) if isinstance(each, XditdError) else each) for name, each in found.items()
         }

@@ -109,9 +109,9 @@ class Router:
             self._hosts = dict(hosts)
             self._known = {name: self._known.get(name, _Known()) for name in hosts}
 
-    def reports(self, *, max_age_s: float = 0.0) -> dict[str, HostReport | XditdError]:
-        """Return each host's report, or the error of one that does not answer."""
-        self._ask(max_age_s)
+    def reports(self) -> dict[str, HostReport | XditdError]:
+        """Ask each host; return its report, or the error of one that does not answer."""
+        self._ask(0.0)
         with self._lock:
             found = {name: each.error or each.report for name, each in self._known.items()}
         return {name: each for name, each in found.items() if each is not None}
