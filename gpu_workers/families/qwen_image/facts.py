@@ -27,6 +27,7 @@ PROMPT: Final = "prompt_embeds"
 PROMPT_MASK: Final = "prompt_embeds_mask"
 NEGATIVE: Final = "negative_prompt_embeds"
 NEGATIVE_MASK: Final = "negative_prompt_embeds_mask"
+REFERENCES: Final = "reference_latents"
 
 LATENTS: Final = LatentFacts(
     channels=LATENT_CHANNELS,
