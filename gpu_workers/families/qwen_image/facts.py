@@ -58,6 +58,13 @@ def transformer_facts(config: QwenImageConfig, layout: ParallelLayout) -> Transf
             ArgumentFacts(name=PROMPT_MASK, shape=("batch", "tokens"), is_needed=False),
             ArgumentFacts(name=NEGATIVE, shape=("batch", "negative_tokens", channels), is_needed=False),
             ArgumentFacts(name=NEGATIVE_MASK, shape=("batch", "negative_tokens"), is_needed=False),
+            ArgumentFacts(
+                name=REFERENCES,
+                shape=(LATENT_CHANNELS, "reference_height", "reference_width"),
+                is_list=True,
+                is_shared=True,
+                is_needed=False,
+            ),
         ),
         options=(SHIFT,),
         latents=LATENTS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import QwenImagePipeline
@@ -56,4 +56,4 @@ def packed(references: Sequence[torch.Tensor], batch: int) -> torch.Tensor | Non
     if not references:
         return None
     tokens = [QwenImagePipeline._pack_latents(each[None], 1, *each.shape) for each in references]
-    return cast(torch.Tensor, torch.cat(tokens, dim=1).repeat(batch, 1, 1))
+    return torch.cat(tokens, dim=1).repeat(batch, 1, 1)
