@@ -55,7 +55,7 @@ class Flux1:
     """The family of FLUX.1: see the module's docstring."""
 
     name = "flux1"
-    title = "FLUX.1 (flux1-dev.safetensors; also schnell, Kontext, Fill, Canny, Depth)"
+    title = "FLUX.1 (flux1-dev.safetensors)"
     kind: Kind = "transformer"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
