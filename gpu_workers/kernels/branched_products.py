@@ -7,7 +7,7 @@ GELU, by one kernel for both, or by two. Several LoRAs are one branch (``branch_
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from xditd.gpu_workers.kernels.branch_kernels import add_and_gelu, can_add_and_g
 from xditd.gpu_workers.kernels.branch_stacks import BranchStacks, Pair
 from xditd.gpu_workers.kernels.branches import Branch, Branches, add_branches, joined
 from xditd.gpu_workers.kernels.products import TensorRows
+from xditd.gpu_workers.kernels.static_branches import Place, StaticLayout
 
 LinearT = TypeVar("LinearT")
 
@@ -52,6 +53,15 @@ class BranchTable:
         start, stop, _ = rows.indices(last)
         return next(branches for part, branches in found if (part.start, part.stop) == (start, stop))
 
+    def places(self, layers: Container[str]) -> list[Place]:
+        """Return all parts of some layers, in an order that is that of every rank."""
+        return [
+            Place(branches, part.stop - part.start)
+            for layer, parts in self._parts.items()
+            if layer in layers
+            for part, branches in parts
+        ]
+
     def slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
         """Return which branches a LoRA adds to which parts, from those of the module's layers.
 
@@ -81,11 +91,15 @@ class Branched(NamedTuple, Generic[LinearT]):
 
 
 class BranchedProducts(TensorRows):
-    """``products`` whose rows are plain tensors, with the branches of a table."""
+    """``products`` whose rows are plain tensors, with the branches of a table, or those of a ``layout``, if set.
+
+    With a layout, they depend neither on the LoRAs that are switched on nor on their strengths.
+    """
 
     def __init__(self, products: TensorRows, table: BranchTable) -> None:
         self._products: Any = products
         self._table = table
+        self.layout: StaticLayout | None = None
         self._last: _Low | None = None
 
     def linear(self, name: str, rows: slice = slice(None)) -> Branched[Any]:
@@ -93,11 +107,11 @@ class BranchedProducts(TensorRows):
 
     def multiply(self, rows: torch.Tensor, linear: Branched[Any], out: torch.Tensor) -> None:
         self._products.multiply(rows, linear.linear, out)
-        for pair in self._table.stacks.pairs(linear.branches, out.shape[1]):
+        for pair in self._pairs(linear.branches, out.shape[1]):
             _add(pair, self._low(rows, pair), out)
 
     def mlp(self, rows: torch.Tensor, up: Branched[Any], down: Branched[Any], out: torch.Tensor) -> None:
-        if not (up.branches.active or down.branches.active):
+        if not (self._has(up) or self._has(down)):
             self._products.mlp(rows, up.linear, down.linear, out)
             return
         hidden = rows.new_empty(rows.shape[0], up.linear.bias.shape[0])
@@ -108,7 +122,7 @@ class BranchedProducts(TensorRows):
     def mlp_and_attention(
         self, attended: torch.Tensor, rows: torch.Tensor, up: Branched[Any], second: Branched[Any], out: torch.Tensor
     ) -> None:
-        if not (up.branches.active or second.branches.active):
+        if not (self._has(up) or self._has(second)):
             self._products.mlp_and_attention(attended, rows, up.linear, second.linear, out)
             return
         width = attended.shape[1]
@@ -118,8 +132,17 @@ class BranchedProducts(TensorRows):
         self.multiply(both, second, out)
         self._last = None
 
+    def _has(self, linear: Branched[Any]) -> bool:
+        return bool(linear.branches.active if self.layout is None else id(linear.branches) in self.layout.pairs)
+
+    def _pairs(self, branches: Branches, outputs: int) -> list[Pair]:
+        if self.layout is None:
+            return self._table.stacks.pairs(branches, outputs)
+        pair = self.layout.pairs.get(id(branches))
+        return [] if pair is None else [pair]
+
     def _up(self, rows: torch.Tensor, up: Branched[Any], out: torch.Tensor) -> None:
-        pairs = self._table.stacks.pairs(up.branches, out.shape[1])
+        pairs = self._pairs(up.branches, out.shape[1])
         if not pairs and out.is_contiguous():  # torch has no GELU in products into a slice
             self._products.up(rows, up.linear, out)
             return

@@ -13,11 +13,15 @@ import torch
 
 
 class Strength:
-    """The strength of one LoRA in the job at hand, which all its branches read when they run."""
+    """The strength of one LoRA in the job at hand, which all its branches read when they run.
 
-    __slots__ = ("__weakref__", "value")
+    ``number`` is the LoRA's in its model.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("__weakref__", "number", "value")
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.value = 0.0
 
 

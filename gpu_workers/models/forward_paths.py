@@ -99,6 +99,13 @@ class ForwardPaths:
         self._lent: dict[str, _Lent] = {}
         self._current: _Lent | None = None
         self._new: list[ForwardPath] = []
+        self.launched = 0
+        """Graphs that were launched for forwards."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether a forward may be captured."""
+        return self._chooser.captures
 
     @property
     def is_on(self) -> bool:
@@ -126,11 +133,12 @@ class ForwardPaths:
         *,
         on_all_ranks: bool,
         trial: Forward | None = None,
+        note: str = "",
     ) -> Any:
         """Run a forward: ``eager(arguments)``, or on another path ``bare``, which does the same without any checks.
 
         ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors. ``trial`` is
-        ``bare`` with what it needs to raise on all ranks, or on none.
+        ``bare`` with what it needs to raise on all ranks, or on none. Reports of the case have the ``note``.
         """
         if not self.is_on:
             return eager(arguments)
@@ -139,6 +147,7 @@ class ForwardPaths:
         case = self._find((self._current, key, on_all_ranks, layout))
         if case.graph is not None:
             result = case.graph.run(arguments)
+            self.launched += 1
             if case.awaits_blocks:
                 weights = self._current.tensors
                 last = LastRun(case, bare, trial or bare, case.graph.arguments, result, weights)
@@ -153,8 +162,18 @@ class ForwardPaths:
         if _bytes_of(arguments) > MAX_INPUT_BYTES:
             return eager(arguments)
         self._note_known(key, on_all_ranks=on_all_ranks)
-        case.shapes = ", ".join(f"{list(each.shape)}" for each in tensors_of(arguments))
+        shapes = ", ".join(f"{list(each.shape)}" for each in tensors_of(arguments))
+        case.shapes = f"{note}: {shapes}" if note else shapes
         return self._run_to_decide(case, arguments, eager, bare, trial or bare)
+
+    def forget(self, is_gone: Callable[[CaseKey], bool]) -> None:
+        """Free the graphs of cases whose memory goes: other memory that they read than weights and arguments."""
+        for cases in self._cases.values():
+            for key in [key for key in cases if is_gone(key[1])]:
+                self._due.pop(id(cases.pop(key)), None)
+        for known in self._known.values():
+            for case in [case for case in known if is_gone(case)]:
+                del known[case]
 
     def drop_runs(self) -> None:
         """Decide nothing by the runs since the last ``decide``: ranks that failed in them may have other ones."""
