@@ -131,12 +131,13 @@ class Client(LoanMethods, DaemonMethods):
 
         ``conditioning`` maps the names in the transformer's facts to tensors on any device: for FLUX.1
         ``prompt_embeds`` (batch, tokens, 4096) and ``pooled_prompt_embeds`` (batch, 768), for Z-Image
-        ``prompt_embeds``, a list of (tokens, 2560) for each image. ``noise`` has the shape of the facts' latents;
-        without it the noise is drawn from ``seed``, which is random unless given and is part of the result.
-        ``sigmas`` replaces the family's own schedule: ``steps`` descending values in (0, 1]. Without ``steps`` or
-        ``guidance_scale``, the family's default is used. A ``vae`` adds the image to the result. ``previews`` enables
-        ``job.denoised()``, the predicted clean latents after each step. ``options`` are the family's own, as its facts
-        name them. Components may be named by id, as ``xditd status`` shows them.
+        ``prompt_embeds``, a list of (tokens, 2560) for each image, for FLUX.2 ``prompt_embeds`` (batch, tokens, 15360).
+        ``noise`` has the shape of the facts' latents; without it the noise is drawn from ``seed``, which is random
+        unless given and is part of the result. ``sigmas`` replaces the family's own schedule: ``steps`` descending
+        values in (0, 1]. Without ``steps`` or ``guidance_scale``, the family's default is used. A ``vae`` adds the
+        image to the result. ``previews`` enables ``job.denoised()``, the predicted clean latents after each step.
+        ``options`` are the family's own, as its facts name them. Components may be named by id, as
+        ``xditd status`` shows them.
 
         ``step_cache``, from 0 to 1, trades precision for time: if the first block's residual differs relatively by less
         than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;

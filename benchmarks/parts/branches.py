@@ -3,9 +3,9 @@
     python benchmarks/run.py branches
     python benchmarks/run.py branches --device cpu --small
 
-Prints for each layer, number of tokens and rank milliseconds: of the product alone; of the branch added after it
-(``addmm_``); of the branch written first, to which the product adds itself. Before GELU: of the product with GELU in
-its epilogue; of the branch added after it, then GELU; and of both in one kernel. ``down x`` is part of none.
+Prints for each layer, number of tokens and rank milliseconds: of the product alone, with GELU where the layer has it;
+of the branch added after it (``addmm_``, then GELU); of the branch written first, to which the product adds itself; of
+both in one kernel, and whether a forward takes that; and of ``down x``, which all need.
 
 Needs: a GPU; --device cpu --small is a dry run, without Triton
 """
@@ -19,20 +19,19 @@ from typing import Any
 import torch
 from measuring import Report, add_device, need_gpus, print_table
 
-from xditd.gpu_workers.kernels.branch_kernels import add_and_gelu
-from xditd.gpu_workers.kernels.dense_products import multiply
+from xditd.gpu_workers.kernels.branch_kernels import MAX_RANK, can_multiply, multiply_with_branch
+from xditd.gpu_workers.kernels.dense_products import add_product, multiply
 from xditd.gpu_workers.kernels.timings import times_ms
 
 LAYERS = {  # (inputs, outputs, has GELU)
     "qkv": (3072, 9216, False),
-    "linear1": (3072, 21504, False),
-    "linear2": (15360, 3072, False),
+    "out": (3072, 3072, False),
     "mlp up": (3072, 12288, True),
     "mlp down": (12288, 3072, False),
 }
 SMALL_LAYERS = {"mlp up": (64, 256, True), "mlp down": (256, 64, False)}
-TOKENS, SMALL_TOKENS = (4608, 2304), (32,)
-RANKS = (16, 64, 128, 256, 512)
+TOKENS, SMALL_TOKENS = (4608, 4096, 2304, 2048, 512), (32,)
+RANKS = (16, 64, 128, 512)
 DTYPE = torch.bfloat16
 
 
@@ -66,27 +65,28 @@ def ways_of(
 
     x, weight, bias = numbers(tokens, inputs), numbers(outputs, inputs).t(), numbers(outputs)
     low, up, out = numbers(tokens, rank), numbers(outputs, rank), numbers(tokens, outputs)
+    down = numbers(rank, inputs)
 
     def after() -> None:
         multiply(x, weight, bias, out=out)
-        out.addmm_(low, up.t(), alpha=0.8)
+        out.addmm_(low, up.t())
+        if has_gelu:
+            torch.ops.aten.gelu_(out, approximate="tanh")
 
     def before() -> None:
-        torch.addmm(bias, low, up.t(), alpha=0.8, out=out)
-        out.addmm_(x, weight)
-
-    def after_and_gelu() -> None:
-        after()
-        torch.ops.aten.gelu_(out, approximate="tanh")
+        torch.addmm(bias, low, up.t(), out=out)
+        add_product(x, weight, out, gelu=has_gelu)
 
     def one_kernel() -> None:
-        multiply(x, weight, bias, out=out)
-        add_and_gelu(out, low, up, 0.8)
+        multiply_with_branch(x, weight, bias, low, up, out, gelu=has_gelu)
 
-    if not has_gelu:
-        return {"alone": lambda: multiply(x, weight, bias, out=out), "after": after, "before": before}
-    ways: dict[str, Callable[[], object]] = {
-        "alone": lambda: multiply(x, weight, bias, gelu=True, out=out),
-        "after": after_and_gelu,
-    }
-    return ways | {"one kernel": one_kernel} if device.type == "cuda" else ways
+    ways = {"alone": lambda: multiply(x, weight, bias, gelu=has_gelu, out=out), "after": after, "before": before}
+    if rank <= MAX_RANK and can_run(device):
+        chosen = " (taken)" if can_multiply(x, weight, bias, up, out) else ""
+        ways[f"one kernel{chosen}"] = one_kernel
+    return ways | {"down x": lambda: torch.mm(x, down.t(), out=low)}
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether the kernel runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

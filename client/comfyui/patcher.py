@@ -109,7 +109,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             for name, added in (read_bypass(injections, self._shape_of) or {}).items():
                 branches.setdefault(name.removeprefix(PREFIX), []).extend(added)
         self.weights.use_loras(branches, self)
-        self.patch_hooks(self.current_hooks)
+        self.patch_hooks(self.forced_hooks if self.is_clip else self.current_hooks)
         self.model.current_weight_patches_uuid = self.patches_uuid
         self.model.device = self.load_device
         for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):

@@ -46,7 +46,7 @@ COMPILE_KEY: Final = "torch.compile"
 _DESCRIPTIONS: Final = {
     "injections": "injects Python code into the model",
     "hook_patches": "hooks that change weights by what is no LoRA",
-    "forced_hooks": "hooks on the CLIP (scheduled LoRAs)",
+    "forced_hooks": "hooks on the MODEL itself",
     "weight_wrapper_patches": "weight wrappers",
     "additional_models": "additional models",
     "is_multigpu_base_clone": "ComfyUI's own split over several GPUs",
@@ -125,6 +125,8 @@ class Understood:
                     yield _DESCRIPTIONS["is_multigpu_base_clone"]
             elif name == "force_cast_weights":
                 pass  # is set with a compute dtype, which _object_faults checks
+            elif name == "forced_hooks" and patcher.is_clip:
+                pass  # Set CLIP Hooks, whose patches are among hook_patches; stock uses no other kind for a CLIP
             elif name == "hook_patches":
                 by_weight = [(key, each) for patches in value.values() for key, each in patches.items()]
                 if any(read_patches(each, self._shape_of(key)) is None for key, each in by_weight):

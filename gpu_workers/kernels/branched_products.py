@@ -1,7 +1,8 @@
 """The products of fused blocks with LoRAs: those of other products, and the branches of their projections.
 
-Only forwards with LoRAs use them, so that others take the kernels that they have without: a branch is added before
-GELU, by one kernel for both, or by two. Several LoRAs are one branch (``branch_stacks``).
+Only forwards with LoRAs use them, so that others take the kernels that they have without. Several LoRAs are one branch
+(``branch_stacks``), which is part of a product (``branch_kernels``), or is written first, so that the product adds
+itself to it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from xditd.gpu_workers.kernels.branch_kernels import add_and_gelu, can_add_and_gelu
+from xditd.gpu_workers.kernels.branch_kernels import can_multiply, multiply_with_branch
 from xditd.gpu_workers.kernels.branch_stacks import BranchStacks, Pair
 from xditd.gpu_workers.kernels.branches import Branch, Branches, add_branches, joined
-from xditd.gpu_workers.kernels.products import TensorRows
+from xditd.gpu_workers.kernels.dense_products import add_product, multiply, note_captured
+from xditd.gpu_workers.kernels.products import Linear, TensorRows
 from xditd.gpu_workers.kernels.static_branches import Place, StaticLayout
 
 LinearT = TypeVar("LinearT")
@@ -106,17 +108,13 @@ class BranchedProducts(TensorRows):
         return Branched(self._products.linear(name, rows), self._table.at(name, rows))
 
     def multiply(self, rows: torch.Tensor, linear: Branched[Any], out: torch.Tensor) -> None:
-        self._products.multiply(rows, linear.linear, out)
-        for pair in self._pairs(linear.branches, out.shape[1]):
-            _add(pair, self._low(rows, pair), out)
+        self._project([rows], linear, out)
 
     def mlp(self, rows: torch.Tensor, up: Branched[Any], down: Branched[Any], out: torch.Tensor) -> None:
         if not (self._has(up) or self._has(down)):
             self._products.mlp(rows, up.linear, down.linear, out)
             return
-        hidden = rows.new_empty(rows.shape[0], up.linear.bias.shape[0])
-        self._up(rows, up, hidden)
-        self.multiply(hidden, down, out)
+        self._project([self._hidden(rows, up)], down, out)
         self._last = None
 
     def mlp_and_attention(
@@ -125,15 +123,11 @@ class BranchedProducts(TensorRows):
         if not (self._has(up) or self._has(second)):
             self._products.mlp_and_attention(attended, rows, up.linear, second.linear, out)
             return
-        width = attended.shape[1]
-        both = rows.new_empty(rows.shape[0], width + up.linear.bias.shape[0])
-        both[:, :width] = attended
-        self._up(rows, up, both[:, width:])
-        self.multiply(both, second, out)
+        self._project([attended, self._hidden(rows, up)], second, out)
         self._last = None
 
-    def _has(self, linear: Branched[Any]) -> bool:
-        return bool(linear.branches.active if self.layout is None else id(linear.branches) in self.layout.pairs)
+    def _has(self, projection: Branched[Any]) -> bool:
+        return bool(projection.branches.active if self.layout is None else id(projection.branches) in self.layout.pairs)
 
     def _pairs(self, branches: Branches, outputs: int) -> list[Pair]:
         if self.layout is None:
@@ -141,30 +135,47 @@ class BranchedProducts(TensorRows):
         pair = self.layout.pairs.get(id(branches))
         return [] if pair is None else [pair]
 
-    def _up(self, rows: torch.Tensor, up: Branched[Any], out: torch.Tensor) -> None:
-        pairs = self._pairs(up.branches, out.shape[1])
-        if not pairs and out.is_contiguous():  # torch has no GELU in products into a slice
-            self._products.up(rows, up.linear, out)
-            return
-        self._products.multiply(rows, up.linear, out)
-        lows = [self._low(rows, pair) for pair in pairs]
-        self._last = None
-        if len(pairs) == 1 and pairs[0].up.shape[0] == out.shape[1] and can_add_and_gelu(out, lows[0], pairs[0].up):
-            add_and_gelu(out, lows[0], pairs[0].up, pairs[0].alpha)
-            return
-        for pair, low in zip(pairs, lows, strict=True):
-            _add(pair, low, out)
-        torch.ops.aten.gelu_(out, approximate="tanh")
+    def _hidden(self, rows: torch.Tensor, up: Branched[Any]) -> torch.Tensor:
+        hidden = rows.new_empty(rows.shape[0], up.linear.bias.shape[0])
+        self._project([rows], up, hidden, gelu=True)
+        self._last = None  # other projections have other rows
+        return hidden
 
-    def _low(self, rows: torch.Tensor, pair: Pair) -> torch.Tensor:
-        """Return ``down x`` (rows, rank) with its scales: for projections with the same rows and factor, once."""
-        last = self._last
-        if last is not None and last.rows() is rows and last.down() is pair.down and last.scales is pair.scales:
+    def _project(
+        self, parts: list[torch.Tensor], projection: Branched[Any], out: torch.Tensor, *, gelu: bool = False
+    ) -> None:
+        """Project rows, whose columns are those of ``parts`` side by side, add the branches, and maybe apply GELU."""
+        pairs = self._pairs(projection.branches, out.shape[1])
+        lows = [self._low(parts, pair) for pair in pairs]
+        plain = self._products.plain(projection.linear)
+        if plain is not None and not pairs:
+            _multiply(parts, plain, out, gelu=gelu)
+            return
+        if plain is not None and all(pair.up.dtype == out.dtype for pair in pairs):
+            _multiply_with_branches(parts, plain, pairs, lows, out, gelu=gelu)
+            return
+        if plain is not None:
+            _multiply(parts, plain, out)
+        else:
+            self._products.multiply(parts[0] if len(parts) == 1 else torch.cat(parts, 1), projection.linear, out)
+        _add(pairs, lows, out)
+        if gelu:
+            torch.ops.aten.gelu_(out, approximate="tanh")
+
+    def _low(self, parts: list[torch.Tensor], pair: Pair) -> torch.Tensor:
+        """Return ``down x`` (rows, rank) with its factors: for projections with the same rows and factors, once."""
+        last, rows = self._last, parts[0]
+        if last is not None and last.is_of(rows, pair):
             return last.low
-        low = torch.mm(rows.to(pair.down.dtype), pair.down.t())
+        low, at = rows.new_empty(rows.shape[0], pair.down.shape[0], dtype=pair.down.dtype), 0
+        for number, each in enumerate(parts):
+            down = pair.down[:, at : at + each.shape[1]].t()
+            low.addmm_(each.to(low.dtype), down, alpha=pair.alpha, beta=1.0 if number else 0.0)
+            at += each.shape[1]
         if pair.scales is not None:
             low.mul_(pair.scales)
-        self._last = _Low(weakref.ref(rows), weakref.ref(pair.down), pair.scales, low)
+        if len(parts) == 1:
+            self._last = _Low(weakref.ref(rows), weakref.ref(pair.down), pair.alpha, pair.scales, low)
         return low
 
 
@@ -173,16 +184,63 @@ class _Low(NamedTuple):
 
     rows: weakref.ref[torch.Tensor]
     down: weakref.ref[torch.Tensor]
+    alpha: float
     scales: torch.Tensor | None
     low: torch.Tensor
 
+    def is_of(self, rows: torch.Tensor, pair: Pair) -> bool:
+        is_same = self.rows() is rows and self.down() is pair.down
+        return is_same and self.alpha == pair.alpha and self.scales is pair.scales
 
-def _add(pair: Pair, low: torch.Tensor, out: torch.Tensor) -> None:
-    part = out[:, pair.start : pair.start + pair.up.shape[0]]
-    if part.dtype == pair.up.dtype:
-        part.addmm_(low, pair.up.t(), alpha=pair.alpha)
+
+def _add(pairs: Sequence[Pair], lows: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    for pair, low in zip(pairs, lows, strict=True):
+        part = out[:, pair.start : pair.start + pair.up.shape[0]]
+        if part.dtype == pair.up.dtype:
+            part.addmm_(low, pair.up.t())
+        else:
+            part.add_(torch.mm(low, pair.up.t()))
+
+
+def _multiply(parts: list[torch.Tensor], plain: Linear, out: torch.Tensor, *, gelu: bool = False) -> None:
+    if len(parts) == 1:
+        multiply(parts[0], plain.weight, plain.bias, gelu=gelu, out=out)
+        return
+    width = parts[0].shape[1]
+    multiply(parts[0], plain.weight[:width], plain.bias, out=out)
+    _add_parts(parts[1:], plain.weight[width:], out, gelu=gelu)
+
+
+def _multiply_with_branches(
+    parts: list[torch.Tensor],
+    plain: Linear,
+    pairs: Sequence[Pair],
+    lows: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    gelu: bool,
+) -> None:
+    """Do it in one kernel, or write the branches first, so that products add themselves to them in their epilogue."""
+    is_first_whole = pairs[0].up.shape[0] == out.shape[1]
+    up, low = pairs[0].up, lows[0]
+    if len(pairs) == len(parts) == 1 and is_first_whole and can_multiply(parts[0], plain.weight, plain.bias, up, out):
+        note_captured(parts[0], plain.weight, plain.bias, low, up)
+        multiply_with_branch(parts[0], plain.weight, plain.bias, low, up, out, gelu=gelu)
+        return
+    if is_first_whole:
+        torch.addmm(plain.bias, low, up.t(), out=out)
+        _add(pairs[1:], lows[1:], out)
     else:
-        part.add_(torch.mm(low, pair.up.t()), alpha=pair.alpha)
+        out.copy_(plain.bias)
+        _add(pairs, lows, out)
+    _add_parts(parts, plain.weight, out, gelu=gelu)
+
+
+def _add_parts(parts: list[torch.Tensor], weight: torch.Tensor, out: torch.Tensor, *, gelu: bool) -> None:
+    at = 0
+    for number, each in enumerate(parts):
+        add_product(each, weight[at : at + each.shape[1]], out, gelu=gelu and number == len(parts) - 1)
+        at += each.shape[1]
 
 
 def with_branches(matrices: Matrices, branches: Sequence[Branches]) -> Matrices:

@@ -121,15 +121,26 @@ class StaticProduct:
         _check(found.state, "kernel")
         return found
 
-    def run(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """Begin to write the product of tensors of its kind into ``out``, in the order of the current stream."""
+    def run(
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        *,
+        adds: bool = False,
+    ) -> None:
+        """Begin to write the product of tensors of its kind into ``out``, in the order of the current stream.
+
+        ``adds``: to what ``out`` holds; GELU is of the sum.
+        """
         if bias is not None:
             self._describe(_DESC_BIAS_POINTER, c_void_p(bias.data_ptr()))
         of_weight, of_rows, of_result = self._layouts
         result = c_void_p(out.data_ptr())
         done = self._lib.cublasLtMatmul(
             self._handle, self._description, byref(_ONE),
-            c_void_p(weight.data_ptr()), of_weight, c_void_p(rows.data_ptr()), of_rows, byref(_ZERO),
+            c_void_p(weight.data_ptr()), of_weight, c_void_p(rows.data_ptr()), of_rows, byref(_ONE if adds else _ZERO),
             result, of_result, result, of_result,
             byref(self._algorithm.algorithm), None, c_size_t(0),
             c_void_p(torch.cuda.current_stream(out.device).cuda_stream),

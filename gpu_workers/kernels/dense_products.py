@@ -7,6 +7,7 @@ in the life of the process, so that no forward waits for that.
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import torch
@@ -58,16 +59,48 @@ def multiply(
         if kind not in _ways and len(_pending) < MAX_PENDING and len(_ways) < MAX_KINDS:
             _pending[kind] = None
         return _by_torch(rows, weight, bias, gelu=gelu, out=result)
-    if torch.cuda.is_current_stream_capturing():
-        for each in (rows, weight, bias):
-            if each is not None:
-                each.detach()  # a capture keeps the tensors that it sees in operators of torch
+    note_captured(rows, weight, bias)
     try:
         way.run(rows, weight, bias, result)
     except Refused as refused:
         _note_refused(kind, refused)
         return _by_torch(rows, weight, bias, gelu=gelu, out=result)
     return result
+
+
+def add_product(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gelu: bool = False) -> None:
+    """Add ``rows`` (n, in) by ``weight`` (in, out) to ``out`` (n, out); with ``gelu``, write GELU (tanh) of the sum.
+
+    On GPUs the sum is rounded once: cuBLASLt reads ``out`` in the epilogue of the product, which torch has without
+    GELU alone. No kind is timed, so that it has the same bits each time.
+    """
+    if rows.is_cuda and rows.dtype in HALF_DTYPES:
+        kind = kind_of(rows, weight, None, out, gelu=gelu)
+        way = None if kind is None else _adding(kind)
+        if way is not None:
+            note_captured(rows, weight, out)
+            way.run(rows, weight, None, out, adds=True)
+            return
+    out.addmm_(rows, weight)
+    if gelu:
+        torch.ops.aten.gelu_(out, approximate="tanh")
+
+
+@lru_cache(MAX_KINDS)
+def _adding(kind: DenseKind) -> StaticProduct | None:
+    try:
+        return StaticProduct(kind)
+    except Refused as refused:
+        logger.info("static product refused kind=%s reason=%s", kind, refused)
+        return None
+
+
+def note_captured(*tensors: torch.Tensor | None) -> None:
+    """Let a capture of the current stream know tensors that no operator of torch reads: it keeps those that it sees."""
+    if torch.cuda.is_current_stream_capturing():
+        for each in tensors:
+            if each is not None:
+                each.detach()
 
 
 def measure_pending(device: torch.device) -> None:

@@ -100,6 +100,13 @@ class TensorRows:
     def take(self, x: torch.Tensor, into: object, text_rows: int) -> torch.Tensor:  # noqa: ARG002 - not rounded
         return x
 
+    def plain(self, linear: Any) -> Linear | None:
+        """Return a projection with a weight in the dtype of the rows, valid until the next call.
+
+        ``None``: its product is one of other numbers.
+        """
+        raise NotImplementedError
+
 
 class SixteenBit(TensorRows):
     """Products of the lent weights themselves: lossless. (float32 on the CPU, in tests.)
@@ -126,9 +133,8 @@ class SixteenBit(TensorRows):
     def multiply(self, rows: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         multiply(rows, linear.weight, linear.bias, out=out)
 
-    def up(self, rows: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
-        """Project rows and apply GELU (tanh)."""
-        multiply(rows, linear.weight, linear.bias, gelu=True, out=out)
+    def plain(self, linear: Linear) -> Linear:
+        return linear
 
     def mlp(self, rows: torch.Tensor, up: Linear, down: Linear, out: torch.Tensor) -> None:
         self.multiply(project_up(rows, up), down, out)

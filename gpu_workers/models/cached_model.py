@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 
@@ -18,6 +18,7 @@ from xditd.gpu_workers.models.operations import (
     TransformerOperations,
     VaeOperations,
 )
+from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.packed.embedding import PackedEmbedding
 from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, add_branches_to, largest_bytes
 from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -25,6 +26,9 @@ from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Internal
 from xditd.ipc.name_lists import listed
 from xditd.ipc.status import FusedCheck
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.models.planned_path import PlannedPath
 
 
 class CachedModel:
@@ -46,6 +50,7 @@ class CachedModel:
         exceptions: Mapping[str, torch.dtype],
         packed_layers: Mapping[str, PackedLinear | PackedEmbedding],
         packed_memory: PackedMemory,
+        resources: ProcessResources | None = None,
     ) -> None:
         self.family = family
         self.config = config
@@ -60,6 +65,8 @@ class CachedModel:
         self.packed_memory = packed_memory
         self.branches = add_branches_to(module)
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
+        if resources is not None and hasattr(self._fast, "resources"):
+            cast(Any, self._fast).resources = resources
         # The dictionary and key of each parameter.
         self._slots: dict[str, tuple[dict[str, torch.nn.Parameter | None], str]] = {}
         self._empty: dict[str, torch.nn.Parameter] = {}
@@ -98,7 +105,9 @@ class CachedModel:
             return ""
         if not self._fast.takes_loras:
             return "plain blocks run with LoRAs: products of fused blocks in eight bits have no branches"
-        return self._fast.loras.detail
+        if self._fast.loras is not None:
+            return self._fast.loras.detail
+        return "forwards with LoRAs are neither compiled nor captured" if self._fast.paths.is_on else ""
 
     @property
     def lora_memory(self) -> BranchMemory | None:
@@ -109,6 +118,11 @@ class CachedModel:
         """Return the places of a LoRA's branches: in the layers of the module, and in its fast path."""
         own = [(self.branches[name], tuple(branches)) for name, branches in by_layer.items()]
         return own if self._fast is None else own + self._fast.branch_slots(by_layer)
+
+    @property
+    def planned(self) -> PlannedPath:
+        """The path that runs the class by its token plan, which its family's ``fuse`` has made."""
+        return cast("PlannedPath", self._fast)
 
     @property
     def attention_backend(self) -> str:

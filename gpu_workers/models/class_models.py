@@ -21,6 +21,7 @@ from xditd.gpu_workers.models.pretrained import (
     converted_names,
     main_dtype,
 )
+from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.parallel import peer_memory
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -59,6 +60,11 @@ class ClassModels:
         """End the compiler's process and the thread that loads compiled graphs."""
         if self._graphs is not None:
             self._graphs.close()
+
+    @property
+    def resources(self) -> ProcessResources:
+        """What models of families share with these."""
+        return ProcessResources(self._compiled_graphs, self._peers)
 
     def _compiled_graphs(self) -> CompiledGraphs:
         """Return the compiled graphs of this process, which stay on disk in the user's folder for caches.

@@ -68,8 +68,8 @@ class Components:
             exchange=share_value,
             is_leader=layout.rank == 0,
         )
-        self.models = ModelCache(layout, self.packed)
         self.class_models = ClassModels(layout, self.packed)
+        self.models = ModelCache(layout, self.packed, self.class_models.resources)
         self.blocks = OpenBlocks(layout.device, device_uuid)
         self.gpu_copies = GpuCopies(layout, peer_uuids)
         self.loras = LoraCounters()

@@ -20,6 +20,7 @@ from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
 from xditd.gpu_workers.models.operations import BranchMemory
 from xditd.gpu_workers.models.packed_weights import embedding_targets, linear_targets
+from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.models.registry import detect, families, load_faults_note, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.packed.embedding import pack_embeddings
@@ -45,8 +46,11 @@ class ModelCache:
     Every rank makes the same calls in the same order, since a model may need new process groups.
     """
 
-    def __init__(self, layout: ParallelLayout, memory: PackedMemory | None = None) -> None:
+    def __init__(
+        self, layout: ParallelLayout, memory: PackedMemory | None = None, resources: ProcessResources | None = None
+    ) -> None:
         self.layout = layout
+        self._resources = resources
         self.built = 0
         self.reused = 0
         self.packed = memory or PackedMemory(layout.device)
@@ -173,7 +177,9 @@ class ModelCache:
         of_packed = {target.removesuffix(".weight") for target in layers}  # these cast their own biases
         apart = {target: each for target, each in exceptions.items() if target.rpartition(".")[0] not in of_packed}
         compute_in_widest(module, apart, self.layout.device)
-        return CachedModel(family, operations, config, dtype, layout, module, apart, {**layers, **tables}, self.packed)
+        return CachedModel(
+            family, operations, config, dtype, layout, module, apart, {**layers, **tables}, self.packed, self._resources
+        )
 
 
 def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None, compute_dtype: torch.dtype | None) -> Resolution:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.kernels.branches import Branch, Branches
     from xditd.gpu_workers.kernels.static_branches import StaticCounts
     from xditd.gpu_workers.models.forward_paths import ForwardPaths
+    from xditd.gpu_workers.models.planned_path import PlannedPath
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.packed.tensors import PackedTensor
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -252,6 +253,10 @@ class Model(Protocol[ConfigT_co]):
     def layout(self) -> ParallelLayout:
         """The parallel degrees and the attention backend of this component."""
 
+    @property
+    def planned(self) -> PlannedPath:
+        """The path that ``Operations.fuse`` returned, for families that run their class by its token plan."""
+
 
 class BranchMemory(Protocol):
     """Copies of the factors of a model's LoRAs, which graphs read."""
@@ -275,8 +280,8 @@ class FastPath(Protocol):
     paths: ForwardPaths
     """The paths of its forwards."""
 
-    loras: BranchMemory
-    """The LoRAs of its forwards."""
+    loras: BranchMemory | None
+    """The LoRAs of its forwards, if these may be captured."""
 
     takes_loras: bool
     """Whether its forward has the branches of :meth:`branch_slots`; else the module's own runs with LoRAs."""

@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: Final = (
     ("xditd.gpu_workers.families.flux1.checkpoint", "Flux1"),
+    ("xditd.gpu_workers.families.flux2.checkpoint", "Flux2"),
     ("xditd.gpu_workers.families.flux_vae.checkpoint", "FluxVae"),
+    ("xditd.gpu_workers.families.flux2_vae.checkpoint", "Flux2Vae"),
     ("xditd.gpu_workers.families.clip_l", "ClipL"),
     ("xditd.gpu_workers.families.t5", "T5"),
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),

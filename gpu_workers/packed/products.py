@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.gpu_workers.kernels.dense_products import multiply
 from xditd.gpu_workers.kernels.eight_bits import DTYPE, Quantised
 from xditd.gpu_workers.kernels.products import EightBitLinear, EightBitRows, Linear, TensorRows, project_up
 from xditd.gpu_workers.packed.linear import PackedMemory
@@ -111,13 +110,10 @@ class PackedWeightProducts(_CheckpointProducts, TensorRows):
         else:
             out.copy_(done)
 
-    def up(self, rows: torch.Tensor, linear: Projection, out: torch.Tensor) -> None:
-        """Project rows and apply GELU (tanh)."""
-        done = self.dequantiser.native(rows, linear)
-        if done is None:
-            multiply(rows, self.dequantiser(linear.weight).t(), linear.bias, gelu=True, out=out)
-        else:
-            torch.ops.aten.gelu.out(done, approximate="tanh", out=out)
+    def plain(self, linear: Projection) -> Linear | None:
+        if isinstance(linear.weight, PackedTensor) and linear.weight.native is not None:
+            return None
+        return Linear(self.dequantiser(linear.weight).t(), linear.bias)
 
     def mlp(self, rows: torch.Tensor, up: Projection, down: Projection, out: torch.Tensor) -> None:
         self.multiply(self._up(rows, up), down, out)

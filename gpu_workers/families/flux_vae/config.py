@@ -11,8 +11,6 @@ SCALING: Final = LatentScaling(factor=0.3611, shift=0.1159)
 """Of FLUX.1 and Z-Image: the default of jobs without a scaling."""
 
 LATENT_CHANNELS = 16
-IMAGE_CHANNELS = 3
-NORM_GROUPS = 32
 LEVELS = 4
 PIXELS_PER_LATENT = 2 ** (LEVELS - 1)
 

@@ -12,17 +12,16 @@ import torch
 from diffusers import AutoencoderKL
 
 from xditd.gpu_workers.families.flux_vae.config import (
-    IMAGE_CHANNELS,
     LATENT_CHANNELS,
     LEVELS,
-    NORM_GROUPS,
     PIXELS_PER_LATENT,
     SCALING,
     FluxVaeConfig,
 )
-from xditd.gpu_workers.families.flux_vae.split_decode import Bands, SplitDecoder, whole_group
 from xditd.gpu_workers.models.job_checks import check_sides, prepare
+from xditd.gpu_workers.models.ldm_vae import IMAGE_CHANNELS, NORM_GROUPS
 from xditd.gpu_workers.models.operations import Model
+from xditd.gpu_workers.models.split_decode import Bands, SplitDecoder, whole_group
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import LatentFacts, LatentScaling, VaeFacts
 from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS

@@ -184,7 +184,10 @@ def test_clip_save_writes_what_stock_writes(comfy, clip, stock_clip, tmp_path, m
         (lambda clip, _: clip.clip_layer(-2), "CLIP Set Last Layer: -2"),
         (lambda clip, _: clip.patcher.add_object_patch("t5xxl", torch.nn.Identity()), "object patch t5xxl"),
         (lambda clip, _: clip.patcher.add_weight_wrapper("t5xxl.transformer.shared.weight", print), "weight wrappers"),
-        (lambda clip, hooks: setattr(clip.patcher, "forced_hooks", hooks), "hooks on the CLIP"),
+        (
+            lambda clip, hooks: setattr(clip, "patcher", with_hooks(clip, hooks).patcher),
+            "hooks that change weights by what is no LoRA",
+        ),
         (lambda clip, _: setattr(clip.cond_stage_model, "encode_token_weights", print), "encode_token_weights"),
     ],
 )
@@ -192,7 +195,8 @@ def test_a_change_of_the_clip_that_is_refused(change, said, comfy, clip):
     from comfy.hooks import create_hook_lora
 
     changed = clip.clone()
-    change(changed, create_hook_lora({}, 1.0, 1.0))
+    difference = {"text_encoders.t5xxl.transformer.encoder.block.1.layer.0.SelfAttention.v.diff": torch.ones(128, 128)}
+    change(changed, create_hook_lora(difference, 1.0, 1.0))
     with pytest.raises(Unsupported, match=said):
         comfy.nodes.CLIPTextEncode().encode(changed, "a cliff")
 
@@ -222,6 +226,57 @@ def test_loras_of_the_clip_are_branches(comfy, daemon, clip, stock_clip, relativ
     assert before <= components.keys()
     assert all(each.generation == 0 for each in components.values())
     assert held
+
+
+def with_hooks(clip: Any, hooks: Any, *, is_scheduled: bool = False, in_conditioning: bool = False) -> Any:
+    """Run Set CLIP Hooks."""
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    return SetClipHooks().apply_hooks(clip, is_scheduled, in_conditioning, hooks)[0]
+
+
+def encode_scheduled(clip: Any) -> list[Any]:
+    """Encode as CLIPTextEncode does; a schedule gives one conditioning for each range of steps."""
+    found: list[Any] = clip.encode_from_tokens_scheduled(clip.tokenize("a cliff at dusk"), show_pbar=False)
+    return found
+
+
+@pytest.mark.parametrize("is_scheduled", [False, True])
+def test_hooks_of_the_clip_are_branches(is_scheduled, comfy, daemon, clip, stock_clip, relative_error):
+    """Two LoRAs of hooks, one with strengths by keyframe, on a CLIP that has one, too; then the CLIP without them."""
+    from comfy.hooks import HookGroup, HookKeyframe, HookKeyframeGroup, create_hook_lora
+
+    def hooks() -> Any:
+        first, second = create_hook_lora(text_lora(4), 0.0, 0.1), create_hook_lora(text_lora(5), 0.0, -0.08)
+        frames = HookKeyframeGroup()
+        for strength, start in ((1.0, 0.0), (-0.5, 0.4), (0.0, 0.8)):
+            frames.add(HookKeyframe(strength=strength, start_percent=start))
+        first.set_keyframes_on_hooks(frames)
+        return HookGroup.combine_all_hooks([first, second])
+
+    plain, expected = (
+        encode_scheduled(stock_clip),
+        encode_scheduled(with_hooks(lora_at(comfy, stock_clip, 0.1), hooks(), is_scheduled=is_scheduled)),
+    )
+    found = encode_scheduled(with_hooks(lora_at(comfy, clip, 0.1), hooks(), is_scheduled=is_scheduled))
+    assert len(found) == len(expected) == (3 if is_scheduled else 1)
+    for (ours, our_extras), (stock, extras) in zip(found, expected, strict=True):
+        assert relative_error(ours, stock) <= TOLERANCE
+        assert relative_error(our_extras["pooled_output"], extras["pooled_output"]) <= TOLERANCE
+        assert relative_error(stock, plain[0][0]) > 1e-2
+        assert our_extras.get("clip_start_percent") == extras.get("clip_start_percent")
+    if is_scheduled:
+        assert relative_error(expected[1][0], expected[0][0]) > 1e-2
+    assert relative_error(encode_scheduled(clip)[0][0], plain[0][0]) <= TOLERANCE
+    assert all(each.generation == 0 for each in daemon.status().components)
+
+
+def test_hooks_of_the_clip_reach_the_conditioning(clip):
+    from comfy.hooks import create_hook_lora
+
+    hooks = create_hook_lora(text_lora(4), 0.0, 0.1)
+    assert "hooks" not in encode_scheduled(with_hooks(clip, hooks))[0][1]
+    assert encode_scheduled(with_hooks(clip, hooks, in_conditioning=True))[0][1]["hooks"] == hooks
 
 
 def test_files_of_one_kind_are_refused(connected, text_files):

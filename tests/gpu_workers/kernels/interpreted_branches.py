@@ -1,4 +1,4 @@
-"""A program, not a test: add branches and apply GELU in Triton's interpreter on the CPU.
+"""A program, not a test: multiply rows with weights and add branches in Triton's interpreter on the CPU.
 
 It ends with status 0 if all results are those of the references.
 """
@@ -10,9 +10,9 @@ import torch
 
 mended_interpreter.mend()
 
-from branch_cases import DTYPES, SHAPES, check_add_and_gelu  # noqa: E402  # after the interpreter is mended
+from branch_cases import DTYPES, SHAPES, SMALL_TILES, check_multiply_with_branch  # noqa: E402  # after the interpreter is mended
 
 torch.set_num_threads(1)
 for dtype in DTYPES:
     for shape in SHAPES:
-        check_add_and_gelu(shape, dtype, "cpu")
+        check_multiply_with_branch(shape, dtype, "cpu", tiles=SMALL_TILES)

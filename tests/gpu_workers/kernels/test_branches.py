@@ -1,4 +1,4 @@
-"""Several LoRAs of a projection are one pair of factors; one kernel adds a branch and applies GELU."""
+"""Several LoRAs of a projection are one pair of factors; one kernel multiplies and adds a branch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xditd.gpu_workers.kernels import branch_kernels
+from xditd.gpu_workers.kernels import branch_kernels, branched_products, dense_products
 from xditd.gpu_workers.kernels.branch_stacks import BranchStacks
 from xditd.gpu_workers.kernels.branched_products import BranchedProducts, BranchTable, Part
 from xditd.gpu_workers.kernels.branches import Branch, Branches, Strength
@@ -150,6 +150,26 @@ def test_projections_of_the_same_rows_share_what_the_factor_makes_of_them(dtype:
     assert branched._last is None
 
 
+def test_branches_that_are_not_stacked_are_added_one_by_one() -> None:
+    torch.manual_seed(5)
+    state = {"up.weight": torch.randn(HIDDEN, WIDTH), "up.bias": torch.randn(HIDDEN)}
+    state |= {"down.weight": torch.randn(WIDTH, HIDDEN), "down.bias": torch.randn(WIDTH)}
+    products = SixteenBit()
+    products.load(state)
+    table = BranchTable([Part("up", 0, HIDDEN), Part("down", 0, WIDTH)], {})
+    table.stacks = BranchStacks(max_bytes=0)
+    branched = BranchedProducts(products, table)
+    whole, part = branch(3, strength_of(0.5)), branch(2, strength_of(-0.25), start=5, rows=7)
+    rows, out = torch.randn(6, WIDTH), torch.empty(6, WIDTH)
+    for active in ((whole, part), (part, whole), (part,)):
+        table.at("up").active = active
+        assert len(table.stacks.pairs(table.at("up"), HIDDEN)) == len(active)
+        branched.mlp(rows, branched.linear("up"), branched.linear("down"), out)
+        inner = F.linear(rows, state["up.weight"], state["up.bias"]) + expected_of(rows, active)
+        expected = F.linear(F.gelu(inner, approximate="tanh"), state["down.weight"], state["down.bias"])
+        assert float((out - expected).norm() / expected.norm()) <= 1e-6
+
+
 def test_gelu_stays_part_of_a_product_that_has_no_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     state = {"up.weight": torch.randn(HIDDEN, WIDTH), "up.bias": torch.randn(HIDDEN)}
@@ -161,18 +181,21 @@ def test_gelu_stays_part_of_a_product_that_has_no_branch(monkeypatch: pytest.Mon
     lora = Branch(torch.randn(2, HIDDEN), torch.randn(WIDTH, 2), 1.0, strength_of(0.5))
     table.at("down").active = (lora,)
     calls = []
-    of_products = products.up
-    monkeypatch.setattr(products, "up", lambda *given: (calls.append(1), of_products(*given)))
+    multiply = dense_products.multiply
+    for module in (branched_products, dense_products):
+        monkeypatch.setattr(
+            module, "multiply", lambda *given, **more: (calls.append(more), multiply(*given, **more))[1]
+        )
     rows, out = torch.randn(6, WIDTH), torch.empty(6, WIDTH)
     branched.mlp(rows, branched.linear("up"), branched.linear("down"), out)
     hidden = F.gelu(F.linear(rows, state["up.weight"], state["up.bias"]), approximate="tanh")
     expected = F.linear(hidden, state["down.weight"] + 0.5 * lora.up @ lora.down, state["down.bias"])
     assert float((out - expected).norm() / expected.norm()) <= 1e-6
-    assert calls == [1]
+    assert [each.get("gelu") for each in calls] == [True]
 
 
 @pytest.mark.slow
-def test_in_the_interpreter_a_branch_and_gelu_are_those_of_the_reference() -> None:
+def test_in_the_interpreter_a_product_with_a_branch_is_that_of_the_reference() -> None:
     environment = os.environ | {"PYTHONPATH": str(HERE.parent / "support"), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(HERE / "interpreted_branches.py")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False, env=environment)
@@ -181,23 +204,60 @@ def test_in_the_interpreter_a_branch_and_gelu_are_those_of_the_reference() -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", branch_cases.DTYPES)
-@pytest.mark.parametrize("shape", [*branch_cases.SHAPES, (4608, 12288, 16), (2304, 12288, 128)])
-def test_on_gpus_a_branch_and_gelu_are_those_of_the_reference(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    branch_cases.check_add_and_gelu(shape, dtype, "cuda")
+@pytest.mark.parametrize("shape", [*branch_cases.SHAPES, (4608, 3072, 9216, 16), (1000, 3072, 12288, 64)])
+def test_on_gpus_a_product_with_a_branch_is_that_of_the_reference(
+    dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    need_hopper()
+    branch_cases.check_multiply_with_branch(shape, dtype, "cuda")
 
 
 @pytest.mark.gpu
-def test_on_gpus_the_kernel_is_taken_once_it_was_right() -> None:
-    out, low, up = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((8, 24), (8, 16), (24, 16)))
-    assert branch_kernels.can_add_and_gelu(out, low, up)
-    assert not branch_kernels.can_add_and_gelu(out.t(), low, up)
-    assert not branch_kernels.can_add_and_gelu(out.cpu(), low.cpu(), up.cpu())
+def test_on_gpus_the_kernel_is_taken_for_shapes_that_fill_it() -> None:
+    need_hopper()
+
+    def takes(rows: int, outputs: int, rank: int) -> bool:
+        x, up, out = (
+            torch.empty(each, device="cuda", dtype=torch.bfloat16)
+            for each in ((rows, 3072), (outputs, rank), (rows, outputs))
+        )
+        weight = torch.empty(outputs, 3072, device="cuda", dtype=torch.bfloat16).t()
+        return branch_kernels.can_multiply(x, weight, out[0], up, out)
+
+    assert takes(4096, 9216, 16)
+    assert takes(4096, 9216, 64)
+    assert not takes(4096, 9216, 72)
+    assert not takes(4096, 9216, 12)  # rows of 24 bytes
+    assert not takes(512, 9216, 16)  # the second round of tiles would be nearly empty
 
 
-@pytest.mark.parametrize("wrong", [lambda out: out.mul_(2), lambda _: (_ for _ in ()).throw(RuntimeError("no"))])
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", branch_cases.DTYPES)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_on_gpus_a_product_adds_itself_to_what_is_there(dtype: torch.dtype, gelu: bool) -> None:
+    torch.manual_seed(7)
+    x, weight, out = (torch.randn(each, device="cuda", dtype=dtype) for each in ((300, 128), (264, 128), (300, 264)))
+    exact = out.double() + x.double() @ weight.double().t()
+    dense_products.add_product(x, weight.t(), out, gelu=gelu)
+    expected = F.gelu(exact, approximate="tanh") if gelu else exact
+    assert float((out.double() - expected).norm() / expected.norm()) <= branch_cases.ROUNDED[dtype]
+
+
+def need_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for GPUs of compute capability 9.0")
+
+
+@pytest.mark.parametrize("wrong", [lambda out: out.zero_(), lambda _: (_ for _ in ()).throw(RuntimeError("no"))])
 def test_a_kernel_that_is_wrong_or_does_not_compile_is_not_taken(monkeypatch: pytest.MonkeyPatch, wrong) -> None:
-    monkeypatch.setattr(branch_kernels, "add_and_gelu", lambda out, *_: wrong(out))
+    monkeypatch.setattr(branch_kernels, "multiply_with_branch", lambda *given, **_: wrong(given[5]))
     assert not branch_kernels._is_right.__wrapped__(torch.bfloat16, torch.device("cpu"))
-    right = lambda out, low, up, alpha: out.copy_(F.gelu(out + alpha * low @ up.t(), approximate="tanh"))  # noqa: E731
-    monkeypatch.setattr(branch_kernels, "add_and_gelu", right)
-    assert branch_kernels._is_right.__wrapped__(torch.float16, torch.device("cpu"))
+
+
+def test_a_kernel_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply(x, weight, bias, low, up, out, *, gelu) -> None:
+        found = x.float() @ weight.float() + bias.float() + low.float() @ up.float().t()
+        out.copy_(F.gelu(found, approximate="tanh") if gelu else found)
+
+    monkeypatch.setattr(branch_kernels, "multiply_with_branch", multiply)
+    assert branch_kernels._is_right.__wrapped__(torch.bfloat16, torch.device("cpu"))

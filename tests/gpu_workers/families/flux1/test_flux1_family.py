@@ -227,12 +227,12 @@ def test_dtypes_that_run(infos: Infos, dtype: str) -> None:
     "names",
     [
         {"model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.weight"},
-        {"double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"},
+        {"double_blocks.0.img_attn.qkv.weight", "early_stream_modulations.0.lin.weight"},
         {"double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"},
         {"transformer_blocks.0.attn.to_q.weight"},
         set(),
     ],
-    ids=["sd", "flux2", "chroma", "diffusers names", "nothing"],
+    ids=["sd", "flux3", "chroma", "diffusers names", "nothing"],
 )
 def test_other_models_are_unknown(names: set[str]) -> None:
     with pytest.raises(UnknownFamily) as caught:

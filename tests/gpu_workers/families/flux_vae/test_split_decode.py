@@ -12,7 +12,7 @@ from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1.reference import relative_error
-from xditd.gpu_workers.families.flux_vae.split_decode import LEAST_AREA, Bands
+from xditd.gpu_workers.models.split_decode import LEAST_AREA, Bands
 
 PROGRAM = Path(__file__).with_name("split_ranks.py")
 BAR = 3e-6

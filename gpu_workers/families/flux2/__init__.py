@@ -1,0 +1,1 @@
+"""FLUX.2's transformer: dev, klein 4B and 9B."""

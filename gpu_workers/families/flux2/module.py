@@ -1,0 +1,73 @@
+"""FLUX.2's class of diffusers, with two changes: the order of its last modulation, and a timestep in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from diffusers.models.transformers.transformer_flux2 import Flux2TimestepGuidanceEmbeddings
+
+from xditd.gpu_workers.families.flux2.config import (
+    AXES,
+    CHANNELS,
+    EPSILON,
+    HEAD_SIZE,
+    MLP_RATIO,
+    ROPE_THETA,
+    TIMESTEP_CHANNELS,
+    Flux2Config,
+)
+from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
+
+SCALE = 1000
+"""The factor from a sigma in [0, 1] to the embedded value."""
+
+
+class _TimeEmbeddings(Flux2TimestepGuidanceEmbeddings):
+    exact: torch.Tensor | None = None
+    """The embedded value in float32, in place of the rounded one, while a forward of that variant runs."""
+
+    def forward(self, timestep: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
+        if self.exact is None:
+            return super().forward(timestep, guidance)
+        embedded: torch.Tensor = self.timestep_embedder(self.time_proj(self.exact).to(timestep.dtype))
+        if guidance is not None and self.guidance_embedder is not None:
+            embedded = embedded + self.guidance_embedder(self.time_proj(guidance).to(guidance.dtype))
+        return embedded
+
+
+class Flux2Module(Flux2Transformer2DModel):
+    """The class, built for a configuration. Its forward is the class's, in ``with_float32_time`` of that variant."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__(
+            in_channels=CHANNELS,
+            num_layers=config.double_blocks,
+            num_single_layers=config.single_blocks,
+            attention_head_dim=HEAD_SIZE,
+            num_attention_heads=config.heads,
+            joint_attention_dim=config.context_channels,
+            timestep_guidance_channels=TIMESTEP_CHANNELS,
+            mlp_ratio=float(MLP_RATIO),
+            axes_dims_rope=AXES,
+            rope_theta=ROPE_THETA,
+            eps=EPSILON,
+            guidance_embeds=config.has_guidance,
+        )
+        width = config.hidden
+        self.time_guidance_embed = _TimeEmbeddings(
+            in_channels=TIMESTEP_CHANNELS, embedding_dim=width, bias=False, guidance_embeds=config.has_guidance
+        )
+        if config.is_original:
+            self.norm_out = CheckpointOrderNorm(width, width, elementwise_affine=False, eps=EPSILON, bias=False)
+        self.has_float32_time = False
+
+    def forward(self, *args: Any, timestep: torch.Tensor, **kwargs: Any) -> Any:
+        if not self.has_float32_time:
+            return super().forward(*args, timestep=timestep, **kwargs)
+        self.time_guidance_embed.exact = timestep.float() * SCALE
+        try:
+            return super().forward(*args, timestep=timestep, **kwargs)
+        finally:
+            del self.time_guidance_embed.exact

@@ -1,0 +1,96 @@
+"""Build, check and run a FLUX.2 transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, cast
+
+import torch
+
+from xditd.gpu_workers.families.flux2.checks import check_images, check_split
+from xditd.gpu_workers.families.flux2.config import AXES, Flux2Config
+from xditd.gpu_workers.families.flux2.facts import FLOAT32_TIME, transformer_facts
+from xditd.gpu_workers.families.flux2.module import Flux2Module
+from xditd.gpu_workers.families.flux2.recipe import Flux2Recipe
+from xditd.gpu_workers.models.entries import Shape
+from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
+from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
+from xditd.gpu_workers.models.planned_path import PlannedPath
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.facts import TransformerFacts
+
+CLASS: Final = "Flux2Transformer2DModel"
+OF_ALL_ROWS: Final = ("img_ids", "txt_ids")
+"""Arguments that all rows share."""
+
+
+class Flux2Operations:
+    """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
+
+    recipe = Flux2Recipe()
+
+    def build(self, config: Flux2Config) -> torch.nn.Module:
+        return Flux2Module(config)
+
+    def fuse(
+        self,
+        config: Flux2Config,
+        module: torch.nn.Module,
+        layout: ParallelLayout,
+        dtype: torch.dtype,
+        exceptions: Mapping[str, torch.dtype],
+    ) -> PlannedPath:
+        if layout.precision != "bf16":
+            raise Unsupported(
+                f"flux2: precision {layout.precision!r}: FLUX.2 has no products in eight bits; start the daemon with "
+                "precision bf16"
+            )
+        if layout.requested_kernels == "fused":
+            raise Unsupported("flux2: kernels 'fused': FLUX.2 has none; start the daemon with kernels auto")
+        return PlannedPath(module, CLASS, layout)
+
+    def facts(self, config: Flux2Config, layout: ParallelLayout) -> TransformerFacts:
+        return transformer_facts(config, layout)
+
+    def check(self, model: Model[Flux2Config], inputs: Inputs) -> None:
+        given, config = inputs.arguments, model.config
+        image, text = given["hidden_states"], given["encoder_hidden_states"]
+        check_images("hidden_states", image, model.dtype)
+        rows, image_tokens = image.shape[:2]
+        check_batch("hidden_states", rows)
+        check_tensor("encoder_hidden_states", text, (rows, None, config.context_channels), model.dtype)
+        check_tensor("img_ids", given["img_ids"], (image_tokens, len(AXES)))
+        check_tensor("txt_ids", given["txt_ids"], (text.shape[1], len(AXES)))
+        check_tensor("timestep", given["timestep"], (rows,))
+        check_known("timestep", inputs.known, 0.0, 1.0, "give sigmas, not the 0 to 1000 of a scheduler")
+        if config.has_guidance or given.get("guidance") is not None:
+            check_tensor("guidance", given.get("guidance"), (rows,))
+        check_split(model.layout, text.shape[1], image_tokens)
+
+    def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
+        rows, *shape = inputs.arguments["hidden_states"].shape
+        return (tuple(shape),) * rows
+
+    def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
+        return Inputs(
+            {
+                name: each if name in OF_ALL_ROWS or each is None else each[rows]
+                for name, each in inputs.arguments.items()
+            },
+            {name: each if name in OF_ALL_ROWS else each[rows] for name, each in inputs.known.items()},
+        )
+
+    def run(self, model: Model[Flux2Config], inputs: Inputs, options: CallOptions) -> RowResults:
+        arguments = dict(inputs.arguments)
+        if not model.config.has_guidance:
+            arguments.pop("guidance", None)  # the class does not read it
+        module = cast(Flux2Module, model.module)
+        module.has_float32_time = options.variant == FLOAT32_TIME and model.dtype != torch.float32
+        found = model.planned.run(
+            {**arguments, "return_dict": False}, key=module.has_float32_time, is_eager=bool(options.loras)
+        )
+        return cast(torch.Tensor, found[0])
+
+    def tree(self, rows: RowResults) -> tuple[torch.Tensor]:
+        return (rows if isinstance(rows, torch.Tensor) else torch.stack(rows),)

@@ -1,0 +1,129 @@
+"""Run a family's transformer as its diffusers class does, by the class's token plan: eager, compiled or captured.
+
+On one rank it gives the bits of the class. Ranks that share a sequence split its tokens by the plan. A family whose
+``fuse`` returns a :class:`PlannedPath` writes no forward of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from xfuser.core.distributed import get_sp_group
+
+from xditd.gpu_workers.models.chosen_attention import chosen_attention
+from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
+from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.planned_forward import PlannedModule
+from xditd.gpu_workers.models.process_resources import ProcessResources
+from xditd.gpu_workers.models.split_checks import CaseKey
+from xditd.gpu_workers.models.token_plans import find_plan
+from xditd.gpu_workers.packed.linear import packed_layers
+from xditd.gpu_workers.parallel.rank_sync import RankSet
+from xditd.gpu_workers.parallel.streams import Ranks
+from xditd.ipc.errors import Internal, Unsupported
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.kernels.branches import Branch, Branches
+    from xditd.gpu_workers.packed.tensors import PackedTensor
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
+    from xditd.gpu_workers.parallel.token_shares import TokenShares
+    from xditd.ipc.status import FusedCheck
+
+
+class PlannedPath:
+    """The forward of one module by its token plan: see :class:`~xditd.gpu_workers.models.operations.FastPath`.
+
+    ``class_name`` is that of diffusers' class, which has a plan, and of which ``module`` has all paths.
+    """
+
+    takes_loras: Final = True
+    """They are in the module's own layers; forwards with LoRAs are eager."""
+    loras: Final = None
+
+    def __init__(self, module: torch.nn.Module, class_name: str, layout: ParallelLayout) -> None:
+        plan = find_plan(class_name)
+        if isinstance(plan, str):
+            raise Internal(f"{class_name}: {plan}")
+        self._module = module
+        self._layout = layout
+        self._planned = PlannedModule(module, plan)
+        self.resources = ProcessResources()
+        packed = packed_layers(module)
+        self.paths = ForwardPaths(
+            module,
+            class_name,
+            layout.device,
+            layout.acceleration,
+            is_leader=layout.rank == 0,
+            among=RankSet.SEQUENCE,
+            blocks=self._compile_blocks,
+            counts=packed[0].memory.counts if packed else None,
+        )
+
+    def run(
+        self,
+        arguments: Mapping[str, Any],
+        *,
+        key: Hashable = None,
+        is_eager: bool = False,
+        shares: TokenShares | None = None,
+    ) -> Any:
+        """Run the class's forward; every rank of the sequence returns the whole result.
+
+        ``key`` is what the forward depends on besides its arguments, such as a variant. ``shares`` are needed where the
+        plan has a cache: see ``PlannedModule.run``.
+
+        Raises:
+            PlanFault: a stream has fewer tokens than there are ranks.
+        """
+
+        def call(given: Mapping[str, Any]) -> Any:
+            with chosen_attention(self._layout):
+                if self._layout.degrees.sequence == 1:
+                    return self._module(**given)
+                return self._planned.run(lambda: self._module(**given), self._ranks, shares)
+
+        if is_eager or not self.paths.is_on:
+            return call(arguments)
+        case = CaseKey.of("forward", key, arguments, 0)
+        return self.paths.run(case, arguments, call, call, on_all_ranks=True)
+
+    @cached_property
+    def _ranks(self) -> Ranks:
+        degrees = self._layout.degrees
+        if degrees.sequence == degrees.world_size:
+            return Ranks(None, self._layout.rank, degrees.world_size, peers=self.resources.peers)
+        return Ranks(get_sp_group().device_group, self._layout.sequence_rank, degrees.sequence)
+
+    def _compile_blocks(self) -> CompiledBlocks | str:
+        if self.resources.graphs is None:
+            return "this process compiles nothing"
+        try:
+            return CompiledBlocks.of(self._module, self._planned, self.resources.graphs())
+        except Unsupported as error:
+            return error.detail
+        except (OSError, RuntimeError) as error:  # no home folder, one that cannot be written to, a full disk
+            return f"the folder of compiled graphs: {error}"
+
+    def branch_slots(
+        self,
+        by_layer: Mapping[str, Sequence[Branch]],  # noqa: ARG002  # the module's own layers have them
+    ) -> list[tuple[Branches, tuple[Branch, ...]]]:
+        """Return no places besides those in the module's layers."""
+        return []
+
+    def take_checks(self) -> tuple[FusedCheck, ...]:
+        return ()
+
+    def reserve(self) -> int:
+        return 0
+
+    def plug(self, checkpoint: Mapping[str, torch.Tensor | PackedTensor]) -> None:
+        """The module has its tensors."""
+
+    def unplug(self) -> None:
+        """Forget the runs that were to be compared."""
+        self.paths.drop_runs()
