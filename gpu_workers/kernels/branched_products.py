@@ -18,7 +18,8 @@ from xditd.gpu_workers.kernels.branch_stacks import BranchStacks, Pair
 from xditd.gpu_workers.kernels.branches import Branch, Branches, add_branches, joined
 from xditd.gpu_workers.kernels.dense_products import add_product, multiply, note_captured
 from xditd.gpu_workers.kernels.products import Linear, TensorRows
-from xditd.gpu_workers.kernels.static_branches import Place, StaticLayout
+from xditd.gpu_workers.kernels.stacked_layout import StackedLayout
+from xditd.gpu_workers.kernels.static_branches import Place
 
 LinearT = TypeVar("LinearT")
 
@@ -101,7 +102,7 @@ class BranchedProducts(TensorRows):
     def __init__(self, products: TensorRows, table: BranchTable) -> None:
         self._products: Any = products
         self._table = table
-        self.layout: StaticLayout | None = None
+        self.layout: StackedLayout | None = None
         self._last: _Low | None = None
 
     def linear(self, name: str, rows: slice = slice(None)) -> Branched[Any]:

@@ -173,7 +173,7 @@ class Components:
 
     def lora_counts(self) -> LoraCounts:
         """Return what jobs did with LoRAs."""
-        return self.loras.report(self.models.lora_memory)
+        return self.loras.report([*self.models.lora_memory, *self.class_models.lora_memory])
 
     def has_module(self, component_id: str) -> bool:
         """Return whether a component runs as its own class, with no family."""

@@ -108,6 +108,11 @@ class ForwardPaths:
         return self._chooser.captures
 
     @property
+    def compiles(self) -> bool:
+        """Whether blocks may be compiled."""
+        return self._chooser.compiles
+
+    @property
     def is_on(self) -> bool:
         """Whether forwards have another path than the eager one."""
         return self._chooser.captures or self._chooser.compiles
@@ -134,11 +139,13 @@ class ForwardPaths:
         on_all_ranks: bool,
         trial: Forward | None = None,
         note: str = "",
+        may_compile: bool = True,
     ) -> Any:
         """Run a forward: ``eager(arguments)``, or on another path ``bare``, which does the same without any checks.
 
         ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors. ``trial`` is
         ``bare`` with what it needs to raise on all ranks, or on none. Reports of the case have the ``note``.
+        Without ``may_compile`` its blocks are not compiled.
         """
         if not self.is_on:
             return eager(arguments)
@@ -155,6 +162,7 @@ class ForwardPaths:
             return result
         if case.is_compiled:
             return self._chooser.run_compiled(case, lambda: eager(arguments))
+        case.may_compile = may_compile
         case.runs += 1
         is_due = case.runs >= (1 if key in self._known[on_all_ranks] else RUNS_BEFORE)
         if case.is_decided or not is_due or not self._has_few(key, on_all_ranks=on_all_ranks):
@@ -166,13 +174,13 @@ class ForwardPaths:
         case.shapes = f"{note}: {shapes}" if note else shapes
         return self._run_to_decide(case, arguments, eager, bare, trial or bare)
 
-    def forget(self, is_gone: Callable[[CaseKey], bool]) -> None:
-        """Free the graphs of cases whose memory goes: other memory that they read than weights and arguments."""
+    def forget(self, layout: int) -> None:
+        """Free the graphs of forwards with LoRAs of a layout, by its serial: the memory of their factors goes."""
         for cases in self._cases.values():
-            for key in [key for key in cases if is_gone(key[1])]:
+            for key in [key for key in cases if key[1].layout == layout]:
                 self._due.pop(id(cases.pop(key)), None)
         for known in self._known.values():
-            for case in [case for case in known if is_gone(case)]:
+            for case in [case for case in known if case.layout == layout]:
                 del known[case]
 
     def drop_runs(self) -> None:
@@ -221,7 +229,11 @@ class ForwardPaths:
             return eager(arguments)
         snapshot = ModuleSnapshot(self._module)
         call = partial(eager, arguments)
-        blocks = self._chooser.find_blocks() if self._chooser.compiles and not case.awaits_blocks else None
+        blocks = (
+            self._chooser.find_blocks()
+            if self._chooser.compiles and case.may_compile and not case.awaits_blocks
+            else None
+        )
         is_recorded = isinstance(blocks, CompiledBlocks) and blocks.state(case.compiled_key).phase == "absent"
         events = None
         if self._device.type == "cuda" and not is_recorded:

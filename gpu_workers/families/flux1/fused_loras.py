@@ -18,7 +18,8 @@ from xditd.gpu_workers.families.flux1.block_weights import (
 from xditd.gpu_workers.kernels.branched_products import BranchedProducts, BranchTable
 from xditd.gpu_workers.kernels.branches import Branch, Branches
 from xditd.gpu_workers.kernels.products import Products, TensorRows
-from xditd.gpu_workers.kernels.static_branches import StaticBranches, StaticCounts, StaticLayout
+from xditd.gpu_workers.kernels.stacked_layout import StackedLayout
+from xditd.gpu_workers.kernels.static_branches import StaticBranches, StaticCounts
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.operations import CallOptions
 from xditd.gpu_workers.models.split_checks import CaseKey
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
 class ActiveLoras(NamedTuple):
     """The LoRAs of a forward: ``layout`` has their factors, unless they are added one by one."""
 
-    layout: StaticLayout | None
+    layout: StackedLayout | None
 
     @property
     def title(self) -> str:
         """What reports of paths say of them."""
-        ranks = () if self.layout is None else self.layout.ranks
-        return f"LoRAs of rank {', '.join(map(str, ranks))}"
+        return "" if self.layout is None else self.layout.title
 
 
 class FusedLoras:
@@ -49,7 +49,7 @@ class FusedLoras:
         self._table = BranchTable(parts_of(config), layer_places(config))
         self._branched: tuple[BranchedProducts, Blocks] | None = None
         places = self._table.places(product_shapes(config))
-        self._static = StaticBranches(places, partial(agree, among=RankSet.SEQUENCE), self._forget)
+        self._static = StaticBranches(StackedLayout, places, partial(agree, among=RankSet.SEQUENCE), self._forget)
 
     @property
     def counts(self) -> StaticCounts:
@@ -108,14 +108,10 @@ class FusedLoras:
         return self._branched
 
     def _forget(self, serial: int) -> None:
-        self._paths.forget(lambda key: (LAYOUT, serial) == key.values)
-
-
-LAYOUT = "layout of LoRAs"
+        self._paths.forget(serial)
 
 
 def key_of(forward: tuple[object, ...], loras: ActiveLoras | None) -> CaseKey:
     """Return the key of a forward of blocks, with the layout of its LoRAs."""
-    if loras is None or loras.layout is None:
-        return CaseKey(forward, ())
-    return CaseKey((*forward, loras.layout.serial), (LAYOUT, loras.layout.serial))
+    key = CaseKey(forward, ())
+    return key if loras is None or loras.layout is None else key.of_layout(loras.layout.serial)

@@ -20,6 +20,7 @@ from xditd.gpu_workers.kernels import static_branches
 from xditd.gpu_workers.kernels.branched_products import BranchedProducts, BranchTable, Part
 from xditd.gpu_workers.kernels.branches import Branch, Strength
 from xditd.gpu_workers.kernels.products import SixteenBit
+from xditd.gpu_workers.kernels.stacked_layout import StackedLayout
 from xditd.gpu_workers.kernels.static_branches import StaticBranches
 
 HERE = Path(__file__).parent
@@ -61,7 +62,8 @@ class Blocks:
         self.products = BranchedProducts(products, self.table)
         self.gone: list[int] = []
         self.agreed: list[bool] = []
-        self.static = StaticBranches(self.table.places(("one", "two")), self.agree, self.gone.append, max_bytes)
+        places = self.table.places(("one", "two"))
+        self.static = StaticBranches(StackedLayout, places, self.agree, self.gone.append, max_bytes)
 
     def agree(self, ok: bool) -> bool:
         self.agreed.append(ok)
@@ -147,7 +149,7 @@ def test_other_layers_or_ranks_are_another_layout() -> None:
     assert found[0] is found[3]
     assert len({each.serial for each in (first, *found)}) == 4  # the first one went with its LoRA
     assert blocks.gone == [first.serial]
-    assert found[1].ranks == (32,)
+    assert found[1].title == "LoRAs of rank 32"
     graph_rows = {"rows": rows()}
     blocks.switch((kept[2], 0.7))
     check(blocks.forward(graph_rows), blocks.expected(rows(), (kept[2], 0.7)))
@@ -188,7 +190,7 @@ def test_no_more_layouts_stay_than_allowed() -> None:
 def test_memory_goes_with_the_last_lora_of_its_layout() -> None:
     blocks, loras = Blocks(), [Lora(1, 16), Lora(2, 12)]
     layout = blocks.switch((loras[0], 1.0))
-    serial, memory = layout.serial, weakref.ref(layout._memory)
+    serial, memory = layout.serial, weakref.ref(layout.memory)
     blocks.switch((loras[1], 1.0))
     factor = weakref.ref(loras[0].branches["one"][0].down)
     blocks.switch()

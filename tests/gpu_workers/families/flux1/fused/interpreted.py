@@ -147,9 +147,7 @@ def with_loras(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     for lent_lora in lent_loras.values():
         lent_lora.unplug()
     found["captured"]["left"] = lent.lora_memory.nbytes
-    found["captured"]["cases left"] = sum(
-        "layout of LoRAs" in key[1].values for cases in lent.paths._cases.values() for key in cases
-    )
+    found["captured"]["cases left"] = sum(key[1].layout > 0 for cases in lent.paths._cases.values() for key in cases)
     found["still referenced"] = sum(each() is not None for each in known)
     return found
 

@@ -173,7 +173,7 @@ def copy_ms(model: Model) -> float:
     """Return the milliseconds of the GPU for a switch, without the bytes of a model of full size."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     layout = next(reversed(model.model.module.fused.loras._static._layouts.values()))
-    copies, scales = next(iter(layout._copies.values()))
+    copies, scales = next(iter(layout._plans.values()))
     events[0].record()
     copies.run([0.5] * len(scales))
     events[1].record()
