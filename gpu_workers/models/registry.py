@@ -39,6 +39,8 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.clip_l", "ClipL"),
     ("xditd.gpu_workers.families.t5", "T5"),
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
+    ("xditd.gpu_workers.families.qwen_image.checkpoint", "QwenImage"),
+    ("xditd.gpu_workers.families.wan_vae.checkpoint", "WanVae"),
 )
 """Module and class of each of our families, in the order of :func:`detect`."""
 
