@@ -188,22 +188,10 @@ class ModuleRows:
         *,
         on_all_ranks: bool,
     ) -> Any:
-        paths, layout = self._model.paths, self._layout
+        layout, given = self._layout, (key, arguments, eager, bare)
         if layout is None:
-            return paths.run(key, arguments, eager, bare, on_all_ranks=on_all_ranks, trial=trial)
-        launched = paths.launched
-        result = paths.run(
-            key.of_layout(layout.serial),
-            arguments,
-            eager,
-            layout.around(bare),
-            on_all_ranks=on_all_ranks,
-            trial=layout.around(trial),
-            note=layout.title,
-            may_compile=False,
-        )
-        self._model.loras.counts.launched += paths.launched - launched
-        return result
+            return self._model.paths.run(*given, on_all_ranks=on_all_ranks, trial=trial)
+        return self._model.loras.run(layout, *given, on_all_ranks=on_all_ranks, trial=trial)
 
     def _bare(self, arguments: Mapping[str, Any]) -> Any:
         """Run the module without the checks of ``call``."""

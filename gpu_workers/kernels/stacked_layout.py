@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class StackedLayout(StaticLayout):
     def cut(self, memory: torch.Tensor, shapes: Sequence[StackShape], places: Sequence[Place]) -> None:
         self.title = f"LoRAs of rank {', '.join(map(str, sorted({each.rank for each in shapes})))}"
         self.pairs: dict[int, Pair] = {}
+        self._branches = [places[each.place].branches for each in shapes]
         at, downs = 0, dict[int, torch.Tensor]()
         for shape in shapes:
             sizes = [(places[shape.place].outputs, shape.rank)]
@@ -71,6 +73,17 @@ class StackedLayout(StaticLayout):
             if len(parts) == 2:
                 downs[shape.place] = parts[1]
             self.pairs[id(places[shape.place].branches)] = Pair(downs[shape.first], parts[0], 0, 1.0)
+
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        before = [(branches, branches.pair) for branches in self._branches]
+        try:
+            for branches in self._branches:
+                branches.pair = self.pairs[id(branches)]
+            yield
+        finally:
+            for branches, pair in before:
+                branches.pair = pair
 
     def plan(self, shapes: Sequence[StackShape], places: Sequence[Place]) -> CopyPlan:
         copies: list[Copy] = []

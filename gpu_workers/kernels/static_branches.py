@@ -10,6 +10,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import torch
@@ -107,6 +108,19 @@ class StaticLayout:
     def copy(self, plan: CopyPlan, factors: Sequence[float], *, only_strengths: bool) -> int:
         """Copy factors, or what depends on strengths alone; return the bytes that were read."""
         raise NotImplementedError
+
+    def switched_on(self) -> AbstractContextManager[None]:
+        """Let layers of a module add these branches while the context lasts, whichever LoRAs are switched on."""
+        raise NotImplementedError
+
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward with these branches, also where no LoRA is switched on."""
+
+        def run(given: Any) -> Any:
+            with self.switched_on():
+                return forward(given)
+
+        return run
 
     @property
     def nbytes(self) -> int:

@@ -105,9 +105,7 @@ class CachedModel:
             return ""
         if not self._fast.takes_loras:
             return "plain blocks run with LoRAs: products of fused blocks in eight bits have no branches"
-        if self._fast.loras is not None:
-            return self._fast.loras.detail
-        return "forwards with LoRAs are neither compiled nor captured" if self._fast.paths.is_on else ""
+        return self._fast.loras.detail
 
     @property
     def lora_memory(self) -> BranchMemory | None:

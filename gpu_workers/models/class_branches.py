@@ -44,6 +44,7 @@ class LayerBranches(Branches):
 
     def __init__(self, layer: torch.nn.Linear) -> None:
         self._layer = layer
+        self.pair = None
         self._active: tuple[Branch, ...] = ()
         self._static: tuple[StaticBranch, ...] = ()
 

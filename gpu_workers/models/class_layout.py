@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
 from xditd.gpu_workers.kernels.dtypes import HALF_DTYPES
 from xditd.gpu_workers.kernels.factor_copies import Copy, FactorCopies
-from xditd.gpu_workers.kernels.static_branches import (
-    CopyPlan,
-    Loras,
-    Place,
-    StaticBranches,
-    StaticCounts,
-    StaticLayout,
-    active_of,
-)
+from xditd.gpu_workers.kernels.static_branches import CopyPlan, Place, StaticLayout, active_of
 from xditd.gpu_workers.models.class_branches import LayerBranches, StaticBranch
-from xditd.gpu_workers.models.forward_paths import ForwardPaths
-from xditd.gpu_workers.parallel.rank_sync import agree
 
 _ALIGNMENT: Final = 64
 """Numbers; torch's own tensors begin at multiples of 512 bytes, and kernels are chosen by that."""
@@ -106,7 +96,6 @@ class SeparateLayout(StaticLayout):
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:
-        """Let the layers add these branches while the context lasts, whichever LoRAs are switched on."""
         before = [(branches, branches.static) for branches, _ in self._parts]
         try:
             for branches, parts in self._parts:
@@ -115,61 +104,6 @@ class SeparateLayout(StaticLayout):
         finally:
             for branches, parts in before:
                 branches.static = parts
-
-    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a forward with these branches, also where no LoRA is switched on."""
-
-        def run(given: Any) -> Any:
-            with self.switched_on():
-                return forward(given)
-
-        return run
-
-
-class ClassLoras:
-    """The LoRAs of one module, whose forwards have ``paths``. All ranks of the group make the same calls."""
-
-    def __init__(self, places: Callable[[], Sequence[Place]], paths: ForwardPaths) -> None:
-        self._places = places
-        self._paths = paths
-        self._static: StaticBranches[SeparateLayout] | None = None
-        self.counts = StaticCounts()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the memory that graphs read."""
-        return 0 if self._static is None else self._static.nbytes
-
-    @property
-    def detail(self) -> str:
-        """Why forwards with LoRAs take another path than others; empty if they do not."""
-        if not self._paths.is_on:
-            return ""
-        if not self._paths.captures:
-            return "forwards with LoRAs are eager: compiled blocks have no branches"
-        if self.counts.refusal:
-            return f"forwards with LoRAs are eager: {self.counts.refusal}"
-        return "compiled blocks have no branches: forwards with LoRAs may be captured alone" * self._paths.compiles
-
-    def use(self, loras: Loras, forwards: int) -> SeparateLayout | None:
-        """Return the layout of the LoRAs that are switched on, with their factors; ``None`` if forwards are eager.
-
-        ``forwards`` is their number, which counts.
-        """
-        if not loras:
-            return None
-        self.counts.forwards += forwards
-        if not self._paths.captures:
-            return None
-        if self._static is None:
-            places = self._places()
-            self._static = StaticBranches(SeparateLayout, places, agree, self._paths.forget, counts=self.counts)
-        return self._static.use(loras)
-
-    def clear(self) -> None:
-        """Free the memory for factors, and the graphs that read it."""
-        if self._static is not None:
-            self._static.clear()
 
 
 def _sizes(part: _Part) -> tuple[int, int]:

@@ -12,12 +12,13 @@ from xditd.gpu_workers.kernels.branches import Branch, Branches
 from xditd.gpu_workers.kernels.static_branches import Place
 from xditd.gpu_workers.models.class_branches import branches_of, targets_in
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
-from xditd.gpu_workers.models.class_layout import ClassLoras
+from xditd.gpu_workers.models.class_layout import SeparateLayout
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.gpu_workers.models.entries import Bindings, TensorInfo
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.graph_loras import GraphLoras
 from xditd.gpu_workers.models.lora_targets import Target
 from xditd.gpu_workers.models.packed_modules import packed_targets, without_weights
 from xditd.gpu_workers.models.planned_forward import PlannedModule
@@ -33,6 +34,7 @@ from xditd.gpu_workers.models.token_plans import PlanFault, find_plan
 from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, largest_bytes, pack_linears
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
+from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc import module_state
 from xditd.ipc.errors import Unsupported
@@ -102,7 +104,7 @@ class ClassModel:
             blocks=partial(self._compile_blocks, graphs),
             counts=packed_memory.counts,
         )
-        self.loras = ClassLoras(self._lora_places, self.paths)
+        self.loras = GraphLoras(SeparateLayout, self._lora_places, self.paths, RankSet.GROUP)
         self.planned = self._plan_tokens()
         """The module with its token plan, or the reason why its tokens cannot be split."""
 

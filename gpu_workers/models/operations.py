@@ -280,8 +280,9 @@ class FastPath(Protocol):
     paths: ForwardPaths
     """The paths of its forwards."""
 
-    loras: BranchMemory | None
-    """The LoRAs of its forwards, if these may be captured."""
+    @property
+    def loras(self) -> BranchMemory:
+        """The LoRAs of its forwards."""
 
     takes_loras: bool
     """Whether its forward has the branches of :meth:`branch_slots`; else the module's own runs with LoRAs."""

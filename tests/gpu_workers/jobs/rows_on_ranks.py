@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +24,15 @@ from xditd.gpu_workers.kernels.branches import Branch, Strength
 from xditd.gpu_workers.kernels.static_branches import Place
 from xditd.gpu_workers.models import forward_paths
 from xditd.gpu_workers.models.class_branches import branches_of
-from xditd.gpu_workers.models.class_layout import ClassLoras
+from xditd.gpu_workers.models.class_layout import SeparateLayout
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.graph_loras import GraphLoras
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, TokenPlan
 from xditd.gpu_workers.parallel import streams
 from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
+from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
 from xditd.ipc.requests import Numerics
@@ -98,8 +99,7 @@ class Ranks:
         rows = ModuleRows(self.model, "forward", Numerics(), call, has_loras=bool(loras))
         layout = self.model.loras.use(loras, len(parts)) if loras else None
         rows.use_layout(layout)
-        with nullcontext() if layout is None else layout.switched_on():
-            return rows.run([ModulePart(part, on_all_ranks) for part in parts])
+        return rows.run([ModulePart(part, on_all_ranks) for part in parts])
 
     def run_checked(self, *parts: dict[str, Any], calls: int | None = None, **options: Any) -> None:
         """Run parts twice, first checked, then shared; rank 0 has what the module gives by itself."""
@@ -513,7 +513,7 @@ def forwards_with_loras_that_are_captured(on: Ranks) -> None:
     whole.load_state_dict(on.module.state_dict())
     known = branches_of(on.module), branches_of(whole)
     places = [Place(each, on.module.get_submodule(path).out_features) for path, each in known[0].items()]
-    on.model.loras = ClassLoras(lambda: places, on.model.paths)
+    on.model.loras = GraphLoras(SeparateLayout, lambda: places, on.model.paths, RankSet.GROUP)
     loras = []
     for number in (1, 2):
         strength = Strength(number)

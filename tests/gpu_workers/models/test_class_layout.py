@@ -17,10 +17,12 @@ from xditd.gpu_workers.kernels.branches import Branch, Strength
 from xditd.gpu_workers.kernels.static_branches import Place
 from xditd.gpu_workers.models import path_choice
 from xditd.gpu_workers.models.class_branches import branches_of
-from xditd.gpu_workers.models.class_layout import ClassLoras
+from xditd.gpu_workers.models.class_layout import SeparateLayout
 from xditd.gpu_workers.models.forward_paths import RUNS_BEFORE, ForwardPaths
+from xditd.gpu_workers.models.graph_loras import GraphLoras
 from xditd.gpu_workers.models.split_checks import CaseKey
 from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory
+from xditd.gpu_workers.parallel.rank_sync import RankSet
 
 WIDTH = 32
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -67,7 +69,7 @@ class Calls:
         self.paths.use_weights("a", dict(self.module.named_parameters()))
         self.branches = branches_of(self.module)
         places = [Place(each, self.module.get_submodule(path).out_features) for path, each in self.branches.items()]
-        self.loras = ClassLoras(lambda: places, self.paths)
+        self.loras = GraphLoras(SeparateLayout, lambda: places, self.paths, RankSet.GROUP)
 
     @contextmanager
     def switched_on(self, *uses: tuple[Lora, float]) -> Iterator[None]:
@@ -92,13 +94,7 @@ class Calls:
             if layout is None:
                 found = forward(arguments)
             else:
-                launched = self.paths.launched
-                with layout.switched_on():
-                    found = self.paths.run(
-                        key.of_layout(layout.serial), arguments, forward, layout.around(forward), on_all_ranks=False,
-                        note=layout.title, may_compile=False,
-                    )  # fmt: skip
-                self.loras.counts.launched += self.paths.launched - launched
+                found = self.loras.run(layout, key, arguments, forward, forward, on_all_ranks=False)
         self.paths.decide()
         assert all(type(each) is torch.nn.Linear for each in self.module.children())
         return found
@@ -186,7 +182,7 @@ def test_what_has_no_layout_is_eager_and_says_why(monkeypatch: pytest.MonkeyPatc
     strength = Strength(3)
     strength.value = 1.0
     packed.branches.active = (Branch(torch.zeros(2, 4), torch.zeros(4, 2), 1.0, strength),)
-    loras = ClassLoras(lambda: [Place(packed.branches, 4)], calls.paths)
+    loras = GraphLoras(SeparateLayout, lambda: [Place(packed.branches, 4)], calls.paths, RankSet.GROUP)
     assert loras.use(((3, 1.0),), 1) is None
     assert loras.detail.endswith("layers with packed weights add their branches kernel by kernel")
 
