@@ -72,8 +72,8 @@ class FactorCopies:
         segments = torch.repeat_interleave(torch.arange(len(ordered)), tiles)
         within = torch.arange(int(ends[-1])) - (ends - tiles)[segments]
         device = self._targets[0].device
-        self._segments = torch.tensor(numbers, dtype=torch.int64).to(device)
-        self._tiles = torch.stack([segments, within], 1).to(torch.int32).to(device)
+        self._segments = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+        self._tiles = torch.stack([segments, within], 1).to(torch.int32).to(device, non_blocking=True)
         self._scaled_tiles = int(ends[self._scaled - 1]) if self._scaled else 0
 
     def run(self, factors: Sequence[float], *, only_scaled: bool = False) -> int:

@@ -91,7 +91,7 @@ class SeparateLayout(StaticLayout):
         return CopyPlan(FactorCopies(copies), scales)
 
     def copy(self, plan: CopyPlan, factors: Sequence[float], *, only_strengths: bool) -> int:
-        self._factors.copy_(torch.tensor(factors, dtype=torch.float32))
+        self._factors.copy_(torch.tensor(factors, dtype=torch.float32), non_blocking=True)
         return 0 if only_strengths else plan.copies.run(())
 
     @contextmanager

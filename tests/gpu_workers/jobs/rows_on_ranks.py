@@ -27,6 +27,7 @@ from xditd.gpu_workers.models.class_branches import branches_of
 from xditd.gpu_workers.models.class_layout import SeparateLayout
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.graph_loras import GraphLoras
+from xditd.gpu_workers.models.path_choice import LastRun
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, TokenPlan
@@ -504,11 +505,23 @@ def forwards_that_are_captured(on: Ranks) -> None:
 
 
 def forwards_with_loras_that_are_captured(on: Ranks) -> None:
-    """Another LoRA and another strength need no new graph, by tokens and by rows."""
-    if on.device.type != "cuda":
-        return
+    """Another LoRA and another strength need no new graph, by tokens and by rows.
+
+    Without GPUs a graph is the forward itself, with no LoRA on.
+    """
     torch.manual_seed(0)
     on.use(Attending(), PLAN, acceleration="captured")
+    if on.device.type != "cuda":
+
+        def capture(last: LastRun) -> tuple[Any, str]:
+            def replay_last() -> Any:
+                return last.forward(last.arguments)
+
+            graph = SimpleNamespace(run=last.forward, replay_last=replay_last, memory_bytes=0)
+            return graph, ""
+
+        on.model.paths._chooser.captures = True
+        on.model.paths._chooser._try_capture = capture
     whole = Attending().to(on.device)
     whole.load_state_dict(on.module.state_dict())
     known = branches_of(on.module), branches_of(whole)
