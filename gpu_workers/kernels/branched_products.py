@@ -14,8 +14,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from xditd.gpu_workers.kernels.branch_kernels import can_multiply, multiply_with_branch
-from xditd.gpu_workers.kernels.branch_stacks import BranchStacks, Pair
-from xditd.gpu_workers.kernels.branches import Branch, Branches, add_branches, joined
+from xditd.gpu_workers.kernels.branch_stacks import BranchStacks
+from xditd.gpu_workers.kernels.branches import Branch, Branches, Pair, add_branches, joined
 from xditd.gpu_workers.kernels.dense_products import add_product, multiply, note_captured
 from xditd.gpu_workers.kernels.products import Linear, TensorRows
 from xditd.gpu_workers.kernels.stacked_layout import StackedLayout

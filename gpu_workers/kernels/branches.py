@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
-
-if TYPE_CHECKING:
-    from xditd.gpu_workers.kernels.branch_stacks import Pair
 
 
 class Strength:
@@ -85,6 +82,19 @@ def _is_next(first: Branch, second: Branch) -> bool:
         and up.untyped_storage().data_ptr() == second.up.untyped_storage().data_ptr()
         and up.data_ptr() + up.shape[0] * up.stride(0) * up.element_size() == second.up.data_ptr()
     )
+
+
+class Pair(NamedTuple):
+    """What is added to a projection's outputs from ``start`` on: ``alpha * ((x @ down.T) * scales) @ up.T``.
+
+    ``down`` is (rank, inputs), ``up`` (rows, rank), ``scales`` float32 (rank,), or ``None`` if all are ``alpha``.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    start: int
+    alpha: float
+    scales: torch.Tensor | None = None
 
 
 class Branches:

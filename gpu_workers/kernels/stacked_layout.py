@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from xditd.gpu_workers.kernels.branch_stacks import Pair
+from xditd.gpu_workers.kernels.branches import Pair
 from xditd.gpu_workers.kernels.factor_copies import Copy, FactorCopies
 from xditd.gpu_workers.kernels.static_branches import CopyPlan, Place, StaticLayout, active_of
 
