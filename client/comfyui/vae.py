@@ -29,6 +29,9 @@ from xditd.ipc.tensors import ComponentKind
 _SCALES: Final = (MARKER, ".weight_scale", ".scale_weight")
 """Name endings beside packed weights."""
 
+_DIMENSIONS: Final = 2
+"""Of the latents that :class:`RemoteStage` decodes."""
+
 
 class RemoteStage(torch.nn.Module):
     """Replaces the model inside ComfyUI's VAE; ComfyUI crops, tiles and scales the values.
@@ -171,9 +174,9 @@ def _why_changed(vae: Any, made: Mapping[str, Any]) -> str | None:
 
 
 def _latents() -> set[tuple[int, int]]:
-    """Return the channels and dimensions of all families' latents."""
+    """Return the channels and dimensions of all families' latents, without those with frames."""
     formats = (config.latent_format for each in adapters() for config in each.config_classes())
-    return {(each.latent_channels, each.latent_dimensions) for each in formats}
+    return {(each.latent_channels, each.latent_dimensions) for each in formats if each.latent_dimensions == _DIMENSIONS}
 
 
 def _on_meta(shapes: Mapping[str, torch.Tensor]) -> Any:

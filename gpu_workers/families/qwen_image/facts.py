@@ -27,6 +27,7 @@ PROMPT: Final = "prompt_embeds"
 PROMPT_MASK: Final = "prompt_embeds_mask"
 NEGATIVE: Final = "negative_prompt_embeds"
 NEGATIVE_MASK: Final = "negative_prompt_embeds_mask"
+REFERENCES: Final = "reference_latents"
 
 LATENTS: Final = LatentFacts(
     channels=LATENT_CHANNELS,
@@ -57,6 +58,13 @@ def transformer_facts(config: QwenImageConfig, layout: ParallelLayout) -> Transf
             ArgumentFacts(name=PROMPT_MASK, shape=("batch", "tokens"), is_needed=False),
             ArgumentFacts(name=NEGATIVE, shape=("batch", "negative_tokens", channels), is_needed=False),
             ArgumentFacts(name=NEGATIVE_MASK, shape=("batch", "negative_tokens"), is_needed=False),
+            ArgumentFacts(
+                name=REFERENCES,
+                shape=(LATENT_CHANNELS, "reference_height", "reference_width"),
+                is_list=True,
+                is_shared=True,
+                is_needed=False,
+            ),
         ),
         options=(SHIFT,),
         latents=LATENTS,

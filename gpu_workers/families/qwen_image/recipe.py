@@ -1,9 +1,10 @@
-"""Sampling with Qwen-Image as diffusers' ``QwenImagePipeline`` does it, with the same bits.
+"""Sampling with Qwen-Image as diffusers' pipelines do it, with the same bits: from texts, and by references.
 
 With a guidance scale above 1, a step predicts ``negative + scale * (positive - negative)``, of which each token gets
 the norm of its positive prediction.
 
-Source: diffusers, ``pipelines/qwenimage/pipeline_qwenimage.py``; a test compares the bits.
+Source: diffusers, ``pipeline_qwenimage.py``, ``pipeline_qwenimage_edit.py`` and ``pipeline_qwenimage_edit_plus.py``;
+tests compare the bits.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from xditd.gpu_workers.families.qwen_image.facts import (
     NEGATIVE_MASK,
     PROMPT,
     PROMPT_MASK,
+    REFERENCES,
     SHIFT,
 )
+from xditd.gpu_workers.families.qwen_image.references import References, packed
 from xditd.gpu_workers.models.guidance import Guidance, texts_for
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
@@ -60,7 +63,8 @@ class QwenImageRecipe:
         guidance = Guidance(wanted.guidance_scale, keeps_norms=True)
         texts = texts_for(guidance, conditioning, PROMPT, NEGATIVE)
         rows, columns = (side // PIXELS_PER_LATENT // PATCH for side in (wanted.height, wanted.width))
-        images = [(1, rows, columns)]
+        references = References.of(conditioning.get(REFERENCES))
+        images = [(1, rows, columns), *references.sizes]
         masks: list[torch.Tensor | None] = []
         for name, each in texts.items():
             check_shape(name, each, (wanted.batch, None, model.config.text_channels))
@@ -72,7 +76,8 @@ class QwenImageRecipe:
             masks.append(as_mask(mask, model.device))
         if not guidance.is_on and conditioning.get(NEGATIVE_MASK) is not None:
             raise BadRequest(f"{NEGATIVE_MASK} without {NEGATIVE}: leave it out")
-        embeds = prepare(model, **texts)
+        embeds = prepare(model, **texts, **references.named)
+        reference_tokens = packed(embeds[len(texts) :], wanted.batch)
         latents = cast(torch.Tensor, QwenImagePipeline._pack_latents(noise.contiguous(), *noise.shape))
         scheduler = _scheduled(wanted, latents.shape[1], model.device)
         # As the pipeline gives them to the model. The host reads them here, before it would wait for GPU work.
@@ -83,7 +88,7 @@ class QwenImageRecipe:
                 "encoder_hidden_states_mask": mask,
                 "img_shapes": [images] * wanted.batch,
             }
-            for each, mask in zip(embeds, masks, strict=True)
+            for each, mask in zip(embeds, masks, strict=False)
         ]
         return QwenImageRun(
             scheduler=scheduler,
@@ -91,6 +96,7 @@ class QwenImageRecipe:
             timesteps=timesteps,
             foreseen={"timestep": tuple(timesteps.tolist())},
             fixed=fixed,
+            references=reference_tokens,
             guidance=guidance,
             dtype=model.dtype,
             size=(wanted.height, wanted.width),
@@ -108,6 +114,8 @@ class QwenImageRun:
     foreseen: Mapping[str, tuple[float, ...]]
     fixed: Sequence[Mapping[str, Any]]
     """The arguments of each forward of a step that do not change between steps: of the prompts, then the negatives."""
+    references: torch.Tensor | None
+    """The tokens of references, (batch, tokens, 64), in the dtype of the weights."""
     guidance: Guidance
     dtype: torch.dtype
     """Of the weights."""
@@ -116,13 +124,16 @@ class QwenImageRun:
 
     def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
         batch = latents.shape[0]
-        moving = {"hidden_states": latents.to(self.dtype), "timestep": self.timesteps[step].expand(batch)}
+        tokens = latents.to(self.dtype)
+        if self.references is not None:
+            tokens = torch.cat([tokens, self.references], dim=1)
+        moving = {"hidden_states": tokens, "timestep": self.timesteps[step].expand(batch)}
         known = {"timestep": (self.foreseen["timestep"][step],) * batch}
         return [Inputs({**moving, **fixed}, known) for fixed in self.fixed]
 
     def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
         found = [each if isinstance(each, torch.Tensor) else torch.stack(each) for each in rows]
-        return self.guidance.combine(found).to(latents.dtype)
+        return self.guidance.combine([each[:, : latents.shape[1]] for each in found]).to(latents.dtype)
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         unpacked = QwenImagePipeline._unpack_latents(latents, *self.size, PIXELS_PER_LATENT)
