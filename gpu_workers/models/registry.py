@@ -42,6 +42,7 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
     ("xditd.gpu_workers.families.qwen_image.checkpoint", "QwenImage"),
     ("xditd.gpu_workers.families.wan_vae.checkpoint", "WanVae"),
+    ("xditd.gpu_workers.families.qwen2_5_vl.checkpoint", "Qwen25Vl"),
 )
 """Module and class of each of our families, in the order of :func:`detect`."""
 
