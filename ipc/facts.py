@@ -68,6 +68,19 @@ class LatentFacts(Described, frozen=True, kw_only=True):
             return batch, self.channels, *sides
         return batch, self.channels, (frames - 1) // self.frames + 1, *sides
 
+    def shape_of(self, pixels: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the latents of (batch, channels, height, width); videos have frames before these."""
+        batch, _, *frames, height, width = pixels
+        if frames:
+            return self.shape(batch, height, width, frames[0])
+        return batch, self.channels, height // self.pixels, width // self.pixels
+
+    def pixels_of(self, latents: tuple[int, ...], channels: int) -> tuple[int, ...]:
+        """Return the shape of the images or videos that latents of this shape are decoded to."""
+        batch, _, *frames, height, width = latents
+        count = [(each - 1) * self.frames + 1 for each in frames]
+        return batch, channels, *count, height * self.pixels, width * self.pixels
+
     def check_frames(self, frames: int) -> None:
         """Check the frames of a generation.
 

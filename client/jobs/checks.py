@@ -194,8 +194,8 @@ def check_foreseen(foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None
 
 def check_latents(name: str, latents: torch.Tensor, facts: LatentFacts, *, batch: int | None = None) -> None:
     """Check latents (batch, channels, height / pixels, width / pixels), of videos with frames before the height."""
-    axes, count = (VIDEO_LATENT_AXES, 5) if facts.frames else (LATENT_AXES, 4)
-    check_tensor(name, latents, axes, count)
+    is_video = bool(facts.frames) and isinstance(latents, torch.Tensor) and latents.ndim == 5
+    check_tensor(name, latents, *((VIDEO_LATENT_AXES, 5) if is_video else (LATENT_AXES, 4)))
     if latents.shape[1] != facts.channels:
         raise BadRequest(f"{name}: {latents.shape[1]} channels instead of {facts.channels}; give them unpacked")
     if batch is not None and latents.shape[0] != batch:
@@ -219,9 +219,16 @@ def check_noise(noise: torch.Tensor, batch: int, height: int, width: int, facts:
 
 
 def check_image(image: torch.Tensor, facts: VaeFacts) -> None:
-    """Check an image (batch, channels, height, width): its sides must be multiples of a latent's pixels."""
-    check_tensor("image", image, "(batch, channels, height, width) in [-1, 1]", 4)
-    batch, channels, height, width = image.shape
+    """Check an image (batch, channels, height, width): its sides must be multiples of a latent's pixels.
+
+    A video has frames before the height.
+    """
+    if facts.latents.frames and isinstance(image, torch.Tensor) and image.ndim == 5:
+        check_tensor("image", image, "(batch, channels, frames, height, width) in [-1, 1]", 5)
+        facts.latents.check_frames(image.shape[2])
+    else:
+        check_tensor("image", image, "(batch, channels, height, width) in [-1, 1]", 4)
+    batch, channels, *_, height, width = image.shape
     if channels != facts.image_channels:
         raise BadRequest(f"image: {channels} channels instead of {facts.image_channels}")
     if batch > limits.MAX_BATCH:

@@ -317,11 +317,10 @@ def decode_request(vae: Component, latents: torch.Tensor, transformer: Component
     """Build the request to decode a transformer's latents to ``image``, or the VAE's own latents without one."""
     facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_latents("latents", latents, facts.latents)
-    batch, _, height, width = latents.shape
-    pixels = facts.latents.pixels
     places = IoPlaces()
     latents_at = places.add_input(latents)
-    out_at = places.add_output(latents.dtype, (batch, facts.image_channels, height * pixels, width * pixels))
+    shape = facts.latents.pixels_of(tuple(latents.shape), facts.image_channels)
+    out_at = places.add_output(latents.dtype, shape)
 
     def write(request_id: str, io: HostShmBlock) -> Decode:
         return Decode(
@@ -338,12 +337,12 @@ def encode_request(vae: Component, image: torch.Tensor, transformer: Component |
     """
     facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_image(image, facts)
-    batch, _, height, width = image.shape
+    shape = facts.latents.shape_of(tuple(image.shape))
     places = IoPlaces()
     if _has_channels_last(image):
         image = image.movedim(1, -1)
     image_at = places.add_input(image)
-    out_at = places.add_output(image.dtype, facts.latents.shape(batch, height, width))
+    out_at = places.add_output(image.dtype, shape)
 
     def write(request_id: str, io: HostShmBlock) -> Encode:
         return Encode(

@@ -9,7 +9,6 @@ import pytest
 import torch
 import wan_models
 
-from xditd.ipc.arguments import InIo
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Generate, Sampling
 
@@ -43,8 +42,10 @@ class Sample:
 
 
 def generate(room: Room, components: dict[str, str], **changes: Any) -> Generate:
-    conditioning: dict[str, InIo] = {name: room.argument(each) for name, each in Sample().conditioning.items()}
+    conditioning: dict[str, Any] = {name: room.argument(each) for name, each in Sample().conditioning.items()}
     noise, out = room.input(Sample().noise), room.output(1, 16, 2, 4, 6)
+    if video := changes.pop("video", None):
+        changes["out_image"] = room.output(*video)
     sampling = {**SIDES, "steps": 6, "guidance_scale": 5.0, "options": OPTIONS, **changes.pop("sampling", {})}
     return Generate(
         request_id="r",
@@ -82,6 +83,32 @@ def test_two_transformers_of_one_size_take_turns_in_one_model(lent: OneRank) -> 
     job = generate(swapped, {"transformer": "low", "transformer_2": "high"})
     lent.run(job)
     assert torch.equal(swapped.read(job.out_latents), wan_models.pipeline_latents(*references[::-1], Sample()))
+
+
+def test_a_vae_gives_the_frames_of_the_latents(lent: OneRank) -> None:
+    from xditd.gpu_workers.families.wan_vae.checkpoint import WanVae
+    from xditd.gpu_workers.families.wan_vae.config import WanVaeConfig
+
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        entry.source: torch.randn(entry.shape, generator=generator)
+        / max(1.0, torch.Size(entry.shape[1:]).numel() ** 0.5)
+        for entry in WanVae().entries(WanVaeConfig(width=8), ("decoder.middle.0.residual.0.gamma",))
+    }
+    lent.lend("vae", state)
+    room = lent.room()
+    job = generate(room, {**PAIR, "vae": "vae"}, video=(1, 3, 5, 32, 48))
+    lent.run(job)
+    vae = lent.components.get("vae", "vae")
+    operations: Any = vae.match.model.operations
+    latents = room.read(job.out_latents)
+    video = operations.decode(vae.match.model, latents, vae.vae_facts.latents.scaling, is_shared=False)
+    assert video.shape == (1, 3, 5, 32, 48)
+    assert torch.allclose(room.read(job.out_image), video.clamp(-1, 1), atol=1e-5)
+    assert video.std() > 0.01
+    wrong = lent.room()
+    with pytest.raises(BadRequest, match="out_image"):
+        lent.run(generate(wrong, {**PAIR, "vae": "vae"}, video=(1, 3, 32, 48)))
 
 
 def test_what_cannot_be_obeyed_is_refused(lent: OneRank) -> None:
