@@ -47,16 +47,13 @@ def generate_from(
     variant: str = "class",
     is_foreseen: bool = True,
     loras: tuple[tuple[int, float], ...] = (),
-<<<<<<< HEAD
     second: CachedModel | None = None,
-=======
     switched_on: LoraVariant | None = None,
->>>>>>> main
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
 
-    ``switched_on`` has the strengths of LoRAs by step; ``loras`` are those of all steps.
+    ``switched_on`` are LoRAs that the loop switches on, with their strengths by step; ``loras`` those of all steps.
 
     ``step_cache.reused`` is counted over all halves of the group afterwards. Where it ``is_foreseen``, as in jobs, the
     forwards are told of those to come, which changes no bit.
@@ -69,19 +66,8 @@ def generate_from(
     noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
     started = operations.recipe.start(model, wanted, conditioning, noise)
     options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache, loras)
-<<<<<<< HEAD
-    loop = Loop(
-        model,
-        operations,
-        started,
-        options,
-        wanted.batch,
-        wanted.steps,
-        second=None if second is None else SecondStage(second),
-    )
-=======
-    loop = Loop(model, operations, started, options, wanted.batch, wanted.steps, switched_on)
->>>>>>> main
+    then = None if second is None else SecondStage(second)
+    loop = Loop(model, operations, started, options, wanted.batch, wanted.steps, switched_on, second=then)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:
         step_cache.reused = loop.reused_steps
