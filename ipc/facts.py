@@ -127,7 +127,7 @@ class TransformerFacts(Described, frozen=True, kw_only=True):
     """Arguments of ``Generate``; the first one has a row for each image."""
     options: Names = ()
     """Options of ``Generate`` that only this family has."""
-    stages: Annotated[int, msgspec.Meta(ge=1, le=2)] = 1
+    stages: Count = 1
     """With 2, ``Generate`` may run a second transformer, which predicts at low noise."""
     latents: LatentFacts
     guidance: Guidance

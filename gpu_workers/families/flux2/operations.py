@@ -87,9 +87,7 @@ class Flux2Operations:
             arguments.pop("guidance", None)  # the class does not read it
         module = cast(Flux2Module, model.module)
         module.has_float32_time = options.variant == FLOAT32_TIME and model.dtype != torch.float32
-        found = model.planned.run(
-            {**arguments, "return_dict": False}, key=module.has_float32_time, is_eager=bool(options.loras)
-        )
+        found = model.planned.run({**arguments, "return_dict": False}, key=module.has_float32_time, loras=options.loras)
         return cast(torch.Tensor, found[0])
 
     def tree(self, rows: RowResults) -> tuple[torch.Tensor]:

@@ -18,6 +18,7 @@ from xditd.gpu_workers.jobs.generate import Loop, SecondStage, to_wanted
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.lora_variants import LoraVariant
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
@@ -47,9 +48,12 @@ def generate_from(
     is_foreseen: bool = True,
     loras: tuple[tuple[int, float], ...] = (),
     second: CachedModel | None = None,
+    switched_on: LoraVariant | None = None,
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
+
+    ``switched_on`` are LoRAs that the loop switches on, with their strengths by step; ``loras`` those of all steps.
 
     ``step_cache.reused`` is counted over all halves of the group afterwards. Where it ``is_foreseen``, as in jobs, the
     forwards are told of those to come, which changes no bit.
@@ -62,15 +66,8 @@ def generate_from(
     noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
     started = operations.recipe.start(model, wanted, conditioning, noise)
     options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache, loras)
-    loop = Loop(
-        model,
-        operations,
-        started,
-        options,
-        wanted.batch,
-        wanted.steps,
-        second=None if second is None else SecondStage(second),
-    )
+    then = None if second is None else SecondStage(second)
+    loop = Loop(model, operations, started, options, wanted.batch, wanted.steps, switched_on, second=then)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:
         step_cache.reused = loop.reused_steps
