@@ -152,7 +152,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     }
     facts["copy_ms"] = copy_ms(captured)
     del found, first, expected
-    for lent in captured.lent.values():
+    for lent in (*captured.lent.values(), *eager.lent.values()):
         lent.unplug()
     gc.collect()
     torch.cuda.synchronize()
