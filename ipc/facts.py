@@ -22,11 +22,13 @@ Side = Annotated[int, msgspec.Meta(ge=0)] | Name
 
 
 class ArgumentFacts(Described, frozen=True, kw_only=True):
-    """A tensor argument of a job: its name and shape. ``is_list``: a list of them, one for each row of the batch."""
+    """A tensor argument of a job: its name and shape. ``is_list``: a list of them, one for each row of the batch; with
+    ``is_shared`` a list of any length, of which every row has all, such as reference images."""
 
     name: Name
     shape: Annotated[tuple[Side, ...], msgspec.Meta(max_length=limits.MAX_RANK)]
     is_list: bool = False
+    is_shared: bool = False
     is_needed: bool = True
 
 

@@ -125,8 +125,11 @@ def weights_of(vae: Any) -> RemoteWeights:
         return own
     found: RemoteWeights | None = getattr(vae, "xditd_weights", None)
     if found is None:
+        # What only an encoder reads stays here.
         tensors = {
-            name: tensor for name, tensor in vae.first_stage_model.state_dict().items() if name.startswith("decoder.")
+            name: tensor
+            for name, tensor in vae.first_stage_model.state_dict().items()
+            if not name.startswith(("encoder.", "quant_conv."))
         }
         found = vae.xditd_weights = make_weights(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found

@@ -62,10 +62,12 @@ def check_conditioning(given: Mapping[str, Any], listed_facts: Sequence[Argument
             _check_sides(facts.name, value, facts, sizes)
             continue
         if not isinstance(value, (list, tuple)) or not value:
-            raise BadRequest(f"{facts.name}: a list of tensors {axes_text(facts)} is needed, one for each image")
+            each = "" if facts.is_shared else ", one for each image"
+            raise BadRequest(f"{facts.name}: a list of tensors {axes_text(facts)} is needed{each}")
         for number, each in enumerate(value):
             _check_sides(f"{facts.name}[{number}]", each, facts, {})
-        _check_same_size("batch", len(value), facts.name, sizes)
+        if not facts.is_shared:
+            _check_same_size("batch", len(value), facts.name, sizes)
     batch = sizes["batch"][0] if "batch" in sizes else 1
     if batch > limits.MAX_BATCH:
         name = sizes["batch"][1]

@@ -23,13 +23,13 @@ from xditd.gpu_workers.models.token_plans import find_plan
 from xditd.gpu_workers.packed.linear import packed_layers
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.streams import Ranks
+from xditd.gpu_workers.parallel.token_shares import TokenShares
 from xditd.ipc.errors import Internal, Unsupported
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.kernels.branches import Branch, Branches
     from xditd.gpu_workers.packed.tensors import PackedTensor
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
-    from xditd.gpu_workers.parallel.token_shares import TokenShares
     from xditd.ipc.status import FusedCheck
 
 
@@ -49,6 +49,7 @@ class PlannedPath:
         self._module = module
         self._layout = layout
         self._planned = PlannedModule(module, plan)
+        self._shares = TokenShares()
         self.resources = ProcessResources()
         packed = packed_layers(module)
         self.paths = ForwardPaths(
@@ -68,12 +69,11 @@ class PlannedPath:
         *,
         key: Hashable = None,
         is_eager: bool = False,
-        shares: TokenShares | None = None,
     ) -> Any:
         """Run the class's forward; every rank of the sequence returns the whole result.
 
-        ``key`` is what the forward depends on besides its arguments, such as a variant. ``shares`` are needed where the
-        plan has a cache: see ``PlannedModule.run``.
+        ``key`` is what the forward depends on besides its arguments, such as a variant. Of a cache of keys and values,
+        as the plan declares it, each rank has its share; such forwards have to be eager.
 
         Raises:
             PlanFault: a stream has fewer tokens than there are ranks.
@@ -83,7 +83,7 @@ class PlannedPath:
             with chosen_attention(self._layout):
                 if self._layout.degrees.sequence == 1:
                     return self._module(**given)
-                return self._planned.run(lambda: self._module(**given), self._ranks, shares)
+                return self._planned.run(lambda: self._module(**given), self._ranks, self._shares)
 
         if is_eager or not self.paths.is_on:
             return call(arguments)
