@@ -359,7 +359,12 @@ def _has_channels_last(image: torch.Tensor) -> bool:
 
 
 def encode_text_request(
-    encoder: Component, token_ids: torch.Tensor | Sequence[Sequence[int]], *, pooled: bool
+    encoder: Component,
+    token_ids: torch.Tensor | Sequence[Sequence[int]],
+    *,
+    pooled: bool,
+    mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
+    layers: Sequence[int] = (),
 ) -> JobRequest:
     """Build the request to encode text to ``hidden_states`` and, if requested, ``pooled``."""
     import torch
@@ -368,7 +373,15 @@ def encode_text_request(
     ids = checks.check_token_ids(token_ids)
     places = IoPlaces()
     ids_at = places.add_input(ids)
-    outputs = {"hidden_states": places.add_output(torch.float32, (*ids.shape, facts.width))}
+    inputs = [(ids_at, ids)]
+    mask_at = None
+    if mask is not None:
+        mask = checks.check_mask(mask, ids)
+        mask_at = places.add_input(mask)
+        inputs.append((mask_at, mask))
+    numbers = checks.check_layers(layers)
+    width = facts.width * max(1, len(numbers))
+    outputs = {"hidden_states": places.add_output(torch.float32, (*ids.shape, width))}
     if pooled:
         outputs["pooled"] = places.add_output(torch.float32, (ids.shape[0], facts.width))
 
@@ -379,8 +392,10 @@ def encode_text_request(
             loras=encoder.loras,
             io=io,
             token_ids=ids_at,
+            mask=mask_at,
+            layers=numbers,
             out=outputs["hidden_states"],
             out_pooled=outputs.get("pooled"),
         )
 
-    return JobRequest(places, [(ids_at, ids)], outputs, ids.device, write)
+    return JobRequest(places, inputs, outputs, ids.device, write)

@@ -39,6 +39,8 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.clip_l", "ClipL"),
     ("xditd.gpu_workers.families.t5", "T5"),
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
+    ("xditd.gpu_workers.families.language_models.checkpoint", "Qwen3"),
+    ("xditd.gpu_workers.families.language_models.checkpoint", "Mistral3"),
 )
 """Module and class of each of our families, in the order of :func:`detect`."""
 

@@ -27,8 +27,8 @@ VAE_TOLERANCE = 1e-5
 
 PREFIX = "model.diffusion_model."
 CONFIGS = {
-    "dev": replace(flux2_models.DEV, double_blocks=1, single_blocks=2),
-    "klein": replace(flux2_models.KLEIN, double_blocks=1, single_blocks=2),
+    "dev": replace(flux2_models.DEV, double_blocks=1, single_blocks=1),
+    "klein": replace(flux2_models.KLEIN, double_blocks=1, single_blocks=1),
 }
 VAE = Flux2VaeConfig((64, 128, 256, 256), (128, 256, 512, 512), residuals=2, has_quant_conv=True)
 
@@ -121,8 +121,8 @@ def test_a_lora_of_the_loaders_is_a_branch(comfy, weightless, stocks, ksample, r
     lora = {
         "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": drawn(4, 256) / 16,
         "diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight": drawn(768, 4, seed=2) / 2,
-        "diffusion_model.single_blocks.1.linear1.lora_A.weight": drawn(4, 256, seed=3) / 16,
-        "diffusion_model.single_blocks.1.linear1.lora_B.weight": drawn(2304, 4, seed=4) / 2,
+        "diffusion_model.single_blocks.0.linear1.lora_A.weight": drawn(4, 256, seed=3) / 16,
+        "diffusion_model.single_blocks.0.linear1.lora_B.weight": drawn(2304, 4, seed=4) / 2,
     }
     latent = {"samples": torch.zeros(1, 128, 6, 8)}
     plain = ksample(stocks["dev"], text(1), text(2), latent)
