@@ -4,6 +4,7 @@
 #   make test                       the tests that this machine can run in some minutes
 #   make test PYTEST_ARGS='-m "not slow"'
 #   make test PYTEST_ARGS='-m long'  the rest, which takes some minutes more
+#   make test PYTEST_ARGS=-n0        in one process, one test after another
 #   make stress                     faults at random for ten minutes, and hostile bytes; STRESS_ARGS=--help tells more
 #
 # PYTHON=python3.12 chooses another interpreter, CONSTRAINTS=/dev/null the newest releases in the ranges of
@@ -46,7 +47,7 @@ demo: $(STAMP)
 	$(BIN)/xditd demo --out out
 
 test: $(STAMP)
-	$(BIN)/pytest -m 'not long' $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto -m 'not long' $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

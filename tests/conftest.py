@@ -18,6 +18,11 @@ from running_daemon import RunningDaemon, start_daemon
 
 __all__ = ["fork_program", "start_daemon"]
 
+PROCESSES = 2
+"""What ``pytest -n auto`` runs the tests in: many wait for processes of their own, of which some have two ranks."""
+SHARED_DAEMONS = ("tests/end_to_end/", "tests/models/")
+"""Folders whose tests share daemons with real workers, which take seconds to start, and processor time while idle."""
+
 # Also for a bare `pytest`: a test that would download must fail instead. Child processes inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -41,6 +46,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "torch" in sys.modules:
         # More threads make models this small slower, and many times slower where other processes use the cores.
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Run the tests one after another where they share a GPU, whose memory some of them fill or measure."""
+    return 0 if Path("/dev/nvidiactl").exists() else PROCESSES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process whole files, or whole :data:`SHARED_DAEMONS`; those with the most tests come first."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class WholeFolders(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next(filter(nodeid.startswith, SHARED_DAEMONS), None) or super()._split_scope(nodeid)
+
+    return WholeFolders(config, log)
 
 
 @pytest.fixture(autouse=True)

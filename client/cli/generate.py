@@ -29,6 +29,8 @@ prompt, under the names that the transformer takes:
   Z-Image  a list of one tensor for each image, (text tokens, context), of any lengths: prompt_embeds.0, prompt_embeds.1
            and so on; with --guidance above 0 also negative_prompt_embeds.0 and so on
   FLUX.2   prompt_embeds (batch, text tokens, context); for klein with --guidance above 1 also negative_prompt_embeds
+  Qwen-Image  prompt_embeds (batch, text tokens, context); with --guidance above 1 also negative_prompt_embeds; for
+           padded texts also prompt_embeds_mask and negative_prompt_embeds_mask, floating, 1 where a token counts
 
 For one image, the batch dimension may be left out, and so may the number of a list's only tensor. If the file lacks a
 tensor, the error names it. Any program with the encoders can write such files, and the Python library runs CLIP-L and
@@ -39,6 +41,8 @@ examples:
   xditd generate --transformer z_image_turbo_bf16.safetensors --vae ae.safetensors --embeds cat.safetensors \\
       --steps 8 --option shift=3 -o cat.png
   xditd generate --transformer flux2-dev.safetensors --vae flux2-vae.safetensors --embeds cat.safetensors -o cat.png
+  xditd generate --transformer qwen_image_bf16.safetensors --vae qwen_image_vae.safetensors --embeds cat.safetensors \\
+      --guidance 4 -o cat.png
   xditd generate --transformer flux1-dev-Q8_0.gguf --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer flux1-dev.safetensors --lora style.safetensors=0.8 --lora detail.safetensors=-0.3 \\
       --vae ae.safetensors --embeds cat.safetensors -o cat.png

@@ -6,6 +6,7 @@ Their methods take and return bytes of ``messages.py`` and references to such, s
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -15,19 +16,28 @@ from typing import Any, Final, TypeVar
 import ray
 import ray.util
 
-from xditd.client.cluster.errors import HostLost
 from xditd.client.cluster.host import HostAgent
 from xditd.client.cluster.messages import (
     HERE,
     HostReport,
     Job,
     Outcome,
+    Placement,
     StoredTensors,
+    Unplaced,
     decode,
     encode,
     refusal,
 )
-from xditd.client.cluster.names import HOST_PREFIX, LOST, NAMESPACE, ROUTER, host_actor_name, host_resource
+from xditd.client.cluster.names import (
+    HOST_PREFIX,
+    LOST,
+    NAMESPACE,
+    ROUTER,
+    host_actor_name,
+    host_lost,
+    host_resource,
+)
 from xditd.client.cluster.router import Router
 from xditd.ipc.errors import Internal, XditdError
 
@@ -35,9 +45,8 @@ logger = logging.getLogger(__name__)
 
 _REPORT_DEADLINE_S: Final = 2.0
 _HOSTS_EVERY_S: Final = 0.5
-_LOST_HOST_WAIT_S: Final = 15.0
 _HOST_THREADS: Final = 64
-_ROUTER_THREADS: Final = 512
+_ROUTER_THREADS: Final = 32
 _CONTROL: Final = "control"
 _CONTROL_THREADS: Final = 8
 
@@ -47,6 +56,12 @@ Method = TypeVar("Method", bound=Callable[..., object])
 def _control(method: Method) -> Method:
     """Give a method, which returns at once, threads beside those of the jobs, which may all be taken."""
     marked: Method = ray.method(concurrency_group=_CONTROL)(method)
+    return marked
+
+
+def _returns_two(method: Method) -> Method:
+    """Give each of a method's two results an object of its own."""
+    marked: Method = ray.method(num_returns=2)(method)
     return marked
 
 
@@ -62,16 +77,19 @@ class HostActor:
     def report(self) -> bytes:
         return encode(self._agent.report())
 
-    def run(self, job: bytes, tensors: bytes) -> tuple[bytes, bytes]:
-        """Run a job; returns its outcome, and its tensors in an object of their own."""
+    @_returns_two
+    def run(self, job: bytes, tensors: Any) -> tuple[bytes, pickle.PickleBuffer]:
+        """Run a job; returns its outcome, and its tensors in an object of their own.
+
+        ``tensors`` is a buffer in this host's object store, which is not copied.
+        """
+        found: StoredTensors = {}
+        outcome: Outcome
         try:
-            outcome, found = self._agent.run(decode(job, Job), decode(tensors, StoredTensors))
-            return encode(outcome), encode(found)
-        except XditdError as error:
-            return encode(refusal(self._agent.name, error)), b""
-        except Exception as error:
-            logger.exception("bug in the host's agent")
-            return encode(refusal(self._agent.name, Internal(f"{type(error).__name__}: {error}"))), b""
+            outcome, found = self._agent.run(decode(job, Job), decode(memoryview(tensors), StoredTensors))
+        except Exception as error:  # noqa: BLE001 - the program raises it
+            outcome = refusal(self._agent.name, _typed(error, "the host's agent"))
+        return encode(outcome), pickle.PickleBuffer(encode(found))
 
     @_control
     def leave(self) -> None:
@@ -79,7 +97,7 @@ class HostActor:
 
 
 class _RemoteHost:
-    """A host as the router reaches it: tensors are references, which the router never fetches."""
+    """A host as the router reaches it."""
 
     def __init__(self, name: str, actor: Any) -> None:
         self._name = name
@@ -89,14 +107,7 @@ class _RemoteHost:
         try:
             return decode(ray.get(self._actor.report.remote(), timeout=_REPORT_DEADLINE_S), HostReport)
         except LOST as error:
-            raise _lost(self._name, error) from None
-
-    def run(self, job: Job, tensors: Any) -> tuple[Outcome, Any]:
-        try:
-            outcome, found = self._actor.run.options(num_returns=2).remote(encode(job), tensors)
-            return decode(ray.get(outcome), Outcome), found  # type: ignore[arg-type]
-        except LOST as error:
-            raise _lost(self._name, error) from None
+            raise host_lost(self._name, error) from None
 
 
 class RouterActor:
@@ -107,31 +118,30 @@ class RouterActor:
 
     def __init__(self) -> None:
         _configure_logging()
-        self._router: Router[Any, Any] = Router(wait_s=_LOST_HOST_WAIT_S)
+        self._router = Router()
         self._known: dict[str, Any] = {}
         self._find_hosts()
         threading.Thread(target=self._keep_finding, daemon=True).start()
 
-    @_control
     def versions(self) -> bytes:
         return encode(HERE)
 
-    def run(self, job: bytes, tensors: list[Any]) -> tuple[bytes, list[Any]]:
-        """Run a job. ``tensors`` is a list of one reference, so that Ray does not fetch it here; so is the result's."""
+    def place(self, job: bytes, tried: list[str]) -> bytes:
+        """Return the :data:`Placement` of a job."""
+        answer: Placement
         try:
-            outcome, found = self._router.run(decode(job, Job), tensors[0])
-        except XditdError as error:
-            return encode(refusal("", error)), []
-        except Exception as error:
-            logger.exception("bug in the router")
-            return encode(refusal("", Internal(f"{type(error).__name__}: {error}"))), []
-        return encode(outcome), [found]
+            answer = self._router.place(decode(job, Job), tried)
+        except Exception as error:  # noqa: BLE001 - the program raises it
+            answer = Unplaced(reason=refusal("", _typed(error, "the router")), may_change=False)
+        return encode(answer)
 
-    @_control
+    def end(self, job_id: str, host: str, has_succeeded: bool) -> None:
+        self._router.end(job_id, host, has_succeeded)
+
     def status(self) -> dict[str, bytes]:
         """Return each host's report, or its error."""
         self._find_hosts()
-        found = self._router.reports(max_age_s=0.0)
+        found = self._router.reports()
         return {
             name: encode(refusal(name, each) if isinstance(each, XditdError) else each) for name, each in found.items()
         }
@@ -177,7 +187,7 @@ def make_router() -> Any:
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
     }
-    return _with_control(RouterActor).options(**options).remote()
+    return ray.remote(RouterActor).options(**options).remote()
 
 
 def make_host(name: str, search_path: list[str], runtime_dir: str | None) -> Any:
@@ -197,17 +207,16 @@ def make_host(name: str, search_path: list[str], runtime_dir: str | None) -> Any
         "num_cpus": 0,
         "resources": {host_resource(name): 0.001},
     }
-    return _with_control(HostActor).options(**options).remote(name, search_path, runtime_dir)
+    actor = ray.remote(concurrency_groups={_CONTROL: _CONTROL_THREADS})(HostActor)
+    return actor.options(**options).remote(name, search_path, runtime_dir)
 
 
-def _with_control(actor: type) -> Any:
-    return ray.remote(concurrency_groups={_CONTROL: _CONTROL_THREADS})(actor)
-
-
-def _lost(name: str, error: Exception) -> HostLost:
-    kind = type(error).__name__
-    first = (str(error).strip().splitlines() or [""])[0]
-    return HostLost(f"host {name}: lost, or the link to it is cut ({kind}: {first:.200})")
+def _typed(error: Exception, where: str) -> XditdError:
+    """Return the error to answer with; one that is no :class:`XditdError` is a bug, and is logged."""
+    if isinstance(error, XditdError):
+        return error
+    logger.error("bug in %s", where, exc_info=error)
+    return Internal(f"{type(error).__name__}: {error}")
 
 
 def _configure_logging() -> None:

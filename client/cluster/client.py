@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.cluster.content_hashes import PREFIX, ContentHashes, check_content_id
-from xditd.client.cluster.messages import HERE, NOISE, HostReport, Job, Refused, load, store
+from xditd.client.cluster.messages import HERE, NOISE, HostReport, Job, Refused, encode, load, store
 from xditd.client.jobs.generation import draw_seed
 from xditd.client.results import GenerationResult
 from xditd.ipc.addresses import user_path
@@ -154,6 +154,7 @@ class ClusterClient:
             raise BadRequest(f"conditioning: {NOISE!r} is no argument of a model")
         if noise is not None:
             tensors[NOISE] = noise
+        stored = store(tensors)
         job = Job(
             versions=HERE,
             job_id=uuid.uuid4().hex,
@@ -172,12 +173,13 @@ class ClusterClient:
             deadline_s=deadline_s,
             has_file_names=has_file_names,
         )
-        stored = store(tensors)
+        submission = self._connection.Submission(job)
+        encoded = encode(stored)
         future: Future[ClusterResult] = Future()
 
         def work() -> None:
             try:
-                done, found = self._connection.submit(job, stored)
+                done, found = submission.result(encoded)
                 loaded: dict[str, Any] = load(found)
                 result = ClusterResult(
                     loaded["latents"], loaded.get("image"), done.timings_ms, done.seed, done.reused_steps, done.host,
@@ -187,6 +189,7 @@ class ClusterClient:
                 future.set_exception(error)
             else:
                 future.set_result(result)
+            submission.end()
 
         threading.Thread(target=work, name=f"cluster job {job.job_id}", daemon=True).start()
         return ClusterJob(job, future)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import time
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import ray
 
 from xditd.client.cluster import security
-from xditd.client.cluster.errors import ClusterUnreachable
+from xditd.client.cluster.errors import ClusterUnreachable, HostLost
 from xditd.client.cluster.messages import (
     Done,
     HostReport,
     Job,
     Outcome,
+    Placed,
+    Placement,
     Refused,
     StoredTensors,
     Versions,
@@ -23,7 +27,8 @@ from xditd.client.cluster.messages import (
     decode,
     encode,
 )
-from xditd.client.cluster.names import LOST, NAMESPACE, ROUTER, host_actor_name
+from xditd.client.cluster.names import LOST, NAMESPACE, ROUTER, host_actor_name, host_lost
+from xditd.client.cluster.runs import run_job
 from xditd.ipc.errors import BadRequest, NotPermitted, ProtocolMismatch
 
 _ROUTER_DEADLINE_S: Final = 30.0
@@ -31,11 +36,14 @@ _ROUTER_DEADLINE_S: Final = 30.0
 
 _RETRY_S: Final = 0.2
 _LEAVE_DEADLINE_S: Final = 20.0
-_MAX_SENDS: Final = 20
-"""How often a job is sent while routers, or hosts with its result, are lost."""
 
 _router: Any = None
 """The router that answered last; ``None`` after it was lost."""
+
+_agents: dict[str, tuple[str, Any]] = {}
+"""The agents by host: which one, and its actor."""
+
+T = TypeVar("T")
 
 
 def connect(address: str) -> None:
@@ -52,6 +60,7 @@ def connect(address: str) -> None:
     os.environ.update(security.tuned(os.environ))
     if not ray.is_initialized():
         _forget(_router)
+        _agents.clear()
     try:
         ray.init(
             address=address,
@@ -107,30 +116,85 @@ def _forget(lost: Any) -> None:
         _router = None
 
 
-def submit(job: Job, tensors: StoredTensors) -> tuple[Done, StoredTensors]:
-    """Run a job on the cluster, and wait for its end. A router that is lost meanwhile gets the same job again.
+class Submission:
+    """A job on its way: the router is asked for a host at once, so that the program prepares the tensors meanwhile."""
 
-    So does the router if the result is lost with the host that made it: the job runs again, with the same seed.
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._asked: Any = None
+        if (actor := _router) is not None:
+            self._asked = actor.place.remote(encode(job), [])
+        self._tensors: Any = None
+        self._placed: Placed | None = None
+        self._has_succeeded = False
+
+    def result(self, tensors: bytes) -> tuple[Done, StoredTensors]:
+        """Run the job, with its encoded tensors, on the cluster, and wait for its end.
+
+        Raises:
+            ClusterUnreachable: no router answers.
+            XditdError: the error that ended the job.
+        """
+        self._tensors = ray.put(pickle.PickleBuffer(tensors))
+        found = run_job(self, self._job)
+        self._has_succeeded = True
+        return found
+
+    def end(self) -> None:
+        """Tell the router that the job has ended, without waiting for it."""
+        if self._placed is not None and (actor := _router) is not None:
+            actor.end.remote(self._job.job_id, self._placed.host, self._has_succeeded)
+
+    def place(self, job: Job, tried: Sequence[str]) -> Placement:
+        def ask(actor: Any) -> bytes:
+            asked, self._asked = self._asked, None
+            found: bytes = ray.get(actor.place.remote(encode(job), list(tried)) if asked is None else asked)
+            return found
+
+        placement: Any = Placement
+        found: Placement = decode(_ask_router(ask), placement)
+        self._placed = found if isinstance(found, Placed) else None
+        return found
+
+    def run(self, job: Job, placed: Placed) -> tuple[Done, StoredTensors]:
+        try:
+            data, found = ray.get(list(_agent(placed).run.remote(encode(job), self._tensors)))
+        except LOST as error:
+            raise host_lost(placed.host, error) from None
+        outcome: Outcome = decode(data, Outcome)  # type: ignore[arg-type]
+        if isinstance(outcome, Refused):
+            raise outcome.error()
+        return outcome, decode(memoryview(found), StoredTensors)
+
+
+def _agent(placed: Placed) -> Any:
+    """Return the actor of a host's agent, asked for once for each agent."""
+    known, actor = _agents.get(placed.host, ("", None))
+    if known != placed.agent:
+        try:
+            actor = ray.get_actor(host_actor_name(placed.host), namespace=NAMESPACE)
+        except ValueError:
+            raise HostLost(f"host {placed.host}: it has left the cluster") from None
+        _agents[placed.host] = placed.agent, actor
+    return actor
+
+
+def _ask_router(ask: Callable[[Any], T]) -> T:
+    """Ask the router; one that is lost meanwhile is asked again when Ray has restarted it.
 
     Raises:
         ClusterUnreachable: no router answers.
-        XditdError: the error that ended the job.
     """
-    reference = ray.put(encode(tensors))
-    lost: Exception | None = None
-    for _ in range(_MAX_SENDS):
+    ends_s = time.monotonic() + _ROUTER_DEADLINE_S
+    while True:
         actor = router()
         try:
-            data, found = ray.get(actor.run.remote(encode(job), [reference]))
-            outcome: Outcome = decode(data, Outcome)  # type: ignore[arg-type]
-            if isinstance(outcome, Refused):
-                raise outcome.error()
-            return outcome, decode(ray.get(found[0]), StoredTensors)
+            return ask(actor)
         except LOST as error:
-            lost = error
             _forget(actor)
+            if time.monotonic() > ends_s:
+                raise ClusterUnreachable(f"the cluster's router does not answer: {error}") from None
             time.sleep(_RETRY_S)  # Ray restarts it
-    raise ClusterUnreachable(f"job {job.job_id}: sent {_MAX_SENDS} times, and the router was lost each time: {lost}")
 
 
 def status() -> dict[str, HostReport | Refused]:
@@ -140,18 +204,8 @@ def status() -> dict[str, HostReport | Refused]:
         ClusterUnreachable: no router answers.
     """
     entry: Any = HostReport | Refused
-    ends_s = time.monotonic() + _ROUTER_DEADLINE_S
-    while True:
-        actor = router()
-        try:
-            found: dict[str, bytes] = ray.get(actor.status.remote(), timeout=_ROUTER_DEADLINE_S)
-        except LOST as error:
-            _forget(actor)
-            if time.monotonic() > ends_s:
-                raise ClusterUnreachable(f"the cluster's router does not answer: {error}") from None
-            time.sleep(_RETRY_S)
-        else:
-            return {name: decode(data, entry) for name, data in sorted(found.items())}
+    found: dict[str, bytes] = _ask_router(lambda actor: ray.get(actor.status.remote(), timeout=_ROUTER_DEADLINE_S))
+    return {name: decode(data, entry) for name, data in sorted(found.items())}
 
 
 def leave(name: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -60,13 +60,14 @@ class HostAgent:
         hashes: ContentHashes | None = None,
     ) -> None:
         self.name = name
+        self._agent_id = uuid.uuid4().hex
         self._runtime_dir = runtime_dir
         self._files = HostFiles(search_path, ContentHashes() if hashes is None else hashes)
         self._paces = Paces()
         self._lock = threading.Lock()
         self._client: Client | None = None
         self._residents: Residents | None = None
-        self._jobs: dict[str, tuple[float, Future[Result]]] = {}
+        self._jobs: dict[str, float] = {}
         self._closing = threading.Event()
         self._threads = [
             threading.Thread(target=self._repeat, args=(self._files.scan, _SCAN_EVERY_S), daemon=True),
@@ -92,6 +93,7 @@ class HostAgent:
         return HostReport(
             versions=HERE,
             host=self.name,
+            agent=self._agent_id,
             is_serving=not detail,
             is_starting=is_starting,
             detail=detail,
@@ -105,9 +107,7 @@ class HostAgent:
         )
 
     def run(self, job: Job, tensors: StoredTensors) -> Result:
-        """Run a job and wait for its end. A job that runs already, by its id, is not run twice: both calls return.
-
-        Returns the outcome, and ``latents`` and ``image`` as messages.
+        """Run a job and wait for its end; returns the outcome, and ``latents`` and ``image`` as messages.
 
         Raises:
             ProtocolMismatch: the job is of another version.
@@ -119,20 +119,9 @@ class HostAgent:
         for digest in job.digests:
             check_content_id(digest)
         with self._lock:
-            under_way = self._jobs.get(job.job_id)
-            future: Future[Result] = Future() if under_way is None else under_way[1]
-            if under_way is None:
-                self._jobs[job.job_id] = (job.work, future)
-        if under_way is not None:
-            return future.result()
+            self._jobs[job.job_id] = job.work
         try:
-            result = self._run_again_if_gone(job, tensors)
-        except BaseException as error:
-            future.set_exception(error)
-            raise
-        else:
-            future.set_result(result)
-            return result
+            return self._run_again_if_gone(job, tensors)
         finally:
             with self._lock:
                 del self._jobs[job.job_id]
@@ -225,7 +214,7 @@ class HostAgent:
 
     def _running(self) -> dict[str, float]:
         with self._lock:
-            return {job_id: work for job_id, (work, _) in self._jobs.items()}
+            return dict(self._jobs)
 
     def _repeat(self, action: Callable[[], None], every_s: float) -> None:
         shown = ""

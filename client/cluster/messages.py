@@ -18,7 +18,7 @@ from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-CLUSTER_VERSION: Final = 2
+CLUSTER_VERSION: Final = 3
 """Raised with every change of a struct here."""
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -54,11 +54,11 @@ def check_versions(theirs: Versions, where: str, mine: Versions = HERE) -> None:
 
 
 class StoredTensor(_Message, frozen=True, kw_only=True):
-    """A tensor by value."""
+    """A tensor by value. ``data`` is a view: of the tensor, or of the message that it was decoded from."""
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
+    data: memoryview
 
 
 StoredTensors = dict[str, StoredTensor | list[StoredTensor]]
@@ -136,11 +136,30 @@ class Refused(_Message, frozen=True, kw_only=True, tag="failed"):
 Outcome = Done | Refused
 
 
+class Placed(_Message, frozen=True, kw_only=True, tag="placed"):
+    """The host that a job is to run on, and which agent that host had when it last reported."""
+
+    host: str
+    agent: str
+
+
+class Unplaced(_Message, frozen=True, kw_only=True, tag="unplaced"):
+    """Why no host can run a job now. ``may_change`` if a host that is lost may come back within seconds."""
+
+    reason: Refused
+    may_change: bool
+
+
+Placement = Placed | Unplaced
+
+
 class HostReport(_Message, frozen=True, kw_only=True, tag="report"):
     """A host's state. All times were measured by its own clock, and no two hosts' clocks are compared."""
 
     versions: Versions
     host: str
+    agent: str
+    """Another one after each start of the agent."""
     is_serving: bool
     is_starting: bool
     """Whether its workers start, so that jobs which are sent now wait for them."""
@@ -170,7 +189,7 @@ def refusal(host: str, error: XditdError) -> Refused:
 
 
 def store(tensors: Mapping[str, Any]) -> StoredTensors:
-    """Copy tensors of any device into messages."""
+    """Describe tensors for the wire. Those on the CPU are viewed: do not change them before they are encoded."""
     return {
         name: [_stored(each) for each in value] if isinstance(value, list) else _stored(value)
         for name, value in tensors.items()
@@ -191,8 +210,15 @@ def load(stored: StoredTensors) -> dict[str, torch.Tensor | list[torch.Tensor]]:
 
 def _stored(tensor: torch.Tensor) -> StoredTensor:
     plain = tensor.detach().cpu().contiguous()
-    data = ctypes.string_at(plain.data_ptr(), plain.nbytes) if plain.nbytes else b""
-    return StoredTensor(dtype=dtype_name(plain.dtype), shape=tuple(plain.shape), data=data)
+    return StoredTensor(dtype=dtype_name(plain.dtype), shape=tuple(plain.shape), data=_bytes_of(plain))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    if not tensor.nbytes:
+        return memoryview(b"")
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    array.tensor = tensor  # type: ignore[attr-defined]  # the view keeps the array, and the array its memory
+    return memoryview(array).cast("B")
 
 
 def _loaded(name: str, stored: StoredTensor) -> torch.Tensor:
@@ -204,7 +230,7 @@ def _loaded(name: str, stored: StoredTensor) -> torch.Tensor:
         flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return flat.view(stored.shape)
     except (AttributeError, KeyError, RuntimeError, ValueError, BadRequest) as error:
-        raise BadMessage(f"{name}: {len(stored.data)} bytes are no {stored.dtype} tensor {stored.shape}") from error
+        raise BadMessage(f"{name}: {stored.data.nbytes} bytes are no {stored.dtype} tensor {stored.shape}") from error
 
 
 T = TypeVar("T")
@@ -215,8 +241,8 @@ def encode(message: object) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-def decode(data: bytes, kind: type[T]) -> T:
-    """Decode a message.
+def decode(data: bytes | memoryview, kind: type[T]) -> T:
+    """Decode a message; tensors in it are views of ``data``.
 
     Raises:
         BadMessage: other fields or types than this version's.

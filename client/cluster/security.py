@@ -24,7 +24,7 @@ _TLS_FILES: Final = {
 }
 _MIN_TOKEN_CHARS: Final = 32
 
-HEALTH: Final = {
+RAY_SETTINGS: Final = {
     # Ray's defaults notice a cut link after about a minute; these after three failed checks, a second apart.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -44,8 +44,8 @@ HEALTH: Final = {
 
 
 def tuned(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with the variables of :data:`HEALTH`."""
-    return {**HEALTH, **environ}
+    """Return an environment with the variables of :data:`RAY_SETTINGS`."""
+    return {**RAY_SETTINGS, **environ}
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -46,7 +46,9 @@ def why_stepwise(
         return f"cfg {cfg:g} needs two predictions a step"
     if has_mask:
         return "the latent has a mask"
-    if len(latent_shape) != 4 or any(side % family.multiple for side in latent_shape[-2:]):
+    if len(latent_shape) != 4:
+        return "the latent has frames"
+    if any(side % family.multiple for side in latent_shape[-2:]):
         return f"the image's sides are not multiples of {family.multiple * pixels_per_latent}"
     return (
         _why_not_schedule(sigmas)

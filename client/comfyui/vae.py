@@ -26,8 +26,14 @@ from xditd.ipc.name_lists import listed
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind
 
+_COUNTER: Final = ".num_batches_tracked"
+"""How torch's batch norms name the number of batches that they were trained with, on which no image depends."""
+
 _SCALES: Final = (MARKER, ".weight_scale", ".scale_weight")
 """Name endings beside packed weights."""
+
+_DIMENSIONS: Final = 2
+"""Of the latents that :class:`RemoteStage` decodes."""
 
 
 class RemoteStage(torch.nn.Module):
@@ -82,7 +88,7 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     Raises:
         Unsupported: not the VAE of a family that the workers run, or weights in another packed format.
     """
-    plain = {bare_name(name): tensor for name, tensor in tensors.items()}
+    plain = {bare_name(name): tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
     _check_format(plain, label)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
     vae = _on_meta(shapes)
@@ -129,7 +135,7 @@ def weights_of(vae: Any) -> RemoteWeights:
         tensors = {
             name: tensor
             for name, tensor in vae.first_stage_model.state_dict().items()
-            if not name.startswith(("encoder.", "quant_conv."))
+            if not name.startswith(("encoder.", "quant_conv.")) and not name.endswith(_COUNTER)
         }
         found = vae.xditd_weights = make_weights(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found
@@ -174,9 +180,9 @@ def _why_changed(vae: Any, made: Mapping[str, Any]) -> str | None:
 
 
 def _latents() -> set[tuple[int, int]]:
-    """Return the channels and dimensions of all families' latents."""
+    """Return the channels and dimensions of all families' latents, without those with frames."""
     formats = (config.latent_format for each in adapters() for config in each.config_classes())
-    return {(each.latent_channels, each.latent_dimensions) for each in formats}
+    return {(each.latent_channels, each.latent_dimensions) for each in formats if each.latent_dimensions == _DIMENSIONS}
 
 
 def _on_meta(shapes: Mapping[str, torch.Tensor]) -> Any:

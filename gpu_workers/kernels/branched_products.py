@@ -128,19 +128,14 @@ class BranchedProducts(TensorRows):
         if plain is not None and not pairs:
             _multiply(parts, plain, out, gelu=gelu)
             return
-        if plain is not None and len(pairs) == 1 and _is_whole(pairs[0], out):
-            _multiply_with_branch(parts, plain, lows[0], pairs[0].up, out, gelu=gelu)
+        if plain is not None and all(pair.up.dtype == out.dtype for pair in pairs):
+            _multiply_with_branches(parts, plain, pairs, lows, out, gelu=gelu)
             return
         if plain is not None:
             _multiply(parts, plain, out)
         else:
             self._products.multiply(parts[0] if len(parts) == 1 else torch.cat(parts, 1), projection.linear, out)
-        for pair, low in zip(pairs, lows, strict=True):
-            part = out[:, pair.start : pair.start + pair.up.shape[0]]
-            if part.dtype == pair.up.dtype:
-                part.addmm_(low, pair.up.t())
-            else:
-                part.add_(torch.mm(low, pair.up.t()))
+        _add(pairs, lows, out)
         if gelu:
             torch.ops.aten.gelu_(out, approximate="tanh")
 
@@ -175,8 +170,13 @@ class _Low(NamedTuple):
         return is_same and self.alpha == pair.alpha and self.scales is pair.scales
 
 
-def _is_whole(pair: Pair, out: torch.Tensor) -> bool:
-    return pair.up.shape[0] == out.shape[1] and pair.up.dtype == out.dtype
+def _add(pairs: Sequence[Pair], lows: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    for pair, low in zip(pairs, lows, strict=True):
+        part = out[:, pair.start : pair.start + pair.up.shape[0]]
+        if part.dtype == pair.up.dtype:
+            part.addmm_(low, pair.up.t())
+        else:
+            part.add_(torch.mm(low, pair.up.t()))
 
 
 def _multiply(parts: list[torch.Tensor], plain: Linear, out: torch.Tensor, *, gelu: bool = False) -> None:
@@ -188,15 +188,28 @@ def _multiply(parts: list[torch.Tensor], plain: Linear, out: torch.Tensor, *, ge
     _add_parts(parts[1:], plain.weight[width:], out, gelu=gelu)
 
 
-def _multiply_with_branch(
-    parts: list[torch.Tensor], plain: Linear, low: torch.Tensor, up: torch.Tensor, out: torch.Tensor, *, gelu: bool
+def _multiply_with_branches(
+    parts: list[torch.Tensor],
+    plain: Linear,
+    pairs: Sequence[Pair],
+    lows: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    gelu: bool,
 ) -> None:
-    """Do it in one kernel, or write the branch first, so that products add themselves to it in their epilogue."""
-    if len(parts) == 1 and can_multiply(parts[0], plain.weight, plain.bias, up, out):
+    """Do it in one kernel, or write the branches first, so that products add themselves to them in their epilogue."""
+    is_first_whole = pairs[0].up.shape[0] == out.shape[1]
+    up, low = pairs[0].up, lows[0]
+    if len(pairs) == len(parts) == 1 and is_first_whole and can_multiply(parts[0], plain.weight, plain.bias, up, out):
         note_captured(parts[0], plain.weight, plain.bias, low, up)
         multiply_with_branch(parts[0], plain.weight, plain.bias, low, up, out, gelu=gelu)
         return
-    torch.addmm(plain.bias, low, up.t(), out=out)
+    if is_first_whole:
+        torch.addmm(plain.bias, low, up.t(), out=out)
+        _add(pairs[1:], lows[1:], out)
+    else:
+        out.copy_(plain.bias)
+        _add(pairs, lows, out)
     _add_parts(parts, plain.weight, out, gelu=gelu)
 
 

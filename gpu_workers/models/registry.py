@@ -41,6 +41,8 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
     ("xditd.gpu_workers.families.language_models.checkpoint", "Qwen3"),
     ("xditd.gpu_workers.families.language_models.checkpoint", "Mistral3"),
+    ("xditd.gpu_workers.families.qwen_image.checkpoint", "QwenImage"),
+    ("xditd.gpu_workers.families.wan_vae.checkpoint", "WanVae"),
 )
 """Module and class of each of our families, in the order of :func:`detect`."""
 

@@ -1,4 +1,4 @@
-"""Helpers for adapters: join kept rows into one argument, and pad latents to whole patches."""
+"""Helpers for adapters: join kept rows into one argument, pad latents to whole patches, and pack these into tokens."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def pad_to_patch(x: torch.Tensor, patch: int) -> torch.Tensor:
 
     result: torch.Tensor = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
     return result
+
+
+def pack_patches(latents: torch.Tensor, patch: int) -> torch.Tensor:
+    """Pack (rows, channels, height, width) into tokens, (rows, tokens, channels * patch * patch), contiguous."""
+    rows, channels, height, width = latents.shape
+    split = latents.reshape(rows, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    return split.reshape(rows, height * width // patch**2, channels * patch**2)
+
+
+def unpack_patches(tokens: torch.Tensor, height: int, width: int, patch: int) -> torch.Tensor:
+    """Unpack the tokens of :func:`pack_patches` to (rows, channels, height, width)."""
+    rows, _, channels = tokens.shape
+    split = tokens.reshape(rows, height // patch, width // patch, channels // patch**2, patch, patch)
+    return split.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // patch**2, height, width)

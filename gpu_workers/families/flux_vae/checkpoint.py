@@ -38,7 +38,9 @@ class FluxVae:
     fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
-        return not _MARKS.isdisjoint(names) and _FOREIGN not in names
+        # FLUX.2's VAE has statistics; those of Wan and Qwen-Image, in diffusers' names, have norms of gamma alone.
+        is_another = _FOREIGN in names or any(name.endswith(".gamma") for name in names)
+        return not _MARKS.isdisjoint(names) and not is_another
 
     def canonical(self, name: str) -> str:
         return name

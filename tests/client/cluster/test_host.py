@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -74,18 +73,6 @@ def test_the_next_agent_finds_what_the_last_one_adopted(agent, daemon, models, h
     assert [each.state for each in daemon.status().components] == [LeaseState.ADOPTED] * 2
     second.leave()
     assert daemon.status().components == ()
-
-
-def test_a_job_that_is_sent_twice_runs_once(agent, daemon, models, hashes):
-    before = daemon.status().counters.jobs_done
-    agent.run(make_job(hashes, *models), make_tensors())
-    job = make_job(hashes, *models, job_id="twice", steps=8)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(agent.run, job, make_tensors())
-        until(lambda: "twice" in agent.report().running, "the job to run")
-        second = pool.submit(agent.run, job, make_tensors())
-        assert first.result() == second.result()
-    assert daemon.status().counters.jobs_done == before + 2
 
 
 def test_errors_are_those_of_the_job(agent, models, hashes):

@@ -1,10 +1,10 @@
-"""The router's choice and its second runs, on hosts that are functions."""
+"""The router's choice and the second runs of jobs, on hosts that are functions."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,8 +13,9 @@ import pytest
 from running_daemon import until
 
 from xditd.client.cluster.errors import HostLost
-from xditd.client.cluster.messages import HERE, Done, HostReport, Job, Outcome, Versions, refusal
+from xditd.client.cluster.messages import HERE, Done, HostReport, Job, Placed, Placement, Unplaced, Versions
 from xditd.client.cluster.router import Router, cost_s
+from xditd.client.cluster.runs import run_job
 from xditd.ipc.errors import (
     BadRequest,
     ProtocolMismatch,
@@ -37,8 +38,9 @@ def job(job_id: str = "j", transformer: str = A) -> Job:
 
 def report(name: str, **changes: Any) -> HostReport:
     found = HostReport(
-        versions=HERE, host=name, is_serving=True, is_starting=False, detail="", files={A: 2 * GB, B: 2 * GB},
-        resident=(), running={}, other_jobs=0, pace={}, mean_job_s=1.0, lend_bytes_per_s=GB,
+        versions=HERE, host=name, agent=f"agent of {name}", is_serving=True, is_starting=False, detail="",
+        files={A: 2 * GB, B: 2 * GB}, resident=(), running={}, other_jobs=0, pace={}, mean_job_s=1.0,
+        lend_bytes_per_s=GB,
     )  # fmt: skip
     return msgspec.structs.replace(found, **changes)
 
@@ -58,49 +60,74 @@ class Host:
             raise self.found
         return self.found
 
-    def run(self, job: Job, tensors: str) -> tuple[Outcome, str]:
+    def run(self, job: Job) -> Done:
         self.runs.append(job.job_id)
         self.wait()
-        if isinstance(self.error, HostLost):
-            raise self.error
         if self.error is not None:
-            return refusal(self.name, self.error), ""
-        return Done(host=self.name, seed=job.seed, timings_ms={}, reused_steps=0, was_resident=True), tensors
+            raise self.error
+        return Done(host=self.name, seed=job.seed, timings_ms={}, reused_steps=0, was_resident=True)
 
 
-def routing(*hosts: Host) -> Router[str, str]:
-    router: Router[str, str] = Router()
-    router.set_hosts({host.name: host for host in hosts})
-    return router
+class Cluster:
+    """A program's way to the router and to the hosts."""
+
+    def __init__(self, *hosts: Host) -> None:
+        self.router = Router()
+        self.set_hosts(*hosts)
+
+    def set_hosts(self, *hosts: Host) -> None:
+        self.hosts = {host.name: host for host in hosts}
+        self.router.set_hosts(self.hosts)
+
+    def place(self, job: Job, tried: Sequence[str]) -> Placement:
+        return self.router.place(job, tried)
+
+    def run(self, job: Job, placed: Placed) -> tuple[Done, str]:
+        return self.hosts[placed.host].run(job), "tensors"
+
+    def run_job(self, job: Job, wait_s: float = 0.0) -> Done:
+        """Run a job as ``Submission`` does."""
+        done, found = run_job(self, job, wait_s)
+        self.router.end(job.job_id, done.host, True)
+        assert found == "tensors"
+        return done
+
+    def choose(self, job: Job) -> str:
+        """Return the host that the job would run on now."""
+        answer = self.router.place(job)
+        if isinstance(answer, Unplaced):
+            raise answer.reason.error()
+        self.router.end(job.job_id, answer.host, False)
+        assert answer.agent == f"agent of {answer.host}"
+        return answer.host
 
 
 def test_of_hosts_that_wait_equally_the_one_with_the_weights_is_chosen() -> None:
-    assert routing(Host("a"), Host("b", resident=(A,))).choose(job()) == "b"
-    assert routing(Host("a", resident=(A,)), Host("b", resident=(B,))).choose(job(transformer=B)) == "b"
+    assert Cluster(Host("a"), Host("b", resident=(A,))).choose(job()) == "b"
+    assert Cluster(Host("a", resident=(A,)), Host("b", resident=(B,))).choose(job(transformer=B)) == "b"
 
 
 def test_a_host_that_ran_a_job_has_its_weights_before_it_reports_them() -> None:
     hosts = [Host("a", other_jobs=1), Host("b")]
-    router = routing(*hosts)
+    cluster = Cluster(*hosts)
 
     def report_in_mid_job() -> None:
         hosts[0].found, hosts[1].found = report("a"), report("b", running={"j": 10.0, "k": 10.0})
-        router.reports()
+        cluster.router.reports()
 
     hosts[1].wait = report_in_mid_job
-    router.run(job(), "")
+    cluster.run_job(job())
     assert hosts[1].runs == ["j"]
-    assert (
-        router.choose(job("next")) == "b"
-    )  # the last report says that it has to lend the weights, and wait for two jobs
-    router.reports()
-    assert router.choose(job("next")) == "a"
+    # The last report says that it has to lend the weights, and wait for two jobs.
+    assert cluster.choose(job("next")) == "b"
+    cluster.router.reports()
+    assert cluster.choose(job("next")) == "a"
 
 
 def test_a_queue_that_is_longer_than_a_lend_moves_the_job() -> None:
     # A lend takes 2.2 s: two jobs of 1 s before it take less, three take more.
-    assert routing(Host("a", resident=(A,), other_jobs=2), Host("b")).choose(job()) == "a"
-    assert routing(Host("a", resident=(A,), other_jobs=3), Host("b")).choose(job()) == "b"
+    assert Cluster(Host("a", resident=(A,), other_jobs=2), Host("b")).choose(job()) == "a"
+    assert Cluster(Host("a", resident=(A,), other_jobs=3), Host("b")).choose(job()) == "b"
 
 
 def test_a_job_waits_as_long_as_the_measured_paces_say() -> None:
@@ -112,21 +139,21 @@ def test_a_job_waits_as_long_as_the_measured_paces_say() -> None:
 
 def test_jobs_that_are_sent_at_once_spread_over_the_hosts() -> None:
     hosts = [Host("a", resident=(A,)), Host("b", resident=(A,))]
-    router = routing(*hosts)
+    cluster = Cluster(*hosts)
     together = threading.Barrier(8)
     for host in hosts:
         host.wait = lambda: together.wait(10)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: router.run(job(str(number)), ""), range(8)))
+        list(pool.map(lambda number: cluster.run_job(job(str(number))), range(8)))
     assert [len(host.runs) for host in hosts] == [4, 4]
 
 
 def test_a_lost_hosts_job_runs_once_elsewhere_with_the_same_seed() -> None:
     lost, other = Host("a", resident=(A,)), Host("b")
     lost.error = HostLost("host a: the link was cut")
-    outcome, found = routing(lost, other).run(job(), "tensors")
-    assert outcome == Done(host="b", seed=1, timings_ms={}, reused_steps=0, was_resident=True, runs=2)
-    assert found == "tensors"
+    assert Cluster(lost, other).run_job(job()) == Done(
+        host="b", seed=1, timings_ms={}, reused_steps=0, was_resident=True, runs=2
+    )
     assert (lost.runs, other.runs) == (["j"], ["j"])
 
 
@@ -135,7 +162,7 @@ def test_a_job_that_ends_two_hosts_is_not_run_a_third_time() -> None:
     for host in hosts:
         host.error = WorkersLost(f"host {host.name}: the workers ended")
     with pytest.raises(WorkersLost):
-        routing(*hosts).run(job(), "")
+        Cluster(*hosts).run_job(job())
     assert sum(len(host.runs) for host in hosts) == 2
 
 
@@ -144,15 +171,15 @@ def test_a_wrong_request_is_answered_by_the_first_host() -> None:
     for host in hosts:
         host.error = BadRequest("height: 100")
     with pytest.raises(BadRequest, match="height: 100"):
-        routing(*hosts).run(job(), "")
+        Cluster(*hosts).run_job(job())
     assert sum(len(host.runs) for host in hosts) == 1
 
 
 def test_the_error_says_why_no_other_host_ran_it() -> None:
     lost, other = Host("a"), Host("b", files={})
     lost.error = HostLost("host a: the link was cut")
-    with pytest.raises(HostLost, match=r"link was cut; and no other host can run job j: host b: no file of content"):
-        routing(lost, other).run(job(), "")
+    with pytest.raises(HostLost, match=r"link was cut; and no other host has the files of job j: host b: no file of"):
+        Cluster(lost, other).run_job(job())
 
 
 @pytest.mark.parametrize(
@@ -165,59 +192,83 @@ def test_the_error_says_why_no_other_host_ran_it() -> None:
 )
 def test_no_host_can_run_it(host: Host, error: type[XditdError], text: str) -> None:
     with pytest.raises(error, match=text):
-        routing(host).run(job(), "")
+        Cluster(host).run_job(job())
     assert host.runs == []
 
 
 def test_a_job_goes_to_a_host_whose_workers_start_if_no_other_is_sooner() -> None:
     starting = Host("a", resident=(A,), is_serving=False, is_starting=True)
-    assert routing(starting).choose(job()) == "a"
-    assert routing(starting, Host("b", other_jobs=7)).choose(job()) == "b"
-    assert routing(starting, Host("b", other_jobs=8)).choose(job()) == "a"
+    assert Cluster(starting).choose(job()) == "a"
+    assert Cluster(starting, Host("b", other_jobs=7)).choose(job()) == "b"
+    assert Cluster(starting, Host("b", other_jobs=8)).choose(job()) == "a"
 
 
 def test_a_job_waits_for_a_host_that_is_lost_and_comes_back() -> None:
     back = Host("a")
     back.found = HostLost("host a: its agent restarts")
-    router: Router[str, str] = Router(wait_s=30.0)
-    router.set_hosts({"a": back})
+    cluster = Cluster(back)
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(router.run, job(), "")
-        until(lambda: router.reports() != {}, "the router to ask")
+        answer = pool.submit(cluster.run_job, job(), 30.0)
+        until(lambda: cluster.router.reports() != {}, "the router to ask")
         back.found = report("a")
-        router.reports()
-        outcome, _ = answer.result(timeout=10)
-    assert isinstance(outcome, Done)
+        cluster.router.reports()
+        answer.result(timeout=10)
     assert back.runs == ["j"]
 
 
 def test_a_wait_for_a_lost_host_ends_by_the_deadline_of_the_job_and_is_for_lost_hosts_alone() -> None:
-    router: Router[str, str] = Router(wait_s=30.0)
+    cluster = Cluster()
     began_s = time.monotonic()
     with pytest.raises(HostLost, match="xditd cluster join"):
-        router.run(msgspec.structs.replace(job(), deadline_s=0.3), "")
-    router.set_hosts({"a": Host("a", files={})})
+        cluster.run_job(msgspec.structs.replace(job(), deadline_s=0.3), 30.0)
+    cluster.set_hosts(Host("a", files={}))
     with pytest.raises(UnknownComponent):
-        router.run(job(), "")
+        cluster.run_job(job(), 30.0)
     assert time.monotonic() - began_s < 10.0
 
 
 def test_a_cluster_without_hosts_says_so() -> None:
     with pytest.raises(HostLost, match="xditd cluster join"):
-        routing().run(job(), "")
+        Cluster().run_job(job())
 
 
-def test_a_new_router_sends_a_job_where_it_runs_already() -> None:
-    busy = Host("b", running={"j": 10.0}, other_jobs=9)
-    assert routing(Host("a", resident=(A,)), busy).choose(job()) == "b"
+def test_a_job_that_is_placed_again_counts_once() -> None:
+    cluster = Cluster(Host("a", resident=(A,)), Host("b"))
+    for _ in range(9):  # the answers were lost
+        cluster.place(job(), [])
+    assert cluster.choose(job("next")) == "a"
+
+
+def test_a_job_whose_program_is_gone_counts_until_the_host_no_longer_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host("a", resident=(A,), running={"j": 10.0})
+    cluster = Cluster(host, Host("b"))
+    for number in range(9):
+        cluster.place(job(f"j{number}" if number else "j"), [])
+    cluster.router.reports()
+    assert cluster.choose(job("next")) == "b"  # jobs may be on their way
+    monkeypatch.setattr("xditd.client.cluster.router._ARRIVAL_S", 0.0)
+    cluster.router.reports()
+    assert cluster.choose(job("next")) == "a"  # it still runs one, which takes less than a lend
+    assert [*cluster.router._known["a"].sent] == ["j"]
+
+
+def test_a_host_that_failed_a_job_gets_others_once_it_answers() -> None:
+    failed = Host("a", resident=(A,))
+    cluster = Cluster(failed)
+    failed.found = HostLost("host a: gone")
+    answer = cluster.place(job(), ["a"])
+    assert isinstance(answer, Unplaced)
+    assert (answer.reason.detail, answer.may_change) == ("the cluster has no other host", False)
+    with pytest.raises(HostLost, match="host a: gone"):
+        cluster.choose(job("next"))
 
 
 def test_a_host_that_comes_back_is_used_again() -> None:
     back = Host("a")
     back.found = HostLost("host a: gone")
-    router = routing(back)
+    cluster = Cluster(back)
     with pytest.raises(HostLost, match="host a: gone"):
-        router.choose(job())
+        cluster.choose(job())
     back.found = report("a")
-    router.reports()
-    assert router.choose(job()) == "a"
+    cluster.router.reports()
+    assert cluster.choose(job()) == "a"

@@ -67,6 +67,7 @@ class Patcher:
         self.injections: dict[str, Any] = {}
         self.hook_patches: dict[str, Any] = {}
         self.forced_hooks: Any = None
+        self.is_clip = False
         self.is_multigpu_base_clone = False
         self.what_a_later_comfyui_adds: list[Any] = []
 
@@ -138,7 +139,7 @@ REFUSED = [
     (put("injections", "pack", value=[SimpleNamespace(inject=print)]), r"pack injects .*\(print\)"),
     (put("injections", "bypass_lora", value=[SimpleNamespace(inject=print)]), "LoraLoaderBypassModelOnly"),
     (put("hook_patches", "ref", value={"linear.weight": [(1.0, ("diff", ()), 1.0, None, None)]}), "what is no LoRA"),
-    (put("forced_hooks", value=object()), "hooks on the CLIP"),
+    (put("forced_hooks", value=object()), "hooks on the MODEL itself"),
     (put("is_multigpu_base_clone", value=True), "several GPUs"),
     (put("what_a_later_comfyui_adds", value=[print]), "what_a_later_comfyui_adds of the patcher"),
     (put("an_attribute"), r"an_attribute of the patcher \(print\)"),

@@ -150,6 +150,26 @@ def test_projections_of_the_same_rows_share_what_the_factor_makes_of_them(dtype:
     assert branched._last is None
 
 
+def test_branches_that_are_not_stacked_are_added_one_by_one() -> None:
+    torch.manual_seed(5)
+    state = {"up.weight": torch.randn(HIDDEN, WIDTH), "up.bias": torch.randn(HIDDEN)}
+    state |= {"down.weight": torch.randn(WIDTH, HIDDEN), "down.bias": torch.randn(WIDTH)}
+    products = SixteenBit()
+    products.load(state)
+    table = BranchTable([Part("up", 0, HIDDEN), Part("down", 0, WIDTH)], {})
+    table.stacks = BranchStacks(max_bytes=0)
+    branched = BranchedProducts(products, table)
+    whole, part = branch(3, strength_of(0.5)), branch(2, strength_of(-0.25), start=5, rows=7)
+    rows, out = torch.randn(6, WIDTH), torch.empty(6, WIDTH)
+    for active in ((whole, part), (part, whole), (part,)):
+        table.at("up").active = active
+        assert len(table.stacks.pairs(table.at("up"), HIDDEN)) == len(active)
+        branched.mlp(rows, branched.linear("up"), branched.linear("down"), out)
+        inner = F.linear(rows, state["up.weight"], state["up.bias"]) + expected_of(rows, active)
+        expected = F.linear(F.gelu(inner, approximate="tanh"), state["down.weight"], state["down.bias"])
+        assert float((out - expected).norm() / expected.norm()) <= 1e-6
+
+
 def test_gelu_stays_part_of_a_product_that_has_no_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     state = {"up.weight": torch.randn(HIDDEN, WIDTH), "up.bias": torch.randn(HIDDEN)}

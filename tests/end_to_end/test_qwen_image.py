@@ -1,0 +1,130 @@
+"""Qwen-Image through a real daemon: masks, references of other sizes, the marker of Edit-2511, and its VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import qwen_image_models
+import torch
+from safetensors.torch import save_file
+
+from xditd.client import BadCheckpoint, BadRequest
+from xditd.gpu_workers.families.wan_vae.checkpoint import WanVae
+from xditd.gpu_workers.families.wan_vae.config import WanVaeConfig
+
+BAR = 1e-6
+SIZE = {"height": 48, "width": 80, "steps": 3}
+PREFIX = "model.diffusion_model."
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return qwen_image_models.state_dict(0, qwen_image_models.EDIT_2511)
+
+
+@pytest.fixture
+def loan(client, state, tmp_path):
+    save_file({PREFIX + name: each for name, each in state.items()}, tmp_path / "edit.safetensors")
+    return client.lend(tmp_path / "edit.safetensors")
+
+
+@pytest.fixture
+def small_vae(client, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for entry in WanVae().entries(WanVaeConfig(width=8), ("decoder.middle.0.residual.0.gamma",)):
+        values = torch.randn(entry.shape, generator=generator)
+        tensors[entry.source] = values / max(1.0, torch.Size(entry.shape[1:]).numel() ** 0.5)
+    save_file(tensors, tmp_path / "vae.safetensors")
+    return client.lend(tmp_path / "vae.safetensors")
+
+
+def test_facts_say_what_it_takes(loan):
+    facts = loan.facts
+    assert (facts.family, facts.class_name) == ("qwen_image", "QwenImageTransformer2DModel")
+    assert [each.name for each in facts.transformer.conditioning if each.is_shared] == ["reference_latents"]
+    assert facts.transformer.variants == ("class", "zero_cond_t", "comfyui")
+
+
+def test_a_call_returns_what_the_class_returns(client, loan, state, relative_error):
+    given = qwen_image_models.inputs(2, 9, (4, 6), ((3, 5),), (9, 4))
+    (found,) = client.call(loan, given)
+    with torch.no_grad():
+        (right,) = qwen_image_models.reference(state, qwen_image_models.EDIT_2511)(**given, return_dict=False)
+    assert relative_error(found, right) <= BAR
+    with pytest.raises(BadRequest, match=r"img_shapes: .* is 24 tokens, hidden_states have 39"):
+        client.call(loan, {**given, "img_shapes": [[(1, 4, 6)]] * 2})
+    with pytest.raises(BadRequest, match="guidance cannot be given"):
+        client.call(loan, {**given, "guidance": torch.ones(2)})
+
+
+def test_an_edit_from_pictures_to_a_picture(client, loan, small_vae, state, relative_error):
+    pictures = [
+        torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1 for size in ((32, 64), (48, 16))
+    ]
+    references = [client.encode(small_vae, each)[0] for each in pictures]
+    assert [tuple(each.shape) for each in references] == [(16, 4, 8), (16, 6, 2)]
+    generator = torch.Generator().manual_seed(2)
+    conditioning: dict[str, Any] = {
+        "prompt_embeds": torch.randn(2, 9, 96, generator=generator),
+        "prompt_embeds_mask": qwen_image_models.mask((9, 5), 9).float(),
+        "negative_prompt_embeds": torch.randn(2, 6, 96, generator=generator),
+        "reference_latents": references,
+    }
+    noise = torch.randn(2, 16, 6, 10, generator=generator)
+    job = client.generate(loan, conditioning, vae=small_vae, noise=noise, guidance_scale=2.0, **SIZE)
+    result = job.result()
+    module = qwen_image_models.reference(state, qwen_image_models.EDIT_2511)
+    right = edited(module, conditioning, noise)
+    assert relative_error(result.latents, right) <= 2 * BAR
+    assert result.image.shape == (2, 3, 48, 80)
+    assert relative_error(result.image, client.decode(small_vae, result.latents)) <= BAR
+
+
+@torch.no_grad()
+def edited(module: Any, conditioning: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:
+    """Sample as the pipelines do, which take pictures in place of latents."""
+    import numpy as np
+    from diffusers import QwenImagePipeline
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+    scheduler = qwen_image_models.scheduler()
+    latents = QwenImagePipeline._pack_latents(noise, *noise.shape)
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1.0, 1 / 3, 3), mu=calculate_shift(latents.shape[1], 256, 8192, 0.5, 0.9)
+    )
+    images = [noise[0], *conditioning["reference_latents"]]
+    tokens = [QwenImagePipeline._pack_latents(each[None], 1, *each.shape).repeat(2, 1, 1) for each in images[1:]]
+    sizes = [[(1, each.shape[1] // 2, each.shape[2] // 2) for each in images]] * 2
+    for timestep in scheduler.timesteps:
+        positive, negative = (
+            module(
+                hidden_states=torch.cat([latents, *tokens], dim=1),
+                timestep=timestep.expand(2) / 1000,
+                encoder_hidden_states=conditioning[name],
+                encoder_hidden_states_mask=conditioning.get(f"{name}_mask"),
+                img_shapes=sizes,
+                return_dict=False,
+            )[0][:, : latents.shape[1]]
+            for name in ("prompt_embeds", "negative_prompt_embeds")
+        )
+        combined = negative + 2.0 * (positive - negative)
+        combined = combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+        latents = scheduler.step(combined, timestep, latents, return_dict=False)[0]
+    return QwenImagePipeline._unpack_latents(latents, 48, 80, 8).squeeze(2)
+
+
+def test_bad_input_is_named(client, loan, state):
+    conditioning = {"prompt_embeds": torch.zeros(1, 9, 96)}
+    for more, says in (
+        ({}, "negative_prompt_embeds is missing: guidance_scale 4 needs one"),
+        ({"reference_latents": torch.zeros(16, 4, 4)}, "reference_latents: a list of tensors"),
+        ({"reference_latents": [torch.zeros(16, 3, 4)]}, r"reference_latents\[0\]: shape is \[16, 3, 4\]"),
+        ({"prompt_embeds_mask": torch.ones(1, 8)}, "prompt_embeds_mask: tokens 8, but prompt_embeds has tokens 9"),
+    ):
+        scale = 4.0 if not more else 1.0
+        with pytest.raises(BadRequest, match=says):
+            client.generate(loan, conditioning | more, guidance_scale=scale, seed=1, **SIZE).result()
+    with pytest.raises(BadCheckpoint, match=r"1 missing: transformer_blocks\.1\.attn\.to_add_out\.bias"):
+        client.lend({name: each for name, each in state.items() if name != "transformer_blocks.1.attn.to_add_out.bias"})
