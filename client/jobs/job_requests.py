@@ -374,14 +374,12 @@ def encode_text_request(
     places = IoPlaces()
     ids_at = places.add_input(ids)
     inputs = [(ids_at, ids)]
-    mask_at = None
     if mask is not None:
         mask = checks.check_mask(mask, ids)
-        mask_at = places.add_input(mask)
-        inputs.append((mask_at, mask))
-    numbers = checks.check_layers(layers)
-    width = facts.width * max(1, len(numbers))
-    outputs = {"hidden_states": places.add_output(torch.float32, (*ids.shape, width))}
+        inputs.append((places.add_input(mask), mask))
+    layers = checks.check_layers(layers)
+    shape = (*ids.shape, facts.width * max(1, len(layers)))
+    outputs = {"hidden_states": places.add_output(torch.float32, shape)}
     if pooled:
         outputs["pooled"] = places.add_output(torch.float32, (ids.shape[0], facts.width))
 
@@ -392,8 +390,8 @@ def encode_text_request(
             loras=encoder.loras,
             io=io,
             token_ids=ids_at,
-            mask=mask_at,
-            layers=numbers,
+            mask=None if mask is None else inputs[1][0],
+            layers=layers,
             out=outputs["hidden_states"],
             out_pooled=outputs.get("pooled"),
         )
