@@ -23,10 +23,13 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 def compute_in_widest(module: torch.nn.Module, exceptions: Mapping[str, torch.dtype], device: torch.device) -> None:
     """Make every layer of ``module`` with one of these parameters compute in the widest dtype of its parameters.
 
-    For inference in one thread. Layers take their input as their first argument, by position.
+    For inference in one thread. Layers take their input as their first argument, by position. A module with layers of
+    its own that reads a parameter besides them, such as a block its modulation, is left as it is: the class promotes.
     """
     for path in {target.rpartition(".")[0] for target in exceptions}:
         layer = module.get_submodule(path)
+        if next(layer.children(), None) is not None:
+            continue
         if device.type == "cpu" and isinstance(layer, torch.nn.GroupNorm) and _is_all_float32(layer, path, exceptions):
             continue
         hooks = _WideParameters()

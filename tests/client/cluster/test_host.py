@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,7 +12,7 @@ import pytest
 from cluster_jobs import bits, direct_bits, make_job, make_tensors, write_models
 from running_daemon import RunningDaemon, until
 
-from xditd.client.cluster.content_hashes import ContentHashes
+from xditd.client.cluster.content_hashes import PREFIX, ContentHashes
 from xditd.client.cluster.host import HostAgent
 from xditd.client.cluster.messages import Versions
 from xditd.ipc.errors import BadRequest, ProtocolMismatch, UnknownComponent, XditdError
@@ -31,11 +31,14 @@ def hashes(tmp_path_factory: pytest.TempPathFactory) -> ContentHashes:
     return ContentHashes(tmp_path_factory.mktemp("cache") / "hashes.json")
 
 
-@pytest.fixture(scope="module")
-def daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
-    started = start_daemon(1)
-    started.wait_ready()
-    return started
+@pytest.fixture
+def daemon(one_worker: RunningDaemon) -> RunningDaemon:
+    """The session's daemon: to start one for these tests takes longer than they do."""
+    return one_worker
+
+
+def lent_for_clusters(daemon: RunningDaemon) -> list[LeaseState]:
+    return [each.state for each in daemon.status().components if each.label.startswith(PREFIX)]
 
 
 @pytest.fixture
@@ -70,9 +73,9 @@ def test_the_next_agent_finds_what_the_last_one_adopted(agent, daemon, models, h
     until(lambda: len(second.report().resident) == 2, "the adopted components")
     done, _ = second.run(make_job(hashes, *models), make_tensors())
     assert done.was_resident
-    assert [each.state for each in daemon.status().components] == [LeaseState.ADOPTED] * 2
+    assert lent_for_clusters(daemon) == [LeaseState.ADOPTED] * 2
     second.leave()
-    assert daemon.status().components == ()
+    assert lent_for_clusters(daemon) == []
 
 
 def test_errors_are_those_of_the_job(agent, models, hashes):

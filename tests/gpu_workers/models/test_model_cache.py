@@ -157,8 +157,11 @@ def test_a_checkpoint_that_is_known_and_does_not_fit_is_named(cache: ModelCache,
             "^an all-in-one checkpoint of FLUX",
         ),
         (
-            {"head.modulation": TensorInfo("bfloat16", (1, 2, 9))},
-            r"^Wan cannot be run: lend FLUX\.1 dev or schnell \(flux1-dev\.safetensors\), ",
+            {
+                name: TensorInfo("bfloat16", (9, 9))
+                for name in ("double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight")
+            },
+            r"^Chroma cannot be run: lend FLUX\.1 dev or schnell \(flux1-dev\.safetensors\), ",
         ),
     ):
         with pytest.raises(RequestError, match=says) as caught:

@@ -102,7 +102,7 @@ def test_a_broken_family_is_logged_and_named_and_breaks_no_other(
     assert [record.message for record in caplog.records] == [
         "family of another package cannot be used: entry_point=bad value=bad:Made package=bad 2.0"
     ]
-    for names, error in (({"x.weight"}, UnknownFamily), ({"head.modulation"}, Unsupported)):
+    for names, error in (({"x.weight"}, UnknownFamily), ({"distilled_guidance_layer.x"}, Unsupported)):
         with pytest.raises(error, match=f"; not asked, since they could not be loaded: {says}"):
             cache.match({name: TensorInfo("float32", (2, 2)) for name in names})
 
@@ -117,9 +117,9 @@ def test_of_two_packages_with_one_name_the_first_stays(install: Install) -> None
 def test_what_a_family_claims_and_does_not_fit_is_its_own_to_explain(install: Install, cache: ModelCache) -> None:
     """Although the table of what people hold knows one of the names."""
     install(folder=PACKAGE)
-    wan = {**SCALE, "head.modulation": TensorInfo("float32", (1, 2, 9))}
-    with pytest.raises(BadCheckpoint, match=r"does not fit scale: .*1 unexpected: head\.modulation"):
-        cache.match(wan)
+    both = {**SCALE, "distilled_guidance_layer.x": TensorInfo("float32", (1, 2, 9))}
+    with pytest.raises(BadCheckpoint, match=r"does not fit scale: .*1 unexpected: distilled_guidance_layer\.x"):
+        cache.match(both)
     vae = {"decoder.conv_in.weight": TensorInfo("float32", (512, 4, 3, 3))}
     vae |= {f"decoder.up.{level}.block.0.conv1.weight": TensorInfo("float32", (512, 512, 3, 3)) for level in range(4)}
     vae |= {f"decoder.mid.block_{n}.conv1.weight": TensorInfo("float32", (512, 512, 3, 3)) for n in (1, 2)}

@@ -1,0 +1,207 @@
+"""The transformers of Wan 2.1 and 2.2, in the naming of the original and ComfyUI's files, and in that of diffusers.
+
+Every tensor is one parameter, renamed. The norms of a block have other numbers in both: the original's ``norm3`` is
+diffusers' ``norm2``. Everything is read from shapes but the head size, which all released models share.
+
+Source: diffusers, ``convert_wan_transformer_to_diffusers``; a test compares every element.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+from xditd.gpu_workers.families.wan.config import HEAD_SIZE, MODULATIONS, OUT_CHANNELS, PATCH, WanConfig
+from xditd.gpu_workers.models.entries import Entry, Shape, layer_entries, tensor_entry
+from xditd.gpu_workers.models.family import Kind
+from xditd.gpu_workers.models.shapes import count_blocks, vote
+from xditd.ipc.errors import BadCheckpoint, Unsupported
+
+if TYPE_CHECKING:
+    from xditd.gpu_workers.families.wan.operations import WanOperations
+
+MAX_BLOCKS: Final = 256
+
+_ORIGINAL: Final = "head.modulation"
+_DIFFUSERS: Final = ("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight")
+_PLAIN: Final = "lend Wan 2.1 or 2.2 for text or a first image, or run another as its class of diffusers (as_class)"
+
+_OTHERS: Final = (
+    ("vace_", "Wan VACE"),
+    ("control_adapter.", "Wan with a camera's path"),
+    ("casual_audio_encoder.", "Wan S2V"),
+    ("audio_proj.", "HuMo"),
+    ("face_adapter.", "Wan Animate"),
+    ("motion_encoder.", "Wan Animate"),
+    ("patch_embedding_", "SCAIL or WanDancer"),
+    ("ref_conv.", "Wan Fun with a reference image"),
+    ("img_emb.emb_pos", "Wan 2.1 with a first and a last image"),
+    ("condition_embedder.image_embedder.pos_embed", "Wan 2.1 with a first and a last image"),
+    ("fps_embedding.", "SkyReels with diffusion forcing"),
+)
+"""Beginnings of names that only relatives have, which do more than this family runs."""
+
+_LAYERS: Final = (
+    ("patch_embedding", "patch_embedding"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("head.head", "proj_out"),
+)
+"""The layers outside of blocks: their names in original files, and in diffusers'."""
+
+_IMAGE_LAYERS: Final = (
+    ("img_emb.proj.0", "norm1"),
+    ("img_emb.proj.1", "ff.net.0.proj"),
+    ("img_emb.proj.3", "ff.net.2"),
+    ("img_emb.proj.4", "norm2"),
+)
+_ATTENTIONS: Final = (("self_attn", "attn1"), ("cross_attn", "attn2"))
+_PROJECTIONS: Final = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+
+
+class Wan:
+    """The family of Wan: see the module's docstring."""
+
+    name = "wan"
+    title = "Wan 2.1 or 2.2 (wan2.2_t2v_high_noise_14B_fp16.safetensors)"
+    kind: Kind = "transformer"
+    tied: Mapping[str, str] = {}
+    ignored: re.Pattern[str] | None = None
+    fused_widths: tuple[int, ...] = ()
+    swapped_halves: frozenset[str] = frozenset()
+
+    def claims(self, names: Collection[str]) -> bool:
+        return _ORIGINAL in names or all(name in names for name in _DIFFUSERS)
+
+    def canonical(self, name: str) -> str:
+        return name
+
+    def configure(self, shapes: Mapping[str, Shape]) -> WanConfig:
+        for beginning, model in _OTHERS:
+            if found := min((name for name in shapes if name.startswith(beginning)), default=None):
+                raise Unsupported(f"wan: {found} is a tensor of {model}, which this family does not run; {_PLAIN}")
+        is_original = _ORIGINAL in shapes
+        blocks = count_blocks(self.name, shapes, "blocks", MAX_BLOCKS)
+        if blocks == 0:
+            raise BadCheckpoint("wan: no tensor of blocks.0: a Wan transformer has blocks")
+        names = {original: original if is_original else other for original, other in _LAYERS}
+        own, cross = (pair[0] if is_original else pair[1] for pair in _ATTENTIONS)
+        query, first = ("q", "ffn.0") if is_original else ("to_q", "ffn.net.0.proj")
+        each = [f"blocks.{i}" for i in range(blocks)]
+        wide = [
+            *(f"{names[layer]}.weight" for layer in ("patch_embedding", "text_embedding.2", "time_embedding.2")),
+            *(f"{block}.{attention}.{query}.weight" for block in each for attention in (own, cross)),
+        ]
+        hidden = vote(self.name, "hidden size", shapes, [(name, 0) for name in wide])
+        if hidden % HEAD_SIZE:
+            raise Unsupported(f"wan: {hidden} channels are no multiple of its heads' {HEAD_SIZE}; {_PLAIN}")
+        channels = vote(self.name, "input channels", shapes, [(f"{names['patch_embedding']}.weight", 1)])
+        patch = PATCH[0] * PATCH[1] * PATCH[2]
+        out = vote(self.name, "output channels", shapes, [(f"{names['head.head']}.{part}", 0) for part in _PARTS])
+        if OUT_CHANNELS.get(channels) != out // patch:
+            raise Unsupported(
+                f"wan: {channels} channels to {out // patch}: known are 16 to 16 (text), 36 to 16 (a first image) and "
+                f"48 to 48 (TI2V); {_PLAIN}"
+            )
+        added = "k_img" if is_original else "add_k_proj"
+        image = _IMAGE_LAYERS[0][0] if is_original else "condition_embedder.image_embedder.norm1"
+        has_image = any(name.startswith(image.rpartition(".")[0] + ".") for name in shapes) or any(
+            f"{block}.{cross}.{added}.weight" in shapes for block in each
+        )
+        return WanConfig(
+            hidden=hidden,
+            blocks=blocks,
+            ffn=vote(self.name, "feed-forward size", shapes, [(f"{block}.{first}.weight", 0) for block in each]),
+            in_channels=channels,
+            out_channels=out // patch,
+            text_channels=vote(self.name, "text channels", shapes, [(f"{names['text_embedding.0']}.weight", 1)]),
+            time_channels=vote(self.name, "time channels", shapes, [(f"{names['time_embedding.0']}.weight", 1)]),
+            image_channels=vote(self.name, "image channels", shapes, [(f"{image}.{part}", 0) for part in _PARTS])
+            if has_image
+            else 0,
+            is_original=is_original,
+        )
+
+    def entries(self, config: WanConfig, names: Collection[str]) -> Iterator[Entry]:
+        yield from _entries(config, is_original=config.is_original)
+
+    @property
+    def smallest(self) -> WanConfig:
+        return WanConfig(hidden=HEAD_SIZE, blocks=1, ffn=HEAD_SIZE, image_channels=HEAD_SIZE)
+
+    def lora_entries(self, config: WanConfig) -> Iterator[Entry]:
+        # Both namings have the layers outside of blocks and the parameters that are spelled alike: those once.
+        seen: set[str] = set()
+        for is_original in (config.is_original, not config.is_original):
+            for entry in _entries(config, is_original=is_original):
+                if entry.source not in seen and not _NORM.search(entry.source):
+                    seen.add(entry.source)
+                    yield entry
+
+    def heads(self, config: WanConfig) -> int:
+        return config.heads
+
+    @cached_property
+    def operations(self) -> WanOperations:
+        # Imports diffusers and xfuser, so not at the top of this module.
+        from xditd.gpu_workers.families.wan.operations import WanOperations
+
+        return WanOperations()
+
+
+_PARTS: Final = ("weight", "bias")
+_NORM: Final = re.compile(r"norm\d?\.|(?:^|\.)(?:modulation|scale_shift_table)$|img_emb\.proj\.[04]\.")
+"""What LoRAs do not change, and what is spelled alike in both namings with another meaning (``norm3``)."""
+
+
+def _entries(config: WanConfig, *, is_original: bool) -> Iterator[Entry]:
+    h = config.hidden
+    patch = PATCH[0] * PATCH[1] * PATCH[2]
+    shapes: dict[str, Shape] = {
+        "patch_embedding": (h, config.in_channels, *PATCH),
+        "text_embedding.0": (h, config.text_channels),
+        "time_embedding.0": (h, config.time_channels),
+        "time_projection.1": (MODULATIONS * h, h),
+        "head.head": (config.out_channels * patch, h),
+    }
+    for original, target in _LAYERS:
+        yield from layer_entries(original if is_original else target, shapes.get(original, (h, h)), target)
+    yield tensor_entry(_ORIGINAL if is_original else "scale_shift_table", (1, 2, h), "scale_shift_table")
+    if config.image_channels:
+        c = config.image_channels
+        for (original, target), shape in zip(_IMAGE_LAYERS, ((c,), (c, c), (h, c), (h,)), strict=True):
+            full = f"condition_embedder.image_embedder.{target}"
+            yield from layer_entries(original if is_original else full, shape, full)
+    for i in range(config.blocks):
+        yield from _block(f"blocks.{i}", config, is_original=is_original)
+
+
+def _block(block: str, config: WanConfig, *, is_original: bool) -> Iterator[Entry]:
+    h = config.hidden
+
+    def named(original: str, target: str) -> str:
+        return f"{block}.{original if is_original else target}"
+
+    modulation = f"{block}.scale_shift_table"
+    yield tensor_entry(named("modulation", "scale_shift_table"), (1, MODULATIONS, h), modulation)
+    for attention, to in _ATTENTIONS:
+        for name, target in _PROJECTIONS:
+            source = named(f"{attention}.{name}", f"{to}.{target}")
+            yield from layer_entries(source, (h, h), f"{block}.{to}.{target}")
+        for norm in ("norm_q", "norm_k"):
+            yield tensor_entry(
+                named(f"{attention}.{norm}.weight", f"{to}.{norm}.weight"), (h,), f"{block}.{to}.{norm}.weight"
+            )
+    if config.image_channels:
+        for name, target in (("k_img", "add_k_proj"), ("v_img", "add_v_proj")):
+            yield from layer_entries(named(f"cross_attn.{name}", f"attn2.{target}"), (h, h), f"{block}.attn2.{target}")
+        norm = f"{block}.attn2.norm_added_k.weight"
+        yield tensor_entry(named("cross_attn.norm_k_img.weight", "attn2.norm_added_k.weight"), (h,), norm)
+    yield from layer_entries(named("norm3", "norm2"), (h,), f"{block}.norm2")
+    for name, target, shape in (("ffn.0", "ffn.net.0.proj", (config.ffn, h)), ("ffn.2", "ffn.net.2", (h, config.ffn))):
+        yield from layer_entries(named(name, target), shape, f"{block}.{target}")

@@ -1,0 +1,97 @@
+"""For tests, and programs beside them: seeded checkpoints of Wan, plain diffusers on them, and inputs."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xditd.gpu_workers.families.wan.checkpoint import Wan
+from xditd.gpu_workers.families.wan.config import WanConfig
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+State = dict[str, torch.Tensor]
+TEXT = WanConfig(hidden=256, blocks=2, ffn=320, text_channels=48)
+IMAGE = replace(TEXT, in_channels=36)
+"""Of Wan 2.2: the first image is in the channels alone."""
+CLIP_IMAGE = replace(IMAGE, image_channels=64)
+"""Of Wan 2.1, with CLIP's vision model."""
+TI2V = replace(TEXT, in_channels=48, out_channels=48)
+CONFIGS = {"text": TEXT, "image": IMAGE, "image with CLIP": CLIP_IMAGE, "TI2V": TI2V}
+
+
+def state_dict(seed: int, config: WanConfig = TEXT, *, dtype: torch.dtype = torch.float32, prefix: str = "") -> State:
+    """Make a checkpoint in the layout of the configuration. Activations keep their size, and every tensor matters."""
+    tensors = {}
+    for entry in Wan().entries(config, ()):
+        ((target, _),) = entry.targets
+        # By the parameter, so that both namings have the same values.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{target}".encode()))
+        values = torch.randn(entry.shape, generator=generator)
+        if len(entry.shape) == 1:
+            values = 0.2 * values + (1.0 if ".norm" in target and target.endswith(".weight") else 0.0)
+        elif target.endswith("scale_shift_table"):
+            values = 0.5 * values
+        else:
+            values = values / math.sqrt(math.prod(entry.shape[1:]))
+        tensors[prefix + entry.source] = values.to(dtype)
+    return tensors
+
+
+def empty_reference(config: WanConfig) -> WanTransformer3DModel:
+    """Build diffusers' own class in the sizes of a configuration, with nothing of ours."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=config.hidden // 128,
+        attention_head_dim=128,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_channels,
+        freq_dim=config.time_channels,
+        ffn_dim=config.ffn,
+        num_layers=config.blocks,
+        image_dim=config.image_channels or None,
+        added_kv_proj_dim=config.hidden if config.image_channels else None,
+    )
+
+
+def reference(state: State, config: WanConfig = TEXT) -> WanTransformer3DModel:
+    """Build diffusers' own class from a checkpoint; each parameter has the dtype of its tensor."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    converted = convert_wan_transformer_to_diffusers(dict(state)) if config.is_original else state
+    module = empty_reference(config)
+    module.load_state_dict(converted, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def inputs(
+    rows: int, tokens: int, size: tuple[int, int, int], config: WanConfig = TEXT, *, is_per_token: bool = False
+) -> dict[str, Any]:
+    """Make the arguments of a forward, the same in every process. ``size``: frames, rows and columns of latents."""
+    generator = torch.Generator().manual_seed(rows * 10_000 + tokens * 100 + sum(size))
+    timestep = torch.linspace(712.0, 250.5, rows)
+    if is_per_token:
+        of_row = size[0] * size[1] * size[2] // 4
+        kept = torch.rand(of_row, generator=generator) > 0.3  # tokens of a first image have the time 0
+        timestep = timestep[:, None] * kept
+    given: dict[str, Any] = {
+        "hidden_states": torch.randn(rows, config.in_channels, *size, generator=generator),
+        "timestep": timestep,
+        "encoder_hidden_states": torch.randn(
+            rows, 512 if config.image_channels else tokens, config.text_channels, generator=generator
+        ),
+    }
+    if config.image_channels:
+        given["encoder_hidden_states_image"] = torch.randn(rows, 257, config.image_channels, generator=generator)
+    return given
+
+
+def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:
+    return float((ours.double() - right.double()).abs().max() / right.double().abs().max())
