@@ -204,6 +204,17 @@ class LoraCounts(Described, frozen=True, kw_only=True):
     """Bytes of factors that were copied into the compute dtype of a model; once for each LoRA and dtype."""
     detail: Text = ""
     """Why the forwards of the last such job did not take the path that they take without LoRAs."""
+    forwards: Count = 0
+    """Forwards with LoRAs, of fused blocks and of modules that run as their class."""
+    launched: Count = 0
+    """Those among them that were CUDA graphs."""
+    layouts: Count = 0
+    """Sets of layers and ranks for which memory was made that graphs read. Each has graphs of its own; LoRAs of one set
+    share them."""
+    copied_bytes: Bytes = 0
+    """Bytes of factors that were copied into that memory; no weight of a model is among them."""
+    memory_bytes: Bytes = 0
+    """Bytes of that memory, and of other copies of several LoRAs' factors."""
 
 
 class DaemonStatus(Described, frozen=True, kw_only=True):

@@ -2,12 +2,13 @@
 
     python benchmarks/run.py lora --workers 1 2
     python benchmarks/run.py lora --formats bfloat16 float8 --counts 1 4 --lora-ranks 16 128 --json FILE
+    python benchmarks/run.py lora --acceleration captured
     python benchmarks/run.py lora --device cpu --small
 
 Random weights of full size are lent, and LoRAs of all layers of blocks, in kohya's names. Prints the milliseconds of a
 step (median) with so many LoRAs of each rank, their ratio to a step without, the milliseconds of a switch, which the
 workers measure, of the first job of a LoRA (its layers are found, and its factors converted) and of baking one into the
-weights on the first GPU, for comparison; and which blocks ran.
+weights on the first GPU, for comparison; which blocks ran, and how many of the timed forwards were CUDA graphs.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
@@ -19,7 +20,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import flux
 import torch
@@ -29,6 +30,7 @@ from parts.packed_steps import FORMATS, blocks_of, pack
 
 from xditd.client import Client, Loan, LoanWithLoras
 from xditd.client.demo.daemon_process import DaemonProcess
+from xditd.ipc.tensors import Acceleration
 
 State = dict[str, torch.Tensor]
 SEED = 0
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-ranks", nargs="+", type=int, default=[16, 128])
     parser.add_argument("--steps", type=int, default=8, help="of one generation")
     parser.add_argument("--repeats", type=int, default=5, help="timed generations; the median counts")
+    parser.add_argument("--acceleration", default="auto", choices=get_args(Acceleration), help="of the workers")
     parser.add_argument("--switches", type=int, default=50, help="between two LoRAs")
     add_ranks(parser)
     add_device(parser)
@@ -57,7 +60,8 @@ def run(given: argparse.Namespace, report: Report) -> None:
 
 
 def measure_daemon(given: argparse.Namespace, report: Report, plain: State, folder: Path, ranks: int) -> None:
-    daemon = DaemonProcess(folder / "daemon.log", ranks, given.device)
+    flags = ["--acceleration", given.acceleration]
+    daemon = DaemonProcess(folder / "daemon.log", ranks, given.device, flags)
     client = None
     found: dict[str, dict[str, Any]] = {}
     try:
@@ -91,12 +95,16 @@ def measure_rank(
         began = time.perf_counter()
         generate(given, client, view, 1)
         first_ms = (time.perf_counter() - began) * 1e3
+        before = client.status().loras
         each = step_ms_of(given, client, view)
+        after = client.status().loras
         found[f"{name}, {count} of rank {rank}"] = {
             "step_ms": round(each, 2),
             "ratio": round(each / without, 3),
             "blocks": blocks_of(client.status()),
             "first_job_ms": round(first_ms, 1),
+            "captured": f"{after.launched - before.launched} of {after.forwards - before.forwards}",
+            "factors_mib": round(after.memory_bytes / 2**20),
         }
     switches = []
     for number in range(given.switches):

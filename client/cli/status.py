@@ -96,6 +96,9 @@ def describe(found: DaemonStatus) -> str:
         switched = f"{loras.switches} switches, the last in {loras.last_switch_ms:.2f} ms"
         why = f"; {_shortened(loras.detail)}" if loras.detail else ""
         lines += ["", f"loras     {loras.jobs} jobs, {switched}, the slowest {loras.slowest_switch_ms:.2f} ms{why}"]
+        if loras.forwards:
+            copies = f"; copies of factors take {size_text(loras.memory_bytes)}" if loras.memory_bytes else ""
+            lines.append(f"          {loras.launched} of {loras.forwards} forwards were captured ones{copies}")
     scratch_bytes = max((each.facts.scratch_bytes for each in found.components if each.facts is not None), default=0)
     if scratch_bytes:
         lines += ["", f"scratch   {size_text(scratch_bytes)} of each worker, into which packed weights are dequantised"]

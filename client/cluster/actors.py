@@ -6,11 +6,11 @@ Their methods take and return bytes of ``messages.py`` and references to such, s
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from pickle import PickleBuffer
 from typing import Any, Final, TypeVar
 
 import ray
@@ -78,7 +78,7 @@ class HostActor:
         return encode(self._agent.report())
 
     @_returns_two
-    def run(self, job: bytes, tensors: Any) -> tuple[bytes, pickle.PickleBuffer]:
+    def run(self, job: bytes, tensors: Any) -> tuple[bytes, PickleBuffer]:
         """Run a job; returns its outcome, and its tensors in an object of their own.
 
         ``tensors`` is a buffer in this host's object store, which is not copied.
@@ -89,7 +89,7 @@ class HostActor:
             outcome, found = self._agent.run(decode(job, Job), decode(memoryview(tensors), StoredTensors))
         except Exception as error:  # noqa: BLE001 - the program raises it
             outcome = refusal(self._agent.name, _typed(error, "the host's agent"))
-        return encode(outcome), pickle.PickleBuffer(encode(found))
+        return encode(outcome), PickleBuffer(encode(found))
 
     @_control
     def leave(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import time
 from collections.abc import Callable, Sequence
+from pickle import PickleBuffer
 from typing import Any, Final, TypeVar
 
 import ray
@@ -135,7 +135,7 @@ class Submission:
             ClusterUnreachable: no router answers.
             XditdError: the error that ended the job.
         """
-        self._tensors = ray.put(pickle.PickleBuffer(tensors))
+        self._tensors = ray.put(PickleBuffer(tensors))
         found = run_job(self, self._job)
         self._has_succeeded = True
         return found

@@ -5,7 +5,7 @@ Sources: diffusers, ``FluxPipeline`` (``_pack_latents``, ``_unpack_latents``, ``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +32,24 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return split.reshape(rows, channels, height, width)
 
 
-def image_positions(rows: int, columns: int) -> torch.Tensor:
-    """Return the position ids of image tokens, (rows * columns, 3), float32: 0, row, column."""
+class Place(NamedTuple):
+    """Where the tokens of an image are: how many, and the position of the first one."""
+
+    rows: int
+    columns: int
+    plane: int = 0
+    top: int = 0
+    left: int = 0
+
+
+def image_positions(rows: int, columns: int, plane: int = 0, top: int = 0, left: int = 0) -> torch.Tensor:
+    """Return the position ids of image tokens, (rows * columns, 3), float32: plane, row, column."""
     import torch
 
     ids = torch.zeros(rows, columns, ID_AXES)
-    ids[..., 1] += torch.arange(rows)[:, None]
-    ids[..., 2] += torch.arange(columns)[None, :]
+    ids[..., 0] = plane
+    ids[..., 1] += torch.arange(top, top + rows)[:, None]
+    ids[..., 2] += torch.arange(left, left + columns)[None, :]
     return ids.reshape(rows * columns, ID_AXES)
 
 

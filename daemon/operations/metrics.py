@@ -109,6 +109,12 @@ class _Collected(Collector):
             *("format", "way"),
         )
         yield _counter("xditd_lora_jobs_total", "Jobs with LoRAs.", status.loras.jobs)
+        yield _counter("xditd_lora_forwards_total", "Forwards with LoRAs on rank 0.", status.loras.forwards)
+        yield _counter(
+            "xditd_lora_captured_forwards_total",
+            "Forwards with LoRAs on rank 0 that were CUDA graphs.",
+            status.loras.launched,
+        )
         yield _counter(
             "xditd_outside_connections_total",
             "Connections to other hosts that workers attempted; must be 0.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,6 +76,10 @@ def _run(job: Call, context: JobContext) -> Finished:
                 begun = _begin(job, context, component, parts, loras, settings)
         clock.end_phase("inputs", waits=False)
         describer, written, stateful = begun.describer, begun.written, begun.stateful
+        if loras.changes:
+            layout = component.class_model.loras.use(loras.begin_step(), len(job.parts))
+            begun.rows.use_layout(layout)
+            settings.enter_context(nullcontext() if layout is None else layout.switched_on())
         results = begun.rows.run_prepared(begun.prepared)
     described: CallResults | None = None
     with raise_on_all_ranks():
@@ -125,7 +129,7 @@ def _begin(
     settings.enter_context(loras.switched_on())
     run_part = partial(_run_part, component, job.method, numerics)
     rows = ModuleRows(
-        component.class_model, job.method, numerics, run_part, context.held.shares, is_eager=loras.changes
+        component.class_model, job.method, numerics, run_part, context.held.shares, has_loras=loras.changes
     )
     of_parts = [
         {*changed, *(name for name, node in described.arguments.items() if holds(node, Held))}

@@ -19,6 +19,7 @@ from xditd.gpu_workers.jobs.cached_calls import CachedCalls
 from xditd.gpu_workers.jobs.case_checks import CaseChecks
 from xditd.gpu_workers.jobs.numerics import use_numerics
 from xditd.gpu_workers.jobs.split_runs import run_split
+from xditd.gpu_workers.models.class_layout import SeparateLayout
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.split_checks import Case, CaseKey
 from xditd.gpu_workers.models.token_plans import PlanFault
@@ -69,8 +70,8 @@ class ModuleRows:
     """Runs the parts of one call: ``call`` runs ``method`` of ``model`` with the arguments of a part.
 
     ``call`` raises ``Unsupported`` for a forward that draws random numbers of torch's own generators. ``shares`` knows
-    the tensors of which ranks have shares. With ``is_eager`` forwards run neither compiled nor captured. All ranks make
-    the same calls.
+    the tensors of which ranks have shares. With ``has_loras`` forwards run neither compiled nor captured, but for those
+    after :meth:`use_layout`, which may be captured. All ranks make the same calls.
     """
 
     def __init__(
@@ -81,13 +82,14 @@ class ModuleRows:
         call: Forward,
         shares: TokenShares | None = None,
         *,
-        is_eager: bool = False,
+        has_loras: bool = False,
     ) -> None:
         self._model = model
         self._method = method
         self._numerics = numerics
         self._call = call
-        self._has_paths = method == "forward" and not is_eager
+        self._has_paths = method == "forward" and not has_loras
+        self._layout: SeparateLayout | None = None
         self._rank = model.layout.rank
         self._ranks = model.layout.world_size
         self._shares = TokenShares() if shares is None else shares
@@ -101,6 +103,11 @@ class ModuleRows:
             self._checks.compare_tokens,
             lambda batch, why: self._checks.report("tokens", batch, None, why),
         )
+
+    def use_layout(self, layout: SeparateLayout | None) -> None:
+        """Let the forwards with LoRAs read their factors where a layout has them, if it does."""
+        self._layout = layout if self._method == "forward" else None
+        self._has_paths = self._has_paths or self._layout is not None
 
     def run(self, parts: Sequence[ModulePart]) -> list[Any]:
         """Return the result of each part on rank 0; on other ranks ``None`` for those that not all have run.
@@ -169,7 +176,22 @@ class ModuleRows:
         """Run a forward that this rank computes alone, on its path."""
         if not self._has_paths:
             return self._call(arguments)
-        return self._model.paths.run(key, arguments, self._call, self._bare, on_all_ranks=False, trial=self._try)
+        return self._on_path(key, arguments, self._call, self._bare, self._try, on_all_ranks=False)
+
+    def _on_path(
+        self,
+        key: CaseKey,
+        arguments: Mapping[str, Any],
+        eager: Forward,
+        bare: Forward,
+        trial: Forward,
+        *,
+        on_all_ranks: bool,
+    ) -> Any:
+        layout, given = self._layout, (key, arguments, eager, bare)
+        if layout is None:
+            return self._model.paths.run(*given, on_all_ranks=on_all_ranks, trial=trial)
+        return self._model.loras.run(layout, *given, on_all_ranks=on_all_ranks, trial=trial)
 
     def _bare(self, arguments: Mapping[str, Any]) -> Any:
         """Run the module without the checks of ``call``."""
@@ -234,7 +256,7 @@ class ModuleRows:
 
             if key is None or not self._has_paths:
                 return eager(arguments)
-            return self._model.paths.run(key, arguments, eager, bare, on_all_ranks=True, trial=trial)
+            return self._on_path(key, arguments, eager, bare, trial, on_all_ranks=True)
 
         return run_split(run, ranks, is_guarded=is_guarded)
 

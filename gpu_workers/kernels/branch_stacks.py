@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 
-from xditd.gpu_workers.kernels.branches import Branch, Branches, Strength
+from xditd.gpu_workers.kernels.branches import Branch, Branches, Pair, Strength
 
 MAX_BYTES: Final = 2**30
 """Bytes of all stacks of one model. A larger combination is added branch by branch."""
 _MAX_SCALES: Final = 64
 """Vectors of factors that a combination keeps: one for each step's strengths and each layer's scales."""
-
-
-class Pair(NamedTuple):
-    """What is added to a projection's outputs from ``start`` on: ``alpha * ((x @ down.T) * scales) @ up.T``.
-
-    ``down`` is (rank, inputs), ``up`` (rows, rank), ``scales`` float32 (rank,), or ``None`` if all are ``alpha``.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    start: int
-    alpha: float
-    scales: torch.Tensor | None = None
 
 
 class _Combination:

@@ -8,16 +8,18 @@ itself to it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from xditd.gpu_workers.kernels.branch_kernels import can_multiply, multiply_with_branch
-from xditd.gpu_workers.kernels.branch_stacks import BranchStacks, Pair
-from xditd.gpu_workers.kernels.branches import Branch, Branches, add_branches, joined
+from xditd.gpu_workers.kernels.branch_stacks import BranchStacks
+from xditd.gpu_workers.kernels.branches import Branch, Branches, Pair, add_branches, joined
 from xditd.gpu_workers.kernels.dense_products import add_product, multiply, note_captured
 from xditd.gpu_workers.kernels.products import Linear, TensorRows
+from xditd.gpu_workers.kernels.stacked_layout import StackedLayout
+from xditd.gpu_workers.kernels.static_branches import Place
 
 LinearT = TypeVar("LinearT")
 
@@ -54,6 +56,15 @@ class BranchTable:
         start, stop, _ = rows.indices(last)
         return next(branches for part, branches in found if (part.start, part.stop) == (start, stop))
 
+    def places(self, layers: Container[str]) -> list[Place]:
+        """Return all parts of some layers, in an order that is that of every rank."""
+        return [
+            Place(branches, part.stop - part.start)
+            for layer, parts in self._parts.items()
+            if layer in layers
+            for part, branches in parts
+        ]
+
     def slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
         """Return which branches a LoRA adds to which parts, from those of the module's layers.
 
@@ -83,11 +94,15 @@ class Branched(NamedTuple, Generic[LinearT]):
 
 
 class BranchedProducts(TensorRows):
-    """``products`` whose rows are plain tensors, with the branches of a table."""
+    """``products`` whose rows are plain tensors, with the branches of a table, or those of a ``layout``, if set.
+
+    With a layout, they depend neither on the LoRAs that are switched on nor on their strengths.
+    """
 
     def __init__(self, products: TensorRows, table: BranchTable) -> None:
         self._products: Any = products
         self._table = table
+        self.layout: StackedLayout | None = None
         self._last: _Low | None = None
 
     def linear(self, name: str, rows: slice = slice(None)) -> Branched[Any]:
@@ -97,7 +112,7 @@ class BranchedProducts(TensorRows):
         self._project([rows], linear, out)
 
     def mlp(self, rows: torch.Tensor, up: Branched[Any], down: Branched[Any], out: torch.Tensor) -> None:
-        if not (up.branches.active or down.branches.active):
+        if not (self._has(up) or self._has(down)):
             self._products.mlp(rows, up.linear, down.linear, out)
             return
         self._project([self._hidden(rows, up)], down, out)
@@ -106,11 +121,20 @@ class BranchedProducts(TensorRows):
     def mlp_and_attention(
         self, attended: torch.Tensor, rows: torch.Tensor, up: Branched[Any], second: Branched[Any], out: torch.Tensor
     ) -> None:
-        if not (up.branches.active or second.branches.active):
+        if not (self._has(up) or self._has(second)):
             self._products.mlp_and_attention(attended, rows, up.linear, second.linear, out)
             return
         self._project([attended, self._hidden(rows, up)], second, out)
         self._last = None
+
+    def _has(self, projection: Branched[Any]) -> bool:
+        return bool(projection.branches.active if self.layout is None else id(projection.branches) in self.layout.pairs)
+
+    def _pairs(self, branches: Branches, outputs: int) -> list[Pair]:
+        if self.layout is None:
+            return self._table.stacks.pairs(branches, outputs)
+        pair = self.layout.pairs.get(id(branches))
+        return [] if pair is None else [pair]
 
     def _hidden(self, rows: torch.Tensor, up: Branched[Any]) -> torch.Tensor:
         hidden = rows.new_empty(rows.shape[0], up.linear.bias.shape[0])
@@ -122,7 +146,7 @@ class BranchedProducts(TensorRows):
         self, parts: list[torch.Tensor], projection: Branched[Any], out: torch.Tensor, *, gelu: bool = False
     ) -> None:
         """Project rows, whose columns are those of ``parts`` side by side, add the branches, and maybe apply GELU."""
-        pairs = self._table.stacks.pairs(projection.branches, out.shape[1])
+        pairs = self._pairs(projection.branches, out.shape[1])
         lows = [self._low(parts, pair) for pair in pairs]
         plain = self._products.plain(projection.linear)
         if plain is not None and not pairs:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
 class Strength:
-    """The strength of one LoRA in the job at hand, which all its branches read when they run."""
+    """The strength of one LoRA in the job at hand, which all its branches read when they run.
 
-    __slots__ = ("__weakref__", "value")
+    ``number`` is the LoRA's in its model.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("__weakref__", "number", "value")
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.value = 0.0
 
 
@@ -79,13 +84,30 @@ def _is_next(first: Branch, second: Branch) -> bool:
     )
 
 
-class Branches:
-    """The branches beside one linear layer: those of the LoRAs of the job at hand, and none between jobs."""
+class Pair(NamedTuple):
+    """What is added to a projection's outputs from ``start`` on: ``alpha * ((x @ down.T) * scales) @ up.T``.
 
-    __slots__ = ("active",)
+    ``down`` is (rank, inputs), ``up`` (rows, rank), ``scales`` float32 (rank,), or ``None`` if all are ``alpha``.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    start: int
+    alpha: float
+    scales: torch.Tensor | None = None
+
+
+class Branches:
+    """The branches beside one linear layer: those of the LoRAs of the job at hand, and none between jobs.
+
+    ``pair`` has them in memory that graphs read, in place of ``active``, while a forward that may be captured runs.
+    """
+
+    __slots__ = ("active", "pair")
 
     def __init__(self) -> None:
         self.active: tuple[Branch, ...] = ()
+        self.pair: Pair | None = None
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Add to a layer's result ``y`` (..., outputs) what they make of its input ``x``; write into ``y`` if it is
@@ -93,10 +115,14 @@ class Branches:
 
         They compute in their own dtype, into which ``x`` is cast. A strength of 0 adds nothing: no bit changes.
         """
-        if not self.active:
+        if not self.active and self.pair is None:
             return y
         y = y.contiguous()
-        add_branches(self.active, y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
+        out, rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if self.pair is None:
+            add_branches(self.active, out, rows)
+        else:
+            _add_product(out, torch.mm(rows.to(self.pair.down.dtype), self.pair.down.t()), self.pair.up, 1.0)
         return y
 
 
@@ -109,8 +135,11 @@ def add_branches(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) -
             continue
         if last is None or last[0] is not branch.down:  # parts of a fused projection have the same
             last = branch.down, torch.mm(x.to(branch.down.dtype), branch.down.t())
-        out = y[:, branch.start : branch.stop]
-        if out.dtype == branch.up.dtype:
-            out.addmm_(last[1], branch.up.t(), alpha=factor)
-        else:
-            out.add_(torch.mm(last[1], branch.up.t()), alpha=factor)
+        _add_product(y[:, branch.start : branch.stop], last[1], branch.up, factor)
+
+
+def _add_product(out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, factor: float) -> None:
+    if out.dtype == up.dtype:
+        out.addmm_(low, up.t(), alpha=factor)
+    else:
+        out.add_(torch.mm(low, up.t()), alpha=factor)

@@ -12,6 +12,7 @@ from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.operations import (
+    BranchMemory,
     Operations,
     TextEncoderOperations,
     TransformerOperations,
@@ -104,7 +105,12 @@ class CachedModel:
             return ""
         if not self._fast.takes_loras:
             return "plain blocks run with LoRAs: products of fused blocks in eight bits have no branches"
-        return "forwards with LoRAs are neither compiled nor captured" if self._fast.paths.is_on else ""
+        return self._fast.loras.detail
+
+    @property
+    def lora_memory(self) -> BranchMemory | None:
+        """The copies of LoRAs' factors that graphs of the fast path read, if there is one."""
+        return None if self._fast is None else self._fast.loras
 
     def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
         """Return the places of a LoRA's branches: in the layers of the module, and in its fast path."""

@@ -7,6 +7,7 @@ layers (compiled blocks, packed weights), find the module as its class makes it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +24,29 @@ class _LinearWithBranches(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branches: LayerBranches = self.__dict__[_KEY]
-        return add_as_peft(branches.active, super().forward(x), x)
+        y = super().forward(x)
+        return add_static(branches.static, y, x) if branches.static else add_as_peft(branches.active, y, x)
+
+
+class StaticBranch(NamedTuple):
+    """A branch in memory that graphs read: ``factor`` is its scale by its strength, float32, on the device."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    factor: torch.Tensor
+    start: int
 
 
 class LayerBranches(Branches):
     """The branches beside a plain linear layer, which has another class while there are any."""
 
-    __slots__ = ("_active", "_layer")
+    __slots__ = ("_active", "_layer", "_static")
 
     def __init__(self, layer: torch.nn.Linear) -> None:
         self._layer = layer
+        self.pair = None
         self._active: tuple[Branch, ...] = ()
+        self._static: tuple[StaticBranch, ...] = ()
 
     @property
     def active(self) -> tuple[Branch, ...]:
@@ -42,14 +55,29 @@ class LayerBranches(Branches):
 
     @active.setter
     def active(self, branches: tuple[Branch, ...]) -> None:
-        if bool(branches) != bool(self._active):
-            if branches:
-                self._layer.__dict__[_KEY] = self
-                self._layer.__class__ = _LinearWithBranches  # its parameters, hooks and attributes stay
-            else:
-                self._layer.__class__ = torch.nn.Linear
-                del self._layer.__dict__[_KEY]
         self._active = branches
+        self._set_class()
+
+    @property
+    def static(self) -> tuple[StaticBranch, ...]:
+        """Those that a graph reads, in place of the others; none outside of forwards that may be captured."""
+        return self._static
+
+    @static.setter
+    def static(self, branches: tuple[StaticBranch, ...]) -> None:
+        self._static = branches
+        self._set_class()
+
+    def _set_class(self) -> None:
+        has_any = bool(self._active or self._static)
+        if has_any == (_KEY in self._layer.__dict__):
+            return
+        if has_any:
+            self._layer.__dict__[_KEY] = self
+            self._layer.__class__ = _LinearWithBranches  # its parameters, hooks and attributes stay
+        else:
+            self._layer.__class__ = torch.nn.Linear
+            del self._layer.__dict__[_KEY]
 
 
 def add_as_peft(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -66,6 +94,17 @@ def add_as_peft(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) ->
         factor = branch.scale * branch.strength.value
         if factor != 0.0:
             y = _added(y, F.linear(F.linear(x, branch.down), branch.up) * factor, branch.start)
+    return y.to(dtype)
+
+
+def add_static(branches: Sequence[StaticBranch], y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Do what :func:`add_as_peft` does, with its bits; the host has no factor."""
+    dtype = y.dtype
+    for branch in branches:
+        x = x.to(branch.down.dtype)
+        part = F.linear(F.linear(x, branch.down), branch.up)
+        # A number of the host is multiplied in float32, one on the device in the dtype of the tensor.
+        y = _added(y, (part.float() * branch.factor).to(part.dtype), branch.start)
     return y.to(dtype)
 
 

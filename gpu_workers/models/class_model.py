@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Final
+from typing import Final, cast
 
 import torch
 
 from xditd.gpu_workers.kernels.branches import Branch, Branches
+from xditd.gpu_workers.kernels.static_branches import Place
 from xditd.gpu_workers.models.class_branches import branches_of, targets_in
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
+from xditd.gpu_workers.models.class_layout import SeparateLayout
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.gpu_workers.models.entries import Bindings, TensorInfo
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.graph_loras import GraphLoras
 from xditd.gpu_workers.models.lora_targets import Target
 from xditd.gpu_workers.models.packed_modules import packed_targets, without_weights
 from xditd.gpu_workers.models.planned_forward import PlannedModule
@@ -31,6 +34,7 @@ from xditd.gpu_workers.models.token_plans import PlanFault, find_plan
 from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, largest_bytes, pack_linears
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
+from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc import module_state
 from xditd.ipc.errors import Unsupported
@@ -100,6 +104,7 @@ class ClassModel:
             blocks=partial(self._compile_blocks, graphs),
             counts=packed_memory.counts,
         )
+        self.loras = GraphLoras(SeparateLayout, self._lora_places, self.paths, RankSet.GROUP)
         self.planned = self._plan_tokens()
         """The module with its token plan, or the reason why its tokens cannot be split."""
 
@@ -133,7 +138,13 @@ class ClassModel:
     @property
     def lora_detail(self) -> str:
         """Why forwards with LoRAs take another path than others; empty if they do not."""
-        return "forwards with LoRAs are eager: compiled blocks and graphs have no branches" if self.paths.is_on else ""
+        return self.loras.detail
+
+    def _lora_places(self) -> list[Place]:
+        return [
+            Place(branches, cast(torch.nn.Linear, self.module.get_submodule(path)).out_features)
+            for path, branches in self.branches.items()
+        ]
 
     def check(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Check that a manifest lends all tensors of the state, and nothing else.
@@ -176,8 +187,10 @@ class ClassModel:
 
     def release(self, *, is_lent: bool = False) -> None:
         """Free the reserved memory if nothing is plugged, and no weights are lent."""
-        if self.owner is None and not is_lent:
-            self.packed_memory.scratch.release(self)
+        if self.owner is None:
+            self.loras.clear()
+            if not is_lent:
+                self.packed_memory.scratch.release(self)
 
     def plug(
         self,

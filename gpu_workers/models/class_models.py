@@ -16,6 +16,7 @@ from xditd.gpu_workers.models.configured_classes import find_model_class
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.module_match import ModuleMatch
+from xditd.gpu_workers.models.operations import BranchMemory
 from xditd.gpu_workers.models.packed_modules import as_loaded
 from xditd.gpu_workers.models.pretrained import (
     converted_names,
@@ -85,6 +86,11 @@ class ClassModels:
     def paths(self) -> list[ForwardPaths]:
         """The paths of the forwards of all modules."""
         return [model.paths for model in self._models.values()]
+
+    @property
+    def lora_memory(self) -> list[BranchMemory]:
+        """The copies of LoRAs' factors of all modules."""
+        return [model.loras for model in self._models.values()]
 
     def match(
         self,

@@ -43,6 +43,7 @@ from xditd.ipc.errors import (
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import LoraUse
+from xditd.ipc.status import LoraCounts
 from xditd.ipc.tensors import (
     Block,
     ComponentKind,
@@ -169,6 +170,10 @@ class Components:
             UnknownComponent, BadRequest, Unsupported, StaleSource: see ``prepare_variant``.
         """
         return prepare_variant(component.runnable, uses, self.get_lora, self.loras)
+
+    def lora_counts(self) -> LoraCounts:
+        """Return what jobs did with LoRAs."""
+        return self.loras.report([*self.models.lora_memory, *self.class_models.lora_memory])
 
     def has_module(self, component_id: str) -> bool:
         """Return whether a component runs as its own class, with no family."""

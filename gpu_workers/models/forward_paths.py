@@ -99,6 +99,18 @@ class ForwardPaths:
         self._lent: dict[str, _Lent] = {}
         self._current: _Lent | None = None
         self._new: list[ForwardPath] = []
+        self.launched = 0
+        """Graphs that were launched for forwards."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether a forward may be captured."""
+        return self._chooser.captures
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks may be compiled."""
+        return self._chooser.compiles
 
     @property
     def is_on(self) -> bool:
@@ -126,11 +138,14 @@ class ForwardPaths:
         *,
         on_all_ranks: bool,
         trial: Forward | None = None,
+        note: str = "",
+        may_compile: bool = True,
     ) -> Any:
         """Run a forward: ``eager(arguments)``, or on another path ``bare``, which does the same without any checks.
 
         ``key`` names the case: what ``eager`` depends on besides the contents and the layout of tensors. ``trial`` is
-        ``bare`` with what it needs to raise on all ranks, or on none.
+        ``bare`` with what it needs to raise on all ranks, or on none. Reports of the case have the ``note``.
+        Without ``may_compile`` its blocks are not compiled.
         """
         if not self.is_on:
             return eager(arguments)
@@ -139,6 +154,7 @@ class ForwardPaths:
         case = self._find((self._current, key, on_all_ranks, layout))
         if case.graph is not None:
             result = case.graph.run(arguments)
+            self.launched += 1
             if case.awaits_blocks:
                 weights = self._current.tensors
                 last = LastRun(case, bare, trial or bare, case.graph.arguments, result, weights)
@@ -146,6 +162,7 @@ class ForwardPaths:
             return result
         if case.is_compiled:
             return self._chooser.run_compiled(case, lambda: eager(arguments))
+        case.may_compile = may_compile
         case.runs += 1
         is_due = case.runs >= (1 if key in self._known[on_all_ranks] else RUNS_BEFORE)
         if case.is_decided or not is_due or not self._has_few(key, on_all_ranks=on_all_ranks):
@@ -153,8 +170,18 @@ class ForwardPaths:
         if _bytes_of(arguments) > MAX_INPUT_BYTES:
             return eager(arguments)
         self._note_known(key, on_all_ranks=on_all_ranks)
-        case.shapes = ", ".join(f"{list(each.shape)}" for each in tensors_of(arguments))
+        shapes = ", ".join(f"{list(each.shape)}" for each in tensors_of(arguments))
+        case.shapes = f"{note}: {shapes}" if note else shapes
         return self._run_to_decide(case, arguments, eager, bare, trial or bare)
+
+    def forget(self, layout: int) -> None:
+        """Free the graphs of forwards with LoRAs of a layout, by its serial: the memory of their factors goes."""
+        for cases in self._cases.values():
+            for key in [key for key in cases if key[1].layout == layout]:
+                self._due.pop(id(cases.pop(key)), None)
+        for known in self._known.values():
+            for case in [case for case in known if case.layout == layout]:
+                del known[case]
 
     def drop_runs(self) -> None:
         """Decide nothing by the runs since the last ``decide``: ranks that failed in them may have other ones."""
@@ -202,7 +229,11 @@ class ForwardPaths:
             return eager(arguments)
         snapshot = ModuleSnapshot(self._module)
         call = partial(eager, arguments)
-        blocks = self._chooser.find_blocks() if self._chooser.compiles and not case.awaits_blocks else None
+        blocks = (
+            self._chooser.find_blocks()
+            if self._chooser.compiles and case.may_compile and not case.awaits_blocks
+            else None
+        )
         is_recorded = isinstance(blocks, CompiledBlocks) and blocks.state(case.compiled_key).phase == "absent"
         events = None
         if self._device.type == "cuda" and not is_recorded:

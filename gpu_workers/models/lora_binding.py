@@ -98,7 +98,7 @@ class LentLora:
         known = [layer for layer in layers if layer.target in targets]
         self._check(model, layers, {layer: targets[layer.target] for layer in known})
         factors = self._factors_in(model.branch_dtype, known)
-        strength = Strength()
+        strength = Strength(next(_numbers))
         by_layer: dict[str, tuple[Branch, ...]] = {}
         for layer in known:
             down, up = factors[layer.down], factors[layer.up]
@@ -111,7 +111,7 @@ class LentLora:
                     by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
         slots = tuple(model.branch_slots(by_layer))
         unknown = tuple(layer.down for layer in layers if layer.target not in targets)
-        return BoundLora(next(_numbers), strength, slots, unknown)
+        return BoundLora(strength.number, strength, slots, unknown)
 
     def _find(self, model: AnyModel) -> tuple[list[LoraLayer], Mapping[str, Target]]:
         """Return the layers that are meant for a model, and those that the model has, by their names in LoRAs."""

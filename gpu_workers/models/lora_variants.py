@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from xditd.gpu_workers.kernels.branches import Branches
 from xditd.gpu_workers.models.lora_binding import AnyModel, BoundLora, LentLora
+from xditd.gpu_workers.models.operations import BranchMemory
 from xditd.ipc import limits
 from xditd.ipc.name_lists import listed
 from xditd.ipc.requests import LoraUse
@@ -31,15 +33,18 @@ class LoraCounters:
         self.slowest_switch_ms = 0.0
         self.bound = 0
         self.converted_bytes = 0
-        self.detail = ""
+        self.model: weakref.ref[AnyModel] | None = None
+        """That of the last job."""
 
     def note_switch(self, took_ms: float) -> None:
         self.switches += 1
         self.last_switch_ms = took_ms
         self.slowest_switch_ms = max(self.slowest_switch_ms, took_ms)
 
-    def report(self) -> LoraCounts:
-        """Return the counts."""
+    def report(self, memory: Iterable[BranchMemory] = ()) -> LoraCounts:
+        """Return the counts, with those of the copies of factors that models have."""
+        known = list(memory)
+        model = None if self.model is None else self.model()
         return LoraCounts(
             jobs=self.jobs,
             switches=self.switches,
@@ -47,7 +52,12 @@ class LoraCounters:
             slowest_switch_ms=self.slowest_switch_ms,
             bound=self.bound,
             converted_bytes=self.converted_bytes,
-            detail=self.detail[: limits.MAX_TEXT_CHARS],
+            detail="" if model is None else model.lora_detail[: limits.MAX_TEXT_CHARS],
+            forwards=sum(each.counts.forwards for each in known),
+            launched=sum(each.counts.launched for each in known),
+            layouts=sum(each.counts.layouts for each in known),
+            copied_bytes=sum(each.counts.copied_bytes for each in known),
+            memory_bytes=sum(each.nbytes for each in known),
         )
 
 
@@ -137,5 +147,5 @@ def prepare_variant(
                 )  # fmt: skip
         loras.append((lent.bind(model), _schedule_of(of_one)))
     counters.jobs += 1
-    counters.detail = model.lora_detail
+    counters.model = weakref.ref(model)
     return LoraVariant(tuple(loras), counters)

@@ -18,6 +18,7 @@ from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
+from xditd.gpu_workers.models.operations import BranchMemory
 from xditd.gpu_workers.models.packed_weights import embedding_targets, linear_targets
 from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.models.registry import detect, families, load_faults_note, operations_of, titles
@@ -66,6 +67,11 @@ class ModelCache:
     def paths(self) -> list[ForwardPaths]:
         """The paths of the forwards of all fast paths."""
         return [model.paths for model in self._models.values() if model.paths is not None]
+
+    @property
+    def lora_memory(self) -> list[BranchMemory]:
+        """The copies of LoRAs' factors of all fast paths."""
+        return [model.lora_memory for model in self._models.values() if model.lora_memory is not None]
 
     def release_idle(self, lent: Collection[int] = ()) -> None:
         """Free the reserved memory of all models without plugged weights; ``lent`` are the ids of models in use."""

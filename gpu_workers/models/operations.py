@@ -12,6 +12,7 @@ from xditd.gpu_workers.models.entries import Shape
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.kernels.branches import Branch, Branches
+    from xditd.gpu_workers.kernels.static_branches import StaticCounts
     from xditd.gpu_workers.models.forward_paths import ForwardPaths
     from xditd.gpu_workers.models.planned_path import PlannedPath
     from xditd.gpu_workers.models.step_cache import StepCache
@@ -261,11 +262,31 @@ class Model(Protocol[ConfigT_co]):
         """The path that ``Operations.fuse`` returned, for families that run their class by its token plan."""
 
 
+class BranchMemory(Protocol):
+    """Copies of the factors of a model's LoRAs, which graphs read."""
+
+    @property
+    def counts(self) -> StaticCounts:
+        """What was done to them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes."""
+
+    @property
+    def detail(self) -> str:
+        """Why the last forward with LoRAs could have no graph, as others can; empty if it could."""
+
+
 class FastPath(Protocol):
     """A forward that reads the tensors of a checkpoint by canonical name, besides the module's own parameters."""
 
     paths: ForwardPaths
     """The paths of its forwards."""
+
+    @property
+    def loras(self) -> BranchMemory:
+        """The LoRAs of its forwards."""
 
     takes_loras: bool
     """Whether its forward has the branches of :meth:`branch_slots`; else the module's own runs with LoRAs."""

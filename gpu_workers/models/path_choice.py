@@ -56,6 +56,8 @@ class ForwardCase:
     """The part of its eager forward's time in which the host launched kernels; ``None`` if it is not known."""
     graph: CapturedForward | None = None
     """The graph that runs. It is that of the eager forward while blocks are being compiled."""
+    may_compile: bool = True
+    """False for forwards with what compiled blocks do not have: branches of LoRAs."""
     may_capture: bool = True
     """False once a capture was refused, or found to gain nothing."""
     path: Path = "eager"
@@ -168,7 +170,9 @@ class PathChooser:
         if self._measures_host and not self.agree(case, self._knows_host_share(run)):
             return Choice("its blocks were recorded")  # so that another run is needed
         reason, error = "", None
-        if self.compiles:
+        if self.compiles and not case.may_compile:
+            reason = "compiled blocks have no branches of LoRAs"
+        elif self.compiles:
             blocks = self.find_blocks()
             if not self.agree(case, isinstance(blocks, CompiledBlocks)) or isinstance(blocks, str):
                 reason = blocks if isinstance(blocks, str) else "another rank has no blocks to compile"

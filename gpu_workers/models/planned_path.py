@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from xfuser.core.distributed import get_sp_group
 
+from xditd.gpu_workers.kernels.stacked_layout import StackedLayout
+from xditd.gpu_workers.kernels.static_branches import Loras, Place
 from xditd.gpu_workers.models.chosen_attention import chosen_attention
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.graph_loras import GraphLoras
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.models.split_checks import CaseKey
 from xditd.gpu_workers.models.token_plans import find_plan
-from xditd.gpu_workers.packed.linear import packed_layers
+from xditd.gpu_workers.packed.linear import BranchedLinear, PackedLinear, packed_layers
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.gpu_workers.parallel.token_shares import TokenShares
@@ -40,7 +43,7 @@ class PlannedPath:
     """
 
     takes_loras: Final = True
-    """They are in the module's own layers; forwards with LoRAs are eager."""
+    """They are in the module's own layers."""
 
     def __init__(self, module: torch.nn.Module, class_name: str, layout: ParallelLayout) -> None:
         plan = find_plan(class_name)
@@ -62,18 +65,21 @@ class PlannedPath:
             blocks=self._compile_blocks,
             counts=packed[0].memory.counts if packed else None,
         )
+        self.loras = GraphLoras(StackedLayout, self._lora_places, self.paths, RankSet.SEQUENCE)
 
     def run(
         self,
         arguments: Mapping[str, Any],
         *,
         key: Hashable = None,
+        loras: Loras = (),
         is_eager: bool = False,
     ) -> Any:
         """Run the class's forward; every rank of the sequence returns the whole result.
 
-        ``key`` is what the forward depends on besides its arguments, such as a variant. Of a cache of keys and values,
-        as the plan declares it, each rank has its share; such forwards have to be eager.
+        ``loras`` are those that are switched on, with their strengths, as in ``CallOptions``. ``key`` is what the
+        forward depends on besides its arguments, such as a variant. Of a cache of keys and values, as the plan declares
+        it, each rank has its share; such forwards have to be eager.
 
         Raises:
             PlanFault: a stream has fewer tokens than there are ranks.
@@ -85,10 +91,17 @@ class PlannedPath:
                     return self._module(**given)
                 return self._planned.run(lambda: self._module(**given), self._ranks, self._shares)
 
-        if is_eager or not self.paths.is_on:
+        layout = self.loras.use(loras)
+        if is_eager or not self.paths.is_on or (loras and layout is None):
             return call(arguments)
         case = CaseKey.of("forward", key, arguments, 0)
+        if layout is not None:
+            return self.loras.run(layout, case, arguments, call, call, on_all_ranks=True)
         return self.paths.run(case, arguments, call, call, on_all_ranks=True)
+
+    def _lora_places(self) -> list[Place]:
+        layers = (each for each in self._module.modules() if isinstance(each, BranchedLinear | PackedLinear))
+        return [Place(each.branches, each.out_features) for each in layers]
 
     @cached_property
     def _ranks(self) -> Ranks:
@@ -124,5 +137,6 @@ class PlannedPath:
         """The module has its tensors."""
 
     def unplug(self) -> None:
-        """Forget the runs that were to be compared."""
+        """Forget the runs that were to be compared, and free the memory for factors."""
         self.paths.drop_runs()
+        self.loras.clear()

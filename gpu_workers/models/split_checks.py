@@ -63,6 +63,8 @@ class CaseKey:
 
     tensors: Hashable
     values: Hashable
+    layout: int = 0
+    """The serial of the layout of its LoRAs; 0 without."""
 
     @classmethod
     def of(cls, method: str, numerics: Hashable, arguments: Mapping[str, Any], batch: int) -> CaseKey:
@@ -75,6 +77,10 @@ class CaseKey:
         alike: list[torch.Tensor] = []
         _add(arguments, batch, tensors, values, alike)
         return cls((method, numerics, tuple(tensors), tuple(_read(alike))), tuple(values))
+
+    def of_layout(self, serial: int) -> CaseKey:
+        """Return the key of the same call with LoRAs of a layout (``static_branches``)."""
+        return CaseKey((self.tensors, serial), self.values, serial)
 
 
 def _read(flags: list[torch.Tensor]) -> Iterator[bool]:

@@ -101,8 +101,7 @@ class PackedLinear(torch.nn.Module):
         return packed.values, packed.scale, self.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._multiply(x)
-        return self.branches.add(y, x) if self.branches.active else y
+        return self.branches.add(self._multiply(x), x)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         packed = self.packed
@@ -128,8 +127,7 @@ class BranchedLinear(torch.nn.Linear):
     branches: Branches
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
-        return self.branches.add(y, x) if self.branches.active else y
+        return self.branches.add(super().forward(x), x)
 
 
 def add_branches_to(module: torch.nn.Module) -> dict[str, Branches]:

@@ -134,7 +134,7 @@ class TorchExecutor:
             split_checks=class_models.take_split_checks(),
             forward_paths=self._take_forward_paths(),
             packed_products=self._components.packed.counts.report() if self.facts.rank == 0 else (),
-            loras=self._components.loras.report() if self.facts.rank == 0 else LoraCounts(),
+            loras=self._components.lora_counts() if self.facts.rank == 0 else LoraCounts(),
         )
 
     def _paths(self) -> list[ForwardPaths]:

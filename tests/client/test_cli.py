@@ -169,12 +169,16 @@ def test_status_shows_how_calls_of_modules_are_split(daemon, folder, capsys):
 
 
 def test_status_shows_jobs_with_loras_and_why_they_take_another_path(daemon, folder, capsys):
-    loras = LoraCounts(jobs=7, switches=6, last_switch_ms=0.084, slowest_switch_ms=0.33, detail="plain blocks run")
+    loras = LoraCounts(
+        jobs=7, switches=6, last_switch_ms=0.084, slowest_switch_ms=0.33, detail="plain blocks run",
+        forwards=140, launched=130, layouts=1, memory_bytes=107 * 2**20,
+    )  # fmt: skip
     status = msgspec.structs.replace(STATUS, loras=loras)
     daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=status)]
     main(["status", "--runtime-dir", str(folder)])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "loras 7 jobs, 6 switches, the last in 0.08 ms, the slowest 0.33 ms; plain blocks run" in lines
+    assert "130 of 140 forwards were captured ones; copies of factors take 107.0 MiB" in lines
 
 
 def test_status_shows_how_packed_weights_are_multiplied_and_what_they_take(daemon, folder, capsys):

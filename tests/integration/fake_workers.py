@@ -226,7 +226,7 @@ class FakeExecutor:
             fused_checks=tuple(checks),
             forward_paths=tuple(paths),
             packed_products=(PackedProducts(format="int8", reference=self.plugs, native=0),),
-            loras=LoraCounts(jobs=self.plugs),
+            loras=LoraCounts(jobs=self.plugs, forwards=self.plugs, launched=self.plugs),
         )
 
     def after_answer(self) -> None:

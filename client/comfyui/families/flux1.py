@@ -1,8 +1,8 @@
-"""FLUX.1 (dev, schnell and their fine-tunes): ComfyUI's ``Flux`` as calls of diffusers' ``FluxTransformer2DModel``."""
+"""FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth): ComfyUI's ``Flux`` as calls of ``FluxTransformer2DModel``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,7 +11,7 @@ import torch
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
 from xditd.client.comfyui.families.rows import join_rows, pad_to_patch
 from xditd.client.comfyui.unsupported import is_empty
-from xditd.client.families.flux1 import PATCH, image_positions, pack, text_positions, unpack
+from xditd.client.families.flux1 import PATCH, Place, image_positions, pack, text_positions, unpack
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.limits import MAX_STEPS
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from xditd.client.comfyui.weights import RemoteWeights
 
 LATENT_CHANNELS: Final = 16
+KNOWN_CHANNELS: Final = frozenset({LATENT_CHANNELS, 32, 96})
+"""Of the inputs: Canny and Depth have the latents of an image beside their own, Fill also the pixels of a mask."""
+METHODS: Final = ("offset", "index", "uxo")
+"""Where the tokens of reference latents are; ComfyUI's other one modulates them apart."""
 
 KNOWN_SIZES: Final = 8
 """For how many image sizes and text lengths the workers keep the token positions."""
@@ -28,7 +32,6 @@ EMBEDS: Final = "encoder_hidden_states"
 POOLED: Final = "pooled_projections"
 
 _REFUSED: Final = {
-    "reference_latents": "reference latents (FLUX.1 Kontext)",
     "attention_mask_img_shape": "an attention mask in the conditioning (Apply Style Model)",
 }
 """Keys of conditioning that change the model's input in a way that the workers cannot."""
@@ -47,10 +50,11 @@ class Flux1Model:
     loop_keys: Final = frozenset({"cross_attn", "guidance", "pooled_output"})
     loop_conds: Final = frozenset({"c_crossattn", "guidance", "y"})
 
-    def __init__(self, pooled_channels: int, has_guidance: bool) -> None:
+    def __init__(self, pooled_channels: int, has_guidance: bool, reference_method: str = "offset") -> None:
         self._pooled_channels = pooled_channels
         self._has_guidance = has_guidance
-        self._ids: dict[tuple[int, ...], Any] = {}
+        self._reference_method = reference_method
+        self._ids: dict[object, Any] = {}
 
     def read(
         self,
@@ -59,12 +63,14 @@ class Flux1Model:
         context: torch.Tensor | None,
         y: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
-        ref_latents: object | None = None,
+        ref_latents: Sequence[torch.Tensor] | None = None,
         control: object | None = None,
         transformer_options: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Flux1Call:
         """Read a call of ComfyUI's ``Flux``: latents ``x`` (rows, 16, height/8, width/8), one sigma a row.
+
+        Fill, Canny and Depth have 96 and 32 channels. ``ref_latents`` are (rows, 16, any, any).
 
         Raises:
             BadRequest: no text embeddings.
@@ -72,8 +78,9 @@ class Flux1Model:
         if context is None:
             raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
         faults = ["ControlNet"] if control else []
-        if ref_latents is not None:
-            faults.append(_REFUSED["reference_latents"])
+        references = References(tuple(ref_latents or ()), more.get("ref_latents_method", self._reference_method))
+        if references.latents:
+            faults.extend(self._method_faults(references.method))
         if more.get("attention_mask") is not None:
             faults.append(_REFUSED["attention_mask_img_shape"])
         rows = x.shape[0]
@@ -81,7 +88,7 @@ class Flux1Model:
         if guidance is not None and self._has_guidance:
             numbers["guidance"] = guidance.expand(rows)
         texts = {EMBEDS: context, POOLED: pooled_of(y, context, self._pooled_channels)}
-        return Flux1Call(self, x, numbers, texts, transformer_options or {}, faults)
+        return Flux1Call(self, x, numbers, texts, transformer_options or {}, references, faults)
 
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
         return {name: keep(tensor.to(dtype)) for name, tensor in texts.items()}
@@ -93,8 +100,15 @@ class Flux1Model:
         for key, what in _REFUSED.items():
             if not is_empty(part.get(key)):
                 yield what
+        if not is_empty(part.get("reference_latents")):
+            yield from self._method_faults(part.get("reference_latents_method", self._reference_method))
         if self._has_guidance and part.get("guidance", 0.0) is None:
             yield "conditioning without guidance (FluxDisableGuidance)"
+
+    @staticmethod
+    def _method_faults(method: str) -> Iterator[str]:
+        if method not in METHODS:
+            yield f"reference latents by the method {method!r}"
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
         embeds = conditions["c_crossattn"].cond
@@ -102,14 +116,49 @@ class Flux1Model:
         scale = conditions["guidance"].cond.item() if "guidance" in conditions else 1.0
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, scale
 
-    def ids(self, keep: Keep, *sides: int) -> Any:
-        """Return token positions, kept: of an image for ``sides`` (rows, columns), of a text for (tokens,)."""
-        found = self._ids.get(sides)
+    def ids(self, keep: Keep, *places: Place) -> Any:
+        """Return the positions of the tokens of images, kept; those of a text of so many tokens: :meth:`text_ids`."""
+        return self._kept(places, keep, lambda: torch.cat([image_positions(*each) for each in places]))
+
+    def text_ids(self, keep: Keep, tokens: int) -> Any:
+        return self._kept(tokens, keep, lambda: text_positions(tokens))
+
+    def _kept(self, key: object, keep: Keep, make: Callable[[], torch.Tensor]) -> Any:
+        found = self._ids.get(key)
         if found is None:
             while len(self._ids) >= KNOWN_SIZES:
                 del self._ids[next(iter(self._ids))]
-            found = self._ids[sides] = keep(image_positions(*sides) if len(sides) > 1 else text_positions(*sides))
+            found = self._ids[key] = keep(make())
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """Images that the model sees as further tokens, each (rows, 16, height, width), and where these are."""
+
+    latents: tuple[torch.Tensor, ...]
+    method: str
+
+    def places(self, image: Place) -> Iterator[Place]:
+        """Yield where the tokens of each are, beside an ``image``.
+
+        ``offset`` puts them side by side on the plane 1, along the shorter side of what is there; ``index`` each on a
+        plane of its own; ``uxo`` behind the image, on its plane.
+        """
+        down = across = 0
+        for number, each in enumerate(self.latents):
+            height, width = each.shape[2:]
+            first, top, left = 0, 0, 0
+            if self.method == "index":
+                first = number + 1
+            elif self.method == "uxo":
+                top, left = image.rows * PATCH + down, image.columns * PATCH + across
+                down, across = down + height, across + width
+            else:
+                first = 1
+                top, left = (0, across) if height + down > width + across else (down, 0)
+                down, across = max(down, height + top), max(across, width + left)
+            yield Place(_tokens(height), _tokens(width), first, _tokens(top), _tokens(left))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +170,7 @@ class Flux1Call:
     numbers: Mapping[str, torch.Tensor]
     texts: Mapping[str, torch.Tensor]
     options: Mapping[str, Any]
+    references: References
     faults: Sequence[str] = field(default_factory=list)
 
     @property
@@ -131,15 +181,15 @@ class Flux1Call:
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
     ) -> list[Arguments]:
         """Return one forward for all rows: ComfyUI batches only texts of equal length."""
-        latents = pad_to_patch(self.x[rows], PATCH).to(dtype)
-        height, width = latents.shape[2:]
+        image = self._image
+        tokens = [pack(pad_to_patch(each[rows], PATCH).to(dtype)) for each in (self.x, *self.references.latents)]
         found = {
-            "hidden_states": pack(latents),
+            "hidden_states": tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1),
             EMBEDS: join_rows([row[EMBEDS] for row in kept]),
             POOLED: join_rows([row[POOLED] for row in kept]),
             "timestep": torch.tensor(numbers["timestep"], dtype=torch.float32),
-            "img_ids": self.model.ids(keep, height // PATCH, width // PATCH),
-            "txt_ids": self.model.ids(keep, self.texts[EMBEDS].shape[1]),
+            "img_ids": self.model.ids(keep, image, *self.references.places(image)),
+            "txt_ids": self.model.text_ids(keep, self.texts[EMBEDS].shape[1]),
         }
         if "guidance" in numbers:
             found["guidance"] = torch.tensor(numbers["guidance"], dtype=torch.float32)
@@ -147,15 +197,20 @@ class Flux1Call:
 
     def prediction(self, rows: slice, results: Sequence[Any]) -> torch.Tensor:
         ((packed,),) = results
-        height, width = self.x.shape[2:]
-        even = unpack(packed, height + height % PATCH, width + width % PATCH)
+        (height, width), image = self.x.shape[2:], self._image
+        even = unpack(packed[:, : image.rows * image.columns], image.rows * PATCH, image.columns * PATCH)
         return even[:, :, :height, :width].to(self.x.dtype)
+
+    @property
+    def _image(self) -> Place:
+        height, width = self.x.shape[2:]
+        return Place(_tokens(height), _tokens(width))
 
 
 class Flux1:
     """The family; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
 
-    title: Final = "FLUX.1 (dev, schnell and their fine-tunes)"
+    title: Final = "FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth and their fine-tunes)"
 
     def model_classes(self) -> tuple[type, ...]:
         import comfy.model_base
@@ -168,21 +223,21 @@ class Flux1:
         return known.Flux, known.FluxInpaint, known.FluxSchnell
 
     def check_config(self, config: Any, label: str) -> None:
-        """Refuse a FLUX.1 that reads an image besides the latents.
+        """Refuse a FLUX.1 with another number of input channels than the released ones have.
 
         Raises:
-            Unsupported: Fill, Canny or Depth.
+            Unsupported: names the number.
         """
         channels = config.unet_config.get("in_channels", LATENT_CHANNELS)
-        if channels != LATENT_CHANNELS:
+        if channels not in KNOWN_CHANNELS:
             raise Unsupported(
-                f"{label}: its transformer reads {channels} channels instead of {LATENT_CHANNELS} (FLUX.1 Fill, Canny "
-                "or Depth); XDiT runs FLUX.1 dev, schnell and their fine-tunes, use the stock loader for it"
+                f"{label}: its transformer reads {channels} channels; XDiT runs FLUX.1 with {LATENT_CHANNELS} (dev, "
+                "schnell, Kontext), 32 (Canny, Depth) and 96 (Fill), use the stock loader for it"
             )
 
     def adapt(self, model: Any) -> ModelAdapter:
         params = model.diffusion_model.params
-        return Flux1Model(params.vec_in_dim, params.guidance_embed)
+        return Flux1Model(params.vec_in_dim, params.guidance_embed, params.default_ref_method)
 
     def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
         from xditd.client.comfyui.families.flux1_text import stock_encoder
@@ -196,6 +251,11 @@ class Flux1:
 
 
 ADAPTER: Final[Adapter] = Flux1()
+
+
+def _tokens(latents: int) -> int:
+    """Return how many tokens so many latents on a side are, of which the last may be padded."""
+    return (latents + PATCH // 2) // PATCH
 
 
 def pooled_of(y: torch.Tensor | None, like: torch.Tensor, channels: int) -> torch.Tensor:

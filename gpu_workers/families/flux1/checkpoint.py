@@ -1,4 +1,4 @@
-"""The FLUX.1 transformer, dev and schnell, in the naming of Black Forest Labs and ComfyUI.
+"""The FLUX.1 transformer (dev, schnell, Kontext, Fill, Canny, Depth), in the naming of Black Forest Labs and ComfyUI.
 
 Names of query and key norms end in ``.scale`` (files) or ``.weight`` (newer ComfyUI modules). Only dev has
 ``guidance_in``. Everything else is read from shapes.
@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from xditd.gpu_workers.families.flux1.config import (
+    CONTROL_CHANNELS,
+    FILL_CHANNELS,
     HEAD_SIZE,
     HIDDEN,
     MLP_RATIO,
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1.operations import Flux1Operations
 
 MAX_BLOCKS = 256
+KNOWN_INPUTS = {
+    PACKED_CHANNELS: "dev, schnell, Kontext",
+    CONTROL_CHANNELS: "Canny, Depth",
+    FILL_CHANNELS: "Fill",
+}
 
 _NORM_ALIAS = re.compile(r"(\.(?:query|key)_norm)\.weight$")
 _MARKS = re.compile(r"^(double_blocks\.\d+\.img_attn\.qkv|single_blocks\.\d+\.linear1)\.weight$")
@@ -48,7 +55,7 @@ class Flux1:
     """The family of FLUX.1: see the module's docstring."""
 
     name = "flux1"
-    title = "FLUX.1 dev or schnell (flux1-dev.safetensors)"
+    title = "FLUX.1 (flux1-dev.safetensors)"
     kind: Kind = "transformer"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
@@ -76,11 +83,13 @@ class Flux1:
         hidden = vote(self.name, "hidden size", shapes, [(f"{layer}.weight", 0) for layer in layers])
         if hidden % HEAD_SIZE:
             raise BadCheckpoint(f"flux1: hidden size {hidden} is not a multiple of the head size {HEAD_SIZE}")
-        packed = vote(self.name, "input channels", shapes, [("img_in.weight", 1), ("final_layer.linear.weight", 0)])
-        if packed != PACKED_CHANNELS:
+        inputs = vote(self.name, "input channels", shapes, [("img_in.weight", 1)], PACKED_CHANNELS)
+        outputs = vote(self.name, "output channels", shapes, [("final_layer.linear.weight", 0)], PACKED_CHANNELS)
+        if inputs not in KNOWN_INPUTS or outputs != PACKED_CHANNELS:
+            known = ", ".join(f"{channels} ({what})" for channels, what in KNOWN_INPUTS.items())
             raise Unsupported(
-                f"flux1: img_in takes {packed} channels, not {PACKED_CHANNELS}: Fill, Canny, Depth and other control "
-                "variants of FLUX.1 are not supported; lend dev, schnell or a fine-tune of them"
+                f"flux1: img_in takes {inputs} channels and final_layer gives {outputs}; known inputs are {known}, and "
+                f"{PACKED_CHANNELS} outputs: run another variant of FLUX.1 as its class"
             )
         return Flux1Config(
             hidden=hidden,
@@ -89,11 +98,12 @@ class Flux1:
             context_channels=vote(self.name, "text channels", shapes, [("txt_in.weight", 1)], 4096),
             pooled_channels=vote(self.name, "pooled text channels", shapes, [("vector_in.in_layer.weight", 1)], 768),
             has_guidance=any(name.startswith("guidance_in.") for name in shapes),
+            in_channels=inputs,
         )
 
     def entries(self, config: Flux1Config, names: Collection[str]) -> Iterator[Entry]:
         h = config.hidden
-        yield from layer_entries("img_in", (h, PACKED_CHANNELS), "x_embedder")
+        yield from layer_entries("img_in", (h, config.in_channels), "x_embedder")
         yield from layer_entries("txt_in", (h, config.context_channels), "context_embedder")
         yield from _embedder("time_in", h, TIMESTEP_CHANNELS, "timestep_embedder")
         yield from _embedder("vector_in", h, config.pooled_channels, "text_embedder")

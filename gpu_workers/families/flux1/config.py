@@ -17,6 +17,10 @@ PIXELS_PER_LATENT = 8
 """Pixels per latent on each side, by its VAE."""
 PACKED_CHANNELS = LATENT_CHANNELS * PATCH * PATCH
 TIMESTEP_CHANNELS = 256
+CONTROL_CHANNELS = 2 * PACKED_CHANNELS
+"""Inputs of Canny and Depth: latents, and those of the control image."""
+FILL_CHANNELS = 2 * PACKED_CHANNELS + (PATCH * PIXELS_PER_LATENT) ** 2
+"""Inputs of Fill: latents, those of the masked image, and the mask's pixels."""
 
 DEV_SCHEDULER: Mapping[str, object] = {
     "num_train_timesteps": 1000,
@@ -44,6 +48,8 @@ class Flux1Config:
     context_channels: int
     pooled_channels: int
     has_guidance: bool
+    in_channels: int = PACKED_CHANNELS
+    """Of a token: those of the latents, and for Fill, Canny and Depth those of what the image is made from."""
 
     @property
     def heads(self) -> int:

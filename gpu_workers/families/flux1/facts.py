@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from xditd.gpu_workers.families.flux1.config import (
+    CONTROL_CHANNELS,
+    FILL_CHANNELS,
     LATENT_CHANNELS,
     PACKED_CHANNELS,
     PATCH,
@@ -25,6 +27,30 @@ LATENTS: Final = LatentFacts(
     scaling=LatentScaling(factor=0.3611, shift=0.1159),
 )
 
+REFERENCES: Final = "reference_latents"
+CONTROL: Final = "control_latents"
+MASKED_IMAGE: Final = "masked_image_latents"
+MASK: Final = "mask"
+_OF_LATENTS: Final = ("batch", LATENT_CHANNELS, "latent_height", "latent_width")
+_IMAGES: Final = {
+    PACKED_CHANNELS: (
+        ArgumentFacts(
+            name=REFERENCES,
+            shape=(LATENT_CHANNELS, "reference_height", "reference_width"),
+            is_list=True,
+            is_shared=True,
+            is_needed=False,
+        ),
+    ),
+    CONTROL_CHANNELS: (ArgumentFacts(name=CONTROL, shape=_OF_LATENTS),),
+    FILL_CHANNELS: (
+        ArgumentFacts(name=MASKED_IMAGE, shape=_OF_LATENTS),
+        ArgumentFacts(name=MASK, shape=("batch", 1, "height", "width")),
+    ),
+}
+"""What an image is made from besides the text, by input channels: latents of a VAE, and pixels of a mask, in [0, 1]
+with 1 for those that are made anew."""
+
 
 def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
     """Return the arguments of ``Call`` and ``Generate``, and the parallel degrees."""
@@ -33,7 +59,7 @@ def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
         ulysses=layout.degrees.ulysses,
         ring=layout.degrees.ring,
         arguments=(
-            ArgumentFacts(name="hidden_states", shape=("rows", "image_tokens", PACKED_CHANNELS)),
+            ArgumentFacts(name="hidden_states", shape=("rows", "image_tokens", config.in_channels)),
             ArgumentFacts(name="encoder_hidden_states", shape=("rows", "text_tokens", config.context_channels)),
             ArgumentFacts(name="pooled_projections", shape=("rows", config.pooled_channels)),
             ArgumentFacts(name="timestep", shape=("rows",)),
@@ -46,10 +72,11 @@ def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
         conditioning=(
             ArgumentFacts(name="prompt_embeds", shape=("batch", "tokens", config.context_channels)),
             ArgumentFacts(name="pooled_prompt_embeds", shape=("batch", config.pooled_channels)),
+            *_IMAGES[config.in_channels],
         ),
         latents=LATENTS,
         guidance="embedded" if config.has_guidance else "none",
-        default_guidance_scale=3.5,
-        default_steps=28,
+        default_guidance_scale=30.0 if config.in_channels == FILL_CHANNELS else 3.5,
+        default_steps=50 if config.in_channels == FILL_CHANNELS else 28,
         has_step_cache=True,
     )

@@ -22,21 +22,19 @@ from xfuser.core.distributed import get_sp_group
 from xditd.gpu_workers.families.flux1.block_weights import (
     Blocks,
     bind_blocks,
-    layer_places,
     modulation_names,
     norms_of,
-    parts_of,
     product_shapes,
 )
+from xditd.gpu_workers.families.flux1.fused_loras import ActiveLoras, FusedLoras, key_of
 from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
 from xditd.gpu_workers.kernels import triton_kernels
-from xditd.gpu_workers.kernels.branched_products import BranchedProducts, BranchTable, with_branches
+from xditd.gpu_workers.kernels.branched_products import with_branches
 from xditd.gpu_workers.kernels.branches import Branch, Branches
 from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit, TensorRows
 from xditd.gpu_workers.models.fast_path_check import FastPathCheck
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.operations import CallOptions
-from xditd.gpu_workers.models.split_checks import CaseKey
 from xditd.gpu_workers.models.step_cache import ImageCache
 from xditd.gpu_workers.packed.linear import packed_layers, weight_of
 from xditd.gpu_workers.packed.products import (
@@ -107,9 +105,6 @@ class FusedFlux1:
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Weights = {}
         self._blocks: Blocks | None = None
-        self._branches = BranchTable(parts_of(config), layer_places(config))
-        self._branched: tuple[BranchedProducts, Blocks] | None = None
-        """The same with the branches of LoRAs, if these products take them."""
         self._loras: tuple[tuple[int, float], ...] = ()
         self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
         self._modulator = Modulator(module.time_text_embed, config.hidden)
@@ -122,6 +117,7 @@ class FusedFlux1:
             among=RankSet.SEQUENCE,
             counts=packed[0].memory.counts if packed else None,
         )
+        self.loras = FusedLoras(config, self.paths)
 
     @property
     def is_loaded(self) -> bool:
@@ -148,7 +144,7 @@ class FusedFlux1:
 
     def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
         """Return the places of a LoRA's branches in fused blocks, from those of the module's layers."""
-        return self._branches.slots(by_layer)
+        return self.loras.slots(by_layer)
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""
@@ -176,7 +172,8 @@ class FusedFlux1:
         if apart:
             logger.info("fused blocks are idle: %d tensors are not contiguous, first=%s", len(apart), apart[0])
         self._checkpoint = {} if apart else checkpoint
-        self._blocks = self._branched = None
+        self._blocks = None
+        self.loras.unbind()
         if self._checkpoint:
             self._current = self._products_for(self._checkpoint)
             self._products.load(self._checkpoint)
@@ -187,7 +184,9 @@ class FusedFlux1:
     def unplug(self) -> None:
         """Drop all references to lent memory, and free the reserved buffers."""
         self._checkpoint = {}
-        self._blocks = self._branched = None
+        self._blocks = None
+        self.loras.unbind()
+        self.loras.clear()
         for each in self._all_products:
             each.products.release()
         self._modulator.unplug()
@@ -212,6 +211,7 @@ class FusedFlux1:
         """
         if self._blocks is None:
             self._bind()
+        loras = self.loras.use(options)
         if options.loras != self._loras:
             self._modulator.forget()  # what it has cached is of other LoRAs
             self._loras = options.loras
@@ -232,13 +232,18 @@ class FusedFlux1:
                 "singles": modulations.single[number],
                 "angles": angles,
             }
-            if step_cache is not None or options.loras:  # the host decides within the forward, or strengths do
-                cache = None if step_cache is None else ImageCache(step_cache, number)
-                done.append(self._sample(**given, valid=valid, cache=cache, has_loras=bool(options.loras)))
-                continue
-            sample = partial(self._sample_of, valid)
-            key = CaseKey(("blocks", valid, None if self._exchange is None else self._exchange.capacity), ())
-            done.append(self.paths.run(key, given, sample, sample, on_all_ranks=True))
+            if loras is not None:  # embedders have branches of their own, which no graph has
+                given["text"], given["image"] = self._embedded(given["text"], given["image"])
+            sample, launched = partial(self._sample_of, valid, loras), self.paths.launched
+            if step_cache is not None:  # the host decides within the forward
+                done.append(self._sample(**given, valid=valid, cache=ImageCache(step_cache, number), loras=loras))
+            elif loras is not None and loras.layout is None:  # the host has their strengths
+                done.append(sample(given))
+            else:
+                key = key_of(("blocks", valid, None if self._exchange is None else self._exchange.capacity), loras)
+                note = "" if loras is None else loras.title
+                done.append(self.paths.run(key, given, sample, sample, on_all_ranks=True, note=note))
+            self.loras.count(loras, self.paths.launched - launched)
         module = self._module
         tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
         return gather(tokens, shares)
@@ -257,8 +262,11 @@ class FusedFlux1:
             kept = self._rotated = (txt_ids, img_ids, (cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
         return kept[2]
 
-    def _sample_of(self, valid: int, given: Mapping[str, Any]) -> torch.Tensor:
-        return self._sample(**given, valid=valid, cache=None)
+    def _sample_of(self, valid: int, loras: ActiveLoras | None, given: Mapping[str, Any]) -> torch.Tensor:
+        return self._sample(**given, valid=valid, cache=None, loras=loras)
+
+    def _embedded(self, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._module.context_embedder(text), self._module.x_embedder(image)
 
     def _sample(
         self,
@@ -269,19 +277,23 @@ class FusedFlux1:
         angles: Angles,
         valid: int,
         cache: ImageCache | None,
-        *,
-        has_loras: bool = False,
+        loras: ActiveLoras | None,
     ) -> torch.Tensor:
-        """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden)."""
+        """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden).
+
+        With ``loras`` the tokens are embedded already.
+        """
         products: Products[Any, Any]
-        products, blocks = self._branched_blocks() if has_loras else (self._products, self._blocks)
+        products, blocks = (self._products, self._blocks) if loras is None else self.loras.blocks(loras)
         assert blocks is not None
         double, single = blocks.double, blocks.single
         module, width, at = self._module, self._config.hidden, text.shape[0]
         rows = at + image.shape[0]
         x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
         for embedder, tokens, out in ((module.context_embedder, text, x[:at]), (module.x_embedder, image, x[at:])):
-            if embedder.weight.dtype == embedder.bias.dtype == x.dtype and not has_loras:
+            if loras is not None:
+                out.copy_(tokens)
+            elif embedder.weight.dtype == embedder.bias.dtype == x.dtype:
                 torch.addmm(embedder.bias, tokens, weight_of(embedder).t(), out=out)
             else:
                 out.copy_(embedder(tokens))
@@ -326,10 +338,6 @@ class FusedFlux1:
             cache.end(x[at:])
         return x[at:]
 
-    def _branched_blocks(self) -> tuple[Any, Blocks]:
-        assert self._branched is not None
-        return self._branched
-
     def _attend(
         self, qkv: torch.Tensor, norms: tuple[torch.Tensor, ...], angles: Angles, text_rows: int, valid: int
     ) -> torch.Tensor:
@@ -362,15 +370,13 @@ class FusedFlux1:
         checkpoint, config = self._checkpoint, self._config
         self._modulator.plug(
             *(
-                with_branches(self._matrices(checkpoint, names), [self._branches.at(name) for name in names])
-                for names in modulation_names(config)
+                with_branches(self._matrices(checkpoint, names), branches)
+                for names, branches in zip(modulation_names(config), self.loras.modulations(), strict=True)
             )
         )
         norms = norms_of(checkpoint, self._dtype)
         self._blocks = bind_blocks(config, self._products.linear, norms)
-        if isinstance(self._products, TensorRows):
-            branched = BranchedProducts(self._products, self._branches)
-            self._branched = branched, bind_blocks(config, branched.linear, norms)
+        self.loras.bind(self._products, norms)
 
     def _matrices(self, checkpoint: Weights, names: list[str]) -> Matrices:
         if self._dequantiser is not None:

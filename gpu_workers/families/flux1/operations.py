@@ -36,7 +36,8 @@ class Flux1Operations:
 
     def build(self, config: Flux1Config) -> torch.nn.Module:
         return SequenceParallelFlux1(
-            in_channels=PACKED_CHANNELS,
+            in_channels=config.in_channels,
+            out_channels=PACKED_CHANNELS,
             num_layers=config.double_blocks,
             num_single_layers=config.single_blocks,
             attention_head_dim=HEAD_SIZE,
@@ -94,7 +95,7 @@ class Flux1Operations:
     def check(self, model: Model[Flux1Config], inputs: Inputs) -> None:
         given, config = inputs.arguments, model.config
         image, text = given["hidden_states"], given["encoder_hidden_states"]
-        check_tensor("hidden_states", image, (None, None, PACKED_CHANNELS), model.dtype)
+        check_tensor("hidden_states", image, (None, None, config.in_channels), model.dtype)
         rows, image_tokens = image.shape[:2]
         check_batch("hidden_states", rows)
         check_tensor("encoder_hidden_states", text, (rows, None, config.context_channels), model.dtype)
@@ -108,8 +109,8 @@ class Flux1Operations:
         partition_tokens(text.shape[1], image_tokens, model.layout.degrees.sequence)
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
-        rows, *shape = inputs.arguments["hidden_states"].shape
-        return (tuple(shape),) * rows
+        rows, tokens, _ = inputs.arguments["hidden_states"].shape
+        return ((tokens, PACKED_CHANNELS),) * rows
 
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
         return Inputs(

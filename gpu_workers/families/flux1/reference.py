@@ -52,6 +52,7 @@ def transformer_from(state: State, *, dtype: torch.dtype | None = None) -> FluxT
     with torch.device("meta"):
         module = FluxTransformer2DModel(
             in_channels=converted["x_embedder.weight"].shape[1],
+            out_channels=converted["proj_out.weight"].shape[0],
             num_layers=_count(converted, "transformer_blocks."),
             num_single_layers=_count(converted, "single_transformer_blocks."),
             attention_head_dim=HEAD_SIZE,

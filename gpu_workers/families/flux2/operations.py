@@ -96,7 +96,8 @@ class Flux2Operations:
         found = model.planned.run(
             {**arguments, "return_dict": False},
             key=module.has_float32_time,
-            is_eager=bool(options.loras) or cache is not None,
+            loras=options.loras,
+            is_eager=cache is not None,
         )
         if cache is not None and not cache.is_filled:
             cache.kept = found[1]

@@ -86,9 +86,7 @@ class QwenImageOperations:
             is_comfyuis=options.variant == COMFYUI,
             zero_cond_t=model.config.has_marker or options.variant == ZERO_COND_T,
         )
-        found = model.planned.run(
-            {**arguments, "return_dict": False}, key=options.variant, is_eager=bool(options.loras)
-        )
+        found = model.planned.run({**arguments, "return_dict": False}, key=options.variant, loras=options.loras)
         return cast(torch.Tensor, found[0])
 
     def tree(self, rows: RowResults) -> tuple[torch.Tensor]:

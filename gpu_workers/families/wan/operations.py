@@ -114,7 +114,7 @@ class WanOperations:
         inputs: Inputs,
         options: CallOptions,
     ) -> RowResults:
-        found = model.planned.run({**inputs.arguments, "return_dict": False}, is_eager=bool(options.loras))
+        found = model.planned.run({**inputs.arguments, "return_dict": False}, loras=options.loras)
         return cast(torch.Tensor, found[0])
 
     def tree(self, rows: RowResults) -> tuple[torch.Tensor]:

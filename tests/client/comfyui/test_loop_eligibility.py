@@ -52,7 +52,7 @@ def test_the_plain_job_is_fused(changed):
         ({"sigmas": [0.5, 0.5, 0.0]}, "step to step"),
         ({"sigmas": [1 - at / 1001 for at in range(1001)] + [0.0]}, "1001 steps"),
         ({"latent_shape": (1, 16, 15, 16)}, "multiples of 16"),
-        ({"latent_shape": (1, 16, 1, 16, 16)}, "multiples of 16"),
+        ({"latent_shape": (1, 16, 1, 16, 16)}, "has frames"),
         ({"latent_shape": (65, 16, 16, 16)}, "a batch of 65"),
         ({"positive": [TEXT, TEXT]}, "2 parts"),
         ({"positive": [{**TEXT, "area": (1, 2, 3, 4)}]}, "positive conditioning has area"),

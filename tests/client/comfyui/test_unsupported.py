@@ -73,7 +73,7 @@ def test_a_model_option_that_is_not_understood(options, said):
         ({"control": object()}, "ControlNet"),
         ({"gligen": ("position", object(), [])}, "GLIGEN"),
         ({"hooks": object()}, "hooks of the kind 'object'"),
-        ({"reference_latents": [object()]}, "Kontext"),
+        ({"reference_latents": [object()], "reference_latents_method": "other"}, "by the method 'other'"),
         ({"attention_mask_img_shape": (8, 8)}, "Apply Style Model"),
         ({"guidance": None}, "FluxDisableGuidance"),
     ],

@@ -254,10 +254,10 @@ def test_what_cannot_run_is_refused_by_name(remote, conditioning, ksample, laten
     patched.set_model_attn1_patch(lambda *_: None)
     with pytest.raises(Unsupported, match="attn1_patch"):
         ksample(patched, conditioning(1), conditioning(2), dict(latent))
-    kontext = conditioning(1)
-    kontext[0][1]["reference_latents"] = [latent["samples"]]
-    with pytest.raises(Unsupported, match="Kontext"):
-        ksample(remote, kontext, conditioning(2), dict(latent))
+    masked = conditioning(1)
+    masked[0][1] |= {"attention_mask": torch.ones(1, 80, 80), "attention_mask_img_shape": (8, 8)}
+    with pytest.raises(Unsupported, match="Apply Style Model"):
+        ksample(remote, masked, conditioning(2), dict(latent))
 
 
 def test_wrappers_of_other_nodes_run_around_the_workers(remote, local, conditioning, ksample, latent, relative_error):

@@ -20,13 +20,20 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
+from xditd.gpu_workers.kernels.branches import Branch, Strength
+from xditd.gpu_workers.kernels.static_branches import Place
 from xditd.gpu_workers.models import forward_paths
+from xditd.gpu_workers.models.class_branches import branches_of
+from xditd.gpu_workers.models.class_layout import SeparateLayout
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
+from xditd.gpu_workers.models.graph_loras import GraphLoras
+from xditd.gpu_workers.models.path_choice import LastRun
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.split_checks import SplitChecks
 from xditd.gpu_workers.models.token_plans import Attention, PlanFault, Split, TokenPlan
 from xditd.gpu_workers.parallel import streams
 from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
+from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
 from xditd.ipc.requests import Numerics
@@ -81,14 +88,18 @@ class Ranks:
         if self.model is not None:
             self.model.paths.close()
 
-    def run(self, *parts: dict[str, Any], on_all_ranks: bool = False) -> list[Any]:
+    def run(
+        self, *parts: dict[str, Any], on_all_ranks: bool = False, loras: tuple[tuple[int, float], ...] = ()
+    ) -> list[Any]:
         self.calls = 0
 
         def call(arguments: Mapping[str, Any]) -> Any:
             self.calls += 1
             return self.module(**arguments)
 
-        rows = ModuleRows(self.model, "forward", Numerics(), call)
+        rows = ModuleRows(self.model, "forward", Numerics(), call, has_loras=bool(loras))
+        layout = self.model.loras.use(loras, len(parts)) if loras else None
+        rows.use_layout(layout)
         return rows.run([ModulePart(part, on_all_ranks) for part in parts])
 
     def run_checked(self, *parts: dict[str, Any], calls: int | None = None, **options: Any) -> None:
@@ -493,6 +504,59 @@ def forwards_that_are_captured(on: Ranks) -> None:
         assert (report.path, "host waits" in report.detail) == ("eager", True), report
 
 
+def forwards_with_loras_that_are_captured(on: Ranks) -> None:
+    """Another LoRA and another strength need no new graph, by tokens and by rows.
+
+    Without GPUs a graph is the forward itself, with no LoRA on.
+    """
+    torch.manual_seed(0)
+    on.use(Attending(), PLAN, acceleration="captured")
+    if on.device.type != "cuda":
+
+        def capture(last: LastRun) -> tuple[Any, str]:
+            def replay_last() -> Any:
+                return last.forward(last.arguments)
+
+            graph = SimpleNamespace(run=last.forward, replay_last=replay_last, memory_bytes=0)
+            return graph, ""
+
+        on.model.paths._chooser.captures = True
+        on.model.paths._chooser._try_capture = capture
+    whole = Attending().to(on.device)
+    whole.load_state_dict(on.module.state_dict())
+    known = branches_of(on.module), branches_of(whole)
+    places = [Place(each, on.module.get_submodule(path).out_features) for path, each in known[0].items()]
+    on.model.loras = GraphLoras(SeparateLayout, lambda: places, on.model.paths, RankSet.GROUP)
+    loras = []
+    for number in (1, 2):
+        strength = Strength(number)
+        loras.append((strength, {
+            name: Branch(
+                numbers(2, on.module.get_submodule(name).in_features, seed=number),
+                numbers(on.module.get_submodule(name).out_features, 2, seed=number) / 4, 0.5, strength,
+            )
+            for name in known[0]
+        }))  # fmt: skip
+    for tokens, rows in ((16, 1), (17, 1), (7, on.ranks)):
+        eager_calls = []
+        for seed in range(6):
+            strength, branches = loras[seed % 2]
+            strength.value = 0.2 + 0.1 * seed
+            for places_of_one in known:
+                for name, each in branches.items():
+                    places_of_one[name].active = (each,)
+            part = {"x": numbers(rows, tokens, 8, seed=seed), "text": numbers(rows, 5, 8, seed=seed)}
+            (found,) = on.run(part, loras=((strength.number, strength.value),))
+            eager_calls.append(on.count_all())
+            if on.rank == 0:
+                check_same(found, whole(**part))
+            for each in (*known[0].values(), *known[1].values()):
+                each.active = ()
+            on.model.paths.decide()
+        assert eager_calls[3:] == [0, 0, 0], eager_calls
+    assert on.model.loras.counts.layouts == 1
+
+
 def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
     from xditd.gpu_workers.parallel import rank_sync
 
@@ -520,6 +584,7 @@ def run_rank(rank: int, folder: str, ranks: int, device_type: str) -> None:
         rows_without_room_when_they_are_checked,
         roundings_that_a_model_makes_much_of,
         forwards_that_are_captured,
+        forwards_with_loras_that_are_captured,
     ):
         faulthandler.dump_traceback_later(LIMIT_S, exit=True)  # where a rank waits for another one
         try:

@@ -17,7 +17,7 @@ from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Numerics
 
-SCENARIOS = 14
+SCENARIOS = 15
 
 
 @pytest.mark.slow

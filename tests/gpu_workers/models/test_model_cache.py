@@ -161,12 +161,12 @@ def test_a_checkpoint_that_is_known_and_does_not_fit_is_named(cache: ModelCache,
                 name: TensorInfo("bfloat16", (9, 9))
                 for name in ("double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight")
             },
-            r"^Chroma cannot be run: lend FLUX\.1 dev or schnell \(flux1-dev\.safetensors\), ",
+            r"^Chroma cannot be run: lend FLUX\.1 \(flux1-dev\.safetensors\), ",
         ),
     ):
         with pytest.raises(RequestError, match=says) as caught:
             cache.match(refused)
-        assert len(caught.value.detail) < 700
+        assert len(caught.value.detail) < 900
     assert cache.built == 0
 
 

@@ -17,6 +17,7 @@ from xditd.gpu_workers.jobs.generate import Loop, to_wanted
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.lora_variants import LoraVariant
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
@@ -45,9 +46,12 @@ def generate_from(
     variant: str = "class",
     is_foreseen: bool = True,
     loras: tuple[tuple[int, float], ...] = (),
+    switched_on: LoraVariant | None = None,
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
+
+    ``switched_on`` has the strengths of LoRAs by step; ``loras`` are those of all steps.
 
     ``step_cache.reused`` is counted over all halves of the group afterwards. Where it ``is_foreseen``, as in jobs, the
     forwards are told of those to come, which changes no bit.
@@ -59,7 +63,7 @@ def generate_from(
     noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
     started = operations.recipe.start(model, wanted, conditioning, noise)
     options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache, loras)
-    loop = Loop(model, operations, started, options, wanted.batch, wanted.steps)
+    loop = Loop(model, operations, started, options, wanted.batch, wanted.steps, switched_on)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:
         step_cache.reused = loop.reused_steps

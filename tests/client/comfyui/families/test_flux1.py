@@ -50,6 +50,29 @@ def test_arguments_are_as_the_class_takes_them(model):
     assert torch.equal(found["txt_ids"].tensor, torch.zeros(5, 3))
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # Sides of 4 x 6, then 6 x 2 latents beside an image of 4 x 4, in tokens: plane, top, left of the first one.
+        ("offset", [(1, 0, 0), (1, 0, 3)]),
+        ("index", [(1, 0, 0), (2, 0, 0)]),
+        ("uxo", [(0, 2, 2), (0, 4, 5)]),
+    ],
+)
+def test_references_are_further_tokens_at_their_places(model, method, expected):
+    x, first, second = drawn(2, 16, 4, 4), drawn(2, 16, 4, 6, seed=2), drawn(2, 16, 6, 2, seed=3)
+    found = arguments_of(
+        model, x, torch.tensor([0.5]), drawn(2, 5, 32), ref_latents=[first, second], ref_latents_method=method,
+        dtype=torch.float32,
+    )  # fmt: skip
+    assert torch.equal(found["hidden_states"], torch.cat([pack(x), pack(first), pack(second)], dim=1))
+    ids = found["img_ids"].tensor
+    assert torch.equal(ids[:4], image_positions(2, 2))
+    assert [tuple(ids[at].int().tolist()) for at in (4, 10)] == expected
+    call = model.read(x, torch.tensor([0.5]), drawn(2, 5, 32), ref_latents=[first, second])
+    assert torch.equal(call.prediction(slice(0, 2), [(found["hidden_states"],)]), x)
+
+
 def test_equal_rows_share_what_is_kept(model):
     context, y = drawn(1, 5, 32).repeat(3, 1, 1), drawn(1, 12).repeat(3, 1)
     found = arguments_of(model, drawn(3, 16, 4, 4), torch.full((3,), 0.5), context, y, torch.tensor([1.0]))
@@ -94,7 +117,7 @@ def test_a_prediction_has_the_shape_and_dtype_of_comfyuis_latents(model, dtype):
     ("more", "said"),
     [
         ({"control": {"input": []}}, "ControlNet"),
-        ({"ref_latents": []}, "Kontext"),
+        ({"ref_latents": [drawn(1, 16, 4, 4)], "ref_latents_method": "index_timestep_zero"}, "index_timestep_zero"),
         ({"attention_mask": 1}, "attention mask"),
     ],
 )

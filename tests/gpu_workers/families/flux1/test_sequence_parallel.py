@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import flux1_variants
 import pytest
 import torch
 from forked_programs import ProgramServer
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1 import reference
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.ipc.errors import Unsupported
+
+Plugger = Callable[[ModelCache, dict[str, torch.Tensor]], CheckpointMatch]
 
 BAR = 1e-6
 PROGRAM = Path(__file__).with_name("two_ranks.py")
@@ -73,6 +79,18 @@ def test_two_ranks_agree_with_plain_diffusers(group: Any, models: Any, label: st
         guidance_scale=two_ranks.GUIDANCE,
     )
     assert reference.relative_error(group[0][0][f"{label}/{case}/0"], expected) <= BAR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [64, 128, 384])
+def test_two_ranks_agree_with_one_on_pictures(
+    group: Any, cache: ModelCache, plug: Plugger, direct: ModuleType, channels: int
+) -> None:
+    model = plug(cache, flux1_variants.state_of(channels)).model
+    given = {**flux1_variants.text(1), **flux1_variants.pictures(channels, 112, 112)}
+    noise = flux1_variants.numbers(3, 1, 16, 14, 14)
+    expected = direct.generate_from(model, given, noise, steps=two_ranks.STEPS, height=112, width=112)
+    assert reference.relative_error(group[0][0][f"{channels} channels"], expected) <= BAR
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ def inputs(tokens: int, height: int, width: int, batch: int) -> dict[str, torch.
 
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
+    import flux1_variants
     from safetensors.torch import save_file
 
     from xditd.client.demo import checkpoints
@@ -54,7 +55,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
 
     torch.set_num_threads(1)
     layout = xfuser_start.start(rank, world_size, f"{folder}/store", torch.device("cpu"))
-    from direct_jobs import denoise, generate, plugged
+    from direct_jobs import denoise, generate, generate_from, plugged
 
     facts: dict[str, object] = {
         "agree on all true": rank_sync.agree(True),
@@ -106,6 +107,12 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         steps = StepCache(threshold)
         steps.decide(range(1), torch.ones(1, 4, 8))
         facts[f"alike below {threshold}"] = steps.decide(range(1), torch.full((1, 4, 8), 1.0 + rank))
+    for channels in (64, 128, 384):
+        noise = flux1_variants.numbers(3, 1, 16, 14, 14)
+        pictures = flux1_variants.pictures(channels, 112, 112)
+        given = {**flux1_variants.text(1), **pictures}
+        variant = plugged(cache, flux1_variants.state_of(channels))
+        results[f"{channels} channels"] = generate_from(variant, given, noise, steps=STEPS, height=112, width=112)
     odd_heads = plugged(cache, checkpoints.flux1_state_dict(SEED, **ODD_HEADS))
     facts["degrees of three heads"] = odd_heads.layout.degrees.named()
     tokens, height, width, batch = CASES["odd total, odd image"]
@@ -123,7 +130,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[2] / "support"))
+    sys.path += [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3] / "checkpoints")]
     from forked_ranks import fork_ranks
 
     fork_ranks(run_rank, 2, 2, sys.argv[1])

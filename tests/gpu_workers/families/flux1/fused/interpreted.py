@@ -13,6 +13,7 @@ import os
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -137,6 +138,7 @@ def with_loras(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         "counted apart": others == lent.module.fused.check._passed,
         "takes": lent.lora_detail,
     }
+    found["captured"] = captured_with_loras(lent, run, {uses: fused[label] for label, uses in cases.items()}, alone)
     check.is_refused = True  # as after a fault: plain blocks run with LoRAs, and fused ones without
     found["refused"] = reference.relative_error(run(*cases["both"]), expected(*cases["both"]))
     found["as before, too"] = torch.equal(run(), alone)
@@ -144,7 +146,36 @@ def with_loras(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     known = [weakref.ref(lent_lora.bind(lent)) for lent_lora in lent_loras.values()]
     for lent_lora in lent_loras.values():
         lent_lora.unplug()
+    found["captured"]["left"] = lent.lora_memory.nbytes
+    found["captured"]["cases left"] = sum(key[1].layout > 0 for cases in lent.paths._cases.values() for key in cases)
     found["still referenced"] = sum(each() is not None for each in known)
+    return found
+
+
+def captured_with_loras(
+    lent: Any, run: Any, expected: dict[tuple[tuple[str, float], ...], torch.Tensor], alone: torch.Tensor
+) -> dict[str, Any]:
+    """Run LoRAs as on a GPU, where forwards are captured; here a graph is the forward itself, with no LoRA on."""
+    from xditd.gpu_workers.families.flux1 import reference
+
+    chooser, counts = lent.paths._chooser, lent.lora_memory.counts
+    before = chooser._try_capture
+
+    def capture(last: Any) -> Any:
+        return SimpleNamespace(run=last.forward, replay_last=lambda: last.forward(last.arguments), memory_bytes=0), ""
+
+    chooser.captures, chooser._try_capture = True, capture
+    found: dict[str, Any] = {"eager without": counts.layouts, "errors": [], "launched": []}
+    kohya, other, _, both = expected
+    for uses in (kohya, other, kohya, both):
+        launched = counts.launched
+        found["errors"].append(reference.relative_error(run(*uses), expected[uses]))
+        found["launched"].append(counts.launched - launched)
+        lent.paths.decide()
+    found["copies"], found["layouts"], found["refusal"] = counts.copies, counts.layouts, counts.refusal
+    found["reports"] = [[each.path, each.shapes.split(":")[0]] for each in lent.paths.take_reports()]
+    found["as before"] = torch.equal(run(), alone)
+    chooser.captures, chooser._try_capture = False, before
     return found
 
 

@@ -41,6 +41,17 @@ def test_loras_are_branches_of_fused_blocks(found: Any) -> None:
     assert loras["still referenced"] == 0  # else lent memory could not be unmapped
 
 
+def test_loras_that_are_captured_share_graphs_and_are_those_of_eager_blocks(found: Any) -> None:
+    captured = found["model"]["loras"]["captured"]
+    assert captured["eager without"] == 0  # where nothing is captured, factors are not copied
+    assert all(error <= BAR for error in captured["errors"]), captured["errors"]
+    assert captured["launched"] == [0, 2, 2, 0]  # two steps each: another strength, and a switch back
+    assert (captured["copies"], captured["layouts"], captured["refusal"]) == (4, 2, "")
+    assert captured["reports"] == [["captured", "LoRAs of rank 16"], ["captured", "LoRAs of rank 16, 32"]]
+    assert captured["as before"] is True
+    assert (captured["left"], captured["cases left"]) == (0, 0)  # with the LoRAs
+
+
 def test_modulations_of_many_steps_have_the_bits_of_single_ones(found: Any) -> None:
     assert found["model"]["at once"] == {"all": True, "two": True}
 
