@@ -116,6 +116,8 @@ class Client(LoanMethods, DaemonMethods):
         vae: Loan | str | None = None,
         height: int = 1024,
         width: int = 1024,
+        frames: int = 1,
+        transformer_2: Loan | LoanWithLoras | str | None = None,
         steps: int | None = None,
         sigmas: Sequence[float] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
@@ -136,6 +138,7 @@ class Client(LoanMethods, DaemonMethods):
         unless given and is part of the result. ``sigmas`` replaces the family's own schedule: ``steps`` descending
         values in (0, 1]. Without ``steps`` or ``guidance_scale``, the family's default is used. A ``vae`` adds the
         image to the result. ``previews`` enables ``job.denoised()``, the predicted clean latents after each step.
+        A video has ``frames``, and may have a ``transformer_2`` for the steps at low noise, such as that of Wan 2.2.
         ``options`` are the family's own, as its facts name them. Components may be named by id, as
         ``xditd status`` shows them.
 
@@ -160,6 +163,8 @@ class Client(LoanMethods, DaemonMethods):
             conditioning,
             height=height,
             width=width,
+            frames=frames,
+            second=None if transformer_2 is None else self._component(transformer_2, ComponentKind.TRANSFORMER),
             steps=steps,
             sigmas=sigmas,
             guidance_scale=guidance_scale,

@@ -21,7 +21,8 @@ class GenerationResult:
     """The latents of a generation, and the image if a VAE was given; the caller owns both.
 
     ``latents`` have the shape in the transformer's facts, and the device and dtype of ``noise`` or, without it, of
-    the first conditioning. ``image`` (batch, channels, height, width) is float32 in [-1, 1], on the same device.
+    the first conditioning. ``image`` (batch, channels, height, width) is float32 in [-1, 1], on the same device;
+    that of videos has frames before the height.
     ``timings_ms`` is the slowest worker's time by phase; ``round_trip`` is the client's. ``seed`` is the seed that
     was used, ``None`` if ``noise`` was given. ``reused_steps`` counts the steps that the step cache skipped, over all
     images of the batch.
@@ -37,24 +38,45 @@ class GenerationResult:
         """Convert one image of the batch to 8-bit RGB.
 
         Raises:
-            BadRequest: the job had no VAE, so there is no image; or ``index`` is out of range.
+            BadRequest: the job had no VAE, so there is no image; ``index`` is out of range; or it is a video.
         """
+        image = self._of(index)
+        if image.ndim == 4:
+            raise BadRequest(f"image: it is a video of {image.shape[1]} frames; take its frames by to_frames()")
+        return image_to_pil(image)
+
+    def to_frames(self, index: int = 0) -> list[Image.Image]:
+        """Convert the frames of one video of the batch to 8-bit RGB; of an image, it is the only one.
+
+        Raises:
+            BadRequest: the job had no VAE, so there are no frames; or ``index`` is out of range.
+        """
+        video = self._of(index)
+        return [image_to_pil(each) for each in (video.unbind(1) if video.ndim == 4 else (video,))]
+
+    def _of(self, index: int) -> torch.Tensor:
         if self.image is None:
             raise BadRequest("image: the job had no VAE; pass vae=... to generate, or decode the latents")
         count = len(self.image)
         if not -count <= index < count:
             raise BadRequest(f"index {index}: the batch has {count} images, numbered from 0")
-        return image_to_pil(self.image[index])
+        return self.image[index]
 
-    def save(self, path: str | os.PathLike[str], index: int = 0) -> Path:
+    def save(self, path: str | os.PathLike[str], index: int = 0, *, fps: int = 16) -> Path:
         """Write one image of the batch to a file atomically, in the format of its suffix.
 
-        Creates the folder, and returns the path with ``~`` expanded.
+        Creates the folder, and returns the path with ``~`` expanded. A video is written to a file that ends in
+        ``.mp4``, by PyAV (``pip install xditd[video]``), with ``fps`` frames a second; or to a path without a suffix,
+        which becomes a folder with ``frame_00000.png`` and so on, and needs no package.
 
         Raises:
-            BadRequest: as :meth:`to_pil`; or the suffix names no format that can hold the image.
+            BadRequest: as :meth:`to_pil`; the suffix names no format that can hold it; or PyAV is not installed.
             OutputFailed: the path cannot be written, or the disk has no room; save the image elsewhere.
         """
+        if self._of(index).ndim == 4:
+            from xditd.client.video_files import write_video
+
+            return write_video(path, self._of(index), fps)
         from xditd.client.image_files import encode_image, image_format
         from xditd.client.output_files import write_file
 

@@ -45,20 +45,57 @@ class LatentScaling(Described, frozen=True, kw_only=True):
 
 
 class LatentFacts(Described, frozen=True, kw_only=True):
-    """The latents of a component: (batch, channels, height / pixels, width / pixels)."""
+    """The latents of a component: (batch, channels, height / pixels, width / pixels).
+
+    Those of a video are (batch, channels, (video frames - 1) / frames + 1, height / pixels, width / pixels).
+    """
 
     channels: Count
     pixels: Count
     """Pixels on a side for each latent."""
     multiple: Count = 1
     """Height and width in latents are multiples of it."""
+    frames: Count = 0
+    """Frames of a video for each latent frame, but that the first latent is one frame; 0: latents of images."""
     scaling: LatentScaling
     """Of a transformer: the scaling of its inputs and outputs. Of a VAE: its family's default, for jobs without a
     transformer; the tensors do not show it, and VAEs of several models have the same."""
 
-    def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return the shape of the latents of ``batch`` images of ``height`` x ``width`` pixels."""
+    def shape(self, batch: int, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """Return the shape of the latents of ``batch`` images or videos of ``height`` x ``width`` pixels."""
+        sides = (height // self.pixels, width // self.pixels)
+        if not self.frames:
+            return batch, self.channels, *sides
+        return batch, self.channels, (frames - 1) // self.frames + 1, *sides
+
+    def shape_of(self, pixels: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the latents of (batch, channels, height, width); videos have frames before these."""
+        batch, _, *frames, height, width = pixels
+        if frames:
+            return self.shape(batch, height, width, frames[0])
         return batch, self.channels, height // self.pixels, width // self.pixels
+
+    def pixels_of(self, latents: tuple[int, ...], channels: int) -> tuple[int, ...]:
+        """Return the shape of the images or videos that latents of this shape are decoded to."""
+        batch, _, *frames, height, width = latents
+        count = [(each - 1) * self.frames + 1 for each in frames]
+        return batch, channels, *count, height * self.pixels, width * self.pixels
+
+    def check_frames(self, frames: int) -> None:
+        """Check the frames of a generation.
+
+        Raises:
+            BadRequest: more than one of an image, or a number that does not divide.
+        """
+        if not self.frames:
+            if frames != 1:
+                raise BadRequest(f"frames: {frames} of a model of images; leave it at 1")
+        elif not 1 <= frames <= limits.MAX_FRAMES or (frames - 1) % self.frames:
+            near = max(0, min(frames, limits.MAX_FRAMES) - 1) // self.frames * self.frames + 1
+            raise BadRequest(
+                f"frames: {frames} is not 1 more than a multiple of {self.frames}, up to {limits.MAX_FRAMES}; "
+                f"{near} is near"
+            )
 
     def check_vae(self, vae: LatentFacts) -> None:
         """Check that a VAE's latents have the same shape as this transformer's. The scaling may differ.
@@ -69,6 +106,8 @@ class LatentFacts(Described, frozen=True, kw_only=True):
         for what, mine, its in (
             ("channels", self.channels, vae.channels),
             ("pixels on a side for each latent", self.pixels, vae.pixels),
+            # A VAE of videos has images of one frame.
+            ("frames for each latent frame", self.frames, vae.frames if self.frames else 0),
         ):
             if mine != its:
                 raise BadRequest(f"vae: its latents have {its} {what}, the transformer's {mine}; lend that model's VAE")
@@ -88,6 +127,8 @@ class TransformerFacts(Described, frozen=True, kw_only=True):
     """Arguments of ``Generate``; the first one has a row for each image."""
     options: Names = ()
     """Options of ``Generate`` that only this family has."""
+    stages: Count = 1
+    """With 2, ``Generate`` may run a second transformer, which predicts at low noise."""
     latents: LatentFacts
     guidance: Guidance
     default_guidance_scale: Finite

@@ -42,6 +42,9 @@ MAX_BYTES: Final = 2**46
 MAX_SIDE_PIXELS: Final = 8_192
 """Height and width of an image, checked in the client and in the workers."""
 
+MAX_FRAMES: Final = 1_025
+"""Of one video."""
+
 MAX_STEPS: Final = 1_000
 MAX_BATCH: Final = 64
 MAX_GUIDANCE: Final = 1_000.0

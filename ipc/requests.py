@@ -20,7 +20,7 @@ Guidance = Annotated[float, msgspec.Meta(ge=0.0, le=limits.MAX_GUIDANCE)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 HeldId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 HeldIds = Annotated[tuple[HeldId, ...], msgspec.Meta(max_length=limits.MAX_ARGUMENTS)]
-Role = Literal["transformer", "vae"]
+Role = Literal["transformer", "transformer_2", "vae"]
 """The role of a component in a generation."""
 
 
@@ -195,6 +195,8 @@ class Sampling(Described, frozen=True, kw_only=True):
 
     height: Side
     width: Side
+    frames: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_FRAMES)] = 1
+    """Of a video; an image is one."""
     steps: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STEPS)]
     sigmas: Annotated[tuple[Unit, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] | None = None
     guidance_scale: Guidance | None = None
@@ -209,7 +211,8 @@ class Sampling(Described, frozen=True, kw_only=True):
 class Generate(Request, tag="generate", frozen=True, kw_only=True):
     """Run the whole denoising loop in the workers. Events ``Queued``, ``StepDone``; reply ``Generated``.
 
-    ``components`` are named by role: a ``transformer``, and a ``vae`` if ``out_image`` is given. ``conditioning`` has
+    ``components`` are named by role: a ``transformer``, a ``transformer_2`` for low noise where the facts have two
+    stages, and a ``vae`` if ``out_image`` is given. ``conditioning`` has
     the names of the transformer's facts. All tensors are in ``io`` or are kept. Shapes: ``noise`` and ``out_latents``
     as the facts' latents, ``out_image`` (batch, channels, height, width) in [-1, 1]. Either ``noise`` or the sampling's
     ``seed`` is given. ``out_denoised``, shaped as ``out_latents``, receives the predicted clean latents of each step
@@ -218,7 +221,7 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
 
     components: Annotated[dict[Role, ComponentId], msgspec.Meta(max_length=8)]
     loras: Annotated[dict[Role, LoraUses], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=dict)
-    """LoRAs of the transformer, for this job alone."""
+    """LoRAs of the transformers, for this job alone."""
     io: HostShmBlock
     conditioning: Arguments
     sampling: Sampling

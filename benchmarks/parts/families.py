@@ -146,7 +146,69 @@ def flux1(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     )
 
 
-FAMILIES = {"z_image": z_image, "flux1": flux1}
+def qwen_image(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+
+    from xditd.gpu_workers.families.qwen_image.checkpoint import QwenImage
+    from xditd.gpu_workers.families.qwen_image.config import SCHEDULER, QwenImageConfig
+
+    config = QwenImageConfig(256, 2, 64) if given.small else QwenImageConfig(3072, 60, 3584)
+    state = {
+        entry.source: random_weight(entry.source, entry.shape, device, dtype)
+        for entry in QwenImage().entries(config, ())
+    }
+    with torch.device("meta"):
+        module = QwenImageTransformer2DModel(
+            num_layers=config.blocks, num_attention_heads=config.heads, joint_attention_dim=config.text_channels
+        )
+    module.pos_embed = type(module.pos_embed)(10000, [16, 56, 56], scale_rope=True)  # its tables are no parameters
+    module.load_state_dict(state, assign=True)
+    module.eval().requires_grad_(False)
+    noise, is_guided, side = noise_of(given, device), given.guidance > 1, given.pixels // 16
+    texts = [torch.randn(1, given.tokens, config.text_channels, device=device, dtype=dtype) for _ in range(2)]
+    packed = QwenImagePipeline._pack_latents(noise.to(dtype), *noise.shape)
+    arguments = {
+        "hidden_states": packed,
+        "encoder_hidden_states": texts[0],
+        "timestep": torch.tensor([0.7]),
+        "img_shapes": [[(1, side, side)]],
+    }
+    conditioning = {"prompt_embeds": texts[0]} | ({"negative_prompt_embeds": texts[1]} if is_guided else {})
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=module,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def loop(steps: int) -> torch.Tensor:
+        found = pipeline(
+            latents=packed,
+            height=given.pixels,
+            width=given.pixels,
+            num_inference_steps=steps,
+            true_cfg_scale=given.guidance,
+            output_type="latent",
+            return_dict=False,
+            **conditioning,
+        )[0]
+        return QwenImagePipeline._unpack_latents(found, given.pixels, given.pixels, PIXELS_PER_LATENT).squeeze(2)
+
+    return Subject(
+        state=state,
+        forward=lambda: module(**{**arguments, "timestep": arguments["timestep"].to(device)}, return_dict=False)[0],
+        arguments=arguments,
+        rows=lambda tree: tree[0],
+        loop=loop,
+        conditioning=conditioning,
+        noise=noise,
+        sampling={"guidance_scale": given.guidance},
+    )
+
+
+FAMILIES = {"z_image": z_image, "flux1": flux1, "qwen_image": qwen_image}
 
 
 def keep_text(client: Client, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +218,7 @@ def keep_text(client: Client, arguments: Mapping[str, Any]) -> dict[str, Any]:
     def kept(value: Any) -> Any:
         if isinstance(value, list):
             return [kept(each) for each in value]
-        return client.keep(value) if value.numel() > 1 else value
+        return client.keep(value) if isinstance(value, torch.Tensor) and value.numel() > 1 else value
 
     return {name: value if name == latents else kept(value) for name, value in arguments.items()}
 

@@ -32,20 +32,25 @@ _COUNTER: Final = ".num_batches_tracked"
 _SCALES: Final = (MARKER, ".weight_scale", ".scale_weight")
 """Name endings beside packed weights."""
 
-_DIMENSIONS: Final = 2
-"""Of the latents that :class:`RemoteStage` decodes."""
+_WITH_FRAMES: Final = 3
+"""Dimensions of latents with frames, of which the workers decode one."""
 
 
 class RemoteStage(torch.nn.Module):
     """Replaces the model inside ComfyUI's VAE; ComfyUI crops, tiles and scales the values.
 
-    ComfyUI's latents are ``z``, the daemon's ``(z - shift) * factor``, by the component's facts.
+    ComfyUI's latents are ``z``, the daemon's ``(z - shift) * factor``, by the component's facts. Those with a dimension
+    of frames are normalised for each channel instead, by ComfyUI's own ``latent_format``.
     """
 
-    def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module) -> None:
-        """``shapes`` is ComfyUI's own module on the meta device, on which changes by nodes are detected."""
+    def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module, latent_format: Any = None) -> None:
+        """``shapes`` is ComfyUI's own module on the meta device, on which changes by nodes are detected.
+
+        ``latent_format`` is that of latents with frames, else ``None``.
+        """
         super().__init__()
         self._weights = weights
+        self._format = latent_format
         for name, child in shapes.named_children():
             self.add_module(name, child)
 
@@ -54,13 +59,32 @@ class RemoteStage(torch.nn.Module):
         return dict(self._weights.base)
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI clips after it has joined the tiles."""
+        """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI clips after it has joined the tiles.
+
+        Latents with one frame become (batch, 3, 1, height, width).
+
+        Raises:
+            Unsupported: several frames.
+        """
+        if self._format is not None:
+            latents = self._format.process_in(_checked_frames(z, "latents").float())[:, :, 0]
+            return self._in_batches(_decode, latents).unsqueeze(2).to(z.dtype)
         scaling = self._scaling()
         latents = (z.float() - scaling.shift) * scaling.factor
         return self._in_batches(_decode, latents).to(z.dtype)
 
     def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode."""
+        """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode.
+
+        Of a VAE with frames, ``pixels`` are (batch, 3, 1, height, width).
+
+        Raises:
+            Unsupported: several frames.
+        """
+        if self._format is not None:
+            latents = self._in_batches(Client.encode, _checked_frames(pixels, "images").float()[:, :, 0])
+            z: torch.Tensor = self._format.process_out(latents.unsqueeze(2))
+            return z.to(pixels.dtype)
         latents = self._in_batches(Client.encode, pixels.float())
         scaling = self._scaling()
         return (latents / scaling.factor + scaling.shift).to(pixels.dtype)
@@ -78,6 +102,21 @@ class RemoteStage(torch.nn.Module):
         return torch.cat(parts)
 
 
+def _checked_frames(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """Return (batch, channels, frames, height, width) if it has one frame.
+
+    Raises:
+        Unsupported: several frames.
+    """
+    if tensor.ndim != 5 or tensor.shape[2] != 1:
+        frames = tensor.shape[2] if tensor.ndim == 5 else "no"
+        raise Unsupported(
+            f"XDiT: {what} of {frames} frames: this VAE runs single images in the workers; use Load VAE for a video, "
+            "and encode pictures one at a time"
+        )
+    return tensor
+
+
 def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:
     return client.decode(loan, latents, clamp=False)
 
@@ -92,12 +131,15 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     _check_format(plain, label)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
     vae = _on_meta(shapes)
-    if vae.first_stage_model is None or (vae.latent_channels, vae.latent_dim) not in _latents():
+    formats = _latents()
+    latents = vae.latent_channels, vae.latent_dim
+    if vae.first_stage_model is None or latents not in formats:
         refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of {titles()}; use Load VAE")
     plain = {name: each.to(vae.vae_dtype) if each.dtype in FLOAT8 else each for name, each in plain.items()}
     weights = make_weights(plain, ComponentKind.VAE, label, is_whole=True)
-    vae.first_stage_model = RemoteStage(weights, vae.first_stage_model)
+    latent_format = formats[latents] if vae.latent_dim == _WITH_FRAMES else None
+    vae.first_stage_model = RemoteStage(weights, vae.first_stage_model, latent_format)
     vae.patcher = make_patcher(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
     vae.vae_dtype = next(iter(plain.values())).dtype
     vae.size = 0
@@ -179,10 +221,10 @@ def _why_changed(vae: Any, made: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _latents() -> set[tuple[int, int]]:
-    """Return the channels and dimensions of all families' latents, without those with frames."""
-    formats = (config.latent_format for each in adapters() for config in each.config_classes())
-    return {(each.latent_channels, each.latent_dimensions) for each in formats if each.latent_dimensions == _DIMENSIONS}
+def _latents() -> dict[tuple[int, int], Any]:
+    """Return ComfyUI's formats of all families' latents, by channels and dimensions."""
+    formats = (config.latent_format() for each in adapters() for config in each.config_classes())
+    return {(each.latent_channels, each.latent_dimensions): each for each in formats}
 
 
 def _on_meta(shapes: Mapping[str, torch.Tensor]) -> Any:

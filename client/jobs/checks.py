@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FLOAT_DTYPES: Final = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 LATENT_AXES: Final = "(batch, channels, height, width)"
+VIDEO_LATENT_AXES: Final = "(batch, channels, frames, height, width)"
 
 
 def shape_text(tensor: torch.Tensor) -> str:
@@ -112,6 +113,12 @@ def check_size(height: int, width: int, latents: LatentFacts) -> None:
             raise BadRequest(f"{name}: {side} is not a multiple of {multiple} pixels; {near} is near")
 
 
+def check_frames(frames: int, latents: LatentFacts) -> None:
+    """Check the frames of a video; of an image, 1."""
+    check_whole("frames", frames, 1, limits.MAX_FRAMES)
+    latents.check_frames(frames)
+
+
 def check_steps(steps: int) -> None:
     check_whole("steps", steps, 1, limits.MAX_STEPS)
 
@@ -186,13 +193,14 @@ def check_foreseen(foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None
 
 
 def check_latents(name: str, latents: torch.Tensor, facts: LatentFacts, *, batch: int | None = None) -> None:
-    """Check latents (batch, channels, height / pixels, width / pixels)."""
-    check_tensor(name, latents, LATENT_AXES, 4)
+    """Check latents (batch, channels, height / pixels, width / pixels), of videos with frames before the height."""
+    is_video = bool(facts.frames) and isinstance(latents, torch.Tensor) and latents.ndim == 5
+    check_tensor(name, latents, *((VIDEO_LATENT_AXES, 5) if is_video else (LATENT_AXES, 4)))
     if latents.shape[1] != facts.channels:
         raise BadRequest(f"{name}: {latents.shape[1]} channels instead of {facts.channels}; give them unpacked")
     if batch is not None and latents.shape[0] != batch:
         raise BadRequest(f"{name}: batch {latents.shape[0]}, but the prompts have batch {batch}")
-    for axis, side in (("height", latents.shape[2]), ("width", latents.shape[3])):
+    for axis, side in (("height", latents.shape[-2]), ("width", latents.shape[-1])):
         if side * facts.pixels > limits.MAX_SIDE_PIXELS:
             raise BadRequest(
                 f"{name}: latent {axis} {side} stands for {side * facts.pixels} pixels, "
@@ -202,18 +210,25 @@ def check_latents(name: str, latents: torch.Tensor, facts: LatentFacts, *, batch
         raise BadRequest(f"{name}: batch {latents.shape[0]}, at most {limits.MAX_BATCH}; split it into several jobs")
 
 
-def check_noise(noise: torch.Tensor, batch: int, height: int, width: int, facts: LatentFacts) -> None:
+def check_noise(noise: torch.Tensor, batch: int, height: int, width: int, facts: LatentFacts, frames: int = 1) -> None:
     """Check the shape of given noise."""
     check_latents("noise", noise, facts, batch=batch)
-    expected = facts.shape(batch, height, width)
+    expected = facts.shape(batch, height, width, frames)
     if tuple(noise.shape) != expected:
         raise BadRequest(f"noise: shape {shape_text(noise)} instead of {expected} for {width}x{height} pixels")
 
 
 def check_image(image: torch.Tensor, facts: VaeFacts) -> None:
-    """Check an image (batch, channels, height, width): its sides must be multiples of a latent's pixels."""
-    check_tensor("image", image, "(batch, channels, height, width) in [-1, 1]", 4)
-    batch, channels, height, width = image.shape
+    """Check an image (batch, channels, height, width): its sides must be multiples of a latent's pixels.
+
+    A video has frames before the height.
+    """
+    if facts.latents.frames and isinstance(image, torch.Tensor) and image.ndim == 5:
+        check_tensor("image", image, "(batch, channels, frames, height, width) in [-1, 1]", 5)
+        facts.latents.check_frames(image.shape[2])
+    else:
+        check_tensor("image", image, "(batch, channels, height, width) in [-1, 1]", 4)
+    batch, channels, *_, height, width = image.shape
     if channels != facts.image_channels:
         raise BadRequest(f"image: {channels} channels instead of {facts.image_channels}")
     if batch > limits.MAX_BATCH:

@@ -23,6 +23,7 @@ from xditd.ipc.requests import (
     EncodeText,
     Generate,
     InferenceRequest,
+    LoraUses,
     Part,
     Role,
     Sampling,
@@ -229,6 +230,8 @@ def generate_request(
     *,
     height: int,
     width: int,
+    frames: int = 1,
+    second: Component | None = None,
     steps: int | None,
     sigmas: Sequence[float] | torch.Tensor | None,
     guidance_scale: float | None,
@@ -245,15 +248,19 @@ def generate_request(
     facts = transformer.transformer
     batch = checks.check_conditioning(conditioning, facts.conditioning)
     checks.check_size(height, width, facts.latents)
+    checks.check_frames(frames, facts.latents)
+    if second is not None and facts.stages < 2:
+        raise BadRequest("transformer_2: this transformer runs alone; leave the second out")
     steps = facts.default_steps if steps is None else steps
     checks.check_steps(steps)
     if noise is not None:
-        checks.check_noise(noise, batch, height, width, facts.latents)
+        checks.check_noise(noise, batch, height, width, facts.latents, frames)
     else:
         checks.check_whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
     sampling = Sampling(
         height=height,
         width=width,
+        frames=frames,
         steps=steps,
         sigmas=None if sigmas is None else checks.check_sigmas(sigmas, steps),
         guidance_scale=None if guidance_scale is None else checks.check_guidance("guidance_scale", guidance_scale),
@@ -263,6 +270,10 @@ def generate_request(
         options=checks.check_options(options, facts),
     )
     components: dict[Role, str] = {"transformer": transformer.component_id}
+    loras: dict[Role, LoraUses] = {"transformer": transformer.loras} if transformer.loras else {}
+    if second is not None:
+        components["transformer_2"] = second.component_id
+        loras |= {"transformer_2": second.loras} if second.loras else {}
 
     places = IoPlaces()
     writer = ArgumentWriter(places, max_values=0)
@@ -276,10 +287,12 @@ def generate_request(
         inputs.append((noise_at, noise))
     first = ordered[names[0]]
     like = noise if noise is not None else first[0] if isinstance(first, (list, tuple)) else first
-    outputs = {"latents": places.add_output(like.dtype, facts.latents.shape(batch, height, width))}
+    outputs = {"latents": places.add_output(like.dtype, facts.latents.shape(batch, height, width, frames))}
     if vae is not None:
         components["vae"] = vae.component_id
-        outputs["image"] = places.add_output(torch.float32, (batch, vae.vae.image_channels, height, width))
+        outputs["image"] = places.add_output(
+            torch.float32, (batch, vae.vae.image_channels, *((frames,) if facts.latents.frames else ()), height, width)
+        )
     if previews:
         outputs["denoised"] = places.add_output(like.dtype, outputs["latents"].shape)
 
@@ -287,7 +300,7 @@ def generate_request(
         return Generate(
             request_id=request_id,
             components=components,
-            loras={"transformer": transformer.loras} if transformer.loras else {},
+            loras=loras,
             io=io,
             conditioning=written,
             sampling=sampling,
@@ -304,11 +317,10 @@ def decode_request(vae: Component, latents: torch.Tensor, transformer: Component
     """Build the request to decode a transformer's latents to ``image``, or the VAE's own latents without one."""
     facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_latents("latents", latents, facts.latents)
-    batch, _, height, width = latents.shape
-    pixels = facts.latents.pixels
     places = IoPlaces()
     latents_at = places.add_input(latents)
-    out_at = places.add_output(latents.dtype, (batch, facts.image_channels, height * pixels, width * pixels))
+    shape = facts.latents.pixels_of(tuple(latents.shape), facts.image_channels)
+    out_at = places.add_output(latents.dtype, shape)
 
     def write(request_id: str, io: HostShmBlock) -> Decode:
         return Decode(
@@ -325,12 +337,12 @@ def encode_request(vae: Component, image: torch.Tensor, transformer: Component |
     """
     facts, scaling = vae.vae, _scaling_of(vae, transformer)
     checks.check_image(image, facts)
-    batch, _, height, width = image.shape
+    shape = facts.latents.shape_of(tuple(image.shape))
     places = IoPlaces()
     if _has_channels_last(image):
         image = image.movedim(1, -1)
     image_at = places.add_input(image)
-    out_at = places.add_output(image.dtype, facts.latents.shape(batch, height, width))
+    out_at = places.add_output(image.dtype, shape)
 
     def write(request_id: str, io: HostShmBlock) -> Encode:
         return Encode(

@@ -145,7 +145,7 @@ def kind_of(job: InferenceRequest) -> Hashable:
     if isinstance(job, Generate):
         sampling = job.sampling
         found += sorted(job.components.items())
-        found.append((sampling.height, sampling.width, sampling.step_cache_threshold > 0.0))
+        found.append((sampling.height, sampling.width, sampling.frames, sampling.step_cache_threshold > 0.0))
         found += _shapes(job.conditioning)
     elif isinstance(job, Call):
         for number, part in enumerate(job.parts):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -40,7 +42,11 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     """Denoise on every rank, decode if asked for, and write the results on rank 0."""
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
+        # Both may have one model, which has the weights of the last one that was asked for.
+        second = _get_component(job, context, "transformer_2") if "transformer_2" in job.components else None
         transformer = _get_component(job, context, "transformer")
+        if second is not None:
+            _check_second(transformer, second)
         vae = _get_component(job, context, "vae") if job.out_image is not None or "vae" in job.components else None
         latent_facts = transformer.transformer_facts.latents
         if vae is not None:
@@ -49,16 +55,23 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         io = context.open_io()
         loras = context.components.variant(transformer, job.loras.get("transformer", ()))
         loop = Loop.prepare(job, context, transformer, io, loras)
+        if second is not None:
+            variant = context.components.variant(second, job.loras.get("transformer_2", ()))
+            loop.second = SecondStage(second.model, variant, partial(_plug_second, job, context))
+        elif job.loras.get("transformer_2"):
+            raise BadRequest("loras: transformer_2 has some, but the job has no such component; leave them out")
         if (vae is None) != (job.out_image is None):
             raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
         if vae is not None and job.out_image is not None:
-            image_shape = (loop.batch, vae.vae_facts.image_channels, job.sampling.height, job.sampling.width)
+            frames = (job.sampling.frames,) if latent_facts.frames else ()
+            image_shape = (
+                loop.batch, vae.vae_facts.image_channels, *frames, job.sampling.height, job.sampling.width
+            )  # fmt: skip
             io.check("out_image", job.out_image, image_shape)
             check_output("out_image", job.out_image.dtype)
     clock.end_phase("inputs")
     finite = FiniteCheck()
-    with loras.switched_on():
-        latents = loop.run(finite, progress.step, _preview_writer(job, context, io))
+    latents = loop.run(finite, progress.step, _preview_writer(job, context, io))
     finite.fetch()
     clock.end_phase("steps")
     with raise_on_all_ranks():
@@ -72,9 +85,20 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             clock.end_phase("decode")
         if context.is_leader:
             context.components.check_unchanged(transformer, job.loras.get("transformer", ()))
+            if second is not None:
+                context.components.check_unchanged(second, job.loras.get("transformer_2", ()))
             io.write("out_latents", job.out_latents, latents)
             clock.end_phase("outputs")
     return Finished({**clock.marks_ms, "first_step": progress.first_step_ms}, loop.reused_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class SecondStage:
+    """The transformer of the steps at low noise. ``plug`` gives the model its weights, on all ranks together."""
+
+    model: CachedModel
+    loras: LoraVariant | None = None
+    plug: Callable[[], object] = lambda: None
 
 
 @dataclass(eq=False)
@@ -89,6 +113,7 @@ class Loop:
     steps: int
     loras: LoraVariant | None = None
     reused_steps: int = 0
+    second: SecondStage | None = None
 
     @classmethod
     def prepare(
@@ -110,9 +135,12 @@ class Loop:
             raise BadRequest(f"options: {listed(unknown)} cannot be given to {transformer.match.family.name}; {taken}")
         if sampling.step_cache_threshold > 0.0 and not facts.has_step_cache:
             raise Unsupported(f"step_cache: {transformer.match.family.name} has none; leave it at 0")
-        wanted = to_wanted(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts)
+        wanted = replace(
+            to_wanted(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts),
+            stages=2 if "transformer_2" in job.components else 1,
+        )
         operations.recipe.check(transformer.match.config, wanted)
-        shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width)
+        shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width, wanted.frames)
         io.check("out_latents", job.out_latents, shape)
         check_output("out_latents", job.out_latents.dtype)
         if job.out_denoised is not None:
@@ -141,7 +169,7 @@ class Loop:
     def run(
         self, finite: FiniteCheck, on_step: Callable[[int, int], None], on_denoised: OnDenoised | None
     ) -> torch.Tensor:
-        """Denoise, and return the latents, (batch, channels, height, width), in the dtype of the steps.
+        """Denoise, and return the latents, in the shape of the facts and the dtype of the steps.
 
         ``on_step(done, total)`` runs on the host after each step was launched, on a GPU before it has finished; if it
         raises, the job fails with that error. ``on_denoised`` runs before ``on_step`` with the step's prediction of the
@@ -149,17 +177,26 @@ class Loop:
         """
         started, scheduler = self.started, self.started.scheduler
         latents = started.latents
-        for step, timestep in enumerate(scheduler.timesteps):
-            options = self.options
-            if self.loras is not None and self.loras.changes:
-                options = replace(options, loras=self.loras.begin_step(step))
-            rows = run_parts(self.model, self.operations, started.parts(latents, step), options)
-            predicted = started.predicted(rows, latents, step)
-            if on_denoised is not None:
-                on_denoised(started.unpacked(latents.float() - scheduler.sigmas[step] * predicted.float()))
-            latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
-            finite.note(f"latents after step {step + 1} of {self.steps}", latents)
-            on_step(step + 1, self.steps)
+        model, loras, stage = self.model, self.loras, 0
+        with ExitStack() as switched:
+            if loras is not None:
+                switched.enter_context(loras.switched_on())
+            for step, timestep in enumerate(scheduler.timesteps):
+                if self.second is not None and started.stages[step] != stage:
+                    stage, model, loras = 1, self.second.model, self.second.loras
+                    switched.close()
+                    self.second.plug()
+                    switched.enter_context(loras.switched_on() if loras is not None else nullcontext())
+                options = self.options
+                if loras is not None and loras.changes:
+                    options = replace(options, loras=loras.begin_step(step))
+                rows = run_parts(model, self.operations, started.parts(latents, step), options)
+                predicted = started.predicted(rows, latents, step)
+                if on_denoised is not None:
+                    on_denoised(started.unpacked(latents.float() - scheduler.sigmas[step] * predicted.float()))
+                latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+                finite.note(f"latents after step {step + 1} of {self.steps}", latents)
+                on_step(step + 1, self.steps)
         if self.options.step_cache is not None:
             self.reused_steps = add_halves(self.options.step_cache.reused, self.batch)
         return started.unpacked(latents)
@@ -173,6 +210,7 @@ def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted
     """
     check_batch("out_latents", batch)
     check_sides(sampling.height, sampling.width, facts.latents.pixels * facts.latents.multiple)
+    facts.latents.check_frames(sampling.frames)
     check_schedule(sampling.steps, sampling.sigmas)
     scale = sampling.guidance_scale
     return Wanted(
@@ -184,6 +222,7 @@ def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted
         sigmas=sampling.sigmas,
         variant=sampling.variant,
         options=sampling.options,
+        frames=sampling.frames,
     )
 
 
@@ -200,7 +239,25 @@ def _get_component(job: Generate, context: JobContext, role: str) -> Component:
     component_id = job.components.get(cast(Any, role))
     if component_id is None:
         raise BadRequest(f"components: a {role} is missing; name one by its id")
-    return context.components.get(component_id, role)
+    return context.components.get(component_id, role.removesuffix("_2"))
+
+
+def _plug_second(job: Generate, context: JobContext) -> None:
+    with raise_on_all_ranks():
+        _get_component(job, context, "transformer_2")
+
+
+def _check_second(first: Component, second: Component) -> None:
+    """Refuse a second transformer where there is no second stage, or one of other sizes or another dtype."""
+    if first.transformer_facts.stages < 2:
+        raise BadRequest(f"transformer_2: {first.match.family.name} runs one transformer; leave it out")
+    if (second.match.family.name, second.transformer_facts, second.match.dtype) != (
+        first.match.family.name, first.transformer_facts, first.match.dtype
+    ):  # fmt: skip
+        raise BadRequest(
+            f"transformer_2: a {second.match.family.name} in {second.match.dtype} of other sizes or another dtype than "
+            f"the transformer, a {first.match.family.name} in {first.match.dtype}; lend the pair of one model"
+        )
 
 
 def _preview_writer(job: Generate, context: JobContext, io: OpenIo) -> OnDenoised | None:

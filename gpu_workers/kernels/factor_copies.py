@@ -93,4 +93,6 @@ class FactorCopies:
             given = torch.tensor([1.0, *factors], dtype=torch.float32)
             given = given.to(self._segments.device, non_blocking=True)
             example = self._targets[0]
-            _copy[(tiles,)](self._segments, self._tiles, given, example, NUMBERS=_NUMBERS, BLOCK=_BLOCK)
+            _copy[(tiles,)](
+                self._segments, self._tiles, given, example, NUMBERS=_NUMBERS, BLOCK=_BLOCK, num_warps=8
+            )  # fmt: skip

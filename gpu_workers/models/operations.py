@@ -70,6 +70,9 @@ class Wanted:
     sigmas: tuple[float, ...] | None = None
     variant: str = "class"
     options: Mapping[str, float] = field(default_factory=dict)
+    frames: int = 1
+    stages: int = 1
+    """The transformers that the client gave: 2 with one for low noise."""
 
 
 class Operations(Protocol[ConfigT_contra]):
@@ -149,7 +152,7 @@ class Recipe(Protocol[ConfigT_contra]):
         """Check conditioning and noise, and prepare the steps.
 
         ``conditioning`` has the names of the facts, on the model's device, in the client's dtypes. ``noise``
-        is (batch, channels, height / pixels, width / pixels), finite, in :meth:`noise_dtype`.
+        has the shape of the facts' latents, finite, in :meth:`noise_dtype`.
 
         Raises:
             BadRequest, Unsupported: as ``TransformerOperations.check``; on every rank alike.
@@ -174,17 +177,21 @@ class DenoisingRun(Protocol):
     def foreseen(self) -> Mapping[str, tuple[float, ...]]:
         """The values of arguments in all steps, if the host knows them; as in ``CallOptions``."""
 
+    @property
+    def stages(self) -> Sequence[int]:
+        """Of each step, the transformer that runs it: 0 the first, then 1 the second. Needed with two."""
+
     def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
         """Return the inputs of the independent forwards of one step."""
 
     def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
-        """Combine the rows of all parts into the scheduler's ``model_output``, in shape and dtype of ``latents``.
+        """Combine the rows of all parts into the scheduler's ``model_output``, in the shape of ``latents``.
 
         ``latents - sigma * predicted`` is the prediction of the clean latents at this step.
         """
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return latents of a step as (batch, channels, height, width)."""
+        """Return latents of a step in the shape of the facts' latents."""
 
 
 class VaeOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):

@@ -93,5 +93,53 @@ def inputs(
     return given
 
 
+@torch.no_grad()
+def pipeline_latents(
+    module: WanTransformer3DModel, second: WanTransformer3DModel | None, sample: Any, sigmas: Any = None
+) -> torch.Tensor:
+    """Sample with diffusers' own pipeline, its defaults for what a sample's options do not say."""
+    import numpy as np
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+
+    options = sample.options
+    is_ti2v = sample.config.out_channels == 48
+    shift = 1.0 if sigmas is not None else options.get("shift", 5.0 if is_ti2v else 3.0)
+    scheduler: Any
+    if options.get("euler"):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    else:
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+        )
+    if sigmas is not None:
+        own = scheduler.set_timesteps
+        given = list(sigmas) if options.get("euler") else np.array(sigmas)
+        scheduler.set_timesteps = lambda _, device: own(sigmas=given, device=device)
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=scheduler,
+        transformer=module,
+        transformer_2=second,
+        boundary_ratio=None if second is None else options.get("boundary_ratio", 0.875),
+        expand_timesteps=is_ti2v,
+    )
+    pipeline.vae_scale_factor_spatial = 16 if is_ti2v else 8
+    pipeline.set_progress_bar_config(disable=True)
+    dtype = module.dtype
+    found: torch.Tensor = pipeline(
+        latents=sample.noise,
+        num_inference_steps=sample.steps,
+        guidance_scale=sample.scale,
+        guidance_scale_2=options.get("guidance_scale_2"),
+        output_type="latent",
+        return_dict=False,
+        **{"num_frames" if name == "frames" else name: each for name, each in sample.sides.items()},
+        **{name: each.to(dtype) for name, each in sample.conditioning.items()},
+    )[0]
+    return found
+
+
 def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:
     return float((ours.double() - right.double()).abs().max() / right.double().abs().max())

@@ -21,6 +21,8 @@ TEXT_TOKENS: Final = 512
 """Texts have as many in every pipeline, padded with zeros; models of image and text find the text by this number."""
 IMAGE_TOKENS: Final = 257
 """Of a first image: those of CLIP's vision model, with the class token."""
+FRAMES: Final = 4
+"""Of a video, for each latent frame after the first."""
 TIMESTEPS: Final = 1000
 OUT_CHANNELS: Final[Mapping[int, int]] = {16: 16, 36: 16, 48: 48}
 """The channels of latents, by those of the input: 36 are 16 of noise, 4 of a mask and 16 of a first image; 48 are those
@@ -53,6 +55,16 @@ class WanConfig:
     def is_text_to_video(self) -> bool:
         """Whether all that the transformer takes is noise and text."""
         return self.in_channels == self.out_channels and not self.image_channels
+
+    @property
+    def has_time_per_token(self) -> bool:
+        """Whether the pipeline gives it a time for each token: TI2V."""
+        return self.out_channels == 48
+
+    @property
+    def default_shift(self) -> float:
+        """That of the scheduler beside the released weights."""
+        return 5.0 if self.has_time_per_token else 3.0
 
     @property
     def pixels(self) -> int:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Final
 
-from xditd.gpu_workers.families.wan.config import IMAGE_TOKENS, WanConfig
+from xditd.gpu_workers.families.wan.config import FRAMES, IMAGE_TOKENS, WanConfig
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
 PROMPT: Final = "prompt_embeds"
 NEGATIVE: Final = "negative_prompt_embeds"
+
+SHIFT: Final = "shift"
+"""Of the schedule: 3 unless given, 5 of TI2V."""
+EULER: Final = "euler"
+"""Steps by ``FlowMatchEulerDiscreteScheduler``, not ``UniPCMultistepScheduler``."""
+BOUNDARY: Final = "boundary_ratio"
+"""The time, from 0 to 1, below which the second transformer predicts."""
+SECOND_SCALE: Final = "guidance_scale_2"
+"""The guidance scale of the second transformer; that of the first unless given."""
 
 
 def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerFacts:
@@ -39,8 +48,11 @@ def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerF
             channels=config.out_channels,
             pixels=config.pixels,
             multiple=2,
+            frames=FRAMES,
             scaling=LatentScaling(factor=1.0, shift=0.0),  # its VAE normalises each channel by its own statistics
         ),
+        options=(SHIFT, EULER, BOUNDARY, SECOND_SCALE),
+        stages=2,
         guidance="classifier_free",
         default_guidance_scale=5.0,
         default_steps=50,

@@ -1,27 +1,177 @@
-"""Sampling with Wan."""
+"""Sampling videos with Wan as diffusers' ``WanPipeline`` does it, with the same bits.
+
+Latents are float32, unlike the weights. Of Wan 2.2 A14B, one transformer predicts at times from ``boundary_ratio`` on,
+another below. TI2V 5B takes a time for each token, the same for all of them where there is no first image.
+
+Source: diffusers, ``pipelines/wan/pipeline_wan.py``; a test compares the bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
+import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from xditd.gpu_workers.families.wan.config import WanConfig
-from xditd.gpu_workers.models.operations import Model, Wanted
-from xditd.ipc.errors import Unsupported
+from xditd.gpu_workers.families.wan.checks import check_split, check_texts
+from xditd.gpu_workers.families.wan.config import PATCH, TIMESTEPS, WanConfig
+from xditd.gpu_workers.families.wan.facts import (
+    BOUNDARY,
+    EULER,
+    NEGATIVE,
+    PROMPT,
+    SECOND_SCALE,
+    SHIFT,
+)
+from xditd.gpu_workers.models.job_checks import prepare
+from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
+from xditd.ipc.errors import BadRequest, Unsupported
+
+_UNIPC: Final[Mapping[str, Any]] = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "num_train_timesteps": TIMESTEPS,
+}
+"""The scheduler beside the weights of every release."""
+_BOUNDARY: Final = 0.875
+"""Of Wan 2.2 T2V A14B."""
+_LIMITS: Final = {SHIFT: (0.01, 100.0), BOUNDARY: (0.0, 1.0), SECOND_SCALE: (0.0, 1000.0)}
 
 
 class WanRecipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: WanConfig, wanted: Wanted) -> None:
-        raise Unsupported("generate: wan makes videos, which Generate does not run yet; run its forward by call")
+        if not config.is_text_to_video:
+            raise Unsupported(
+                "generate: this Wan transformer needs a first image, which Generate does not take yet; run its forward "
+                "by call, or its pipeline by accelerate"
+            )
+        for name, (low, high) in _LIMITS.items():
+            value = wanted.options.get(name)
+            if value is not None and (isinstance(value, bool) or not low <= value <= high):
+                raise BadRequest(f"options: {name}={value!r} is not a number from {low:g} to {high:g}")
+        euler = wanted.options.get(EULER, False)
+        if not isinstance(euler, bool):
+            raise BadRequest(f"options: {EULER}={euler!r} is not True or False")
+        if wanted.stages == 1 and (given := sorted({BOUNDARY, SECOND_SCALE} & set(wanted.options))):
+            raise BadRequest(f"options: {given[0]} without a second transformer would have no effect: leave it out")
+        if wanted.sigmas is not None and SHIFT in wanted.options:
+            raise BadRequest(f"options: {SHIFT} with sigmas would have no effect, they are used as they are")
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
         return torch.float32
 
     def start(
         self, model: Model[WanConfig], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
-    ) -> NoReturn:
-        raise Unsupported("generate: wan makes videos, which Generate does not run yet; run its forward by call")
+    ) -> WanRun:
+        config = model.config
+        texts = _texts(conditioning, wanted)
+        tokens = noise.shape[2:].numel() // (PATCH[0] * PATCH[1] * PATCH[2])
+        for name, each in texts.items():
+            check_texts(name, each, wanted.batch, config, None)
+        check_split(model.layout, tokens)
+        embeds = prepare(model, **texts)
+        scheduler = _scheduled(config, wanted, model.device)
+        boundary = wanted.options.get(BOUNDARY, _BOUNDARY) * TIMESTEPS
+        known = tuple(float(each) for each in scheduler.timesteps.tolist())
+        stages = tuple(int(wanted.stages == 2 and each < boundary) for each in known)
+        second = wanted.options.get(SECOND_SCALE, wanted.guidance_scale)
+        return WanRun(
+            scheduler=scheduler,
+            latents=noise,
+            foreseen={"timestep": known},
+            embeds=embeds,
+            stages=stages,
+            scales=(wanted.guidance_scale, second),
+            dtype=model.dtype,
+            tokens=tokens if config.has_time_per_token else 0,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class WanRun:
+    """See :class:`~xditd.gpu_workers.models.operations.DenoisingRun`."""
+
+    scheduler: Any
+    latents: torch.Tensor
+    foreseen: Mapping[str, tuple[float, ...]]
+    """The model's timestep at each step."""
+    embeds: Sequence[torch.Tensor]
+    """Of the prompts, then, with guidance, of the negative prompts."""
+    stages: Sequence[int]
+    """Of each step: 0 is the first transformer, 1 the second."""
+    scales: tuple[float, float]
+    """The guidance scale of each stage."""
+    dtype: torch.dtype
+    """Of the weights."""
+    tokens: int
+    """Tokens of a row, if each has a time of its own; else 0."""
+
+    def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
+        batch = latents.shape[0]
+        time = self.scheduler.timesteps[step]
+        if self.tokens:
+            time = (torch.ones(self.tokens, dtype=torch.float32, device=latents.device) * time).unsqueeze(0)
+            timestep, known = time.expand(batch, -1), {}
+        else:
+            timestep, known = time.expand(batch), {"timestep": (self.foreseen["timestep"][step],) * batch}
+        video = latents.to(self.dtype)
+        return [
+            Inputs({"hidden_states": video, "timestep": timestep, "encoder_hidden_states": each}, known)
+            for each in self.embeds
+        ]
+
+    def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
+        """Combine the predictions, in the weights' dtype: the schedulers round by it."""
+        found = [each if isinstance(each, torch.Tensor) else torch.stack(each) for each in rows]
+        if len(found) == 1:
+            return found[0]
+        positive, negative = found
+        return negative + self.scales[self.stages[step]] * (positive - negative)
+
+    def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+def _texts(conditioning: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """Return the embeddings of the prompts, and of the negatives where they are needed.
+
+    Raises:
+        BadRequest: they are missing, or would have no effect.
+    """
+    negative = conditioning.get(NEGATIVE)
+    if wanted.guidance_scale <= 1:
+        if negative is not None:
+            raise BadRequest(
+                f"{NEGATIVE} with guidance_scale {wanted.guidance_scale:g} would have no effect: leave it out, or "
+                "guide with more than 1"
+            )
+        return {PROMPT: conditioning[PROMPT]}
+    if negative is None:
+        raise BadRequest(
+            f"{NEGATIVE} is missing: guidance_scale {wanted.guidance_scale:g} needs one for each video, the empty "
+            "text's if there is none; distilled weights run with guidance_scale 1"
+        )
+    return {PROMPT: conditioning[PROMPT], NEGATIVE: negative}
+
+
+def _scheduled(config: WanConfig, wanted: Wanted, device: torch.device) -> Any:
+    """Set the timesteps: the schedule with its shift, or given sigmas without one."""
+    given = wanted.sigmas
+    shift = 1.0 if given is not None else wanted.options.get(SHIFT, config.default_shift)
+    scheduler: Any
+    if wanted.options.get(EULER, False):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        if given is None:
+            scheduler.set_timesteps(wanted.steps, device=device)
+        else:
+            scheduler.set_timesteps(sigmas=list(given), device=device)
+    else:
+        scheduler = UniPCMultistepScheduler(flow_shift=shift, **_UNIPC)
+        scheduler.set_timesteps(wanted.steps, device=device, sigmas=None if given is None else np.array(given))
+    scheduler.set_begin_index(0)
+    return scheduler

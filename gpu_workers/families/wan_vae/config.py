@@ -30,6 +30,8 @@ RESIDUALS: Final = 2
 IN_TIME: Final = (False, True, True)
 """Whether a level's encoder halves the number of frames, too; its decoder doubles them in the reverse order."""
 PIXELS_PER_LATENT: Final = 8
+FRAMES_PER_LATENT: Final = 4
+"""Of a video, for each latent frame after the first."""
 
 
 @dataclass(frozen=True, slots=True)

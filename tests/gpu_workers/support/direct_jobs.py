@@ -7,13 +7,14 @@ once the group is started: until then there is no xfuser to import.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 
 from xditd.gpu_workers.families.flux1.config import PATCH
-from xditd.gpu_workers.jobs.generate import Loop, to_wanted
+from xditd.gpu_workers.jobs.generate import Loop, SecondStage, to_wanted
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.entries import TensorInfo
@@ -46,12 +47,13 @@ def generate_from(
     variant: str = "class",
     is_foreseen: bool = True,
     loras: tuple[tuple[int, float], ...] = (),
+    second: CachedModel | None = None,
     switched_on: LoraVariant | None = None,
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
 
-    ``switched_on`` has the strengths of LoRAs by step; ``loras`` are those of all steps.
+    ``switched_on`` are LoRAs that the loop switches on, with their strengths by step; ``loras`` those of all steps.
 
     ``step_cache.reused`` is counted over all halves of the group afterwards. Where it ``is_foreseen``, as in jobs, the
     forwards are told of those to come, which changes no bit.
@@ -59,11 +61,13 @@ def generate_from(
     operations: Any = model.operations
     facts = operations.facts(model.config, model.layout)
     wanted = to_wanted(Sampling(variant=variant, **sampling), noise.shape[0], facts)
+    wanted = replace(wanted, stages=1 if second is None else 2)
     operations.recipe.check(model.config, wanted)
     noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
     started = operations.recipe.start(model, wanted, conditioning, noise)
     options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache, loras)
-    loop = Loop(model, operations, started, options, wanted.batch, wanted.steps, switched_on)
+    then = None if second is None else SecondStage(second)
+    loop = Loop(model, operations, started, options, wanted.batch, wanted.steps, switched_on, second=then)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:
         step_cache.reused = loop.reused_steps

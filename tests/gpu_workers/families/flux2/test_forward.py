@@ -7,19 +7,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flux2_models
+import lora_files
 import pytest
 import torch
 from interpreted_graphs import InterpretedGraphs
+from taped_forward import TapedForward
 
+from xditd.client.loras.lending import describe_lora
 from xditd.gpu_workers.families.flux2.config import Flux2Config
+from xditd.gpu_workers.models import path_choice
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.lora_binding import LentLora
+from xditd.gpu_workers.models.lora_variants import LoraCounters, prepare_variant
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.requests import LoraUse
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]
@@ -119,6 +126,48 @@ def test_compiled_blocks_are_those_of_the_class(
         paths += [(each.class_name, each.path, each.detail) for each in model.paths.take_reports()]
     assert paths[-1] == ("Flux2Transformer2DModel", "compiled", "")
     assert not model.lora_detail.startswith("fused")
+
+
+def test_loras_of_one_layout_share_a_graph(
+    layout: ParallelLayout, plug: Plugger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU a graph is a tape of torch's operators (``taped_forward``)."""
+    cache = ModelCache(dataclasses.replace(layout, acceleration="captured"))
+    state = flux2_models.state_dict(0, DEV)
+    model = plug(cache, state).model
+    monkeypatch.setattr(path_choice, "CapturedForward", TapedForward)
+    assert model.paths is not None
+    assert model.lora_memory is not None
+    model.paths._chooser.captures = True
+    given, counts, counters = flux2_models.inputs(1, 9, (4, 6)), model.lora_memory.counts, LoraCounters()
+    lent: dict[str, LentLora] = {}
+    made = {str(seed): lora_files.make(lora_files.matrices(state), "comfyui", seed) for seed in (1, 2)}
+    for name, lora in made.items():
+        offer = describe_lora(lora.tensors)
+        lent[name] = LentLora(name, offer.manifest.lora)
+        lent[name].plug(dict(lora.tensors), name)
+        offer.close()
+
+    def with_lora(name: str, strength: float) -> torch.Tensor:
+        uses = [LoraUse(component_id=name, strength=strength)]
+        variant = prepare_variant(model, uses, lent.__getitem__, counters)
+        with variant.switched_on(), torch.no_grad():
+            found = model.operations.run(model, Inputs(given), CallOptions(loras=variant.begin_step()))
+        model.paths.decide()
+        return found
+
+    for name, strength in (("1", 0.5), ("1", 0.5), ("1", -0.2), ("2", 0.4), ("1", 0.5)):
+        reference = flux2_models.reference(made[name].baked_into(state, strength), DEV)
+        with torch.no_grad():
+            expected = reference(**given, return_dict=False)[0]
+        assert flux2_models.relative_error(with_lora(name, strength), expected) <= 1e-6
+    assert (counts.forwards, counts.launched, counts.layouts, counts.refusal) == (5, 3, 1, "")
+    report = counters.report([model.lora_memory])
+    assert (report.launched, report.memory_bytes) == (3, model.lora_memory.nbytes)
+    assert report.memory_bytes > 0
+    for each in lent.values():
+        each.unplug()
+    assert model.lora_memory.nbytes == 0
 
 
 def test_rows_are_taken_as_views(shared_cache: ModelCache, plug: Plugger) -> None:

@@ -140,8 +140,8 @@ def test_a_decoder_alone_decodes_and_does_not_encode(shared_cache: ModelCache, p
 def test_wrong_shapes_are_refused(model: CachedModel) -> None:
     import direct_jobs
 
-    with pytest.raises(BadRequest, match=r"latents are \[1, 16, 1, 4, 4\]: use \[batch, 16, height / 8, width / 8\]"):
-        direct_jobs.decode(model, torch.zeros(1, 16, 1, 4, 4))
+    with pytest.raises(BadRequest, match=r"latents are \[1, 4, 4, 4\]: use \[batch, 16, height / 8, width / 8\]"):
+        direct_jobs.decode(model, torch.zeros(1, 4, 4, 4))
     with pytest.raises(BadRequest, match=r"image is \[1, 4, 32, 32\]: use \[batch, 3, height, width\]"):
         direct_jobs.encode(model, torch.zeros(1, 4, 32, 32))
     with pytest.raises(BadRequest, match="height 20: use a multiple of 8"):
@@ -159,3 +159,34 @@ def test_faults_and_relatives_are_named(state: State) -> None:
     of_four = {f"{last}.weight": TensorInfo("float32", (4, 8, 3, 3, 3)), f"{last}.bias": TensorInfo("float32", (4,))}
     with pytest.raises(Unsupported, match=r"images of 4 channels, not 3 \(Qwen-Image-Layered's have transparency\)"):
         fitted({**given, **of_four})
+
+
+@pytest.mark.parametrize("size", [(1, 4, 6), (2, 3, 5), (4, 2, 3)])
+def test_a_video_is_decoded_and_encoded_as_wan_s_class_does(model: CachedModel, state: State, size: Any) -> None:
+    import direct_jobs
+
+    module = reference(state, class_name="AutoencoderKLWan")
+    latents = torch.randn(2, 16, *size, generator=torch.Generator().manual_seed(3)) / 4
+    means, deviations = (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (MEANS, DEVIATIONS))
+    with torch.no_grad():
+        expected = module.decode(latents / (1.0 / deviations) + means, return_dict=False)[0]
+    found = direct_jobs.decode(model, latents)
+    frames, height, width = size
+    assert found.shape == (2, 3, 4 * (frames - 1) + 1, 8 * height, 8 * width)
+    assert (found.clamp(-1, 1) - expected).abs().max() <= 1e-6
+    video = expected * 0.7
+    with torch.no_grad():
+        z = module.encode(video).latent_dist.mode()
+    encoded = direct_jobs.encode(model, video)
+    assert encoded.shape == latents.shape
+    right = (z - means) / deviations
+    assert (encoded - right).abs().max() <= 1e-6 * right.abs().max()
+
+
+def test_videos_that_cannot_be_run_are_refused(model: CachedModel) -> None:
+    import direct_jobs
+
+    with pytest.raises(BadRequest, match=r"or of videos \[batch, 16, \(frames - 1\) / 4 \+ 1, height / 8, width / 8\]"):
+        direct_jobs.decode(model, torch.zeros(1, 16, 2, 1, 4, 6))
+    with pytest.raises(BadRequest, match="frames: 4 is not 1 more than a multiple of 4"):
+        direct_jobs.encode(model, torch.zeros(1, 3, 4, 32, 48))

@@ -62,9 +62,8 @@ class Model:
             for name, strength, *later in uses
         ]
         variant = prepare_variant(self.model, named, self.lent.__getitem__, self.counters)
-        with variant.switched_on():
-            given = {**self.given, "pooled": self.given["pooled"].clone()}  # as a job: nothing is kept of it
-            found = generate(self.model, **given, steps=STEPS, guidance_scale=GUIDANCE, switched_on=variant)
+        given = {**self.given, "pooled": self.given["pooled"].clone()}  # as a job: nothing is kept of it
+        found = generate(self.model, **given, steps=STEPS, guidance_scale=GUIDANCE, switched_on=variant)
         self.model.paths.decide()
         return found
 
@@ -153,7 +152,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     }
     facts["copy_ms"] = copy_ms(captured)
     del found, first, expected
-    for lent in captured.lent.values():
+    for lent in (*captured.lent.values(), *eager.lent.values()):
         lent.unplug()
     gc.collect()
     torch.cuda.synchronize()
