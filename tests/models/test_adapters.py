@@ -21,7 +21,7 @@ from flux_pipelines import (
     run_plain,
     run_prompt,
 )
-from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from pipeline_parts import tensors
 from running_daemon import RunningDaemon
 
@@ -196,6 +196,8 @@ NO_BRANCHES = {
     "DoRA": LoraConfig(r=2, target_modules=["to_q"], use_dora=True, init_lora_weights=False),
     "bias": LoraConfig(r=2, target_modules=["to_q"], lora_bias=True, init_lora_weights=False),
     "LoHa": LoHaConfig(r=2, target_modules=["to_q"], init_weights=False),
+    "LoKr": LoKrConfig(r=2, target_modules=["to_q"], init_weights=False),
+    "OFT": OFTConfig(oft_block_size=8, target_modules=["to_q"], init_weights=False),
     "saved module": LoraConfig(
         r=2, target_modules=["to_q"], modules_to_save=["proj_out"], init_lora_weights=False, lora_alpha=4
     ),
