@@ -250,16 +250,22 @@ class Client(LoanMethods, DaemonMethods):
         token_ids: torch.Tensor | Sequence[Sequence[int]],
         *,
         pooled: bool = False,
+        mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
+        layers: Sequence[int] = (),
         deadline_s: float | None = None,
     ) -> TextEncoding:
         """Encode token ids (batch, tokens) with a text encoder, in float32, whatever the dtype of its weights.
 
-        Padding is not masked. The encoder's facts say how many tokens it takes. ``pooled`` adds the pooled state.
+        The encoder's facts say how many tokens it takes. ``pooled`` adds the pooled state. Encoders with ``layers`` in
+        their facts take a ``mask`` (batch, tokens), 0 for padding, which others do not mask, and ``layers``: the states
+        after these, one beside the other (batch, tokens, layers * width), in place of those after the final norm.
 
         Raises:
-            BadRequest: an unknown token id, too many tokens, or an encoder without a pooled state.
+            BadRequest: an unknown token id, too many tokens, a mask or layers that the encoder does not take, or an
+                encoder without a pooled state.
         """
-        job = encode_text_request(self._component(encoder, ComponentKind.TEXT_ENCODER), token_ids, pooled=pooled)
+        component = self._component(encoder, ComponentKind.TEXT_ENCODER)
+        job = encode_text_request(component, token_ids, pooled=pooled, mask=mask, layers=layers)
         found = self._runner.run(job, TextEncoded, deadline_s)
         return TextEncoding(found["hidden_states"], found.get("pooled"))
 

@@ -145,11 +145,15 @@ class VaeFacts(Described, frozen=True, kw_only=True):
 
 
 class TextEncoderFacts(Described, frozen=True, kw_only=True):
-    """Facts of a text encoder: the width of its states, its most tokens, and whether it has a pooled state."""
+    """Facts of a text encoder: the width of its states, its most tokens, and whether it has a pooled state.
+
+    ``layers``: how many it has, if it takes masks and gives the states of layers; else 0.
+    """
 
     width: Count
     max_tokens: Count
     has_pooled: bool
+    layers: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_LAYER)] = 0
 
 
 METHODS: Final = ("forward", "encode", "decode")

@@ -49,6 +49,10 @@ MAX_STEPS: Final = 1_000
 MAX_BATCH: Final = 64
 MAX_GUIDANCE: Final = 1_000.0
 
+MAX_TEXT_LAYERS: Final = 16
+"""Layers of a text encoder whose states one job gives."""
+MAX_LAYER: Final = 1_024
+
 MAX_TEXT_TOKENS: Final = 4_096
 """Tokens of one text: a text encoder's attention may store a number for every pair of tokens in every head."""
 

@@ -258,11 +258,16 @@ class Encode(Request, tag="encode", frozen=True, kw_only=True):
     scaling: LatentScaling | None = None
 
 
+Layer = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_LAYER)]
+
+
 class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):
     """Encode ``token_ids`` (batch, tokens), int64, to ``out`` (batch, tokens, width). Answered by ``TextEncoded``.
 
-    ``out`` is the last layer after the final norm. ``out_pooled`` (batch, width), for encoders that have one, is its
-    state at the first end-of-text token, not projected. The client tokenizes.
+    ``out`` is the last layer after the final norm; with ``layers`` the states after each of these layers (0: the
+    embeddings), one beside the other, (batch, tokens, layers * width). ``out_pooled`` (batch, width), for encoders that
+    have one, is its state at the first end-of-text token, not projected. ``mask`` (batch, tokens), int64, is 0 for
+    padding. The client tokenizes.
     """
 
     encoder_id: ComponentId
@@ -270,6 +275,8 @@ class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):
     """Of the encoder, for this job alone."""
     io: HostShmBlock
     token_ids: IoTensor
+    mask: IoTensor | None = None
+    layers: Annotated[tuple[Layer, ...], msgspec.Meta(max_length=limits.MAX_TEXT_LAYERS)] = ()
     out: IoTensor
     out_pooled: IoTensor | None = None
 

@@ -26,6 +26,9 @@ from xditd.ipc.name_lists import listed
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind
 
+_COUNTER: Final = ".num_batches_tracked"
+"""How torch's batch norms name the number of batches that they were trained with, on which no image depends."""
+
 _SCALES: Final = (MARKER, ".weight_scale", ".scale_weight")
 """Name endings beside packed weights."""
 
@@ -124,7 +127,7 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     Raises:
         Unsupported: not the VAE of a family that the workers run, or weights in another packed format.
     """
-    plain = {bare_name(name): tensor for name, tensor in tensors.items()}
+    plain = {bare_name(name): tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
     _check_format(plain, label)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
     vae = _on_meta(shapes)
@@ -170,8 +173,11 @@ def weights_of(vae: Any) -> RemoteWeights:
         return own
     found: RemoteWeights | None = getattr(vae, "xditd_weights", None)
     if found is None:
+        # What only an encoder reads stays here.
         tensors = {
-            name: tensor for name, tensor in vae.first_stage_model.state_dict().items() if name.startswith("decoder.")
+            name: tensor
+            for name, tensor in vae.first_stage_model.state_dict().items()
+            if not name.startswith(("encoder.", "quant_conv.")) and not name.endswith(_COUNTER)
         }
         found = vae.xditd_weights = make_weights(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found

@@ -268,6 +268,40 @@ def check_token_ids(token_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.
     return token_ids.to(torch.int64)
 
 
+def check_mask(mask: torch.Tensor | Sequence[Sequence[int]], token_ids: torch.Tensor) -> torch.Tensor:
+    """Convert a mask of padding to the shape, device and dtype of ``token_ids``: 1 for tokens, 0 for padding.
+
+    Raises:
+        BadRequest: another shape, or other values.
+    """
+    import torch
+
+    try:
+        found = mask if isinstance(mask, torch.Tensor) else torch.tensor(mask)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise BadRequest("mask: rows of 0 and 1 are needed, as many as token_ids") from None
+    if found.shape != token_ids.shape:
+        raise BadRequest(f"mask: shape {tuple(found.shape)}, but token_ids have {tuple(token_ids.shape)}")
+    if not ((found == 0) | (found == 1)).all():
+        raise BadRequest("mask: use 1 for tokens and 0 for padding")
+    return found.to(token_ids.device, torch.int64)
+
+
+def check_layers(layers: Sequence[int]) -> tuple[int, ...]:
+    """Check numbers of layers; the workers know how many there are.
+
+    Raises:
+        BadRequest: no sequence of whole numbers from 0, or too many.
+    """
+    if not isinstance(layers, Sequence) or isinstance(layers, str) or len(layers) > limits.MAX_TEXT_LAYERS:
+        raise BadRequest(
+            f"layers: {layers!r} is not a sequence of up to {limits.MAX_TEXT_LAYERS} numbers, such as (9, 18, 27)"
+        )
+    for number, each in enumerate(layers):
+        check_whole(f"layers[{number}]", each, 0, limits.MAX_LAYER)
+    return tuple(layers)
+
+
 def floats_of(name: str, values: Sequence[float] | torch.Tensor) -> tuple[float, ...]:
     """Convert a flat sequence of finite numbers."""
     plain = values.tolist() if hasattr(values, "tolist") else values

@@ -371,7 +371,12 @@ def _has_channels_last(image: torch.Tensor) -> bool:
 
 
 def encode_text_request(
-    encoder: Component, token_ids: torch.Tensor | Sequence[Sequence[int]], *, pooled: bool
+    encoder: Component,
+    token_ids: torch.Tensor | Sequence[Sequence[int]],
+    *,
+    pooled: bool,
+    mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
+    layers: Sequence[int] = (),
 ) -> JobRequest:
     """Build the request to encode text to ``hidden_states`` and, if requested, ``pooled``."""
     import torch
@@ -380,7 +385,13 @@ def encode_text_request(
     ids = checks.check_token_ids(token_ids)
     places = IoPlaces()
     ids_at = places.add_input(ids)
-    outputs = {"hidden_states": places.add_output(torch.float32, (*ids.shape, facts.width))}
+    inputs = [(ids_at, ids)]
+    if mask is not None:
+        mask = checks.check_mask(mask, ids)
+        inputs.append((places.add_input(mask), mask))
+    layers = checks.check_layers(layers)
+    shape = (*ids.shape, facts.width * max(1, len(layers)))
+    outputs = {"hidden_states": places.add_output(torch.float32, shape)}
     if pooled:
         outputs["pooled"] = places.add_output(torch.float32, (ids.shape[0], facts.width))
 
@@ -391,8 +402,10 @@ def encode_text_request(
             loras=encoder.loras,
             io=io,
             token_ids=ids_at,
+            mask=None if mask is None else inputs[1][0],
+            layers=layers,
             out=outputs["hidden_states"],
             out_pooled=outputs.get("pooled"),
         )
 
-    return JobRequest(places, [(ids_at, ids)], outputs, ids.device, write)
+    return JobRequest(places, inputs, outputs, ids.device, write)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
@@ -10,15 +12,16 @@ from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.facts import TextEncoderFacts
 from xditd.ipc.requests import EncodeText
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 
 def run(job: EncodeText, context: JobContext) -> Finished:
-    """Encode token ids; write the hidden states after the final norm, and the pooled state if asked for.
+    """Encode token ids; write the hidden states after the final norm or those of layers, and the pooled state if asked.
 
-    No padding is masked. The pooled state is that of the first end-of-text token, or of token 0 if there is none; it is
-    not projected.
+    Padding is masked where a mask says so. The pooled state is that of the first end-of-text token, or of token 0 if
+    there is none; it is not projected.
     """
     clock = PhaseClock(context.device)
     with raise_on_all_ranks():
@@ -30,7 +33,9 @@ def run(job: EncodeText, context: JobContext) -> Finished:
         io = context.open_io()
         token_ids = io.read("token_ids", job.token_ids)
         check_token_ids(token_ids, name, facts.max_tokens, operations.vocabulary(match.config))
-        io.check("out", job.out, (*token_ids.shape, facts.width))
+        mask = None if job.mask is None else io.read("mask", job.mask)
+        check_layers(job, mask, token_ids, name, facts)
+        io.check("out", job.out, (*token_ids.shape, facts.width * max(1, len(job.layers))))
         if job.out_pooled is not None:
             if not facts.has_pooled:
                 raise BadRequest(f"pooled: {name} has no pooled state; take its hidden states, or ask a CLIP")
@@ -39,7 +44,8 @@ def run(job: EncodeText, context: JobContext) -> Finished:
         if context.is_leader:
             clock.end_phase("inputs")
             with using_all_cores(context.device), loras.switched_on():
-                hidden, pooled = operations.encode(encoder.model, token_ids, pooled=job.out_pooled is not None)
+                more: dict[str, Any] = {"mask": mask, "layers": job.layers} if facts.layers else {}
+                hidden, pooled = operations.encode(encoder.model, token_ids, pooled=job.out_pooled is not None, **more)
             finite = FiniteCheck()
             finite.note("hidden states", hidden)  # the pooled state is one of them
             finite.fetch()
@@ -52,6 +58,35 @@ def run(job: EncodeText, context: JobContext) -> Finished:
                 io.write("out_pooled", job.out_pooled, pooled)
             clock.end_phase("outputs")
     return Finished(clock.marks_ms)
+
+
+def check_layers(
+    job: EncodeText, mask: torch.Tensor | None, token_ids: torch.Tensor, name: str, facts: TextEncoderFacts
+) -> None:
+    """Check the mask and the layers against the encoder.
+
+    Raises:
+        BadRequest: it takes none, or they do not fit; names the value and what is accepted.
+    """
+    if not facts.layers:
+        given = [what for what, value in (("mask", mask is not None), ("layers", bool(job.layers))) if value]
+        if given:
+            raise BadRequest(f"{' and '.join(given)}: {name} takes none; leave it out")
+    beyond = [each for each in job.layers if each > facts.layers]
+    if beyond:
+        raise BadRequest(f"layers: {beyond[0]} is not one of {name}, which has {facts.layers}; 0 are its embeddings")
+    if mask is None:
+        return
+    if mask.shape != token_ids.shape or mask.dtype != torch.int64:
+        raise BadRequest(
+            f"mask: {list(mask.shape)} of {str(mask.dtype).removeprefix('torch.')}, use {list(token_ids.shape)} of "
+            "int64, as token_ids"
+        )
+    if ((mask != 0) & (mask != 1)).any():
+        raise BadRequest("mask: use 1 for tokens and 0 for padding")
+    empty = (mask.sum(1) == 0).nonzero()
+    if empty.numel():
+        raise BadRequest(f"mask[{int(empty[0])}]: no token is left; give 1 for the tokens of the text")
 
 
 def check_token_ids(token_ids: torch.Tensor, name: str, max_tokens: int, vocabulary: int) -> None:

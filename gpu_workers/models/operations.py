@@ -234,7 +234,11 @@ class TextEncoderOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]
     def encode(
         self, model: Model[ConfigT_contra], token_ids: torch.Tensor, *, pooled: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encode checked token ids (batch, tokens) to hidden states (batch, tokens, width), and the pooled state."""
+        """Encode checked token ids (batch, tokens) to hidden states (batch, tokens, width), and the pooled state.
+
+        Of encoders whose facts have ``layers`` it also takes ``mask`` (batch, tokens), int64, 0 for padding, and
+        ``layers``, whose states it then returns one beside the other.
+        """
 
 
 class Model(Protocol[ConfigT_co]):

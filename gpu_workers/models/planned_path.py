@@ -26,13 +26,13 @@ from xditd.gpu_workers.models.token_plans import find_plan
 from xditd.gpu_workers.packed.linear import BranchedLinear, PackedLinear, packed_layers
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.streams import Ranks
+from xditd.gpu_workers.parallel.token_shares import TokenShares
 from xditd.ipc.errors import Internal, Unsupported
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.kernels.branches import Branch, Branches
     from xditd.gpu_workers.packed.tensors import PackedTensor
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
-    from xditd.gpu_workers.parallel.token_shares import TokenShares
     from xditd.ipc.status import FusedCheck
 
 
@@ -52,6 +52,7 @@ class PlannedPath:
         self._module = module
         self._layout = layout
         self._planned = PlannedModule(module, plan)
+        self._shares = TokenShares()
         self.resources = ProcessResources()
         packed = packed_layers(module)
         self.paths = ForwardPaths(
@@ -72,13 +73,13 @@ class PlannedPath:
         *,
         key: Hashable = None,
         loras: Loras = (),
-        shares: TokenShares | None = None,
+        is_eager: bool = False,
     ) -> Any:
         """Run the class's forward; every rank of the sequence returns the whole result.
 
         ``loras`` are those that are switched on, with their strengths, as in ``CallOptions``. ``key`` is what the
-        forward depends on besides its arguments, such as a variant. ``shares`` are needed where the plan has a cache:
-        see ``PlannedModule.run``.
+        forward depends on besides its arguments, such as a variant. Of a cache of keys and values, as the plan declares
+        it, each rank has its share; such forwards have to be eager.
 
         Raises:
             PlanFault: a stream has fewer tokens than there are ranks.
@@ -88,10 +89,10 @@ class PlannedPath:
             with chosen_attention(self._layout):
                 if self._layout.degrees.sequence == 1:
                     return self._module(**given)
-                return self._planned.run(lambda: self._module(**given), self._ranks, shares)
+                return self._planned.run(lambda: self._module(**given), self._ranks, self._shares)
 
         layout = self.loras.use(loras)
-        if not self.paths.is_on or (loras and layout is None):
+        if is_eager or not self.paths.is_on or (loras and layout is None):
             return call(arguments)
         case = CaseKey.of("forward", key, arguments, 0)
         if layout is not None:

@@ -40,6 +40,8 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.t5", "T5"),
     ("xditd.gpu_workers.families.wan.checkpoint", "Wan"),
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
+    ("xditd.gpu_workers.families.language_models.checkpoint", "Qwen3"),
+    ("xditd.gpu_workers.families.language_models.checkpoint", "Mistral3"),
     ("xditd.gpu_workers.families.qwen_image.checkpoint", "QwenImage"),
     ("xditd.gpu_workers.families.wan_vae.checkpoint", "WanVae"),
     ("xditd.gpu_workers.families.qwen2_5_vl.checkpoint", "Qwen25Vl"),

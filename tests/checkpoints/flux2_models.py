@@ -88,16 +88,34 @@ def pipeline_latents(
     steps: int,
     conditioning: Mapping[str, Any],
     sigmas: Sequence[float] | None = None,
+    references: Sequence[torch.Tensor] = (),
+    has_cache: bool = False,
     **given: Any,
 ) -> torch.Tensor:
-    """Sample with diffusers' own pipeline and the scheduler of the released models, (batch, 128, height, width)."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
+    """Sample with diffusers' own pipeline and the scheduler of the released models, (batch, 128, height, width).
+
+    ``references`` are latents, as the pipeline's VAE would make them; with ``has_cache`` by klein's pipeline for them.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
+    from PIL import Image
 
     shifts = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
     scheduler = FlowMatchEulerDiscreteScheduler(**(shifts if sigmas is None else {}))
     parts = {"scheduler": scheduler, "vae": None, "text_encoder": None, "tokenizer": None, "transformer": module}
     is_klein = not module.config.guidance_embeds
-    pipeline = Flux2KleinPipeline(**parts, is_distilled=False) if is_klein else Flux2Pipeline(**parts)
+    if has_cache:
+        pipeline = Flux2KleinKVPipeline(**parts)
+        given.pop("guidance_scale", None)
+    else:
+        pipeline = Flux2KleinPipeline(**parts, is_distilled=False) if is_klein else Flux2Pipeline(**parts)
+    if references:
+        # Any images, and in place of the VAE what it would make of them.
+        given["image"] = [Image.new("RGB", (64, 64)) for _ in references]
+        made = [each[None] for each in references]
+        vae = torch.nn.Identity()
+        vae.device, vae.dtype = torch.device("cpu"), torch.float32
+        pipeline.register_modules(vae=vae)
+        pipeline._encode_vae_image = lambda image, generator: made.pop(0)
     pipeline.set_progress_bar_config(disable=True)
     caught: dict[str, torch.Tensor] = {}
 

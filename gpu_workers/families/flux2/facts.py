@@ -14,6 +14,9 @@ the weights' dtype before it multiplies by 1000. With weights in float32 both ar
 
 PROMPT: Final = "prompt_embeds"
 NEGATIVE: Final = "negative_prompt_embeds"
+REFERENCES: Final = "reference_latents"
+KV_CACHE: Final = "kv_cache"
+"""The option of klein's KV weights: references are computed in the first step alone."""
 
 LATENTS: Final = LatentFacts(
     channels=CHANNELS,
@@ -30,6 +33,13 @@ def transformer_facts(config: Flux2Config, layout: ParallelLayout) -> Transforme
     texts = ("batch", "tokens", config.context_channels)
     negative = ArgumentFacts(
         name=NEGATIVE, shape=("batch", "negative_tokens", config.context_channels), is_needed=False
+    )
+    references = ArgumentFacts(
+        name=REFERENCES,
+        shape=(CHANNELS, "reference_height", "reference_width"),
+        is_list=True,
+        is_shared=True,
+        is_needed=False,
     )
     return TransformerFacts(
         heads=config.heads,
@@ -48,7 +58,9 @@ def transformer_facts(config: Flux2Config, layout: ParallelLayout) -> Transforme
         conditioning=(
             ArgumentFacts(name=PROMPT, shape=texts),
             *(() if config.has_guidance else (negative,)),
+            references,
         ),
+        options=() if config.has_guidance else (KV_CACHE,),
         latents=LATENTS,
         guidance="embedded" if config.has_guidance else "classifier_free",
         default_guidance_scale=4.0 if config.has_guidance else 1.0,

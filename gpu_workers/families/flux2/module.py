@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.models.transformers.transformer_flux2 import Flux2TimestepGuidanceEmbeddings
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2KVAttnProcessor,
+    Flux2KVCache,
+    Flux2KVParallelSelfAttnProcessor,
+    Flux2TimestepGuidanceEmbeddings,
+)
 
 from xditd.gpu_workers.families.flux2.config import (
     AXES,
@@ -23,6 +29,30 @@ from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 SCALE = 1000
 """The factor from a sigma in [0, 1] to the embedded value."""
 
+CACHE = "cache"
+"""An argument of the recipe's forwards: a :class:`ReferenceCache`, whose tokens come before those of the image."""
+
+
+@dataclass(eq=False)
+class ReferenceCache:
+    """The keys and values of references in one generation, of the rows and tokens that this rank computes.
+
+    The first forward that is given it fills it; later ones are given no references.
+    """
+
+    tokens: int
+    kept: Flux2KVCache | None = None
+
+    @property
+    def is_filled(self) -> bool:
+        return self.kept is not None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the class's forward for it."""
+        if self.kept is not None:
+            return {"kv_cache": self.kept, "kv_cache_mode": "cached"}
+        return {"kv_cache_mode": "extract", "num_ref_tokens": self.tokens}
+
 
 class _TimeEmbeddings(Flux2TimestepGuidanceEmbeddings):
     exact: torch.Tensor | None = None
@@ -31,7 +61,8 @@ class _TimeEmbeddings(Flux2TimestepGuidanceEmbeddings):
     def forward(self, timestep: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
         if self.exact is None:
             return super().forward(timestep, guidance)
-        embedded: torch.Tensor = self.timestep_embedder(self.time_proj(self.exact).to(timestep.dtype))
+        exact, self.exact = self.exact, None  # a second call of the forward is that of the references, at 0
+        embedded: torch.Tensor = self.timestep_embedder(self.time_proj(exact).to(timestep.dtype))
         if guidance is not None and self.guidance_embedder is not None:
             embedded = embedded + self.guidance_embedder(self.time_proj(guidance).to(guidance.dtype))
         return embedded
@@ -62,6 +93,11 @@ class Flux2Module(Flux2Transformer2DModel):
         if config.is_original:
             self.norm_out = CheckpointOrderNorm(width, width, elementwise_affine=False, eps=EPSILON, bias=False)
         self.has_float32_time = False
+        if not config.has_guidance:  # klein's, which compute as the others do in forwards without a cache
+            for block in self.transformer_blocks:
+                block.attn.set_processor(Flux2KVAttnProcessor())
+            for block in self.single_transformer_blocks:
+                block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
 
     def forward(self, *args: Any, timestep: torch.Tensor, **kwargs: Any) -> Any:
         if not self.has_float32_time:
@@ -70,4 +106,4 @@ class Flux2Module(Flux2Transformer2DModel):
         try:
             return super().forward(*args, timestep=timestep, **kwargs)
         finally:
-            del self.time_guidance_embed.exact
+            self.time_guidance_embed.__dict__.pop("exact", None)

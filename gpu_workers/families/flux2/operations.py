@@ -10,7 +10,7 @@ import torch
 from xditd.gpu_workers.families.flux2.checks import check_images, check_split
 from xditd.gpu_workers.families.flux2.config import AXES, Flux2Config
 from xditd.gpu_workers.families.flux2.facts import FLOAT32_TIME, transformer_facts
-from xditd.gpu_workers.families.flux2.module import Flux2Module
+from xditd.gpu_workers.families.flux2.module import CACHE, Flux2Module, ReferenceCache
 from xditd.gpu_workers.families.flux2.recipe import Flux2Recipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
@@ -21,7 +21,7 @@ from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import TransformerFacts
 
 CLASS: Final = "Flux2Transformer2DModel"
-OF_ALL_ROWS: Final = ("img_ids", "txt_ids")
+OF_ALL_ROWS: Final = ("img_ids", "txt_ids", CACHE)
 """Arguments that all rows share."""
 
 
@@ -69,8 +69,11 @@ class Flux2Operations:
         check_split(model.layout, text.shape[1], image_tokens)
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
-        rows, *shape = inputs.arguments["hidden_states"].shape
-        return (tuple(shape),) * rows
+        rows, tokens, channels = inputs.arguments["hidden_states"].shape
+        cache: ReferenceCache | None = inputs.arguments.get(CACHE)
+        if cache is not None and not cache.is_filled:
+            tokens -= cache.tokens
+        return ((tokens, channels),) * rows
 
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
         return Inputs(
@@ -85,9 +88,19 @@ class Flux2Operations:
         arguments = dict(inputs.arguments)
         if not model.config.has_guidance:
             arguments.pop("guidance", None)  # the class does not read it
+        cache: ReferenceCache | None = arguments.pop(CACHE, None)
         module = cast(Flux2Module, model.module)
         module.has_float32_time = options.variant == FLOAT32_TIME and model.dtype != torch.float32
-        found = model.planned.run({**arguments, "return_dict": False}, key=module.has_float32_time, loras=options.loras)
+        if cache is not None:
+            arguments |= cache.arguments()
+        found = model.planned.run(
+            {**arguments, "return_dict": False},
+            key=module.has_float32_time,
+            loras=options.loras,
+            is_eager=cache is not None,
+        )
+        if cache is not None and not cache.is_filled:
+            cache.kept = found[1]
         return cast(torch.Tensor, found[0])
 
     def tree(self, rows: RowResults) -> tuple[torch.Tensor]:

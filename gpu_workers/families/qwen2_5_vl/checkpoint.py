@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
+from xditd.gpu_workers.families.qwen2_5_vl.config import Qwen25VlConfig
 from xditd.gpu_workers.models.entries import Entry, Shape, layer_entries, tensor_entry
 from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.shapes import count_blocks, matrix, vote
@@ -30,18 +30,6 @@ SMALLEST_WIDTH: Final = 896
 _WRAPPERS: Final = re.compile(r"^(?:language_model\.model\.|language_model\.)(?=layers\.|embed_tokens\.|norm\.)")
 _TOKENS: Final = "embed_tokens.weight"
 _LAYER: Final = "layers.{}.{}"
-
-
-@dataclass(frozen=True, slots=True)
-class Qwen25VlConfig:
-    """The sizes of a language model: ``heads`` of queries share ``key_heads`` of keys; ``inner`` is the MLP's width."""
-
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    key_heads: int
-    inner: int
 
 
 class Qwen25Vl:

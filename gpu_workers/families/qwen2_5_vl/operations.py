@@ -6,7 +6,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from xditd.gpu_workers.families.qwen2_5_vl.checkpoint import Qwen25VlConfig
+from xditd.gpu_workers.families.qwen2_5_vl.config import Qwen25VlConfig
 from xditd.gpu_workers.models.full_precision import compute_in_float32
 from xditd.gpu_workers.models.operations import Model
 from xditd.ipc import limits

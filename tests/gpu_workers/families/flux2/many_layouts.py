@@ -35,25 +35,29 @@ CALLS: dict[str, tuple[int, int, tuple[int, int], tuple[tuple[int, int], ...]]] 
     "batch of three, references": (3, 9, (4, 6), ((3, 5), (2, 4))),
 }
 
-# name: batch, text tokens of prompts and negatives, size, guidance
-SAMPLES: dict[str, tuple[int, int, int | None, tuple[int, int], float]] = {
-    "distilled": (1, 40, None, (5, 9), 1.0),
-    "base": (1, 40, 7, (8, 8), 2.0),
-    "base, batch of two": (2, 9, 33, (5, 7), 2.0),
+# name: batch, text tokens of prompts and negatives, size, guidance, references, whether their keys are kept
+SAMPLES: dict[str, tuple[int, int, int | None, tuple[int, int], float, tuple[tuple[int, int], ...], bool]] = {
+    "distilled": (1, 40, None, (5, 9), 1.0, (), False),
+    "base": (1, 40, 7, (8, 8), 2.0, (), False),
+    "base, batch of two, a reference": (2, 9, 33, (5, 7), 2.0, ((3, 5),), False),
+    "KV cache": (1, 9, None, (5, 7), 1.0, ((3, 5), (4, 4)), True),
+    "KV cache, batch of two": (2, 9, None, (4, 4), 1.0, ((3, 3),), True),
 }
 
 
-def sample(case: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
-    """Conditioning, noise and guidance, the same in every process."""
-    batch, tokens, negatives, size, scale = SAMPLES[case]
+def sample(case: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """Conditioning and noise, the same in every process."""
+    batch, tokens, negatives, size, _, references, _ = SAMPLES[case]
     generator = torch.Generator().manual_seed(len(case))
     lengths = {"prompt_embeds": tokens, "negative_prompt_embeds": negatives}
-    conditioning = {
+    conditioning: dict[str, Any] = {
         name: torch.randn(batch, length, CONFIG.context_channels, generator=generator)
         for name, length in lengths.items()
         if length is not None
     }
-    return conditioning, torch.randn(batch, 128, *size, generator=generator), scale
+    if references:
+        conditioning["reference_latents"] = [torch.randn(128, *each, generator=generator) for each in references]
+    return conditioning, torch.randn(batch, 128, *size, generator=generator)
 
 
 def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -78,7 +82,7 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
             (tree,) = direct_jobs.call(model, [Inputs(flux2_models.inputs(*given[:3], CONFIG, given[3]))])
             results |= {f"{case}/{attempt}/{row}": tensor for row, tensor in enumerate(tree[0])}
         for case in SAMPLES:
-            conditioning, noise, scale = sample(case)
+            conditioning, noise = sample(case)
             latents = direct_jobs.generate_from(
                 model,
                 conditioning,
@@ -86,7 +90,8 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
                 height=noise.shape[2] * 16,
                 width=noise.shape[3] * 16,
                 steps=STEPS,
-                guidance_scale=scale,
+                guidance_scale=SAMPLES[case][4],
+                options={"kv_cache": 1.0} if SAMPLES[case][6] else {},
             )
             results |= {f"{case}/{attempt}/{row}": tensor for row, tensor in enumerate(latents)}
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, folder / f"rank{rank}.safetensors")

@@ -66,13 +66,16 @@ def expected() -> dict[str, Any]:
         with torch.no_grad():
             found[case] = module(**flux2_models.inputs(*given[:3], many_layouts.CONFIG, given[3]), return_dict=False)[0]
     for case in many_layouts.SAMPLES:
-        conditioning, noise, scale = many_layouts.sample(case)
+        conditioning, noise = many_layouts.sample(case)
+        references = conditioning.pop("reference_latents", ())
         found[case] = flux2_models.pipeline_latents(
             module,
             noise=noise,
             steps=many_layouts.STEPS,
             conditioning=conditioning,
-            guidance_scale=scale,
+            guidance_scale=many_layouts.SAMPLES[case][4],
+            references=references,
+            has_cache=many_layouts.SAMPLES[case][6],
         )
     return found
 

@@ -32,6 +32,8 @@ class Sample:
     negatives: int | None = None
     sigmas: tuple[float, ...] | None = None
     steps: int = 3
+    references: tuple[tuple[int, int], ...] = ()
+    has_cache: bool = False
 
     @property
     def config(self) -> Any:
@@ -48,6 +50,11 @@ class Sample:
         }
 
     @property
+    def reference_latents(self) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(5)
+        return [torch.randn(128, *size, generator=generator) for size in self.references]
+
+    @property
     def noise(self) -> torch.Tensor:
         return torch.randn(self.batch, 128, *self.size, generator=torch.Generator().manual_seed(1))
 
@@ -58,6 +65,12 @@ SAMPLES = {
     "dev, more than 4300 tokens' schedule is another rule": Sample(size=(64, 68), tokens=3, steps=1),
     "dev, given sigmas": Sample(sigmas=(1.0, 0.7, 0.31)),
     "klein, distilled": Sample(scale=1.0, steps=4),
+    "dev, a reference": Sample(references=((4, 6),)),
+    "dev, two references, batch of two": Sample(references=((5, 3), (8, 8)), size=(3, 5), batch=2),
+    "klein's base, a reference": Sample(scale=3.0, negatives=7, references=((4, 6),)),
+    "klein, KV cache": Sample(scale=1.0, references=((4, 6), (3, 5)), size=(5, 7), has_cache=True, steps=4),
+    "klein, KV cache, batch of two": Sample(scale=1.0, references=((4, 6),), batch=2, has_cache=True),
+    "klein, KV cache without a reference": Sample(scale=1.0, has_cache=True),
     "klein's base": Sample(scale=3.0, negatives=20),
     "klein's base, negatives of another length, batch of two": Sample(scale=3.0, negatives=7, batch=2, size=(3, 5)),
 }
@@ -80,11 +93,14 @@ def generate(model: CachedModel, sample: Sample, **more: Any) -> torch.Tensor:
         "sigmas": sample.sigmas,
         "noise": sample.noise,
         "conditioning": sample.conditioning,
+        "options": {"kv_cache": 1.0} if sample.has_cache else {},
     }
+    if sample.references:
+        asked["conditioning"] |= {"reference_latents": sample.reference_latents}
     return direct_jobs.generate_from(model, **(asked | more))
 
 
-def expected_of(reference: Any, sample: Sample, **changes: torch.Tensor) -> torch.Tensor:
+def expected_of(reference: Any, sample: Sample) -> torch.Tensor:
     return flux2_models.pipeline_latents(
         reference,
         noise=sample.noise.to(reference.dtype),
@@ -92,6 +108,8 @@ def expected_of(reference: Any, sample: Sample, **changes: torch.Tensor) -> torc
         conditioning={name: each.to(reference.dtype) for name, each in sample.conditioning.items()},
         guidance_scale=sample.scale,
         sigmas=sample.sigmas,
+        references=sample.reference_latents,
+        has_cache=sample.has_cache,
     )
 
 
@@ -127,8 +145,13 @@ def test_facts_say_how_guidance_works(shared_cache: ModelCache, plug: Plugger) -
     dev, klein = of.values()
     assert (dev.guidance, dev.default_guidance_scale, dev.default_steps) == ("embedded", 4.0, 50)
     assert (klein.guidance, klein.default_guidance_scale, klein.default_steps) == ("classifier_free", 1.0, 4)
-    assert [each.name for each in dev.conditioning] == ["prompt_embeds"]
-    assert [each.name for each in klein.conditioning] == ["prompt_embeds", "negative_prompt_embeds"]
+    assert [each.name for each in dev.conditioning] == ["prompt_embeds", "reference_latents"]
+    assert [each.name for each in klein.conditioning] == [
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "reference_latents",
+    ]
+    assert (dev.options, klein.options) == ((), ("kv_cache",))
     assert dev.latents.shape(1, 1024, 768) == (1, 128, 64, 48)
 
 
@@ -154,3 +177,33 @@ def test_conditioning_that_cannot_be_obeyed_is_refused(shared_cache: ModelCache,
     ):
         with pytest.raises(BadRequest, match=says):
             recipe.start(model, asked, conditioning, sample.noise)
+
+
+def test_references_that_cannot_be_used_are_refused(shared_cache: ModelCache, plug: Plugger) -> None:
+    sample = SAMPLES["dev"]
+    model, _ = plugged(shared_cache, plug, sample)
+    wanted = Wanted(1, 128, 128, 3, 4.0)
+    for references, says in (
+        (torch.zeros(128, 4, 4), "reference_latents: Tensor where a list is needed"),
+        ([], "reference_latents: list where a list is needed"),
+        ([torch.zeros(1, 128, 4, 4)], r"reference_latents\[0\]: shape is \[1, 128, 4, 4\], use \[128, any, any\]"),
+        ([torch.zeros(128, 2, 2), torch.zeros(32, 4, 4)], r"reference_latents\[1\]: shape is \[32, 4, 4\]"),
+        ([torch.zeros(128, 2, 600)], "use 8192 pixels on a side at most"),
+        ([torch.full((128, 2, 2), float("inf"))], r"reference_latents\[0\]: some values are not finite"),
+    ):
+        with pytest.raises(BadRequest, match=says):
+            model.operations.recipe.start(
+                model, wanted, {**sample.conditioning, "reference_latents": references}, sample.noise
+            )
+
+
+@pytest.mark.parametrize(
+    ("value", "scale", "says"),
+    [(2.0, 1.0, "kv_cache 2: use 1, or 0 for none"), (1.0, 3.0, "kv_cache with guidance_scale 3: klein's KV weights")],
+)
+def test_a_kv_cache_that_cannot_be_obeyed_is_refused(
+    shared_cache: ModelCache, plug: Plugger, value: float, scale: float, says: str
+) -> None:
+    model, _ = plugged(shared_cache, plug, SAMPLES["klein, distilled"])
+    with pytest.raises(BadRequest, match=says):
+        model.operations.recipe.check(model.config, Wanted(1, 64, 64, 3, scale, options={"kv_cache": value}))

@@ -1,0 +1,226 @@
+"""FLUX.2 (dev, klein, fine-tunes): ComfyUI's ``Flux`` as calls of diffusers' ``Flux2Transformer2DModel``.
+
+ComfyUI pads texts of less than 512 tokens on the left, before the model is called, and the workers get them so.
+References are tokens after those of the image; a reference's first coordinate tells it from the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
+from xditd.client.comfyui.families.rows import join_rows
+from xditd.client.comfyui.unsupported import is_empty
+from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.limits import MAX_STEPS
+
+if TYPE_CHECKING:
+    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
+    from xditd.client.comfyui.weights import RemoteWeights
+
+CHANNELS: Final = 128
+ID_AXES: Final = 4
+REFERENCE_STEP: Final = 10
+"""Between the first coordinates of the image and its references."""
+METHOD: Final = "index"
+"""ComfyUI's name for such references; the others place them beside the image, or modulate them at timestep 0."""
+
+KNOWN_SIZES: Final = 8
+"""For how many image sizes and text lengths the workers keep the token positions."""
+
+EMBEDS: Final = "encoder_hidden_states"
+
+_CONTROL: Final = "ControlNet"
+_MASK: Final = "an attention mask in the conditioning (Apply Style Model)"
+
+
+class Flux2Model:
+    """One FLUX.2 transformer; see :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`.
+
+    dev has guidance, klein does not.
+    """
+
+    wrapper: Final = "diffusion_model"
+    variant: Final = "float32_time"
+    """In half precision ComfyUI rounds neither the timestep before it is embedded, nor latents between steps."""
+    multiple: Final = 1
+    loop_keys: Final = frozenset({
+        "attention_mask", "cross_attn", "guidance", "pooled_output", "reference_latents", "reference_latents_method"
+    })  # fmt: skip
+    loop_conds: Final = frozenset({"c_crossattn", "guidance", "ref_latents", "ref_latents_method", "y"})
+
+    def __init__(self, has_guidance: bool) -> None:
+        self._has_guidance = has_guidance
+        self._ids: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def read(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor | None,
+        y: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        ref_latents: Sequence[torch.Tensor] | None = None,
+        control: object | None = None,
+        transformer_options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Flux2Call:
+        """Read a call of ComfyUI's ``Flux``: latents ``x`` (rows, 128, height/16, width/16), one sigma a row.
+
+        Raises:
+            BadRequest: no text embeddings.
+        """
+        if context is None:
+            raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
+        faults = [_CONTROL] if control else []
+        references = tuple(ref_latents or ())
+        if references:
+            faults += _method_faults(more.get("ref_latents_method", METHOD))
+        if more.get("attention_mask") is not None:
+            faults.append(_MASK)
+        rows = x.shape[0]
+        numbers = {"timestep": timestep.reshape(-1).expand(rows)}
+        if guidance is not None and self._has_guidance:
+            numbers["guidance"] = guidance.expand(rows)
+        return Flux2Call(self, x, numbers, {EMBEDS: context}, references, transformer_options or {}, faults)
+
+    def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
+        return {EMBEDS: keep(texts[EMBEDS].to(dtype))}
+
+    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
+        return {"timestep": [sigma for sigma in sigmas if 0.0 <= sigma <= 1.0][:MAX_STEPS]}
+
+    def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
+        if not is_empty(part.get("attention_mask_img_shape")):
+            yield _MASK
+        if not is_empty(part.get("reference_latents")):
+            yield from _method_faults(part.get("reference_latents_method") or METHOD)
+        if self._has_guidance and part.get("guidance", 0.0) is None:
+            yield "conditioning without guidance (FluxDisableGuidance)"
+
+    def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
+        scale = 1.0
+        if self._has_guidance and "guidance" in conditions:
+            scale = conditions["guidance"].cond.item()
+        found: dict[str, Any] = {"prompt_embeds": conditions["c_crossattn"].cond}
+        if "ref_latents" in conditions:
+            found["reference_latents"] = [each[0] for each in conditions["ref_latents"].cond]
+        return found, scale
+
+    def ids(self, keep: Keep, *sizes: tuple[int, ...]) -> Any:
+        """Return positions, kept: of an image and its references for pairs of rows and columns, of a text for one
+        number of tokens."""
+        found = self._ids.get(sizes)
+        if found is None:
+            while len(self._ids) >= KNOWN_SIZES:
+                del self._ids[next(iter(self._ids))]
+            found = self._ids[sizes] = keep(torch.cat([_positions(at, size) for at, size in enumerate(sizes)]))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Flux2Call:
+    """One call of ComfyUI's ``Flux``; see :class:`~xditd.client.comfyui.families.adapter.ForwardCall`.
+
+    ``references`` are (rows, 128, height/16, width/16) each.
+    """
+
+    model: Flux2Model
+    x: torch.Tensor
+    numbers: Mapping[str, torch.Tensor]
+    texts: Mapping[str, torch.Tensor]
+    references: Sequence[torch.Tensor]
+    options: Mapping[str, Any]
+    faults: Sequence[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return int(self.x.shape[0])
+
+    def arguments(
+        self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
+    ) -> list[Arguments]:
+        """Return one forward for all rows: ComfyUI batches only texts of equal length."""
+        images = [self.x[rows], *(each[rows] for each in self.references)]
+        found = {
+            "hidden_states": torch.cat([each.flatten(2).transpose(1, 2).to(dtype) for each in images], dim=1),
+            EMBEDS: join_rows([row[EMBEDS] for row in kept]),
+            "timestep": torch.tensor(numbers["timestep"], dtype=torch.float32),
+            "img_ids": self.model.ids(keep, *(tuple(each.shape[2:]) for each in images)),
+            "txt_ids": self.model.ids(keep, (self.texts[EMBEDS].shape[1],)),
+        }
+        if "guidance" in numbers:
+            found["guidance"] = torch.tensor(numbers["guidance"], dtype=torch.float32)
+        return [found]
+
+    def prediction(self, rows: slice, results: Sequence[Any]) -> torch.Tensor:
+        ((tokens,),) = results
+        height, width = self.x.shape[2:]
+        image: torch.Tensor = tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+        return image.to(self.x.dtype)
+
+
+class Flux2:
+    """The family; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
+
+    title: Final = "FLUX.2 (dev, klein and their fine-tunes)"
+
+    def model_classes(self) -> tuple[type, ...]:
+        import comfy.model_base
+
+        return (comfy.model_base.Flux2,)
+
+    def config_classes(self) -> tuple[type[Any], ...]:
+        import comfy.supported_models as known
+
+        return (known.Flux2,)
+
+    def check_config(self, config: Any, label: str) -> None:
+        """Refuse a relative that reads an image besides the latents.
+
+        Raises:
+            Unsupported: another number of channels.
+        """
+        channels = config.unet_config.get("in_channels", CHANNELS)
+        if channels != CHANNELS:
+            raise Unsupported(
+                f"{label}: its transformer reads {channels} channels instead of {CHANNELS}; XDiT runs FLUX.2 dev, "
+                "klein and their fine-tunes, use the stock loader for it"
+            )
+
+    def adapt(self, model: Any) -> ModelAdapter:
+        return Flux2Model(model.diffusion_model.params.guidance_embed)
+
+    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
+        return None
+
+    def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
+        return None
+
+
+ADAPTER: Final[Adapter] = Flux2()
+
+
+def _method_faults(method: str) -> list[str]:
+    return [] if method == METHOD else [f"reference latents by the method {method!r} (use {METHOD!r})"]
+
+
+def _positions(number: int, size: tuple[int, ...]) -> torch.Tensor:
+    """Return positions, (tokens, 4), float32: of a text its tokens, else an image's rows and columns.
+
+    ``number`` is 0 for the image itself, then counts its references.
+    """
+    if len(size) == 1:
+        ids = torch.zeros(*size, ID_AXES)
+        ids[:, 3] = torch.arange(*size)
+        return ids
+    rows, columns = size
+    ids = torch.zeros(rows, columns, ID_AXES)
+    ids[..., 0] = REFERENCE_STEP * number
+    ids[..., 1] += torch.arange(rows)[:, None]
+    ids[..., 2] += torch.arange(columns)[None, :]
+    return ids.reshape(-1, ID_AXES)

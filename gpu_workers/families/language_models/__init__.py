@@ -1,0 +1,1 @@
+"""Language models whose hidden states are text embeddings: Qwen3 and Mistral Small 3."""
