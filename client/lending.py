@@ -60,10 +60,17 @@ class Offer:
     """
 
     def __init__(
-        self, manifest: Manifest, copied: CopiedBytes, timings_ms: dict[str, float], memory: LentMemory
+        self,
+        manifest: Manifest,
+        copied: CopiedBytes,
+        timings_ms: dict[str, float],
+        memory: LentMemory,
+        changed: tuple[str, ...] | None = None,
     ) -> None:
         self.manifest = manifest
         self.copied = copied
+        self.changed = changed
+        """The tensors that were written since the generation before; ``None``: any may have been."""
         self.timings_ms = timings_ms
         self.tier_notes = tuple(memory.notes)
         self._memory = memory
@@ -80,6 +87,7 @@ def describe(
     label: str | None = None,
     device: str | None = None,
     generation: int = 0,
+    changed: Collection[str] | None = None,
     as_class: bool = False,
     replaced: Collection[str] = (),
     base_layers: Collection[str] = (),
@@ -92,10 +100,11 @@ def describe(
     ``source`` is a state dict, a module (its ``state_dict()``), or the path of a safetensors or a GGUF file, of an
     index of several, or of a folder that diffusers or transformers has saved, of which ``variant`` selects the weights.
     ``device`` (``cuda``, ``cuda:N``) first loads it into an arena there. Without ``kind``, the workers
-    determine it from the tensors. Increase ``generation`` after writing to memory that is already lent. A module of
-    diffusers or transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as
-    its class does, in any case. ``replaced`` are attributes of the module that are left out of the description, and
-    ``base_layers`` paths of layers of PEFT, in whose place their base layers are lent.
+    determine it from the tensors. Increase ``generation`` after writing to memory that is already lent; ``changed``
+    names the tensors that were written since the generation before, if that is known. A module of diffusers or
+    transformers is described too, also by its ``config.json``; with ``as_class`` the workers run it as its class does,
+    in any case. ``replaced`` are attributes of the module that are left out of the description, and ``base_layers``
+    paths of layers of PEFT, in whose place their base layers are lent.
     ``acceleration`` is how forwards of such a module run on GPUs. ``compute_dtype`` is the dtype into which workers
     dequantise packed weights; without it, they take float32 in text encoders of a family, else the half precision of
     most plain weights, or bfloat16.
@@ -104,8 +113,8 @@ def describe(
         BadCheckpoint: a file is not a valid safetensors or GGUF file, the files of a folder or an index are not
             complete, or packed weights do not have the form of their format.
         StaleSource: a file changed while it was read.
-        BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, or
-            ``acceleration`` for what does not run as its class.
+        BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder,
+            ``acceleration`` for what does not run as its class, or ``changed`` names no tensor of this component.
         Unsupported: ``device`` does not exist, or the checkpoint's form is known to be unsupported.
         UnsupportedDtype: a dtype that cannot be sent to the workers.
         OutOfMemory: too little free memory for an arena.
@@ -150,6 +159,7 @@ def describe(
             generation=generation,
         )
         check_manifest(manifest)
+        written = None if changed is None else _written(changed, manifest)
     except BaseException as error:
         if isinstance(error, XditdError):
             for line in in_log_lines(error.names):
@@ -157,7 +167,17 @@ def describe(
         traceback.clear_frames(error.__traceback__)  # frames hold views, and an arena with views cannot be freed
         memory.close()
         raise
-    return Offer(manifest, memory.copied, {"describe": (time.perf_counter() - started) * 1e3}, memory)
+    timings_ms = {"describe": (time.perf_counter() - started) * 1e3}
+    return Offer(manifest, memory.copied, timings_ms, memory, written)
+
+
+def _written(changed: Collection[str], manifest: Manifest) -> tuple[str, ...]:
+    unknown = sorted(set(changed) - {spec.name for spec in manifest.tensors})
+    if unknown:
+        raise BadRequest(f"{manifest.label}: changed names {listed(unknown)}, of which it has no tensor", names=unknown)
+    if not manifest.generation:
+        raise BadRequest(f"{manifest.label}: changed is of memory that is lent; give the next generation, too")
+    return tuple(sorted(changed))
 
 
 def _compute_dtype(given: str | None) -> ComputeDType | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from xditd.client.loans import Loan, kind_named
@@ -37,6 +37,7 @@ class LoanMethods:
         label: str | None = None,
         device: str | None = None,
         generation: int = 0,
+        changed: Collection[str] | None = None,
         as_class: bool = False,
         acceleration: Acceleration | None = None,
         variant: str | None = None,
@@ -50,7 +51,8 @@ class LoanMethods:
         (``fp16``) selects the weights if there are several. Without ``kind``, the tensor names determine it. ``device``
         (``cuda``, ``cuda:1``) first loads it into an arena there. Memory that can be shared is not copied;
         ``Loan.copied`` counts the bytes that were. Lending the same memory again returns at once; after writing to it,
-        increase ``generation``.
+        increase ``generation``. If you know which tensors were written since the generation before, name them in
+        ``changed``: what the workers hold of all others is not copied again.
 
         A module of diffusers or transformers that no family runs, or that differs from what its class makes, runs as
         its own class does, with :meth:`call`; with ``as_class`` every module does. So does a path with a
@@ -78,6 +80,7 @@ class LoanMethods:
                 label=label,
                 device=device,
                 generation=generation,
+                changed=changed,
                 as_class=as_class,
                 acceleration=acceleration,
                 variant=variant,

@@ -276,7 +276,12 @@ class Session:
 
     def _send_lend(self, offer: Offer, timeouts: Timeouts) -> Lent:
         label = offer.manifest.label
-        request = Lend(request_id=self.connection.next_request_id(), manifest=offer.manifest, copied=offer.copied)
+        request = Lend(
+            request_id=self.connection.next_request_id(),
+            manifest=offer.manifest,
+            copied=offer.copied,
+            changed=offer.changed,
+        )
         try:
             mailbox = self.connection.submit(request, f"lending {label}")
         except BaseException:

@@ -12,7 +12,7 @@ from xditd.ipc.facts import LatentScaling
 from xditd.ipc.field_types import Bytes, Count, Described, Name
 from xditd.ipc.loras import Scale
 from xditd.ipc.protocol import ComponentId, Request, RequestId
-from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Digest, HostShmBlock, IoTensor, Manifest
+from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Digest, HostShmBlock, IoTensor, Manifest, TensorNames
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE_PIXELS)]
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -52,11 +52,13 @@ class Lend(Request, tag="lend", frozen=True, kw_only=True):
     """Lend a component to the workers until ``ReturnLoan``, ``Goodbye`` or the client's exit.
 
     Answered by ``Lent`` once every rank has mapped, verified and plugged it. ``copied`` is what the client copied to
-    make the tensors lendable, for the daemon's totals.
+    make the tensors lendable, for the daemon's totals. ``changed`` are the tensors that were written since the
+    generation before; without it, any may have been.
     """
 
     manifest: Manifest
     copied: CopiedBytes = CopiedBytes()
+    changed: TensorNames | None = None
 
 
 class ReturnLoan(Request, tag="return_loan", frozen=True, kw_only=True):

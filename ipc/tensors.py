@@ -172,6 +172,7 @@ class ModuleDescription(Described, frozen=True, kw_only=True):
 
 
 ComputeDType = Literal["bfloat16", "float16", "float32"]
+TensorNames = Annotated[tuple[Name, ...], msgspec.Meta(max_length=limits.MAX_TENSORS)]
 
 
 class Manifest(Described, frozen=True, kw_only=True):

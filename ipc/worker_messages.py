@@ -18,7 +18,7 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import InferenceRequest
 from xditd.ipc.status import ForwardPath, FusedCheck, LayoutReport, LoraCounts, PackedProducts, SplitCheck
-from xditd.ipc.tensors import CopiedBytes, Digest, FileDigest, HostShmBlock, Manifest
+from xditd.ipc.tensors import CopiedBytes, Digest, FileDigest, HostShmBlock, Manifest, TensorNames
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
 
@@ -42,13 +42,15 @@ class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
     """First phase of a lend: map and verify, so that plugging cannot fail. Answered by ``Prepared``.
 
     ``exporter`` is the client's process, from the socket's credentials. ``digests``, from :class:`FilesDigested`, are
-    given when the component is mapped again: for files of which only the ctime has changed since.
+    given when the component is mapped again: for files of which only the ctime has changed since. ``changed`` are the
+    tensors whose bytes are others than those of the copies that an ``Unmap`` has kept.
     """
 
     component_id: ComponentId
     manifest: Manifest
     exporter: ProcessIdentity
     digests: FileDigests = ()
+    changed: TensorNames | None = None
 
 
 class Plug(Command, tag="plug", frozen=True, kw_only=True):
@@ -58,9 +60,14 @@ class Plug(Command, tag="plug", frozen=True, kw_only=True):
 
 
 class Unmap(Command, tag="unmap", frozen=True, kw_only=True):
-    """Drop a component, prepared or plugged, and unmap its memory. Answered by ``Done``."""
+    """Drop a component, prepared or plugged, and unmap its memory. Answered by ``Done``.
+
+    With ``keeps_copies``, ranks keep their own copies of lent bytes for the ``Prepare`` of the same memory that comes
+    next.
+    """
 
     component_id: ComponentId
+    keeps_copies: bool = False
 
 
 class CopyComponent(Command, tag="copy_component", frozen=True, kw_only=True):

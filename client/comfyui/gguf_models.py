@@ -6,7 +6,7 @@ change them, so other patches and nodes that merge or save weights are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -94,7 +94,7 @@ class GgufWeights(RemoteWeights):
             )
         return self.loan
 
-    def _lend(self) -> Loan:
+    def _lend(self, _: Collection[str] | None = None) -> Loan:
         older = self._loan
         self._loan = self.connect().lend(
             self._path,

@@ -6,15 +6,15 @@
 | not whole | lent where they are, such as a file's mapped pages | an arena of their own |
 
 Patches are merged between jobs. Only tensors whose patches changed are computed again; then they are lent as the next
-generation, so that the workers read the new values. A packed weight is written together with its companions. LoRAs
-that can be branches change no tensor: see ``lent_loras``.
+generation, so that the workers read the new values, and copy these tensors alone again to their other GPUs. A packed
+weight is written together with its companions. LoRAs that can be branches change no tensor: see ``lent_loras``.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from xditd.client.client import Client
 from xditd.client.comfyui.lent_loras import LentLoras
 from xditd.client.comfyui.packed_tensors import LendableTensors
 from xditd.client.loans import Loan, LoanWithLoras
-from xditd.ipc.errors import RequestError, Unsupported, XditdError
+from xditd.ipc.errors import OutOfMemory, RequestError, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import form_error, unsupported_error
 from xditd.ipc.tensor_names import bare_name, tells_nothing
@@ -153,27 +153,19 @@ class RemoteWeights:
         if not stale and not gone:
             return self.loan
         started = time.perf_counter()
+        needs_arena = not self._is_whole and (self._arena is None or not edits.keys() <= self._arena.tensors.keys())
+        changed: Collection[str] | None = None
         if self._is_whole:
             self._ensure_whole_arena()
-            self._write(stale, gone, edits)
-        elif not edits:
-            self._replace_arena(None)
-            self._merged.clear()
+            changed = self._write(stale, gone, edits)
+        elif needs_arena or not edits:
+            return self._lend_with_arena(edits)
         else:
             for name in gone:
                 del self._merged[name]  # the base tensor is lent again
-            if self._arena is None or not edits.keys() <= self._arena.tensors.keys():
-                names = [each for name in edits for each in self.lendable.group(name)]
-                shapes = {name: (self.base[name].dtype, tuple(self.base[name].shape)) for name in names}
-                self._replace_arena(Arena(shapes, self._device))
-                stale = set(edits)
-            self._write(stale, set(), edits)
-        merged_ms = (time.perf_counter() - started) * 1e3
-        logger.info(
-            "weights patched label=%s changed=%d restored=%d patched=%d merge_ms=%.1f",
-            self.label, len(stale), len(gone), len(edits), merged_ms,
-        )  # fmt: skip
-        return self._lend()
+            changed = self._write(stale, set(), edits)
+        self._log_patched(len(stale), len(gone), len(edits), started)
+        return self._lend(changed)
 
     def release(self) -> None:
         """Return the loan and its LoRAs, and free its arena. The next use lends again."""
@@ -190,7 +182,8 @@ class RemoteWeights:
         finally:
             _close(arena, self.label)
 
-    def _write(self, stale: set[str], gone: set[str], edits: Mapping[str, Edit]) -> None:
+    def _write(self, stale: set[str], gone: set[str], edits: Mapping[str, Edit]) -> Collection[str]:
+        """Merge ``stale`` tensors, restore those that are ``gone``, and return the names of all that were written."""
         assert self._arena is not None
         names = sorted(stale | gone)
         # If a merge fails half way, the next apply has to write these tensors again, whatever its edits.
@@ -210,6 +203,7 @@ class RemoteWeights:
             else:
                 del self._merged[name]
         self._generation += 1
+        return tuple(owners)
 
     def _ensure_whole_arena(self) -> Arena:
         if self._arena is None:
@@ -220,16 +214,52 @@ class RemoteWeights:
             )  # fmt: skip
         return self._arena
 
-    def _replace_arena(self, arena: Arena | None) -> None:
-        """Replace the arena of patched tensors; frees the old one after its loan is returned."""
-        loan, self._loan = self._loan, None
+    def _lend_with_arena(self, edits: Mapping[str, Edit]) -> Loan:
+        """Lend with these tensors patched, in an arena of their own; then return the older loan, and free its arena.
+
+        Workers share what they have copied of a file with the older component. If there is no memory for both, the
+        older one goes first.
+        """
+        loan, arena = self._loan, self._arena
+        self._loan = self._arena = None
+        try:
+            try:
+                return self._lend_patched(edits)
+            except OutOfMemory:
+                self._end(loan, arena)
+                loan = arena = None
+                return self._lend_patched(edits)
+        finally:
+            self._end(loan, arena)
+
+    def _lend_patched(self, edits: Mapping[str, Edit]) -> Loan:
+        started = time.perf_counter()
+        _close(self._arena, self.label)
+        self._arena = None
+        self._merged.clear()
+        self._generation = 0
+        if edits:
+            names = [each for name in edits for each in self.lendable.group(name)]
+            self._arena = Arena(
+                {name: (self.base[name].dtype, tuple(self.base[name].shape)) for name in names}, self._device
+            )
+            self._write(set(edits), set(), edits)
+        self._log_patched(len(edits), 0, len(edits), started)
+        return self._lend()
+
+    def _end(self, loan: Loan | None, arena: Arena | None) -> None:
         if loan is not None and loan.is_live:
             loan.return_()
-        _close(self._arena, self.label)
-        self._arena = arena
-        self._generation = 0
+        _close(arena, self.label)
 
-    def _lend(self) -> Loan:
+    def _log_patched(self, changed: int, restored: int, patched: int, started: float) -> None:
+        logger.info(
+            "weights patched label=%s changed=%d restored=%d patched=%d merge_ms=%.1f",
+            self.label, changed, restored, patched, (time.perf_counter() - started) * 1e3,
+        )  # fmt: skip
+
+    def _lend(self, changed: Collection[str] | None = None) -> Loan:
+        """Lend the tensors. ``changed`` are those that were written since the generation before."""
         if self._is_whole:
             tensors: Mapping[str, torch.Tensor] = self._ensure_whole_arena().tensors
         elif self._arena is not None:
@@ -243,6 +273,7 @@ class RemoteWeights:
             kind=self.kind,
             label=self.label,
             generation=self._generation,
+            changed=changed,
             compute_dtype=self.compute_dtype,
         )
         if older is not None and older.is_live:

@@ -17,8 +17,8 @@ from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 logger = logging.getLogger(__name__)
 
 BAKE = (
-    "merge it into the weights (diffusers: fuse_lora; ComfyUI: Load LoRA on the MODEL) and lend these; a branch is the "
-    "product of two factors"
+    "merge it into the weights (PEFT: merge_and_unload; diffusers: fuse_lora; ComfyUI: Load LoRA on the MODEL) and "
+    "lend these; a branch is the product of two factors"
 )
 
 

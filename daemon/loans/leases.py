@@ -228,6 +228,19 @@ def is_same_content(old: Manifest, new: Manifest) -> bool:
     )
 
 
+def is_next_generation(old: Manifest, new: Manifest) -> bool:
+    """Whether a manifest of the same memory is the one after another, and no file among its blocks has changed."""
+    return (
+        new.generation == old.generation + 1
+        and old.module == new.module
+        and all(
+            _content(before) == _content(after)
+            for before, after in zip(old.blocks, new.blocks, strict=True)
+            if isinstance(before, FileBlock)
+        )
+    )
+
+
 def _memory(manifest: Manifest) -> Hashable:
     """Identify the memory of a component, and what its bytes mean."""
     module = None if manifest.module is None else (manifest.module.class_name, manifest.module.config)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Final
 
 from xditd.daemon.groups.worker_group import WorkerGroup
-from xditd.daemon.loans.leases import Lease, LeaseTable, is_same_content
+from xditd.daemon.loans.leases import Lease, LeaseTable, is_next_generation, is_same_content
 from xditd.daemon.operations.counters import EventCounters
 from xditd.daemon.operations.log_buffer import human_bytes
 from xditd.daemon.queue.commands import Script, Task, expect, slowest_ms
@@ -21,7 +21,7 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.replies import Adopted, Lent
 from xditd.ipc.requests import Lend
 from xditd.ipc.status import LeaseState
-from xditd.ipc.tensors import CopiedBytes, Tier
+from xditd.ipc.tensors import CopiedBytes, TensorNames, Tier
 from xditd.ipc.worker_messages import (
     ComponentCopied,
     CopyComponent,
@@ -76,14 +76,17 @@ class Lending:
         rewritten = self.leases.find_same_memory(job.session, request.manifest)
         lease = rewritten or self.leases.add(job.session, request.manifest)
         job.component_ids = (lease.component_id,)
+        changed: TensorNames | None = None
         try:
             if rewritten is not None:
+                if lease.state is LeaseState.LENT and is_next_generation(lease.manifest, request.manifest):
+                    changed = request.changed
                 # The workers drop what they made from the old content first.
                 lease.move(LeaseState.LENDING)
                 lease.holds += 1
                 lease.replace_manifest(request.manifest)
-                yield from _unmap(lease)
-            yield from _map(lease, job)
+                yield from _unmap(lease, keeps_copies=changed is not None)
+            yield from _map(lease, job, changed)
             lease.client_copied += request.copied
             lease.lend_ms["lend"] = (time.monotonic() - started_s) * 1000
             lease.move(LeaseState.LENT)
@@ -210,14 +213,22 @@ def _map_again(lease: Lease) -> Script[None]:
         logger.info("loan mapped again component_id=%s label=%s", lease.component_id, lease.manifest.label)
 
 
-def _map(lease: Lease, job: Job | None) -> Script[None]:
-    """Prepare on all ranks, then plug on all ranks. If one fails, all unmap."""
+def _map(lease: Lease, job: Job | None, changed: TensorNames | None = None) -> Script[None]:
+    """Prepare on all ranks, then plug on all ranks. If one fails, all unmap.
+
+    ``changed`` are the tensors whose bytes are others than those of the copies that the ranks have kept.
+    """
     exporter = lease.session.process
     component_id, manifest, digests = lease.component_id, lease.manifest, lease.digests
 
     def prepare(number: int) -> Prepare:
         return Prepare(
-            op_number=number, component_id=component_id, manifest=manifest, exporter=exporter, digests=digests
+            op_number=number,
+            component_id=component_id,
+            manifest=manifest,
+            exporter=exporter,
+            digests=digests,
+            changed=changed,
         )
 
     try:
@@ -236,9 +247,9 @@ def _map(lease: Lease, job: Job | None) -> Script[None]:
     )
 
 
-def _unmap(lease: Lease) -> Script[None]:
+def _unmap(lease: Lease, *, keeps_copies: bool = False) -> Script[None]:
     component_id = lease.component_id
-    expect((yield lambda number: Unmap(op_number=number, component_id=component_id)), Done)
+    expect((yield lambda number: Unmap(op_number=number, component_id=component_id, keeps_copies=keeps_copies)), Done)
 
 
 def _forget(process: ProcessIdentity) -> Script[None]:

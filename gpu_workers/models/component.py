@@ -10,6 +10,7 @@ from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
+from xditd.gpu_workers.models.lent_copies import LentCopies
 from xditd.gpu_workers.models.lora_binding import LentLora
 from xditd.gpu_workers.models.lora_match import LoraMatch
 from xditd.gpu_workers.models.matching import AnyMatch
@@ -33,7 +34,9 @@ class Component:
     checkpoint: Bindings
     """The same by canonical name, for fast paths; packed weights with their companions."""
     opened: list[OpenBlock | None]
+    lent_copies: LentCopies
     copies: list[torch.Tensor]
+    """All memory of this rank that the tensors and bindings take."""
     copied: CopiedBytes
     timings_ms: dict[str, float]
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Collection, Iterable
+from contextlib import closing
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.file_watch import check_files_unchanged
+from xditd.gpu_workers.models.lent_copies import LentCopies, find_shared, written_ranges
 from xditd.gpu_workers.models.matching import AnyMatch
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.packed.product_choice import ProductChoice
@@ -20,6 +25,19 @@ from xditd.ipc.tensors import CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
 
 
+class Loaded(NamedTuple):
+    """The tensors of a component on a rank's device: ``bindings`` of parameters, and what they are views of.
+
+    ``made`` are weights that were dequantised.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    bindings: Bindings
+    copies: LentCopies
+    made: list[torch.Tensor]
+    copied: CopiedBytes
+
+
 class TensorLoader:
     """Loads components on one rank. All ranks load the same ones in the same order."""
 
@@ -29,34 +47,53 @@ class TensorLoader:
         self._products = products
 
     def load(
-        self, manifest: Manifest, match: AnyMatch, opened: list[OpenBlock | None], clock: Clock
-    ) -> tuple[dict[str, torch.Tensor], Bindings, list[torch.Tensor], CopiedBytes]:
+        self,
+        manifest: Manifest,
+        match: AnyMatch,
+        opened: list[OpenBlock | None],
+        clock: Clock,
+        kept: LentCopies | None = None,
+        written: Collection[str] = (),
+        others: Iterable[tuple[Manifest, LentCopies]] = (),
+    ) -> Loaded:
         """Get every tensor onto this rank's device, as a view or as one copy, and bind them to parameters.
 
         On GPUs each rank uploads a share of the host memory. All ranks then copy the same tensors (``apart``), at the
-        same offsets: which ones depends on the kind of the block alone.
+        same offsets: which ones depends on the kind of the block alone. ``kept`` are copies of the same memory, which
+        all ranks have or none has; of these only the ``written`` tensors are copied again. What one of the ``others``
+        has copied from the same file is shared with it.
         """
-        is_cuda = self._device.type == "cuda"
         received: dict[int, torch.Tensor] = {}
         with raise_on_all_ranks():
             for number, block in enumerate(manifest.blocks):
                 if opened[number] is None:
-                    received[number] = torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
+                    received[number] = (
+                        torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
+                        if kept is None
+                        else kept.received[number]
+                    )
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
             read = match.read_names
             specs = [spec for spec in manifest.tensors if spec.name in read]
             apart = [spec for spec in specs if self._must_copy(spec, sources[spec.block])]
-            own = OwnBuffer.allocate(apart, self._device)
+            is_kept = kept is not None and kept.has_apart(apart)
+            shared = kept.shared if kept is not None and is_kept else find_shared(manifest, apart, others)
+            apart = [spec for spec in apart if spec.name not in shared]
+            own = kept.apart if kept is not None and is_kept else OwnBuffer.allocate(apart, self._device)
             if own is None:
                 check_files_unchanged(opened)
-        tensors: dict[str, torch.Tensor] = {}
-        copies: list[torch.Tensor] = []
-        size = 0
+        tensors = dict(shared)
+        size = peer = 0
         if own is not None:
-            share = self._gpu_copies.fill(own.buffer, partial(own.fill, sources, opened), clock.mark)
-            tensors, copies = own.tensors, [own.buffer]
-            size = sum(each.nbytes for each in clip_ranges(own.ranges, share))
-        with self._gpu_copies.copy_blocks(manifest.blocks, sources, received, clock.mark):
+            tensors |= own.tensors
+            if is_kept:
+                size = self._refill(own.some(apart, written), sources, opened, clock)
+            else:
+                share = self._gpu_copies.fill(own.buffer, partial(own.fill, sources, opened), clock.mark)
+                size = sum(each.nbytes for each in clip_ranges(own.ranges, share))
+                peer = sum(spec.extent_bytes for spec in apart) - size
+        parts = None if kept is None else written_ranges(manifest.tensors, written)
+        with self._gpu_copies.copy_blocks(manifest.blocks, sources, received, clock.mark, parts):
             views = [BlockViews(source) for source in sources]
             for spec in specs:
                 if spec.name not in tensors:
@@ -71,12 +108,22 @@ class TensorLoader:
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")
         made_bytes = sum(each.nbytes for each in made)
-        if not is_cuda:
-            return tensors, bindings, [*copies, *made], CopiedBytes(host_to_host=size + made_bytes)
-        others = sum(spec.extent_bytes for spec in apart) - size
-        peer = others + sum(buffer.numel() for buffer in received.values())
+        copies = LentCopies(own, received, shared)
+        if self._device.type != "cuda":
+            return Loaded(tensors, bindings, copies, made, CopiedBytes(host_to_host=size + made_bytes))
+        for number, buffer in received.items():
+            peer += buffer.numel() if parts is None else sum(map(len, parts.get(number, [])))
         copied = CopiedBytes(host_to_device=size, peer=peer, device_to_device=made_bytes)
-        return tensors, bindings, [*copies, *received.values(), *made], copied
+        return Loaded(tensors, bindings, copies, made, copied)
+
+    def _refill(self, own: OwnBuffer, sources: list[torch.Tensor], opened: list[OpenBlock | None], clock: Clock) -> int:
+        """Copy the ranges of a buffer on every rank, and return their bytes."""
+        with raise_on_all_ranks(), closing(own.fill(sources, opened, [range(own.buffer.numel())])) as filled:
+            deque(filled, maxlen=0)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
+        clock.mark("copy")
+        return sum(each.nbytes for each in own.ranges)
 
     def _must_copy(self, spec: TensorSpec, source: torch.Tensor) -> bool:
         if self._device.type == "cuda":

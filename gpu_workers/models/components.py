@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from xditd.gpu_workers.kernels.cache_folder import cache_folder
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.component_loading import TensorLoader
 from xditd.gpu_workers.models.file_watch import FileWatch, stale_file_error
+from xditd.gpu_workers.models.lent_copies import LentCopies
 from xditd.gpu_workers.models.lora_binding import LentLora
 from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, prepare_variant
 from xditd.gpu_workers.models.matching import match_manifest
@@ -79,6 +81,7 @@ class Components:
         self._device = layout.device
         self._rank = layout.rank
         self._peer_uuids = peer_uuids
+        self._kept: dict[str, LentCopies] = {}
         self._prepared: dict[str, Component] = {}
         self._plugged: dict[str, Component] = {}
 
@@ -91,11 +94,13 @@ class Components:
         manifest: Manifest,
         exporter: ProcessIdentity,
         digests: Sequence[FileDigest] = (),
+        changed: Collection[str] | None = None,
     ) -> Component:
         """Do all parts of a lend that may fail: check, map, verify, copy where needed, bind.
 
         ``digests`` are those that :meth:`FileWatch.take_digests` returned in an earlier group. Other components are not
-        changed; :meth:`plug` follows when every rank is prepared. All ranks fail together.
+        changed; :meth:`plug` follows when every rank is prepared. All ranks fail together. ``changed`` are the tensors
+        that were written since an :meth:`unmap` that has kept the copies of this component.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: the tensors do not fit.
@@ -103,9 +108,12 @@ class Components:
             OtherRankFailed: another rank failed.
         """
         opened: list[OpenBlock | None] = []
+        kept = self._kept.pop(component_id, None)
+        if changed is None:
+            kept = None
         try:
             known = {found.block: found.digest for found in digests}
-            component = self._assemble(component_id, manifest, exporter, opened, known)
+            component = self._assemble(component_id, manifest, exporter, opened, known, kept, changed or ())
         except BaseException as error:
             # The traceback's frames hold views of the blocks, and a block with views cannot be unmapped.
             traceback.clear_frames(error.__traceback__)
@@ -238,13 +246,20 @@ class Components:
         is_cuda = self._device.type == "cuda"
         return CopiedBytes(device_to_device=size) if is_cuda else CopiedBytes(host_to_host=size), clock.marks_ms
 
-    def unmap(self, component_id: str) -> None:
-        """Remove a component, prepared or plugged. An unknown id is no error: every rank can get the same undo."""
+    def unmap(self, component_id: str, *, keeps_copies: bool = False) -> None:
+        """Remove a component, prepared or plugged. An unknown id is no error: every rank can get the same undo.
+
+        With ``keeps_copies`` this rank's own copies of lent bytes stay until the next :meth:`prepare` or :meth:`unmap`
+        of this component.
+        """
+        self._kept.pop(component_id, None)
         for where in (self._prepared, self._plugged):
             component = where.pop(component_id, None)
             if component is not None:
                 if component.is_loaded:
                     component.match.model.unplug()
+                if keeps_copies:
+                    self._kept[component_id] = component.lent_copies
                 self._free(component)
                 self._release_idle()
                 others = (*self._prepared.values(), *self._plugged.values())
@@ -255,7 +270,7 @@ class Components:
 
     def close(self) -> None:
         """Forget every component."""
-        for component_id in [*self._prepared, *self._plugged]:
+        for component_id in [*self._prepared, *self._plugged, *self._kept]:
             self.unmap(component_id)
 
     def _release_idle(self) -> None:
@@ -272,6 +287,7 @@ class Components:
         component.bindings.clear()
         component.checkpoint.clear()
         component.tensors.clear()
+        component.lent_copies = LentCopies()
         if component.copies and self._device.type == "cuda":
             component.copies.clear()
             torch.cuda.empty_cache()  # else torch keeps the memory from other programs
@@ -292,6 +308,8 @@ class Components:
         exporter: ProcessIdentity,
         opened: list[OpenBlock | None],
         digests: Mapping[int, bytes],
+        kept: LentCopies | None,
+        changed: Collection[str],
     ) -> Component:
         clock = Clock()
         with raise_on_all_ranks():
@@ -306,7 +324,13 @@ class Components:
                 opened.append(self._open(block, exporter, digests.get(number)))
             clock.mark("map")
         self.files.begin_digests(opened)  # in the background
-        tensors, bindings, copies, copied = self._loader.load(manifest, match, opened, clock)
+        # Not with modules that run as their class, which may write to their tensors.
+        others = [
+            (each.manifest, each.lent_copies)
+            for each in (*self._prepared.values(), *self._plugged.values())
+            if isinstance(match, CheckpointMatch) and isinstance(each.match, CheckpointMatch)
+        ]
+        loaded = self._loader.load(manifest, match, opened, clock, kept, changed, others)
         self.files.wait_for_small_digests(opened)
         # The memory that a plug fills (fp8 weights) counts as copied, too.
         filled = (
@@ -317,14 +341,15 @@ class Components:
         return Component(
             component_id,
             match,
-            bindings,
+            loaded.bindings,
             manifest,
             match.facts(manifest),
-            tensors,
-            match.by_canonical_name(tensors),
+            loaded.tensors,
+            match.by_canonical_name(loaded.tensors),
             opened,
-            copies,
-            copied + filled,
+            loaded.copies,
+            [*loaded.copies.buffers, *loaded.made],
+            loaded.copied + filled,
             clock.marks_ms,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import NamedTuple
@@ -31,12 +31,19 @@ class OwnBuffer(NamedTuple):
         """Allocate a buffer for these tensors, each aligned; ``None`` if there are none."""
         if not specs:
             return None
-        specs = sorted(specs, key=lambda spec: (spec.block, spec.offset_bytes))
+        specs = _in_order(specs)
         offsets, total = place([spec.extent_bytes for spec in specs])
         buffer = torch.empty(total, dtype=torch.uint8, device=device)
         views = BlockViews(buffer)
         tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
         return OwnBuffer(tensors, buffer, join_ranges(specs, offsets))
+
+    def some(self, specs: list[TensorSpec], names: Collection[str]) -> OwnBuffer:
+        """Return the same buffer with the ranges of ``names`` alone; ``specs`` are those of all its tensors."""
+        specs = _in_order(specs)
+        offsets, _ = place([spec.extent_bytes for spec in specs])
+        chosen = [(spec, at) for spec, at in zip(specs, offsets, strict=True) if spec.name in names]
+        return self._replace(ranges=join_ranges([spec for spec, _ in chosen], [at for _, at in chosen]))
 
     def fill(
         self, sources: Sequence[torch.Tensor], opened: Sequence[OpenBlock | None], parts: Sequence[range]
@@ -64,3 +71,7 @@ class OwnBuffer(NamedTuple):
                 deque(islice(uploaded, count), maxlen=0)
                 yield
         check_files_unchanged(opened)  # all reads are done
+
+
+def _in_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    return sorted(specs, key=lambda spec: (spec.block, spec.offset_bytes))

@@ -69,6 +69,7 @@ class GpuCopies:
         sources: Sequence[torch.Tensor],
         missing: Mapping[int, torch.Tensor],
         mark: Callable[[str], None],
+        parts: Mapping[int, Sequence[range]] | None = None,
     ) -> Iterator[None]:
         """Copy lent blocks from the GPU of each to the other ranks, while the ``with`` block runs.
 
@@ -77,15 +78,22 @@ class GpuCopies:
 
         ``sources`` are the bytes (1-D uint8) of each block: a mapping of this rank's GPU, or a buffer to fill. The
         latter are ``missing``, too, by number of block. Every rank has opened and checked the blocks of its own GPU.
+        With ``parts`` only these bytes of the blocks are copied; they are the same on all ranks.
         """
         wanted = {number: block for number, block in enumerate(blocks) if isinstance(block, CudaIpcBlock)}
         if self.ranks == 1 or not wanted:
             yield
             return
+        copied = {
+            number: [range(block.size_bytes)] if parts is None else parts.get(number, ())
+            for number, block in wanted.items()
+        }
         with ExitStack() as opened:
-            if not (self.is_direct and self._copy_from_lender(wanted, missing, opened, mark)):
+            if not (self.is_direct and self._copy_from_lender(wanted, missing, copied, opened, mark)):
                 for number, block in wanted.items():
-                    dist.broadcast(sources[number], src=self.peer_uuids.index(block.device_uuid))
+                    owner = self.peer_uuids.index(block.device_uuid)
+                    for part in copied[number]:
+                        dist.broadcast(sources[number].narrow(0, part.start, len(part)), src=owner)
             yield
             torch.cuda.synchronize(self.device)  # "prepared" means that the bytes are here
             mark("peer_copy")
@@ -192,6 +200,7 @@ class GpuCopies:
         self,
         blocks: Mapping[int, CudaIpcBlock],
         missing: Mapping[int, torch.Tensor],
+        parts: Mapping[int, Sequence[range]],
         opened: ExitStack,
         mark: Callable[[str], None],
     ) -> bool:
@@ -206,7 +215,8 @@ class GpuCopies:
             return False
         mark("peer_open")
         for number, mapping in mappings.items():
-            mapping.copy_to(missing[number], 0)
+            for part in parts[number]:
+                mapping.copy_to(missing[number].narrow(0, part.start, len(part)), part.start)
         return True
 
     def _open_blocks(

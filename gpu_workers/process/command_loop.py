@@ -135,7 +135,7 @@ class CommandLoop:
             copied, timings_ms = executor.copy_component(command.component_id)
             channel.send(ComponentCopied(**common, copied=copied, timings_ms=timings_ms, tally=executor.tally()))
         elif isinstance(command, Unmap):
-            executor.unmap(command.component_id)
+            executor.unmap(command.component_id, keeps_copies=command.keeps_copies)
             channel.send(Done(**common, timings_ms={}, tally=executor.tally()))
         elif isinstance(command, ForgetClient):
             executor.forget(command.exporter)

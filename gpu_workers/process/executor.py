@@ -79,8 +79,11 @@ class Executor(Protocol):
     def copy_component(self, component_id: str) -> tuple[CopiedBytes, TimingsMs]:
         """Copy a component into this rank's own memory, and unmap the client's."""
 
-    def unmap(self, component_id: str) -> None:
-        """Remove a component. An unknown id is no error, so that every rank can get the same undo command."""
+    def unmap(self, component_id: str, *, keeps_copies: bool = False) -> None:
+        """Remove a component. An unknown id is no error, so that every rank can get the same undo command.
+
+        With ``keeps_copies`` its copies of lent bytes stay for a :meth:`prepare` of the same memory.
+        """
 
     def forget(self, client: ProcessIdentity) -> None:
         """Free all memory that is held for a client that has exited."""

@@ -76,7 +76,9 @@ class TorchExecutor:
         return self._components.files.take_digests()
 
     def prepare(self, command: Prepare) -> PreparedFacts:
-        component = self._components.prepare(command.component_id, command.manifest, command.exporter, command.digests)
+        component = self._components.prepare(
+            command.component_id, command.manifest, command.exporter, command.digests, command.changed
+        )
         match = component.match
         heads = match.family.heads(match.config)
         if heads and self.facts.rank == 0 and not isinstance(match, LoraMatch):
@@ -92,8 +94,8 @@ class TorchExecutor:
     def copy_component(self, component_id: str) -> tuple[CopiedBytes, TimingsMs]:
         return self._components.copy_component(component_id)
 
-    def unmap(self, component_id: str) -> None:
-        self._components.unmap(component_id)
+    def unmap(self, component_id: str, *, keeps_copies: bool = False) -> None:
+        self._components.unmap(component_id, keeps_copies=keeps_copies)
 
     def forget(self, client: ProcessIdentity) -> None:
         self._io.forget(client)

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lora_files import matrices
 from process_tree import count_fds, cpu_s, descendants, is_running, memfds, memory_bytes, parent_of
 from running_daemon import RunningDaemon, until
+from safetensors.torch import load_file
 
 from xditd.client import Client, Loan
 from xditd.client.demo import checkpoints
@@ -103,6 +105,34 @@ def transformer(client: Client, files: SimpleNamespace) -> Loan:
 @pytest.fixture
 def vae(client: Client, files: SimpleNamespace) -> Loan:
     return client.lend(files.vae)
+
+
+@pytest.fixture(scope="session")
+def state(files: SimpleNamespace) -> dict[str, torch.Tensor]:
+    """The tensors of the transformer."""
+    return load_file(files.transformer)
+
+
+@pytest.fixture(scope="session")
+def of_class(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the linear layers of diffusers' class of the transformer."""
+    from xditd.gpu_workers.families.flux1 import reference
+
+    return matrices(reference.transformer_from(state).state_dict())
+
+
+@pytest.fixture
+def leaves_nothing(client: Client) -> Iterator[None]:
+    """Nothing is lent when the test has returned what it lent."""
+    before = {each.component_id for each in client.status().components}
+    yield
+    assert {each.component_id for each in client.status().components} == before
+
+
+@pytest.fixture(scope="session")
+def inputs(make_inputs: Callable[..., Inputs]) -> Inputs:
+    """Inputs whose number of tokens two workers cannot halve."""
+    return make_inputs(tokens=13)
 
 
 @pytest.fixture(scope="session")

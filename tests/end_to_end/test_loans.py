@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from xditd.client import StaleSource
+from xditd.client import BadRequest, StaleSource
 from xditd.client.arenas import Arena
 from xditd.client.demo import checkpoints
 
@@ -41,6 +42,87 @@ def test_a_new_generation_replaces_the_old_one(client, make_inputs, run):
     assert torch.equal(run(client, newer, inputs), after)
     newer.return_()
     loan.return_()
+    arena.close()
+
+
+def test_tensors_that_were_not_written_are_not_copied_again(client, make_inputs, run):
+    """At these addresses the workers of a CPU cannot view tensors, as those of another GPU cannot: they have copies."""
+    state = checkpoints.flux1_state_dict(1)
+    arena = Arena({name: (tensor.dtype, (tensor.numel() + 1,)) for name, tensor in state.items()})
+    tensors = {name: arena.tensors[name][1:].view(tensor.shape) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        tensors[name].copy_(tensor)
+    inputs = make_inputs()
+    every = 2 * sum(tensor.nbytes for tensor in state.values())  # two workers
+    written = ["img_in.weight", "double_blocks.0.img_attn.qkv.weight"]
+    some = 2 * sum(state[name].nbytes for name in written)
+    loans = [client.lend(tensors)]
+
+    def lend(generation: int, *changed: str, copied: int) -> torch.Tensor:
+        loans.append(client.lend(tensors, generation=generation, changed=changed))
+        assert (loans[-1].copied.host_to_host, loans[-1].copied.total) == (copied, copied)
+        return run(client, loans[-1], inputs, steps=1)
+
+    def fresh() -> torch.Tensor:
+        with client.lend({name: tensor.clone() for name, tensor in tensors.items()}) as loan:
+            return run(client, loan, inputs, steps=1)
+
+    assert loans[0].copied.host_to_host == every
+    before = run(client, loans[0], inputs, steps=1)
+    for name in written:
+        tensors[name].mul_(1.5)
+    after = lend(1, *written, copied=some)
+    assert torch.equal(after, fresh())
+    assert not torch.equal(after, before)
+    for name in written:
+        tensors[name].copy_(state[name])
+    assert torch.equal(lend(2, *written, copied=some), before)
+    # Generations that the workers have not seen may have written anything.
+    tensors["img_in.weight"].mul_(1.5)
+    expected = fresh()
+    assert torch.equal(lend(4, copied=every), expected)
+    assert torch.equal(lend(5, copied=0), expected)
+    with pytest.raises(BadRequest, match=r"changed names img_in, of which it has no tensor"):
+        client.lend(tensors, generation=6, changed=["img_in"])
+    with pytest.raises(BadRequest, match="give the next generation, too"):
+        client.lend(tensors, changed=written)
+    for loan in loans:
+        loan.return_()
+    tensors.clear()
+    arena.close()
+
+
+def test_a_patched_model_shares_the_copies_of_its_file(client, make_inputs, run, tmp_path):
+    """Workers of a CPU copy a file whose tensors are not aligned, as GPUs copy every file."""
+    path = tmp_path / "flux1.safetensors"
+    for padding in range(0, 128, 8):
+        save_file(checkpoints.flux1_state_dict(1), path, metadata={"padding": padding * "x"})
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") % 64 == 0:  # 8 bytes before it: no tensor is aligned to 64
+                break
+    name = "img_in.weight"
+    state = load_file(path)
+    arena = Arena.copy_of({name: 1.5 * state[name]})
+    inputs = make_inputs()
+    first = client.lend(path)
+    every = 2 * sum(tensor.nbytes for tensor in state.values())  # two workers
+    assert first.copied.host_to_host == every
+    before = run(client, first, inputs, steps=1)
+    patched = client.lend({**state, **arena.tensors})
+    assert [tier.value for tier in patched.tiers] == ["file", "host_shm"]
+    assert patched.copied.total == 0
+    first.return_()
+    after = run(client, patched, inputs, steps=1)
+    with client.lend({key: tensor.clone() for key, tensor in (state | arena.tensors).items()}) as fresh:
+        assert torch.equal(after, run(client, fresh, inputs, steps=1))
+    assert not torch.equal(after, before)
+    again = client.lend(path)
+    assert again.copied.host_to_host == 2 * state[name].nbytes
+    patched.return_()
+    assert torch.equal(run(client, again, inputs, steps=1), before)
+    again.return_()
+    with client.lend(path) as loan:
+        assert loan.copied.host_to_host == every
     arena.close()
 
 

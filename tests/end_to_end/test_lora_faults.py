@@ -11,34 +11,8 @@ import pytest
 import torch
 from lora_files import matrices
 from lora_runs import called, latents_of
-from safetensors.torch import load_file
 
-from xditd.client import BadRequest, Client, Closed, LeaseLost, StaleSource, UnknownComponent, Unsupported
-from xditd.gpu_workers.families.flux1 import reference
-
-
-@pytest.fixture(scope="module")
-def state(files) -> dict[str, torch.Tensor]:
-    return load_file(files.transformer)
-
-
-@pytest.fixture(scope="module")
-def of_class(state) -> dict[str, tuple[int, ...]]:
-    """The shapes of the linear layers of diffusers' class."""
-    return matrices(reference.transformer_from(state).state_dict())
-
-
-@pytest.fixture(scope="module")
-def inputs(make_inputs):
-    return make_inputs(tokens=13)
-
-
-@pytest.fixture
-def leaves_nothing(client: Client):
-    """Nothing is lent when the test has returned what it lent."""
-    before = {each.component_id for each in client.status().components}
-    yield
-    assert {each.component_id for each in client.status().components} == before
+from xditd.client import BadRequest, Closed, LeaseLost, StaleSource, UnknownComponent, Unsupported
 
 
 def test_other_models_and_wrong_shapes_are_refused_by_name(client, transformer, state, of_class, leaves_nothing):

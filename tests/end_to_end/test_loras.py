@@ -14,37 +14,11 @@ from gguf_files import dequantise, write_model
 from lora_files import CHECKPOINT_SPELLINGS, CLASS_SPELLINGS, matrices
 from lora_runs import baked, called, expected, latents_of, reference_ids
 from packed_checkpoints import pack
-from safetensors.torch import load_file
 
-from xditd.client import BadRequest, Client
-from xditd.gpu_workers.families.flux1 import reference
+from xditd.client import BadRequest
 
 BAR = 1e-6
 HALF_BAR = 1e-2
-
-
-@pytest.fixture(scope="module")
-def state(files) -> dict[str, torch.Tensor]:
-    return load_file(files.transformer)
-
-
-@pytest.fixture(scope="module")
-def of_class(state) -> dict[str, tuple[int, ...]]:
-    """The shapes of the linear layers of diffusers' class."""
-    return matrices(reference.transformer_from(state).state_dict())
-
-
-@pytest.fixture(scope="module")
-def inputs(make_inputs):
-    return make_inputs(tokens=13)
-
-
-@pytest.fixture
-def leaves_nothing(client: Client):
-    """Nothing is lent when the test has returned what it lent."""
-    before = {each.component_id for each in client.status().components}
-    yield
-    assert {each.component_id for each in client.status().components} == before
 
 
 @pytest.mark.parametrize("spelling", [*CHECKPOINT_SPELLINGS, *CLASS_SPELLINGS])
@@ -221,6 +195,31 @@ def test_z_image_in_both_namings(client, names: str, spelling: str, relative_err
         assert relative_error(plain[row], right[row]) > 0.05
 
 
+def test_a_mix_of_three_on_z_image(client, relative_error, leaves_nothing):
+    """In three spellings and two namings of its layers."""
+    state = z_image_models.state_dict(0, names=z_image_models.COMFYUI)
+    names = matrices(z_image_models.reference(state).state_dict())
+    loras = [
+        lora_files.make(matrices(state), "comfyui", 1, size=0.2),
+        lora_files.make(names, "diffusers", 2, size=0.2, ranks=(5,)),
+        lora_files.make(names, "onetrainer", 3, size=0.2),
+    ]
+    strengths = (0.6, -0.4, 0.9)
+    module = z_image_models.reference(loras[0].baked_into(state, strengths[0]))
+    for lora, strength in zip(loras[1:], strengths[1:], strict=True):
+        lora.bake_into(module, strength)
+    given = z_image_models.inputs((7, 40), ((8, 12), (6, 4)))
+    loans = [client.lend_lora(lora.tensors) for lora in loras]
+    with client.lend(state) as loan:
+        (found,) = client.call(loan.with_loras(zip(loans, strengths, strict=True)), given)
+    for each in loans:
+        each.return_()
+    with torch.no_grad():
+        right = module(**given, return_dict=False)[0]
+    for row in range(2):
+        assert relative_error(found[row], right[row]) <= 2 * BAR
+
+
 @pytest.mark.long
 def test_switches_variants_and_clients(daemon, files, state, inputs, processes):
     """Four clients, twenty variants, two hundred switches: right results, no weight copied, nothing leaks."""
@@ -241,16 +240,20 @@ def test_switches_variants_and_clients(daemon, files, state, inputs, processes):
 
             first = {variant: run(*variant) for variant in variants}
             open_files = processes.count_fds(watcher.daemon_pid)
+            workers = [each.pid for each in watcher.status().workers]
+            mapped = [processes.memfds(pid) for pid in workers]
             for number in range(200):
                 variant = variants[(number * 7) % len(variants)]
                 assert torch.equal(run(*variant), first[variant]), variant
             assert processes.count_fds(watcher.daemon_pid) <= open_files + 2
+            assert [processes.memfds(pid) for pid in workers] == mapped
             # The four of strength 0 are alike.
             assert len({tuple(each.flatten()[:8].tolist()) for each in first.values()}) == 17
             status = watcher.status()
             assert status.loras.jobs - before.loras.jobs == 220
             assert status.loras.switches - before.loras.switches == 220 * 4 // 5  # not to strength 0
             assert status.loras.bound - before.loras.bound == 4  # four loans of one file are of one model
+            assert status.loras.converted_bytes == before.loras.converted_bytes
             copied = {each.component_id: each.copied for each in started.components}
             assert {each.component_id: each.copied for each in status.components} == copied
             assert status.loras.detail == "" or "plain blocks" in status.loras.detail
@@ -264,24 +267,51 @@ def test_switches_variants_and_clients(daemon, files, state, inputs, processes):
         assert errors <= known
 
 
-def test_text_encoders(client, relative_error):
-    """CLIP-L and T5, in one file with the layers of a transformer, which they leave to it."""
-    clip, t5 = text_checkpoints.clip_l_state_dict(5), text_checkpoints.t5_state_dict(6)
-    tensors: dict[str, torch.Tensor] = {}
-    baked_clip, baked_t5 = dict(clip), dict(t5)
-    for prefix, state, into in (("lora_te1", clip, baked_clip), ("lora_te2", t5, baked_t5)):
-        lora = lora_files.make(matrices(state, "_proj", ".fc1", ".fc2", ".q", ".o", ".wi_0", ".wo"), "kohya", 8)
-        tensors |= {name.replace("lora_unet", prefix, 1): tensor for name, tensor in lora.tensors.items()}
-        into.update(lora.baked_into(state, 0.5))
-    tensors |= lora_files.make({"double_blocks.0.img_mod.lin": (1536, 256)}, "kohya", 9).tensors
-    with client.lend_lora(tensors) as lent:
-        assert set(lent.facts.lora.families) == {"clip_l", "t5", "flux1"}
-        for state, into in ((clip, baked_clip), (t5, baked_t5)):
-            ids = torch.randint(2, 1000, (2, 20), generator=torch.Generator().manual_seed(1))
-            with client.lend(state) as loan:
-                found = client.encode_text(loan.with_loras([(lent, 0.5)]), ids).hidden_states
-                alone = client.encode_text(loan, ids).hidden_states
-            with client.lend(into) as loan:
-                right = client.encode_text(loan, ids).hidden_states
-            assert relative_error(found, right) <= 2 * BAR
-            assert relative_error(alone, right) > 0.05
+TEXT_SPELLINGS = {
+    "kohya": ("lora_te{}_", "_", ".lora_down.weight", ".lora_up.weight"),
+    "diffusers": ("text_encoder{}.", ".", ".lora_A.weight", ".lora_B.weight"),
+    "comfyui": ("text_encoders.{}.transformer.", ".", ".lora_down.weight", ".lora_up.weight"),
+}
+"""What is before the name of a layer (with the encoder's number or name), between its parts, and after it."""
+
+
+def test_text_encoders(client, relative_error, leaves_nothing):
+    """CLIP-L and T5 with three LoRAs, each in another spelling, in files with layers of a transformer."""
+    encoders = {
+        "clip_l": (text_checkpoints.clip_l_state_dict(5), ("1", "", "clip_l")),
+        "t5": (text_checkpoints.t5_state_dict(6), ("2", "_2", "t5xxl")),
+    }
+    strengths = (0.5, -0.3, 0.8)
+    ends = ("_proj", ".fc1", ".fc2", ".q", ".o", ".wi_0", ".wo")
+    states = {name: state for name, (state, _) in encoders.items()}
+    alone = {spelling: dict(states) for spelling in TEXT_SPELLINGS}
+    mixed, loans = dict(states), []
+    for number, (spelling, (before, between, down, up)) in enumerate(TEXT_SPELLINGS.items()):
+        tensors = lora_files.make({"double_blocks.0.img_mod.lin": (1536, 256)}, "kohya", 9).tensors
+        for name, (state, names) in encoders.items():
+            lora = lora_files.make(matrices(state, *ends), "comfyui", 8 + number)
+            alone[spelling][name] = lora.baked_into(state, strengths[number])
+            mixed[name] = lora.baked_into(mixed[name], strengths[number])
+            for key, tensor in lora.tensors.items():
+                layer, role = key.removeprefix("diffusion_model.").rsplit(".lora_", 1)
+                layer = before.format(names[number]) + layer.replace(".", between)
+                tensors[layer + (down if role.startswith("A") else up)] = tensor
+        loans.append(client.lend_lora(tensors))
+        assert set(loans[-1].facts.lora.families) == {"clip_l", "t5", "flux1"}
+        assert loans[-1].facts.lora.unknown == ()
+    uses = list(zip(loans, strengths, strict=True))
+    ids = torch.randint(2, 1000, (2, 20), generator=torch.Generator().manual_seed(1))
+
+    def encoded(state: dict[str, torch.Tensor], *uses: tuple[object, float]) -> torch.Tensor:
+        with client.lend(state) as loan:
+            return client.encode_text(loan.with_loras(uses), ids).hidden_states
+
+    for name, state in states.items():
+        plain = encoded(state)
+        for use, baked_one in zip(uses, alone.values(), strict=True):
+            right = encoded(baked_one[name])
+            assert relative_error(encoded(state, use), right) <= 2 * BAR
+            assert relative_error(plain, right) > 0.05
+        assert relative_error(encoded(state, *uses), encoded(mixed[name])) <= 2 * BAR
+    for loan in loans:
+        loan.return_()

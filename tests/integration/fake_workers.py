@@ -160,7 +160,7 @@ class FakeExecutor:
     def copy_component(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         return CopiedBytes(host_to_host=64), {"copy": 1.0}
 
-    def unmap(self, component_id: str) -> None:
+    def unmap(self, component_id: str, *, keeps_copies: bool = False) -> None:
         if STUCK_LABEL in self.known:
             raise BadRequest("a view is still open")
         self.plugged.discard(component_id)

@@ -88,8 +88,9 @@ SPELLED_OUT: list[tuple[str, Any, bytes]] = [
                 generation=2,
             ),
             copied=CopiedBytes(host_to_host=5),
+            changed=("b",),
         ),
-        b"\x84\xa2op\xa4lend\xaarequest_id\xa2r1\xa8manifest\x89\xa4kind\xa3vae\xa6module\xc0\xa5label\xa2ae\xa6blocks\x92"
+        b"\x85\xa2op\xa4lend\xaarequest_id\xa2r1\xa8manifest\x89\xa4kind\xa3vae\xa6module\xc0\xa5label\xa2ae\xa6blocks\x92"
         b"\x85\xa4tier\xa8host_shm\xa2fd\x09\xa5inode\x4d\xaasize_bytes\xcd\x10\x00"
         b"\xabfingerprint\x83\xacoffset_bytes\x00\xaclength_bytes\x00\xa6digest\xc4\x10" + b"d" * 16 + b"\x89\xa4tier"
         b"\xa4file\xa2fd\x0a\xa4path\xb1/m/ae.safetensors\xa6device\x01\xa5inode\xcf"
@@ -101,7 +102,7 @@ SPELLED_OUT: list[tuple[str, Any, bytes]] = [
         * 16
         + b"\xa7tensors\x92\x96\xa1a\xa8bfloat16\x92\x02\x03\x00\xcd\x01\x00\xc0\x96\xa1b\xa7float32"
         b"\x92\x02\x03\x01\x00\x92\x01\x02\xa6packed\x90\xadcompute_dtype\xc0\xa4lora\xc0\xaageneration\x02\xa6copied\x84\xachost_to_host\x05\xaehost_to_device\x00"
-        b"\xb0device_to_device\x00\xa4peer\x00",
+        b"\xb0device_to_device\x00\xa4peer\x00\xa7changed\x91\xa1b",
     ),
 ]
 

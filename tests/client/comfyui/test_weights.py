@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from xditd.client import Unsupported
+from xditd.client import OutOfMemory, Unsupported
 from xditd.client.comfyui.packed_tensors import LendableTensors
 from xditd.client.comfyui.weights import Edit, RemoteWeights, check_plain
 from xditd.ipc.packed import PackedWeight
@@ -20,11 +20,26 @@ class Lender:
 
     def __init__(self) -> None:
         self.lends: list[tuple[dict[str, torch.Tensor], int]] = []
+        self.changed: list[set[str] | None] = []
         self.live = 0
+        self.live_before: list[int] = []
+        """How many loans there were at each lend."""
+        self.has_room_for = 2
 
     def lend(
-        self, tensors: dict[str, torch.Tensor], *, kind: Any, label: str, generation: int, compute_dtype: str | None
+        self,
+        tensors: dict[str, torch.Tensor],
+        *,
+        kind: Any,
+        label: str,
+        generation: int,
+        changed: Collection[str] | None,
+        compute_dtype: str | None,
     ) -> Loan:
+        self.live_before.append(self.live)
+        if self.live >= self.has_room_for:
+            raise OutOfMemory("no room")
+        self.changed.append(None if changed is None else set(changed))
         self.lends.append(({name: tensor.clone() for name, tensor in tensors.items()}, generation))
         self.live += 1
         return Loan(self)
@@ -105,6 +120,7 @@ def test_another_strength_is_written_in_place_as_the_next_generation(weights, le
     weights.apply({"a": edit("a", 1.0), "b": edit("b", 3.0)})
     assert merged == ["a", "b", "b"]
     assert lender.lends[-1][1] == first + 1
+    assert lender.changed[-1] == {"b"}
     assert lender.lends[-1][0]["b"].tolist() == [4.0] * 4
 
 
@@ -130,6 +146,60 @@ def test_a_merge_that_failed_is_done_again(weights, lender):
         weights.apply({"b": Edit((9.0,), fail)})
     weights.apply({})
     assert lender.lends[-1][0]["b"].tolist() == [1.0] * 4
+    assert lender.changed[-1] in ({"b"}, None)
+
+
+def test_what_goes_and_what_a_failed_merge_wrote_is_copied_again(lender, base):
+    weights = RemoteWeights(
+        base,
+        kind=ComponentKind.TRANSFORMER,
+        label="x",
+        device="cpu",
+        is_whole=True,
+        connect=lambda: lender,  # type: ignore[arg-type, return-value]
+    )
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no room")
+
+    weights.apply({})
+    weights.apply({"a": add(1.0)})
+    with pytest.raises(RuntimeError, match="no room"):
+        weights.apply({"a": add(1.0), "b": Edit((9.0,), fail)})
+    weights.apply({"b": add(2.0)})
+    assert [generation for _, generation in lender.lends] == [0, 1, 2]
+    assert lender.changed == [None, {"a"}, {"a", "b"}]
+    weights.release()
+
+
+def test_the_older_loan_stays_until_the_next_one_is_lent(lender, base):
+    """The workers have copied its file. Without memory for both it goes first."""
+    weights = RemoteWeights(
+        base,
+        kind=ComponentKind.TRANSFORMER,
+        label="x",
+        device="cpu",
+        is_whole=False,
+        connect=lambda: lender,  # type: ignore[arg-type, return-value]
+    )
+    weights.apply({})
+    weights.apply({"a": add(1.0)})
+    weights.apply({"b": add(1.0)})
+    weights.apply({})
+    assert lender.live_before == [0, 1, 1, 1]
+    assert lender.live == 1
+    lender.has_room_for = 1
+    weights.apply({"a": add(2.0)})
+    assert lender.live_before == [0, 1, 1, 1, 1, 0]
+    assert lender.lends[-1][0]["a"].tolist() == [2.0] * 4
+    lender.has_room_for = 0
+    with pytest.raises(OutOfMemory):
+        weights.apply({"b": add(3.0)})
+    assert lender.live == 0
+    lender.has_room_for = 2
+    weights.apply({"b": add(3.0)})
+    assert lender.lends[-1][0]["b"].tolist() == [4.0] * 4
+    weights.release()
 
 
 def test_release_gives_back_and_the_next_use_lends_again(weights, lender):
@@ -163,6 +233,7 @@ def test_a_packed_weight_is_patched_together_with_its_companions(lender):
         lent = lender.lends[-1][0]
         assert (lent["b"].float().tolist(), lent["b_scale"].item()) == ([2.0] * 4, 3.0)
         assert torch.equal(lent["b.comfy_quant"], marker)
+        assert lender.changed[-1] == ({"b", "b_scale"} if is_whole else None)
         weights.apply({})
         lent = lender.lends[-1][0]
         assert (lent["b"].float().tolist(), lent["b_scale"].item()) == ([1.0] * 4, 1.0)

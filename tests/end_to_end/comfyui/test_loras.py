@@ -164,6 +164,49 @@ def test_what_is_no_lora_is_merged_beside_branches(comfy, remote, local, load, r
     ]
 
 
+def other_adapters() -> dict[str, dict[str, torch.Tensor]]:
+    """Adapters that are no product of two factors, by kind, each as its file has it, of a layer of 256 x 256."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    alpha = {"alpha": torch.tensor(4.0)}
+    pair = {"lora_up.weight": random(256, 4), "lora_down.weight": random(4, 256)}
+    return {
+        "LoHa": alpha | {f"hada_w{n}_{end}": random(*shape) for n in "12" for end, shape in HADA.items()},
+        "LoKr": {"lokr_w1": random(16, 16), "lokr_w2": random(16, 16)},
+        "LoKr in factors": alpha | {"lokr_w1": random(8, 8), "lokr_w2_a": random(32, 4), "lokr_w2_b": random(4, 32)},
+        "DoRA": pair | {"dora_scale": random(256, 1).abs() + 1.0},
+        "GLoRA": {f"{name}.weight": random(*GLORA[name]) for name in GLORA},
+        "OFT": alpha | {"oft_blocks": random(8, 32, 32)},
+        "OFT that rescales": {"oft_blocks": random(8, 32, 32), "rescale": random(8, 1, 1) + 1.0},
+        "BOFT": alpha | {"oft_blocks": random(2, 32, 8, 8)},
+        "difference": {"diff": random(256, 256), "diff_b": random(256)},
+    }
+
+
+HADA = {"a": (256, 4), "b": (4, 256)}
+GLORA = {"a1": (4, 256), "a2": (256, 4), "b1": (4, 256), "b2": (256, 4)}
+
+
+@pytest.mark.parametrize("kind", other_adapters())
+def test_other_adapters_are_baked_as_in_stock(kind, comfy, daemon, remote, local, run, relative_error):
+    """The layer has the numbers of stock's ``calculate_weight``, and is the only one that is written."""
+    layer = "double_blocks.1.img_attn.proj"
+    adapter = {f"diffusion_model.{layer}.{name}": tensor for name, tensor in other_adapters()[kind].items()}
+    ours, theirs = (comfy.comfy.sd.load_lora_for_models(each, None, adapter, 0.7, 0.0)[0] for each in (remote, local))
+    assert relative_error(run(ours), run(theirs)) <= BAR
+    names = [f"{layer}.weight", f"{layer}.bias"] if kind == "difference" else [f"{layer}.weight"]
+    assert sorted(ours.weights._merged) == sorted(names)
+    for name in names:
+        base, key = ours.weights.base[name], f"diffusion_model.{name}"
+        stock = comfy.comfy.lora.calculate_weight(theirs.patches[key], base.clone(), key)
+        assert relative_error(ours.weights._arena.tensors[name], stock) <= BAR
+        assert relative_error(stock, base) > 1e-3
+    assert ours.weights._arena.tensors.keys() == set(names)
+
+
 @pytest.mark.parametrize("through", ["loader", "accelerate"])
 def test_bypass(through, remote, local, bypass, load, run, relative_error):
     """The second bypass node replaces the first, as in ComfyUI, which also leaves out parts of fused layers."""

@@ -206,6 +206,22 @@ def test_a_lora_is_not_rounded(
     assert measured < 0.5 * relative_error(rounded, plain)
 
 
+@pytest.mark.parametrize("format", ["float8", "old", "int8_rows", "int8_convrot", "mxfp8", "nvfp4"])
+def test_a_lora_is_as_unrounded_in_stock(
+    format, comfy, connected, stock, conditioning, ksample, latent, tmp_path, relative_error
+):
+    """One step against stock's ``calculate_weight`` in float32, on the numbers that the packed weights mean."""
+    made = packed_checkpoints.pack(checkpoints.flux1_state_dict(1), format, torch.float32)
+    meant = stock(Packed(tensors=made.meant).save(tmp_path / "meant.safetensors"))
+    packed = remote_of(made.save(tmp_path / "packed.safetensors"), "float32")
+    found = []
+    for each in (packed, meant):
+        for seed, strength in ((3, 0.7), (4, -0.5), (5, 0.2)):
+            (each, _) = comfy.comfy.sd.load_lora_for_models(each, None, lora(seed, "lora"), strength, 0.0)
+        found.append(ksample(each, conditioning(1), conditioning(2), dict(latent), steps=1))
+    assert relative_error(*found) <= 1e-6
+
+
 @pytest.mark.parametrize("format", ["int8", "int8_convrot", "float8"])
 def test_a_patched_weight_has_the_bytes_of_stock(format, comfy, packed, stock, sample):
     path, name = packed(format), "double_blocks.0.img_attn.qkv.weight"

@@ -78,7 +78,7 @@ class RecordingExecutor:
         self._record("keep", component_id)
         return CopiedBytes(host_to_host=7), {"copy": 2.0}
 
-    def unmap(self, component_id: str) -> None:
+    def unmap(self, component_id: str, *, keeps_copies: bool = False) -> None:
         self._record("unmap", component_id)
 
     def forget(self, client: ProcessIdentity) -> None:
