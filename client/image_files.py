@@ -1,4 +1,4 @@
-"""Encode images to files: choose the format by the suffix, and check beforehand that it can be written."""
+"""Convert images to Pillow's and encode them to files: the suffix names the format, which is checked beforehand."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from xditd.ipc.suggestions import did_you_mean
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from PIL import Image
 
 _SUGGESTED: Final = (".png", ".jpg", ".webp", ".tiff", ".bmp")
@@ -82,3 +83,17 @@ def _encode(image: Image.Image, format_name: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=format_name)
     return buffer.getvalue()
+
+
+def image_to_pil(image: torch.Tensor) -> Image.Image:
+    """Convert an image (3, height, width) in [-1, 1] to 8-bit RGB. Values outside are clamped."""
+    import ctypes
+
+    import torch
+    from PIL import Image
+
+    scaled = (image.detach().to("cpu", torch.float32) / 2 + 0.5).clamp(0, 1) * 255
+    pixels = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    height, width, _ = pixels.shape
+    # Without numpy, on which the client does not depend.
+    return Image.frombytes("RGB", (width, height), ctypes.string_at(pixels.data_ptr(), pixels.nbytes))

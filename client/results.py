@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from xditd.client.image_files import image_to_pil
 from xditd.client.tensor_text import tensor_text
 from xditd.ipc.errors import BadRequest
 
@@ -102,17 +103,3 @@ class TextEncoding:
     def __repr__(self) -> str:
         pooled = "not pooled" if self.pooled is None else f"pooled {tensor_text(self.pooled)}"
         return f"<TextEncoding hidden_states {tensor_text(self.hidden_states)}, {pooled}>"
-
-
-def image_to_pil(image: torch.Tensor) -> Image.Image:
-    """Convert an image (3, height, width) in [-1, 1] to 8-bit RGB. Values outside are clamped."""
-    import ctypes
-
-    import torch
-    from PIL import Image
-
-    scaled = (image.detach().to("cpu", torch.float32) / 2 + 0.5).clamp(0, 1) * 255
-    pixels = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    height, width, _ = pixels.shape
-    # Without numpy, on which the client does not depend.
-    return Image.frombytes("RGB", (width, height), ctypes.string_at(pixels.data_ptr(), pixels.nbytes))

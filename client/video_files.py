@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xditd.client.image_files import encode_image
+from xditd.client.image_files import encode_image, image_to_pil
 from xditd.client.output_files import write_file
-from xditd.client.results import image_to_pil
 from xditd.ipc.errors import BadRequest, OutputFailed
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from xditd.client import Client, Loan, XditdError
 from xditd.client.conditioning import random_conditioning
 from xditd.client.demo.flux1_calls import image_ids, text_ids
 from xditd.client.families.flux1 import pack, unpack
-from xditd.client.results import image_to_pil
+from xditd.client.image_files import image_to_pil
 
 GUIDANCE = 3.5
 

@@ -14,7 +14,7 @@ from xditd.ipc.name_lists import listed
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Adapter
 
-MODULES: Final = ("flux1", "flux2", "z_image", "qwen_image")
+MODULES: Final = ("flux1", "flux2", "z_image", "qwen_image", "wan")
 
 
 def adapters() -> tuple[Adapter, ...]:

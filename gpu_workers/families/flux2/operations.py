@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, cast
+from typing import cast
 
 import torch
 
@@ -15,40 +14,22 @@ from xditd.gpu_workers.families.flux2.recipe import Flux2Recipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
-from xditd.gpu_workers.models.planned_path import PlannedPath
+from xditd.gpu_workers.models.planned_operations import PlannedOperations
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import TransformerFacts
 
-CLASS: Final = "Flux2Transformer2DModel"
-OF_ALL_ROWS: Final = ("img_ids", "txt_ids", CACHE)
-"""Arguments that all rows share."""
 
-
-class Flux2Operations:
+class Flux2Operations(PlannedOperations):
     """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
 
+    name = "flux2"
+    title = "FLUX.2"
+    class_name = "Flux2Transformer2DModel"
+    of_all_rows = frozenset({"img_ids", "txt_ids", CACHE})
     recipe = Flux2Recipe()
 
     def build(self, config: Flux2Config) -> torch.nn.Module:
         return Flux2Module(config)
-
-    def fuse(
-        self,
-        config: Flux2Config,
-        module: torch.nn.Module,
-        layout: ParallelLayout,
-        dtype: torch.dtype,
-        exceptions: Mapping[str, torch.dtype],
-    ) -> PlannedPath:
-        if layout.precision != "bf16":
-            raise Unsupported(
-                f"flux2: precision {layout.precision!r}: FLUX.2 has no products in eight bits; start the daemon with "
-                "precision bf16"
-            )
-        if layout.requested_kernels == "fused":
-            raise Unsupported("flux2: kernels 'fused': FLUX.2 has none; start the daemon with kernels auto")
-        return PlannedPath(module, CLASS, layout)
 
     def facts(self, config: Flux2Config, layout: ParallelLayout) -> TransformerFacts:
         return transformer_facts(config, layout)
@@ -75,15 +56,6 @@ class Flux2Operations:
             tokens -= cache.tokens
         return ((tokens, channels),) * rows
 
-    def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
-        return Inputs(
-            {
-                name: each if name in OF_ALL_ROWS or each is None else each[rows]
-                for name, each in inputs.arguments.items()
-            },
-            {name: each if name in OF_ALL_ROWS else each[rows] for name, each in inputs.known.items()},
-        )
-
     def run(self, model: Model[Flux2Config], inputs: Inputs, options: CallOptions) -> RowResults:
         arguments = dict(inputs.arguments)
         if not model.config.has_guidance:
@@ -102,6 +74,3 @@ class Flux2Operations:
         if cache is not None and not cache.is_filled:
             cache.kept = found[1]
         return cast(torch.Tensor, found[0])
-
-    def tree(self, rows: RowResults) -> tuple[torch.Tensor]:
-        return (rows if isinstance(rows, torch.Tensor) else torch.stack(rows),)

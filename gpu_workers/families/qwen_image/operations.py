@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final, cast
 
 import torch
@@ -15,39 +14,23 @@ from xditd.gpu_workers.families.qwen_image.recipe import QwenImageRecipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
-from xditd.gpu_workers.models.planned_path import PlannedPath
+from xditd.gpu_workers.models.planned_operations import PlannedOperations
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import TransformerFacts
 
-CLASS: Final = "QwenImageTransformer2DModel"
 MASK: Final = "encoder_hidden_states_mask"
 
 
-class QwenImageOperations:
+class QwenImageOperations(PlannedOperations):
     """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
 
+    name = "qwen_image"
+    title = "Qwen-Image"
+    class_name = "QwenImageTransformer2DModel"
     recipe = QwenImageRecipe()
 
     def build(self, config: QwenImageConfig) -> torch.nn.Module:
         return QwenImageModule(config)
-
-    def fuse(
-        self,
-        config: QwenImageConfig,
-        module: torch.nn.Module,
-        layout: ParallelLayout,
-        dtype: torch.dtype,
-        exceptions: Mapping[str, torch.dtype],
-    ) -> PlannedPath:
-        if layout.precision != "bf16":
-            raise Unsupported(
-                f"qwen_image: precision {layout.precision!r}: Qwen-Image has no products in eight bits; start the "
-                "daemon with precision bf16"
-            )
-        if layout.requested_kernels == "fused":
-            raise Unsupported("qwen_image: kernels 'fused': Qwen-Image has none; start the daemon with kernels auto")
-        return PlannedPath(module, CLASS, layout)
 
     def facts(self, config: QwenImageConfig, layout: ParallelLayout) -> TransformerFacts:
         return transformer_facts(config, layout)
@@ -71,12 +54,6 @@ class QwenImageOperations:
         rows, *shape = inputs.arguments["hidden_states"].shape
         return (tuple(shape),) * rows
 
-    def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
-        return Inputs(
-            {name: None if each is None else each[rows] for name, each in inputs.arguments.items()},
-            {name: each[rows] for name, each in inputs.known.items()},
-        )
-
     def run(self, model: Model[QwenImageConfig], inputs: Inputs, options: CallOptions) -> RowResults:
         arguments = dict(inputs.arguments)
         # The class takes the images of a row as a list of tuples, whatever the client's message makes of them.
@@ -88,6 +65,3 @@ class QwenImageOperations:
         )
         found = model.planned.run({**arguments, "return_dict": False}, key=options.variant, loras=options.loras)
         return cast(torch.Tensor, found[0])
-
-    def tree(self, rows: RowResults) -> tuple[torch.Tensor]:
-        return (rows if isinstance(rows, torch.Tensor) else torch.stack(rows),)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -24,12 +24,9 @@ from xditd.gpu_workers.families.wan.recipe import WanRecipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
-from xditd.gpu_workers.models.planned_path import PlannedPath
+from xditd.gpu_workers.models.planned_operations import PlannedOperations
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import TransformerFacts
-
-CLASS: Final = "WanTransformer3DModel"
 
 
 class _Positions(WanRotaryPosEmbed):
@@ -39,9 +36,12 @@ class _Positions(WanRotaryPosEmbed):
         return self
 
 
-class WanOperations:
+class WanOperations(PlannedOperations):
     """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
 
+    name = "wan"
+    title = "Wan"
+    class_name = "WanTransformer3DModel"
     recipe = WanRecipe()
 
     def build(self, config: WanConfig) -> torch.nn.Module:
@@ -64,23 +64,6 @@ class WanOperations:
             module.rope = _Positions(HEAD_SIZE, PATCH, MOST_POSITIONS)
         return module
 
-    def fuse(
-        self,
-        config: WanConfig,
-        module: torch.nn.Module,
-        layout: ParallelLayout,
-        dtype: torch.dtype,
-        exceptions: Mapping[str, torch.dtype],
-    ) -> PlannedPath:
-        if layout.precision != "bf16":
-            raise Unsupported(
-                f"wan: precision {layout.precision!r}: Wan has no products in eight bits; start the daemon with "
-                "precision bf16"
-            )
-        if layout.requested_kernels == "fused":
-            raise Unsupported("wan: kernels 'fused': Wan has none; start the daemon with kernels auto")
-        return PlannedPath(module, CLASS, layout)
-
     def facts(self, config: WanConfig, layout: ParallelLayout) -> TransformerFacts:
         return transformer_facts(config, layout)
 
@@ -102,12 +85,6 @@ class WanOperations:
         rows, channels, *sides = inputs.arguments["hidden_states"].shape
         return ((OUT_CHANNELS[channels], *sides),) * rows
 
-    def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
-        return Inputs(
-            {name: None if each is None else each[rows] for name, each in inputs.arguments.items()},
-            {name: each[rows] for name, each in inputs.known.items()},
-        )
-
     def run(
         self,
         model: Model[WanConfig],
@@ -116,6 +93,3 @@ class WanOperations:
     ) -> RowResults:
         found = model.planned.run({**inputs.arguments, "return_dict": False}, loras=options.loras)
         return cast(torch.Tensor, found[0])
-
-    def tree(self, rows: RowResults) -> tuple[torch.Tensor]:
-        return (rows if isinstance(rows, torch.Tensor) else torch.stack(rows),)

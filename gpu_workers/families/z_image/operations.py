@@ -25,6 +25,7 @@ from xditd.gpu_workers.families.z_image.recipe import ZImageRecipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
+from xditd.gpu_workers.models.planned_operations import check_has_plain_settings
 from xditd.gpu_workers.parallel.attention import AUTO
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import Unsupported
@@ -67,13 +68,7 @@ class ZImageOperations:
         exceptions: Mapping[str, torch.dtype],
     ) -> None:
         """Raise ``Unsupported`` if the settings ask for fused kernels or fp8, which Z-Image does not have."""
-        if layout.precision != "bf16":
-            raise Unsupported(
-                f"z_image: precision {layout.precision!r}: Z-Image has no products in eight bits; start the daemon "
-                "with precision bf16"
-            )
-        if layout.requested_kernels == "fused":
-            raise Unsupported("z_image: kernels 'fused': Z-Image has none; start the daemon with kernels auto")
+        check_has_plain_settings(layout, "z_image", "Z-Image")
         wide = [f"{name} is {exceptions[name]}" for name in PAD_TOKENS if name in exceptions]
         if wide:
             # The class mixes them with tokens in the main dtype, and its layers take one dtype.
