@@ -194,7 +194,7 @@ def check_foreseen(foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None
 
 def check_latents(name: str, latents: torch.Tensor, facts: LatentFacts, *, batch: int | None = None) -> None:
     """Check latents (batch, channels, height / pixels, width / pixels), of videos with frames before the height."""
-    is_video = bool(facts.frames) and isinstance(latents, torch.Tensor) and latents.ndim == 5
+    is_video = bool(facts.frames) and getattr(latents, "ndim", 0) == 5
     check_tensor(name, latents, *((VIDEO_LATENT_AXES, 5) if is_video else (LATENT_AXES, 4)))
     if latents.shape[1] != facts.channels:
         raise BadRequest(f"{name}: {latents.shape[1]} channels instead of {facts.channels}; give them unpacked")
@@ -223,7 +223,7 @@ def check_image(image: torch.Tensor, facts: VaeFacts) -> None:
 
     A video has frames before the height.
     """
-    if facts.latents.frames and isinstance(image, torch.Tensor) and image.ndim == 5:
+    if facts.latents.frames and getattr(image, "ndim", 0) == 5:
         check_tensor("image", image, "(batch, channels, frames, height, width) in [-1, 1]", 5)
         facts.latents.check_frames(image.shape[2])
     else:

@@ -14,7 +14,7 @@ from xditd.gpu_workers.families.flux1 import reference
 from xditd.ipc.errors import BadCheckpoint, Unsupported, UnsupportedDtype
 from xditd.ipc.tensors import ComponentKind
 
-MESSAGE_CHARS = 700
+MESSAGE_CHARS = 1_000
 TEXT = {"prompt_embeds": torch.ones(1, 8, 4096), "pooled_prompt_embeds": torch.ones(1, 768)}
 
 

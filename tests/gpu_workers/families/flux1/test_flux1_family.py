@@ -241,12 +241,15 @@ def test_other_models_are_unknown(names: set[str]) -> None:
     assert all(name in caught.value.detail for name in names)
 
 
-def test_control_variants_are_refused_by_name(infos: Infos) -> None:
-    fill = dict(infos)
-    fill["img_in.weight"] = TensorInfo("float32", (256, 384))
-    del fill["final_layer.linear.weight"]
-    with pytest.raises(Unsupported, match="img_in takes 384 channels"):
-        fitted(fill)
+def test_other_channels_are_refused_by_name(infos: Infos) -> None:
+    wide = dict(infos)
+    wide["img_in.weight"] = TensorInfo("float32", (256, 320))
+    del wide["final_layer.linear.weight"]
+    with pytest.raises(Unsupported, match="img_in takes 320 channels"):
+        fitted(wide)
+    wide = {**infos, "final_layer.linear.weight": TensorInfo("float32", (128, 256))}
+    with pytest.raises(Unsupported, match="final_layer gives 128"):
+        fitted(wide)
 
 
 def test_a_hidden_size_without_whole_heads_is_refused() -> None:
