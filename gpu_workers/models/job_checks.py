@@ -10,7 +10,7 @@ import torch
 
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.operations import Model
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, MAX_STEPS
 
 
@@ -88,6 +88,23 @@ def check_known(name: str, known: Mapping[str, Sequence[float]], low: float, hig
     for value in known.get(name, ()):
         if not low <= value <= high:
             raise BadRequest(f"{name}: {value:g} is not a number from {low:g} to {high:g}; {remedy}")
+
+
+def check_latent_size(latents: torch.Tensor, pixels: int) -> None:
+    """Check the batch, and the sides, the last two dimensions, of latents for a decode.
+
+    ``pixels`` are those on a side for each latent.
+    """
+    if max(latents.shape[-2:]) * pixels > MAX_SIDE_PIXELS or latents.shape[0] > MAX_BATCH:
+        raise BadRequest(
+            f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_SIDE_PIXELS} pixels on a side"
+        )
+
+
+def check_has_encoder(has_encoder: bool) -> None:
+    """Raise ``Unsupported`` for a VAE that was lent as its decoder alone."""
+    if not has_encoder:
+        raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
 
 
 def prepare(model: Model[Any], **tensors: torch.Tensor) -> list[torch.Tensor]:

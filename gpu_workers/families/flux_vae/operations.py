@@ -18,13 +18,13 @@ from xditd.gpu_workers.families.flux_vae.config import (
     SCALING,
     FluxVaeConfig,
 )
-from xditd.gpu_workers.models.job_checks import check_sides, prepare
+from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, check_sides, prepare
 from xditd.gpu_workers.models.ldm_vae import IMAGE_CHANNELS, NORM_GROUPS
 from xditd.gpu_workers.models.operations import Model
 from xditd.gpu_workers.models.split_decode import Bands, SplitDecoder, whole_group
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import LatentFacts, LatentScaling, VaeFacts
-from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS
+from xditd.ipc.limits import MAX_BATCH
 
 
 class FluxVaeOperations:
@@ -77,10 +77,7 @@ class FluxVaeOperations:
             raise BadRequest(
                 f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8]"
             )
-        if max(latents.shape[2:]) * PIXELS_PER_LATENT > MAX_SIDE_PIXELS or latents.shape[0] > MAX_BATCH:
-            raise BadRequest(
-                f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_SIDE_PIXELS} pixels on a side"
-            )
+        check_latent_size(latents, PIXELS_PER_LATENT)
         (latents,) = prepare(model, latents=latents)
         latents = latents / scaling.factor + scaling.shift
         if not is_shared:
@@ -91,8 +88,7 @@ class FluxVaeOperations:
     @torch.inference_mode()
     def encode(self, model: Model[FluxVaeConfig], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
         vae = cast(AutoencoderKL, model.module)
-        if not model.config.has_encoder:
-            raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
+        check_has_encoder(model.config.has_encoder)
         if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
             raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
         check_sides(image.shape[2], image.shape[3], PIXELS_PER_LATENT)

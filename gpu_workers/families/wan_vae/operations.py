@@ -26,11 +26,11 @@ from xditd.gpu_workers.families.wan_vae.config import (
     WIDTHS,
     WanVaeConfig,
 )
-from xditd.gpu_workers.models.job_checks import check_sides, prepare
+from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, check_sides, prepare
 from xditd.gpu_workers.models.operations import Model
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import LatentFacts, LatentScaling, VaeFacts
-from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS
+from xditd.ipc.limits import MAX_BATCH
 
 
 class WanVaeOperations:
@@ -73,10 +73,7 @@ class WanVaeOperations:
                 f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8], or of "
                 f"videos [batch, {LATENT_CHANNELS}, (frames - 1) / 4 + 1, height / 8, width / 8]"
             )
-        if max(latents.shape[-2:]) * PIXELS_PER_LATENT > MAX_SIDE_PIXELS or latents.shape[0] > MAX_BATCH:
-            raise BadRequest(
-                f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_SIDE_PIXELS} pixels on a side"
-            )
+        check_latent_size(latents, PIXELS_PER_LATENT)
         vae = cast(AutoencoderKLQwenImage, model.module)
         (latents,) = prepare(model, latents=latents)
         means, deviations = _statistics(latents)
@@ -100,8 +97,7 @@ class WanVaeOperations:
 
     @torch.inference_mode()
     def encode(self, model: Model[WanVaeConfig], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
-        if not model.config.has_encoder:
-            raise Unsupported("encode: this VAE was lent without its encoder tensors; lend the whole VAE")
+        check_has_encoder(model.config.has_encoder)
         if image.ndim not in (4, 5) or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
             raise BadRequest(
                 f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width], or of videos "
