@@ -48,3 +48,13 @@ class _WideParameters:
         for parameters, name, parameter in self._originals:
             parameters[name] = parameter
         self._originals.clear()
+
+
+def decode_in_float32(model: Any) -> None:
+    """Let a decoder of transformers, built on the meta device, compute its layers and rotary frequencies in float32."""
+    # On the meta device this buffer has no values. No buffer: it stays in float32, whatever the weights' dtype.
+    with torch.device("cpu"):
+        frequencies = type(model.rotary_emb)(model.config).inv_freq
+    model.rotary_emb._buffers.clear()
+    model.rotary_emb.__dict__["inv_freq"] = frequencies.clone()
+    compute_in_float32([*model.layers, model.norm], model.embed_tokens)

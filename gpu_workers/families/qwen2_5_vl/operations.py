@@ -7,7 +7,7 @@ from typing import Any, Final, cast
 import torch
 
 from xditd.gpu_workers.families.qwen2_5_vl.config import Qwen25VlConfig
-from xditd.gpu_workers.models.full_precision import compute_in_float32
+from xditd.gpu_workers.models.full_precision import decode_in_float32
 from xditd.gpu_workers.models.operations import Model
 from xditd.ipc import limits
 from xditd.ipc.facts import TextEncoderFacts
@@ -42,12 +42,7 @@ class Qwen25VlOperations:
                 use_cache=False,
             )
         )
-        # On the meta device this buffer has no values. No buffer: it stays in float32, whatever the weights' dtype.
-        with torch.device("cpu"):
-            frequencies = type(model.rotary_emb)(model.config).inv_freq
-        model.rotary_emb._buffers.clear()
-        model.rotary_emb.__dict__["inv_freq"] = frequencies.clone()
-        compute_in_float32([*model.layers, model.norm], model.embed_tokens)
+        decode_in_float32(model)
         return cast(torch.nn.Module, model)
 
     def fuse(self, *_: object) -> None:
