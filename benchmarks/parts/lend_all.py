@@ -104,14 +104,12 @@ def measure(
     loans: dict[str, Loan] = {}
     for name, part in parts.items():
         began = time.perf_counter()
-        # No family runs UMT5: it runs as its class.
-        is_class = name == "text_encoder"
-        loans[name] = client.lend(part if is_class else part.state_dict(), as_class=is_class, label=name)
+        loans[name] = client.lend(part.state_dict(), label=name)
         found[name] = {"lend_ms": round((time.perf_counter() - began) * 1e3, 1), **memory.figures()}
         report.add(**{title: found})
     for each in client.status().components:
         found[each.label] |= {
-            "as": each.facts.class_name if each.facts is not None else "",
+            "family": each.facts.family if each.facts is not None else "",
             "lent_gib": round(each.lent_bytes / GIB, 2),
             "copied_gib": round(each.copied.total / GIB, 2),
             "tiers": ", ".join(tier.value for tier in each.tiers),
@@ -126,7 +124,7 @@ def measure(
     device = next(parts["vae"].parameters()).device
     ids = torch.randint(0, 200, (2, 16 if given.small else TOKENS), device=device)
     began = time.perf_counter()
-    texts = first_tensor(client.call(loans["text_encoder"], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
+    texts = client.encode_text(loans["text_encoder"], ids, mask=torch.ones_like(ids)).hidden_states
     found["text encoded"] = {"ms": round((time.perf_counter() - began) * 1e3, 1), **memory.figures()}
     for number in range(given.repeats):
         began = time.perf_counter()
@@ -170,12 +168,6 @@ def generate(
         seed=0,
     ).result()
     return result.timings_ms
-
-
-def first_tensor(result: Any) -> torch.Tensor:
-    while not isinstance(result, torch.Tensor):
-        result = next(iter(result.values())) if hasattr(result, "values") else result[0]
-    return result
 
 
 def gpu_gib() -> float:
