@@ -293,7 +293,7 @@ def test_bad_requests_name_the_value(
 def test_a_vae_and_an_image_come_together(lent: OneRank, messages: ModuleType, demo_vae: State) -> None:
     lent.lend("vae", demo_vae)
     both = {"transformer": "transformer", "vae": "vae"}
-    with pytest.raises(BadRequest, match="a vae and out_image come together"):
+    with pytest.raises(BadRequest, match="a vae without out_image or a picture would have no effect"):
         lent.run(messages.generate(lent.room(), noise=messages.noise(), components=both))
     job = messages.generate(lent.room(), noise=messages.noise(), components=both, outputs={"out_image": (1, 3, 64, 32)})
     with pytest.raises(BadRequest, match=r"out_image: the place for it is \[1, 3, 64, 32\], but the result will be"):
