@@ -105,7 +105,7 @@ def statistics(config: WanVaeConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 def reference_decode(module: Any, config: WanVaeConfig, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents of videos as the pipelines do; clamped to [-1, 1]."""
-    means, deviations = statistics(config)
+    means, deviations = (each.to(latents.device, latents.dtype) for each in statistics(config))
     with torch.no_grad():
         video: torch.Tensor = module.decode(latents / (1.0 / deviations) + means, return_dict=False)[0]
     return video
@@ -113,7 +113,7 @@ def reference_decode(module: Any, config: WanVaeConfig, latents: torch.Tensor) -
 
 def reference_encode(module: Any, config: WanVaeConfig, video: torch.Tensor) -> torch.Tensor:
     """Encode videos to the latents of pipelines."""
-    means, deviations = statistics(config)
+    means, deviations = (each.to(video.device, video.dtype) for each in statistics(config))
     with torch.no_grad():
         mode: torch.Tensor = module.encode(video).latent_dist.mode()
     return (mode - means) / deviations
