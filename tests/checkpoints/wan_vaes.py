@@ -111,9 +111,11 @@ def reference_decode(module: Any, config: WanVaeConfig, latents: torch.Tensor) -
     return video
 
 
-def reference_encode(module: Any, config: WanVaeConfig, video: torch.Tensor) -> torch.Tensor:
-    """Encode videos to the latents of pipelines."""
-    means, deviations = (each.to(video.device, video.dtype) for each in statistics(config))
+def reference_encode(module: Any, config: WanVaeConfig, video: torch.Tensor, *, is_image: bool = False) -> torch.Tensor:
+    """Encode videos to the latents of Wan's pipelines, or images of one frame to those of Qwen-Image's."""
     with torch.no_grad():
         mode: torch.Tensor = module.encode(video).latent_dist.mode()
-    return (mode - means) / deviations
+    if not is_image:
+        mode = mode.to(torch.promote_types(mode.dtype, torch.float32))
+    means, deviations = (each.to(mode.device, mode.dtype) for each in statistics(config))
+    return (mode - means) / deviations if is_image else (mode - means) * (1.0 / deviations)

@@ -61,9 +61,12 @@ def run_rank(rank: int, ranks: int, folder: str, kind: str) -> None:
                 results[f"{case}/{way}/{attempt}"] = run(model, given.to(dtype), is_shared=True)
             if rank == 0:
                 results[f"{case}/{way}/whole"] = run(model, given.to(dtype))
-                exact = wan_vaes.reference_decode if way == "decode" else wan_vaes.reference_encode
                 wide = given.to(device, dtype).double()
-                found = exact(plain, model.config, wide if frames else wide.unsqueeze(2))
+                wide = wide if frames else wide.unsqueeze(2)
+                if way == "decode":
+                    found = wan_vaes.reference_decode(plain, model.config, wide)
+                else:
+                    found = wan_vaes.reference_encode(plain, model.config, wide, is_image=not frames)
                 results[f"{case}/{way}/exact"] = found if frames else found[:, :, 0]
     save_file({name: tensor.cpu().contiguous() for name, tensor in results.items()}, f"{folder}/rank{rank}.safetensors")
     xfuser_start.stop()
