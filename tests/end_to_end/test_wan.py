@@ -131,8 +131,8 @@ def test_a_video_a_mask_and_references_control_a_video(client, files, relative_e
         assert relative_error(found, module(**given, return_dict=False)[0]) <= BAR
     with pytest.raises(BadRequest, match=r"noise: shape is \[1, 16, 4, 4, 6\], use \[1, 16, 5, 4, 6\]"):
         client.generate(loan, sample.conditioning, vae=vae, noise=sample.noise[:, :, 1:], **SIDES, **STEPS).result()
+    short = {"mask": torch.zeros(1, 1, 5, 32, 48)}
     with pytest.raises(BadRequest, match="mask: frames 5, but video has frames 9"):
-        short = {"mask": torch.zeros(1, 1, 5, 32, 48)}
         client.generate(loan, sample.conditioning | short, vae=vae, seed=1, **SIDES, **STEPS)
     small = {"reference_images": [torch.zeros(3, 16, 16)]}
     with pytest.raises(BadRequest, match=r"reference_images\[0\]: 16 x 16 pixels, but the video has 32 x 48"):
