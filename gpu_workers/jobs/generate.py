@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -10,29 +9,26 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
-from xditd.gpu_workers.jobs.call import check_variant
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
-from xditd.gpu_workers.jobs.decode import decode_on_all_ranks, finish_decode
+from xditd.gpu_workers.jobs.decode import Decoding, decode_into
 from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.generation_inputs import Given
 from xditd.gpu_workers.jobs.job_io import OpenIo
-from xditd.gpu_workers.jobs.reading import check_names
+from xditd.gpu_workers.jobs.pictures import encode_pictures, share_latents
+from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.component import Component
-from xditd.gpu_workers.models.finite import check_finite
-from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
+from xditd.gpu_workers.models.job_checks import check_output
 from xditd.gpu_workers.models.lora_variants import LoraVariant
-from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
+from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.step_cache import StepCache
-from xditd.gpu_workers.parallel.rank_sync import broadcast_stop, raise_on_all_ranks
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.gpu_workers.parallel.row_partition import add_halves
-from xditd.ipc.errors import BadRequest, Cancelled, Unsupported
-from xditd.ipc.facts import TransformerFacts
-from xditd.ipc.name_lists import listed
-from xditd.ipc.requests import Generate, Sampling
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.requests import Generate
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 OnDenoised = Callable[[torch.Tensor], None]
@@ -54,21 +50,30 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         clock.end_phase("plug")
         io = context.open_io()
         loras = context.components.variant(transformer, job.loras.get("transformer", ()))
-        loop = Loop.prepare(job, context, transformer, io, loras)
+        given = Given.read(job, context, transformer, io, None if vae is None else vae.match.dtype)
+        if job.out_image is not None and vae is None:
+            raise BadRequest("generate: out_image without a vae: name one among the components")
+        if vae is not None and job.out_image is None and not given.pictures:
+            raise BadRequest("generate: a vae without out_image or a picture would have no effect: leave it out")
+        if vae is not None and job.out_image is not None:
+            frames = (job.sampling.frames,) if latent_facts.frames else ()
+            image_shape = (
+                given.wanted.batch, vae.vae_facts.image_channels, *frames, job.sampling.height, job.sampling.width
+            )  # fmt: skip
+            io.check("out_image", job.out_image, image_shape)
+            check_output("out_image", job.out_image.dtype)
+        if vae is not None and given.pictures and context.is_leader:
+            given.latents = encode_pictures(given.pictures, vae, context)
+    if vae is not None and given.pictures:
+        given.latents = share_latents(given.latents, given.pictures, vae, context)
+    with raise_on_all_ranks():
+        loop = Loop.prepare(given, job, transformer, loras)
+        del given  # pictures and videos, which are larger than their latents
         if second is not None:
             variant = context.components.variant(second, job.loras.get("transformer_2", ()))
             loop.second = SecondStage(second.model, variant, partial(_plug_second, job, context))
         elif job.loras.get("transformer_2"):
             raise BadRequest("loras: transformer_2 has some, but the job has no such component; leave them out")
-        if (vae is None) != (job.out_image is None):
-            raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
-        if vae is not None and job.out_image is not None:
-            frames = (job.sampling.frames,) if latent_facts.frames else ()
-            image_shape = (
-                loop.batch, vae.vae_facts.image_channels, *frames, job.sampling.height, job.sampling.width
-            )  # fmt: skip
-            io.check("out_image", job.out_image, image_shape)
-            check_output("out_image", job.out_image.dtype)
     clock.end_phase("inputs")
     finite = FiniteCheck()
     latents = loop.run(finite, progress.step, _preview_writer(job, context, io))
@@ -77,12 +82,11 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     with raise_on_all_ranks():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.match.dtype])]
         context.check_finite(finite, transformer, *into)
-    image = None if vae is None else decode_on_all_ranks(vae, latents, latent_facts.scaling)
+    if vae is not None and job.out_image is not None:
+        decoding = Decoding(vae, latents, latent_facts.scaling, io, job.out_image, is_clamped=True)
+        decode_into(context, progress, decoding)
+        clock.end_phase("decode")
     with raise_on_all_ranks():
-        if context.is_leader and vae is not None and job.out_image is not None:
-            image = finish_decode(context, vae, latents, latent_facts.scaling, image, job.out_image)
-            io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
-            clock.end_phase("decode")
         if context.is_leader:
             context.components.check_unchanged(transformer, job.loras.get("transformer", ()))
             if second is not None:
@@ -116,53 +120,21 @@ class Loop:
     second: SecondStage | None = None
 
     @classmethod
-    def prepare(
-        cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo, loras: LoraVariant
-    ) -> Loop:
-        """Read and check all inputs before the first step.
+    def prepare(cls, given: Given, job: Generate, transformer: Component, loras: LoraVariant) -> Loop:
+        """Start the family's run before the first step.
 
         Raises:
-            BadRequest: wrong sizes, shapes, steps, sigmas or options, or values that are not finite.
-            Unsupported: too few tokens for the group, or the family has no step cache.
+            BadRequest: wrong shapes, or values that are not finite.
+            Unsupported: too few tokens for the group.
         """
         model = transformer.model
         operations = model.operations_for("transformer")
-        facts, sampling = transformer.transformer_facts, job.sampling
-        check_variant(sampling.variant, facts)
-        check_names(job.conditioning, facts.conditioning, "conditioning")
-        if unknown := sorted(set(sampling.options) - set(facts.options)):
-            taken = f"it takes {', '.join(facts.options)}" if facts.options else "it takes none"
-            raise BadRequest(f"options: {listed(unknown)} cannot be given to {transformer.match.family.name}; {taken}")
-        if sampling.step_cache_threshold > 0.0 and not facts.has_step_cache:
-            raise Unsupported(f"step_cache: {transformer.match.family.name} has none; leave it at 0")
-        wanted = replace(
-            to_wanted(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts),
-            stages=2 if "transformer_2" in job.components else 1,
-        )
-        operations.recipe.check(transformer.match.config, wanted)
-        shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width, wanted.frames)
-        io.check("out_latents", job.out_latents, shape)
-        check_output("out_latents", job.out_latents.dtype)
-        if job.out_denoised is not None:
-            check_output("out_denoised", job.out_denoised.dtype)
-            io.check("out_denoised", job.out_denoised, shape)
-        reader = context.reader(io)
-        conditioning = reader.read(job.conditioning).arguments
-        dtype = operations.recipe.noise_dtype(transformer.match.dtype, sampling.variant)
-        if job.noise is not None:
-            given = io.read("noise", job.noise, context.device)
-            check_tensor("noise", given, shape)
-            noise = given.to(dtype)
-            check_finite({"noise": noise})
-        elif sampling.seed is not None:
-            noise = seeded_noise(sampling.seed, shape, dtype).to(context.device)
-        else:
-            raise BadRequest("generate: neither noise nor a seed; give one of them")
-        started = operations.recipe.start(model, wanted, conditioning, noise)
-        reader.finish()
-        threshold = sampling.step_cache_threshold
+        wanted = given.wanted
+        started = operations.recipe.start(model, wanted, {**given.conditioning, **given.latents}, given.noise)
+        given.reader.finish()
+        threshold = job.sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
-        options = CallOptions(sampling.variant, started.foreseen, cache)
+        options = CallOptions(wanted.variant, started.foreseen, cache)
         return cls(model, operations, started, options, wanted.batch, wanted.steps, loras)
 
     @torch.inference_mode()
@@ -202,39 +174,6 @@ class Loop:
         return started.unpacked(latents)
 
 
-def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted:
-    """Check the numbers of a generation, and fill in the family's defaults.
-
-    Raises:
-        BadRequest: names the field, its value and what is accepted.
-    """
-    check_batch("out_latents", batch)
-    check_sides(sampling.height, sampling.width, facts.latents.pixels * facts.latents.multiple)
-    facts.latents.check_frames(sampling.frames)
-    check_schedule(sampling.steps, sampling.sigmas)
-    scale = sampling.guidance_scale
-    return Wanted(
-        batch=batch,
-        height=sampling.height,
-        width=sampling.width,
-        steps=sampling.steps,
-        guidance_scale=facts.default_guidance_scale if scale is None else scale,
-        sigmas=sampling.sigmas,
-        variant=sampling.variant,
-        options=sampling.options,
-        frames=sampling.frames,
-    )
-
-
-def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return the noise that a diffusers pipeline draws for ``torch.Generator("cpu").manual_seed(seed)``, unpacked.
-
-    On the CPU; the same on every machine.
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return cast(torch.Tensor, randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype))
-
-
 def _get_component(job: Generate, context: JobContext, role: str) -> Component:
     component_id = job.components.get(cast(Any, role))
     if component_id is None:
@@ -270,44 +209,3 @@ def _preview_writer(job: Generate, context: JobContext, io: OpenIo) -> OnDenoise
     if where is None:
         return None
     return lambda denoised: io.write("out_denoised", where, denoised) if context.is_leader else None
-
-
-class Progress:
-    """Progress and cancellation of a job: all ranks stop at the same step.
-
-    ``is_cancelled`` and ``report_step`` are called on rank 0 alone.
-    """
-
-    def __init__(
-        self,
-        is_leader: bool,
-        device: torch.device,
-        is_cancelled: Callable[[], bool],
-        report_step: Callable[[int, int, float], None],
-    ) -> None:
-        self._is_leader = is_leader
-        self._is_cancelled = is_cancelled
-        self._report_step = report_step
-        self._events = [torch.cuda.Event(blocking=True) for _ in range(2)] if device.type == "cuda" else []
-        self._started = time.perf_counter()
-        self.first_step_ms = 0.0
-
-    def step(self, done: int, total: int) -> None:
-        """Call after each step was launched.
-
-        Raises:
-            Cancelled: on every rank at the same step.
-        """
-        if self._events:
-            # Wait for the previous step: the host runs at most one step ahead, so that progress and cancellation
-            # follow the GPU, and the GPU never waits for the host.
-            self._events[done % 2].record()
-            if done > 1:
-                self._events[(done - 1) % 2].synchronize()
-        elapsed_s = time.perf_counter() - self._started
-        if done == 1:
-            self.first_step_ms = elapsed_s * 1e3
-        if self._is_leader:
-            self._report_step(done, total, elapsed_s)
-        if broadcast_stop(self._is_leader and self._is_cancelled()):
-            raise Cancelled(f"cancelled after step {done} of {total}")

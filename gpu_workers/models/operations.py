@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -73,6 +73,8 @@ class Wanted:
     frames: int = 1
     stages: int = 1
     """The transformers that the client gave: 2 with one for low noise."""
+    vae_dtype: torch.dtype | None = None
+    """Of the weights of the VAE that the client gave; ``None`` without one."""
 
 
 class Operations(Protocol[ConfigT_contra]):
@@ -162,6 +164,26 @@ class Recipe(Protocol[ConfigT_contra]):
         """Return the dtype in which the family's own pipeline draws noise, for weights of ``dtype``."""
 
 
+@runtime_checkable
+class PictureRecipe(Protocol[ConfigT_contra]):
+    """What a :class:`Recipe` adds that takes pictures, which ``Generate`` encodes before ``start``."""
+
+    def pictures(
+        self, config: ConfigT_contra, wanted: Wanted, conditioning: Mapping[str, Any]
+    ) -> Mapping[str, torch.Tensor]:
+        """Check the pictures, and return those that the VAE encodes, (batch, channels, frames, height, width) each.
+
+        Names are those of the conditioning, or others of the family's own. ``start`` gets the float32 latents under
+        these names, in place of what the client gave.
+
+        Raises:
+            BadRequest: a wrong size or number of pictures; names it and what is accepted.
+        """
+
+    def noise_frames(self, wanted: Wanted, conditioning: Mapping[str, Any]) -> int:
+        """Return the frames of the noise: more than those of the video if latents before it are denoised, too."""
+
+
 class DenoisingRun(Protocol):
     """One running generation: the parts of its steps that depend on the family."""
 
@@ -205,17 +227,25 @@ class VaeOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
 
     def decode(
         self, model: Model[ConfigT_contra], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
-    ) -> torch.Tensor:
+    ) -> Generator[torch.Tensor]:
         """Decode (batch, channels, h, w) to images (batch, 3, height, width), not clamped to [-1, 1].
 
-        ``scaling`` is that of ``latents``: the VAE computes with ``latents / factor + shift``.
+        Yields the images at once, but videos in chunks of frames, in order, (batch, 3, frames, height, width); the
+        caller owns each. ``scaling`` is that of ``latents``: the VAE computes with ``latents / factor + shift``.
 
-        Raises:
+        Raises (before the first chunk):
             BadRequest: a wrong shape, or values that are not finite.
         """
 
-    def encode(self, model: Model[ConfigT_contra], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
+    def shares_encode(self, model: Model[ConfigT_contra], image: torch.Tensor) -> bool:
+        """Return whether all ranks encode this image or video together; ``False`` if rank 0 alone does."""
+
+    def encode(
+        self, model: Model[ConfigT_contra], image: torch.Tensor, scaling: LatentScaling, *, is_shared: bool = False
+    ) -> torch.Tensor:
         """Encode images (batch, 3, height, width) in [-1, 1] to ``(mode - shift) * factor`` of the posterior's mode.
+
+        Videos have frames before the height. ``is_shared``: all ranks run it, and each gets all latents.
 
         Raises:
             BadRequest: a wrong shape, values that are not finite, or a checkpoint without an encoder.

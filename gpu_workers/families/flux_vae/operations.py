@@ -5,6 +5,7 @@ Latents are (batch, 16, height / 8, width / 8), scaled as transformers take them
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from functools import cached_property
 from typing import cast
 
@@ -68,10 +69,13 @@ class FluxVaeOperations:
     def shares(self, model: Model[FluxVaeConfig], latents: torch.Tensor) -> bool:
         return latents.ndim == 4 and self._bands.fit(*latents.shape[2:])
 
+    def shares_encode(self, model: Model[FluxVaeConfig], image: torch.Tensor) -> bool:
+        return False
+
     @torch.inference_mode()
     def decode(
         self, model: Model[FluxVaeConfig], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
-    ) -> torch.Tensor:
+    ) -> Generator[torch.Tensor]:
         vae = cast(AutoencoderKL, model.module)
         if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
             raise BadRequest(
@@ -81,12 +85,15 @@ class FluxVaeOperations:
         (latents,) = prepare(model, latents=latents)
         latents = latents / scaling.factor + scaling.shift
         if not is_shared:
-            return cast(torch.Tensor, vae.decode(latents, return_dict=False)[0])
+            yield vae.decode(latents, return_dict=False)[0]
+            return
         split = SplitDecoder(vae.decoder, self._bands, latents.shape[2])
-        return torch.cat([split(sample) for sample in latents.split(1)])
+        yield torch.cat([split(sample) for sample in latents.split(1)])
 
     @torch.inference_mode()
-    def encode(self, model: Model[FluxVaeConfig], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
+    def encode(
+        self, model: Model[FluxVaeConfig], image: torch.Tensor, scaling: LatentScaling, *, is_shared: bool = False
+    ) -> torch.Tensor:
         vae = cast(AutoencoderKL, model.module)
         check_has_encoder(model.config.has_encoder)
         if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
