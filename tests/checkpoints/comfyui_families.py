@@ -69,6 +69,8 @@ class Variant:
     def references(self, *sizes: tuple[int, int]) -> dict[str, Any]:
         """Return the part of a conditioning that ReferenceLatent makes, of images of these rows and columns."""
         frames = (1,) * (len(self.size) - 2)
+        if not sizes:
+            return {}
         return {"reference_latents": [drawn(1, self.channels, *frames, *size, seed=sum(size)) for size in sizes]}
 
 
