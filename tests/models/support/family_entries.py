@@ -17,10 +17,10 @@ from xditd.gpu_workers.families.flux2.config import Flux2Config
 from xditd.gpu_workers.families.flux2_vae.config import Flux2VaeConfig
 from xditd.gpu_workers.families.flux_vae.config import FluxVaeConfig
 from xditd.gpu_workers.families.language_models.config import LanguageModelConfig
-from xditd.gpu_workers.families.qwen2_5_vl.config import Qwen25VlConfig
+from xditd.gpu_workers.families.qwen2_5_vl.config import Qwen25VlConfig, VisionConfig
 from xditd.gpu_workers.families.qwen_image.config import QwenImageConfig
 from xditd.gpu_workers.families.t5 import T5Config
-from xditd.gpu_workers.families.wan.config import WanConfig
+from xditd.gpu_workers.families.wan.config import WanConfig, WanVaceConfig
 from xditd.gpu_workers.families.wan_vae.config import WanVaeConfig
 from xditd.gpu_workers.families.z_image.config import ZImageConfig
 from xditd.gpu_workers.models.entries import TensorInfo
@@ -78,9 +78,10 @@ def _flux2(variant: str, config: Flux2Config, encoder: str) -> FamilyEntry:
 
 
 def _wan(variant: str, hidden: int, blocks: int, ffn: int, **more: Any) -> FamilyEntry:
-    config = WanConfig(hidden, blocks, ffn, **more)
+    is_vace = "control_blocks" in more
+    config = (WanVaceConfig if is_vace else WanConfig)(hidden, blocks, ffn, **more)
     layouts = {ORIGINAL: config, DIFFUSERS: replace(config, is_original=False)}
-    return FamilyEntry("wan", variant, config, layouts, "wan_vae", (("UMT5-XXL", 1),))
+    return FamilyEntry("wan_vace" if is_vace else "wan", variant, config, layouts, "wan_vae", (("UMT5-XXL", 1),))
 
 
 def _qwen_image(variant: str, layouts: Mapping[str, Any], *, has_marker: bool = False) -> FamilyEntry:
@@ -127,10 +128,14 @@ def _encoders() -> tuple[FamilyEntry, ...]:
         _language_model(
             "mistral3", "Mistral Small 3 24B", 131_072, 5120, 40, 32, 8, 32_768, epsilon=1e-5, rope_theta=1e9
         ),
-        FamilyEntry(
-            "qwen2_5_vl", "Qwen2.5-VL 7B", Qwen25VlConfig(152_064, 3584, 28, 28, 4, 18_944), {TRANSFORMERS: ()}
-        ),
+        _qwen_vl("Qwen2.5-VL 7B", VisionConfig(1280, 32, 3420)),
+        _qwen_vl("Qwen2.5-VL 7B, language model alone", None),
     )
+
+
+def _qwen_vl(variant: str, vision: VisionConfig | None) -> FamilyEntry:
+    config = Qwen25VlConfig(152_064, 3584, 28, 28, 4, 18_944, vision)
+    return FamilyEntry("qwen2_5_vl", variant, config, {TRANSFORMERS: ()})
 
 
 _DEV = Flux2Config(6144, 8, 48, context_channels=15_360, has_guidance=True)
@@ -161,6 +166,8 @@ ENTRIES: Final = (
     _wan("2.1 first and last image to video 14B", 5120, 40, 13_824, **_CLIP, has_image_positions=True),
     _wan("2.2 image to video 14B", 5120, 40, 13_824, **_IMAGE),
     _wan("2.2 TI2V 5B", 3072, 30, 14_336, in_channels=48, out_channels=48),
+    _wan("2.1 VACE 1.3B", 1536, 30, 8960, control_blocks=15),
+    _wan("2.1 VACE 14B", 5120, 40, 13_824, control_blocks=8),
     *_vaes(),
     *_encoders(),
 )

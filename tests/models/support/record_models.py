@@ -8,11 +8,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
 import diffusers
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "checkpoints"))
+
 import family_tables
 from class_entries import ENTRIES
 from pipeline_entries import PIPELINES
