@@ -267,7 +267,11 @@ class TextEncoderOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]
         """Encode checked token ids (batch, tokens) to hidden states (batch, tokens, width), and the pooled state.
 
         Of encoders whose facts have ``layers`` it also takes ``mask`` (batch, tokens), int64, 0 for padding, and
-        ``layers``, whose states it then returns one beside the other.
+        ``layers``, whose states it then returns one beside the other. Of those with ``images`` it takes these, on the
+        host, with the names and ranks of the facts, and finite.
+
+        Raises:
+            BadRequest: images that do not fit each other or the tokens; names the argument.
         """
 
 
