@@ -59,7 +59,6 @@ def vote(
     if default is None:
         lacking = listed([name for name, _ in asked])
         raise BadCheckpoint(
-            f"{family}: {what} cannot be read from any tensor: the file lacks {lacking}; lend a whole checkpoint of one "
-            "model"
+            f"{family}: {what} cannot be read from any tensor: the file lacks {lacking}; lend a whole file of one model"
         )
     return default
