@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy.patcher_extension import WrappersMP
 
+from xditd.client.comfyui.controlnets import place_controls
 from xditd.client.comfyui.understood import COMPILE_KEY
 from xditd.client.comfyui.unsupported import condition_faults, model_option_faults, refuse
 
@@ -35,6 +36,7 @@ class RunChecks:
             *patcher.understood.faults(patcher),
             *model_option_faults(guider.model_options),
             *condition_faults(guider.conds, self._family),
+            *place_controls(guider.conds, self._family),
         ])  # fmt: skip
         return executor(*args, **kwargs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from xditd.gpu_workers.jobs.call import check_variant
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
+from xditd.gpu_workers.jobs.controls import GenerationControls, read_controls
 from xditd.gpu_workers.jobs.decode import decode_on_all_ranks, finish_decode
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.job_io import OpenIo
@@ -54,7 +55,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         clock.end_phase("plug")
         io = context.open_io()
         loras = context.components.variant(transformer, job.loras.get("transformer", ()))
-        loop = Loop.prepare(job, context, transformer, io, loras)
+        loop = Loop.prepare(job, context, transformer, io, loras, vae)
         if second is not None:
             variant = context.components.variant(second, job.loras.get("transformer_2", ()))
             loop.second = SecondStage(second.model, variant, partial(_plug_second, job, context))
@@ -87,6 +88,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             context.components.check_unchanged(transformer, job.loras.get("transformer", ()))
             if second is not None:
                 context.components.check_unchanged(second, job.loras.get("transformer_2", ()))
+            context.components.check_all_unchanged(each.component_id for each in job.controls)
             io.write("out_latents", job.out_latents, latents)
             clock.end_phase("outputs")
     return Finished({**clock.marks_ms, "first_step": progress.first_step_ms}, loop.reused_steps)
@@ -114,10 +116,17 @@ class Loop:
     loras: LoraVariant | None = None
     reused_steps: int = 0
     second: SecondStage | None = None
+    controls: GenerationControls = field(default_factory=GenerationControls)
 
     @classmethod
     def prepare(
-        cls, job: Generate, context: JobContext, transformer: Component, io: OpenIo, loras: LoraVariant
+        cls,
+        job: Generate,
+        context: JobContext,
+        transformer: Component,
+        io: OpenIo,
+        loras: LoraVariant,
+        vae: Component | None = None,
     ) -> Loop:
         """Read and check all inputs before the first step.
 
@@ -135,6 +144,10 @@ class Loop:
             raise BadRequest(f"options: {listed(unknown)} cannot be given to {transformer.match.family.name}; {taken}")
         if sampling.step_cache_threshold > 0.0 and not facts.has_step_cache:
             raise Unsupported(f"step_cache: {transformer.match.family.name} has none; leave it at 0")
+        if sampling.step_cache_threshold > 0.0 and job.controls:
+            raise Unsupported("step_cache: it skips the blocks that the residuals of controls are for; leave it at 0")
+        if "transformer_2" in job.components and job.controls:
+            raise Unsupported("controls: a generation with two transformers takes none; leave them out")
         wanted = replace(
             to_wanted(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts),
             stages=2 if "transformer_2" in job.components else 1,
@@ -149,13 +162,15 @@ class Loop:
         reader = context.reader(io)
         conditioning = reader.read(job.conditioning).arguments
         dtype = operations.recipe.noise_dtype(transformer.match.dtype, sampling.variant)
+        draw = None if sampling.seed is None or job.noise is not None else SeededNoise(sampling.seed)
+        controls = read_controls(transformer, vae, job.controls, wanted, sorted(conditioning), context, io, draw)
         if job.noise is not None:
             given = io.read("noise", job.noise, context.device)
             check_tensor("noise", given, shape)
             noise = given.to(dtype)
             check_finite({"noise": noise})
-        elif sampling.seed is not None:
-            noise = seeded_noise(sampling.seed, shape, dtype).to(context.device)
+        elif draw is not None:
+            noise = draw(shape, dtype).to(context.device)
         else:
             raise BadRequest("generate: neither noise nor a seed; give one of them")
         started = operations.recipe.start(model, wanted, conditioning, noise)
@@ -163,7 +178,7 @@ class Loop:
         threshold = sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
         options = CallOptions(sampling.variant, started.foreseen, cache)
-        return cls(model, operations, started, options, wanted.batch, wanted.steps, loras)
+        return cls(model, operations, started, options, wanted.batch, wanted.steps, loras, controls=controls)
 
     @torch.inference_mode()
     def run(
@@ -190,7 +205,7 @@ class Loop:
                 options = self.options
                 if loras is not None and loras.changes:
                     options = replace(options, loras=loras.begin_step(step))
-                rows = run_parts(model, self.operations, started.parts(latents, step), options)
+                rows = run_parts(model, self.operations, self.controls.add(started.parts(latents, step), step), options)
                 predicted = started.predicted(rows, latents, step)
                 if on_denoised is not None:
                     on_denoised(started.unpacked(latents.float() - scheduler.sigmas[step] * predicted.float()))
@@ -226,13 +241,23 @@ def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted
     )
 
 
-def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return the noise that a diffusers pipeline draws for ``torch.Generator("cpu").manual_seed(seed)``, unpacked.
+class SeededNoise:
+    """Draws, one after the other, what a diffusers pipeline draws for ``torch.Generator("cpu").manual_seed(seed)``.
 
     On the CPU; the same on every machine.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return cast(torch.Tensor, randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype))
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        drawn = randn_tensor(shape, generator=self._generator, device=torch.device("cpu"), dtype=dtype)
+        return cast(torch.Tensor, drawn)
+
+
+def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return the first noise that a diffusers pipeline draws for a seed, unpacked."""
+    return SeededNoise(seed)(shape, dtype)
 
 
 def _get_component(job: Generate, context: JobContext, role: str) -> Component:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
+from xditd.client.comfyui.families.adapter import Arguments, ControlSource, Keep, Kept
+from xditd.client.comfyui.families.flux1_controlnets import KeptPictures, UsedControl, control_source, read_controls
 from xditd.client.comfyui.families.rows import join_rows, pad_to_patch
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.client.families.flux1 import PATCH, Place, image_positions, pack, text_positions, unpack
@@ -18,6 +19,7 @@ from xditd.ipc.limits import MAX_STEPS
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
     from xditd.client.comfyui.weights import RemoteWeights
+    from xditd.client.jobs.controls import CallControl
 
 LATENT_CHANNELS: Final = 16
 KNOWN_CHANNELS: Final = frozenset({LATENT_CHANNELS, 32, 96})
@@ -50,7 +52,19 @@ class Flux1Model:
     loop_keys: Final = frozenset({"cross_attn", "guidance", "pooled_output"})
     loop_conds: Final = frozenset({"c_crossattn", "guidance", "y"})
 
-    def __init__(self, pooled_channels: int, has_guidance: bool, reference_method: str = "offset") -> None:
+    def __init__(
+        self,
+        pooled_channels: int,
+        has_guidance: bool,
+        reference_method: str = "offset",
+        *,
+        hidden: int = 0,
+        blocks: tuple[int, int] = (0, 0),
+    ) -> None:
+        """``hidden`` and ``blocks`` (double, single) are what residuals of ControlNets are for."""
+        self._hidden = hidden
+        self._blocks = blocks
+        self.pictures = KeptPictures()
         self._pooled_channels = pooled_channels
         self._has_guidance = has_guidance
         self._reference_method = reference_method
@@ -77,7 +91,8 @@ class Flux1Model:
         """
         if context is None:
             raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
-        faults = ["ControlNet"] if control else []
+        faults: list[str] = []
+        controls = read_controls(control, self._blocks, faults)
         references = References(tuple(ref_latents or ()), more.get("ref_latents_method", self._reference_method))
         if references.latents:
             faults.extend(self._method_faults(references.method))
@@ -88,10 +103,22 @@ class Flux1Model:
         if guidance is not None and self._has_guidance:
             numbers["guidance"] = guidance.expand(rows)
         texts = {EMBEDS: context, POOLED: pooled_of(y, context, self._pooled_channels)}
-        return Flux1Call(self, x, numbers, texts, transformer_options or {}, references, faults)
+        for each in controls:
+            numbers |= each.numbers(rows)
+            texts |= each.texts(self._pooled_channels)
+        return Flux1Call(self, x, numbers, texts, transformer_options or {}, references, faults, controls)
+
+    def control_source(self, control: Any) -> ControlSource | str:
+        return control_source(control, self._hidden)
 
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
-        return {name: keep(tensor.to(dtype)) for name, tensor in texts.items()}
+        own = {name: texts[name].to(dtype) for name in (EMBEDS, POOLED)}
+        kept = {name: keep(tensor) for name, tensor in own.items()}
+        for name, tensor in texts.items():
+            if name not in kept:  # of a ControlNet, in its own dtype; mostly the same text
+                same = [each for each in own if own[each].dtype == tensor.dtype and torch.equal(own[each], tensor)]
+                kept[name] = kept[same[0]] if same else keep(tensor)
+        return kept
 
     def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
         return {"timestep": [sigma for sigma in sigmas if 0.0 <= sigma <= 1.0][:MAX_STEPS]}
@@ -172,6 +199,7 @@ class Flux1Call:
     options: Mapping[str, Any]
     references: References
     faults: Sequence[str] = field(default_factory=list)
+    used: Sequence[UsedControl] = ()
 
     @property
     def rows(self) -> int:
@@ -194,6 +222,18 @@ class Flux1Call:
         if "guidance" in numbers:
             found["guidance"] = torch.tensor(numbers["guidance"], dtype=torch.float32)
         return [found]
+
+    def controls(
+        self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep
+    ) -> list[list[CallControl]]:
+        """Return those of the one forward."""
+        image, model = self._image, self.model
+
+        def ids(tokens: int) -> tuple[Any, Any]:
+            return model.ids(keep, image), model.text_ids(keep, tokens)
+
+        found = [each.call_control(rows, numbers, kept, model.pictures, keep, ids) for each in self.used]
+        return [found] if found else []
 
     def prediction(self, rows: slice, results: Sequence[Any]) -> torch.Tensor:
         ((packed,),) = results
@@ -237,7 +277,13 @@ class Flux1:
 
     def adapt(self, model: Any) -> ModelAdapter:
         params = model.diffusion_model.params
-        return Flux1Model(params.vec_in_dim, params.guidance_embed, params.default_ref_method)
+        return Flux1Model(
+            params.vec_in_dim,
+            params.guidance_embed,
+            params.default_ref_method,
+            hidden=params.hidden_size,
+            blocks=(params.depth, params.depth_single_blocks),
+        )
 
     def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
         from xditd.client.comfyui.families.flux1_text import stock_encoder

@@ -23,6 +23,7 @@ from xfuser.model_executor.models.transformers.transformer_flux import (
 )
 
 from xditd.gpu_workers.families.flux1.cached_blocks import CachedBlocks
+from xditd.gpu_workers.families.flux1.control_residuals import has_residuals, own_residuals
 from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
 from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 from xditd.gpu_workers.models.operations import CallOptions
@@ -126,7 +127,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 )
 
         fused = self.fused
-        if fused is None or not fused.is_loaded or (options.loras and not fused.takes_loras):
+        if fused is None or not fused.is_loaded or (options.loras and not fused.takes_loras) or has_residuals(others):
             return plain(cache)
         check = fused.lora_check if options.loras else fused.check
         if check.is_refused:
@@ -181,7 +182,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 txt_ids=txt_ids[own.text],
                 joint_attention_kwargs=valid,
                 return_dict=False,
-                **others,
+                **{**others, **own_residuals(others, own)},
             )[0]
         return gather(sample, shares)
 

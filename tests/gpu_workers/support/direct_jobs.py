@@ -6,9 +6,9 @@ once the group is started: until then there is no xfuser to import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from diffusers import FluxPipeline
@@ -17,6 +17,7 @@ from xditd.gpu_workers.families.flux1.config import PATCH
 from xditd.gpu_workers.jobs.generate import Loop, SecondStage, to_wanted
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
+from xditd.gpu_workers.models.controls import Control
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.lora_variants import LoraVariant
 from xditd.gpu_workers.models.model_cache import ModelCache
@@ -34,6 +35,30 @@ def plugged(cache: ModelCache, state: Mapping[str, torch.Tensor]) -> CachedModel
     return match.model
 
 
+@dataclass(frozen=True)
+class DirectControls:
+    """ControlNets that run in every step: each model with its picture's arguments, its scale, and how it is plugged."""
+
+    given: Sequence[tuple[CachedModel, Mapping[str, Any], float, Callable[[], object]]] = ()
+
+    @classmethod
+    def of(cls, *given: tuple[CachedModel, torch.Tensor, int | None, float, Callable[[], object]]) -> DirectControls:
+        """Take latents (batch, 16, height, width) of pictures and their modes."""
+        return cls(
+            [
+                (model, model.operations_for("controlnet").picture(model, latents, mode), scale, plug)
+                for model, latents, mode, scale, plug in given
+            ]
+        )
+
+    def add(self, parts: Sequence[Inputs], _: int) -> list[Inputs]:
+        return [replace(part, controls=tuple(self._beside(part))) for part in parts]
+
+    def _beside(self, part: Inputs) -> Iterator[Control]:
+        for model, picture, scale, plug in self.given:
+            yield Control(model, model.operations_for("controlnet").beside(model.config, part, picture), scale, plug)
+
+
 @torch.inference_mode()
 def generate_from(
     model: CachedModel,
@@ -49,6 +74,7 @@ def generate_from(
     loras: tuple[tuple[int, float], ...] = (),
     second: CachedModel | None = None,
     switched_on: LoraVariant | None = None,
+    controls: DirectControls = DirectControls(),
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
@@ -68,6 +94,7 @@ def generate_from(
     options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache, loras)
     then = None if second is None else SecondStage(second)
     loop = Loop(model, operations, started, options, wanted.batch, wanted.steps, switched_on, second=then)
+    loop.controls = cast(Any, controls)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:
         step_cache.reused = loop.reused_steps

@@ -1,0 +1,54 @@
+"""The residuals of ControlNets as FLUX.1's blocks take them: for the image's first tokens, on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from xditd.gpu_workers.families.flux1.controlnet_config import DOUBLE_RESIDUALS, SINGLE_RESIDUALS
+from xditd.gpu_workers.parallel.token_partition import RankTokens, pad_rows
+from xditd.ipc.errors import BadRequest
+
+NAMES = (DOUBLE_RESIDUALS, SINGLE_RESIDUALS)
+
+
+def padded_residuals(name: str, residuals: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+    """Return residuals for all ``tokens`` of the image stream: those of references, which follow, get zeros.
+
+    Residuals that several blocks share stay one tensor.
+
+    Raises:
+        BadRequest: they have more tokens.
+    """
+    return _each_once(residuals, lambda each: _padded(name, each, tokens))
+
+
+def own_residuals(arguments: Mapping[str, Any], own: RankTokens) -> dict[str, list[torch.Tensor]]:
+    """Return the residuals among a forward's arguments, with the tokens of this rank alone."""
+    return {
+        name: _each_once(arguments[name], lambda each: pad_rows(each[:, own.image], own.padding, dim=1))
+        for name in NAMES
+        if arguments.get(name) is not None
+    }
+
+
+def has_residuals(arguments: Mapping[str, Any]) -> bool:
+    """Return whether a forward's arguments have residuals."""
+    return any(arguments.get(name) is not None for name in NAMES)
+
+
+def _padded(name: str, residual: torch.Tensor, tokens: int) -> torch.Tensor:
+    missing = tokens - residual.shape[1]
+    if missing < 0:
+        raise BadRequest(f"{name}: residuals of {residual.shape[1]} tokens for an image of {tokens}")
+    return pad_rows(residual, missing, dim=1)
+
+
+def _each_once(residuals: Sequence[torch.Tensor], change: Any) -> list[torch.Tensor]:
+    changed: dict[int, torch.Tensor] = {}
+    for each in residuals:
+        if id(each) not in changed:
+            changed[id(each)] = change(each)
+    return [changed[id(each)] for each in residuals]
