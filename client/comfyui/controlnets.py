@@ -8,18 +8,15 @@ ComfyUI scales and adds it. The workers then run the model before the transforme
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import comfy.controlnet
-import comfy.model_management
 import torch
 
 from xditd.client.comfyui.families.adapter import ControlCall, ControlledModelAdapter, ControlSource, Residual
 from xditd.client.comfyui.naming import name_of
-from xditd.client.comfyui.patcher import RemotePatcher, make_patcher, make_weights
-from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import ModelAdapter
@@ -54,14 +51,18 @@ class _Remote:
     """A ControlNet's model that is lent while ComfyUI counts it as loaded, and its patcher."""
 
     model: RemoteControlModel
-    patcher: RemotePatcher
+    patcher: Any
+
+
+Make = Callable[[ControlSource, Any], tuple["RemoteControlModel", Any]]
+"""Makes the model that replaces a stock one and its patcher, to be loaded on a device."""
 
 
 _remotes: weakref.WeakKeyDictionary[Any, _Remote] = weakref.WeakKeyDictionary()
 """By the stock model whose tensors they lend, so that queueing a prompt again lends nothing again."""
 
 
-def place_controls(conditions: Mapping[str, Sequence[dict[str, Any]]], family: ModelAdapter) -> list[str]:
+def place_controls(conditions: Mapping[str, Sequence[dict[str, Any]]], family: ModelAdapter, make: Make) -> list[str]:
     """Replace the ControlNets of one run's conditioning by copies that run in the workers.
 
     ``conditions`` belong to this run: other runs' stay as they are. Returns what cannot run there, for an error;
@@ -74,7 +75,7 @@ def place_controls(conditions: Mapping[str, Sequence[dict[str, Any]]], family: M
         return faults
     adapter = cast(ControlledModelAdapter, family)
     for part in parts:
-        part["control"] = _copied(part["control"], adapter, copies)
+        part["control"] = _copied(part["control"], adapter, make, copies)
     return []
 
 
@@ -116,26 +117,23 @@ def _changes(control: Any) -> Iterator[str]:
         yield "a ControlNet whose methods were replaced"
 
 
-def _copied(control: Any, family: ControlledModelAdapter, copies: dict[int, Any]) -> Any:
+def _copied(control: Any, family: ControlledModelAdapter, make: Make, copies: dict[int, Any]) -> Any:
     """Return the copy of a ControlNet; those that are one object in ComfyUI stay one."""
     found = copies.get(id(control))
     if found is None:
         found = copies[id(control)] = control.copy()
-        remote = _remote_of(control, family)
+        remote = _remote_of(control, family, make)
         found.control_model, found.control_model_wrapped = remote.model, remote.patcher
         found.manual_cast_dtype = None  # the copy's dtype is what stock computes in
         if control.previous_controlnet is not None:
-            found.set_previous_controlnet(_copied(control.previous_controlnet, family, copies))
+            found.set_previous_controlnet(_copied(control.previous_controlnet, family, make, copies))
     return found
 
 
-def _remote_of(control: Any, family: ControlledModelAdapter) -> _Remote:
+def _remote_of(control: Any, family: ControlledModelAdapter, make: Make) -> _Remote:
     found = _remotes.get(control.control_model)
     if found is None:
         source = family.control_source(control)
         assert not isinstance(source, str)
-        weights = make_weights(source.tensors, ComponentKind.CONTROLNET, source.label, is_whole=False)
-        model = RemoteControlModel(weights, source)
-        patcher = make_patcher(model, weights, control.load_device, comfy.model_management.unet_offload_device())
-        found = _remotes[control.control_model] = _Remote(model, patcher)
+        found = _remotes[control.control_model] = _Remote(*make(source, control.load_device))
     return found

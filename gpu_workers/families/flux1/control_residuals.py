@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +33,41 @@ def own_residuals(arguments: Mapping[str, Any], own: RankTokens) -> dict[str, li
         for name in NAMES
         if arguments.get(name) is not None
     }
+
+
+class ControlledBlocks(NamedTuple):
+    """Which of some tensors each block gets, by its number; a kind of blocks without residuals has no numbers."""
+
+    double: tuple[int, ...] = ()
+    single: tuple[int, ...] = ()
+
+
+UNCONTROLLED = ControlledBlocks()
+
+
+def by_block(
+    residuals: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]], blocks: tuple[int, int], own: RankTokens
+) -> tuple[list[torch.Tensor], ControlledBlocks]:
+    """Return the residuals of this rank's tokens, each once, and which of them ``blocks`` (double, single) get.
+
+    ``residuals`` are those of both kinds of blocks. Fewer than blocks are each for as many blocks in a row, as in
+    diffusers' class.
+    """
+    own_of = own_residuals({name: each or None for name, each in zip(NAMES, residuals, strict=True)}, own)
+    places: dict[int, int] = {}
+    tensors: list[torch.Tensor] = []
+    numbers = []
+    for name, count in zip(NAMES, blocks, strict=True):
+        given = own_of.get(name, [])
+        interval = ceil(count / len(given)) if given else 1
+        of_blocks = []
+        for each in (given[block // interval] for block in range(count if given else 0)):
+            if id(each) not in places:
+                places[id(each)] = len(tensors)
+                tensors.append(each)
+            of_blocks.append(places[id(each)])
+        numbers.append(tuple(of_blocks))
+    return tensors, ControlledBlocks(*numbers)
 
 
 def has_residuals(arguments: Mapping[str, Any]) -> bool:

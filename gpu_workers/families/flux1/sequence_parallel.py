@@ -127,9 +127,10 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 )
 
         fused = self.fused
-        if fused is None or not fused.is_loaded or (options.loras and not fused.takes_loras) or has_residuals(others):
+        if fused is None or not fused.is_loaded or (options.loras and not fused.takes_loras):
             return plain(cache)
-        check = fused.lora_check if options.loras else fused.check
+        is_controlled = has_residuals(others)
+        check = fused.control_check if is_controlled else fused.lora_check if options.loras else fused.check
         if check.is_refused:
             return plain(cache)
         case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])

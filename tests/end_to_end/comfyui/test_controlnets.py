@@ -118,8 +118,8 @@ def test_stock_latents(
 
 
 def test_an_accelerated_model_and_the_workers_vae(
-    comfy: Any, files: Any, whole_vae: Any, stock_whole: Any, local: Any, controlnets: Any, conditioning: Any, ksample: Any,
-    applied: Any, relative_error: Callable[..., float], daemon: Any,
+    comfy: Any, files: Any, whole_vae: Any, stock_whole: Any, local: Any, controlnets: Any, conditioning: Any,
+    ksample: Any, applied: Any, relative_error: Callable[..., float], daemon: Any,
 ) -> None:  # fmt: skip
     from xditd.client import Client
     from xditd.client.comfyui.accelerate import accelerate
@@ -210,6 +210,6 @@ def test_a_model_of_another_family_refuses_by_name(comfy: Any, controlnets: Any)
     from xditd.client.comfyui.controlnets import place_controls
 
     part = {"control": controlnets["single"]}
-    (found,) = place_controls({"positive": [part]}, cast(Any, SimpleNamespace()))
+    (found,) = place_controls({"positive": [part]}, cast(Any, SimpleNamespace()), cast(Any, None))
     assert found == "ControlNet (comfy.ldm.flux.controlnet.ControlNetFlux) for this model"
     assert part["control"] is controlnets["single"]
