@@ -33,6 +33,7 @@ _PARTS: Final = {
     "cond_stage_model": "text encoder",
     "clip_l": "CLIP-L",
     "t5xxl": "T5",
+    "umt5xxl": "UMT5",
     "text_encoder": "text encoder",
     "text_encoder_2": "second text encoder",
     "text_encoders": "text encoder",

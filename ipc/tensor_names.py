@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Final
 
 _PREFIXES: Final = re.compile(
-    r"(?:(?:module|model|diffusion_model|transformer|text_encoder(?:_\d)?|text_encoders|clip_l|t5xxl|cond_stage_model"
-    r"|vae|first_stage_model)\.)+"
+    r"(?:(?:module|model|diffusion_model|transformer|text_encoder(?:_\d)?|text_encoders|clip_l|t5xxl|umt5xxl"
+    r"|cond_stage_model|vae|first_stage_model)\.)+"
 )
 _WRAPPER_SEGMENTS: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 

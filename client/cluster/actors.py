@@ -135,6 +135,9 @@ class RouterActor:
             answer = Unplaced(reason=refusal("", _typed(error, "the router")), may_change=False)
         return encode(answer)
 
+    def take(self, job: bytes, host: str) -> None:
+        self._router.take(decode(job, Job), host)
+
     def end(self, job_id: str, host: str, has_succeeded: bool) -> None:
         self._router.end(job_id, host, has_succeeded)
 

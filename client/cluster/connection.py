@@ -28,7 +28,7 @@ from xditd.client.cluster.messages import (
     encode,
 )
 from xditd.client.cluster.names import LOST, NAMESPACE, ROUTER, host_actor_name, host_lost
-from xditd.client.cluster.runs import run_job
+from xditd.client.cluster.runs import FreeHosts, run_job
 from xditd.ipc.errors import BadRequest, NotPermitted, ProtocolMismatch
 
 _ROUTER_DEADLINE_S: Final = 30.0
@@ -42,6 +42,8 @@ _router: Any = None
 
 _agents: dict[str, tuple[str, Any]] = {}
 """The agents by host: which one, and its actor."""
+
+_free = FreeHosts()
 
 T = TypeVar("T")
 
@@ -61,6 +63,7 @@ def connect(address: str) -> None:
     if not ray.is_initialized():
         _forget(_router)
         _agents.clear()
+        _free.forget()
     try:
         ray.init(
             address=address,
@@ -117,13 +120,19 @@ def _forget(lost: Any) -> None:
 
 
 class Submission:
-    """A job on its way: the router is asked for a host at once, so that the program prepares the tensors meanwhile."""
+    """A job on its way. Its host is one that is known to be free, of which the router is told; else the router is asked
+    at once, so that the program prepares the tensors meanwhile.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._asked: Any = None
+        self._free = _free.take(job)
         if (actor := _router) is not None:
-            self._asked = actor.place.remote(encode(job), [])
+            if self._free is None:
+                self._asked = actor.place.remote(encode(job), [])
+            else:
+                actor.take.remote(encode(job), self._free.host)
         self._tensors: Any = None
         self._placed: Placed | None = None
         self._has_succeeded = False
@@ -136,9 +145,11 @@ class Submission:
             XditdError: the error that ended the job.
         """
         self._tensors = ray.put(PickleBuffer(tensors))
-        found = run_job(self, self._job)
+        done, found = run_job(self, self._job)
         self._has_succeeded = True
-        return found
+        if self._placed is not None:
+            _free.note(self._job, self._placed, done)
+        return done, found
 
     def end(self) -> None:
         """Tell the router that the job has ended, without waiting for it."""
@@ -146,6 +157,10 @@ class Submission:
             actor.end.remote(self._job.job_id, self._placed.host, self._has_succeeded)
 
     def place(self, job: Job, tried: Sequence[str]) -> Placement:
+        if self._free is not None and not tried:
+            self._placed = self._free
+            return self._free
+
         def ask(actor: Any) -> bytes:
             asked, self._asked = self._asked, None
             found: bytes = ray.get(actor.place.remote(encode(job), list(tried)) if asked is None else asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 _SCAN_EVERY_S: Final = 30.0
 _ATTACH_EVERY_S: Final = 2.0
 _STATUS_DEADLINE_S: Final = 2.0
+_FREE_S: Final = 2.0
+"""How long after its last look at the daemon's jobs the agent takes it that no other client has sent one."""
 
 Result = tuple[Done, StoredTensors]
 
@@ -68,6 +71,7 @@ class HostAgent:
         self._client: Client | None = None
         self._residents: Residents | None = None
         self._jobs: dict[str, float] = {}
+        self._found_free_s = float("-inf")
         self._closing = threading.Event()
         self._threads = [
             threading.Thread(target=self._repeat, args=(self._files.scan, _SCAN_EVERY_S), daemon=True),
@@ -86,6 +90,7 @@ class HostAgent:
             is_starting = status.group_state in (GroupState.STARTING, GroupState.DEAD)
             # A job of the agent that still waits for its lend is not in the daemon's queue.
             other_jobs = max(0, len(status.jobs) - len(self._running()))
+            self._found_free_s = float("-inf") if detail or other_jobs else time.monotonic()
             resident = residents.digests()
         except XditdError as error:
             detail, resident = error.detail, ()
@@ -193,6 +198,7 @@ class HostAgent:
             timings_ms=result.timings_ms,
             reused_steps=result.reused_steps,
             was_resident=was_resident,
+            is_free=len(self._running()) == 1 and time.monotonic() - self._found_free_s <= _FREE_S,
         )
 
     def _attached(self) -> tuple[Client, Residents]:

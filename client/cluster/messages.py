@@ -18,7 +18,7 @@ from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-CLUSTER_VERSION: Final = 3
+CLUSTER_VERSION: Final = 4
 """Raised with every change of a struct here."""
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -116,6 +116,8 @@ class Done(_Message, frozen=True, kw_only=True, tag="done"):
     timings_ms: dict[str, float]
     reused_steps: int
     was_resident: bool
+    is_free: bool
+    """Whether the host had no other job when this one ended, as far as it knew."""
     runs: int = 1
 
 

@@ -147,16 +147,22 @@ class Router:
             assert known.report is not None
             return Placed(host=best, agent=known.report.agent)
 
+    def take(self, job: Job, host: str) -> None:
+        """Count a job whose program knew by itself that the host is free, until :meth:`end`."""
+        with self._lock:
+            known = self._known.get(host)
+            if known is not None and job.job_id not in known.ended:  # the end may arrive first
+                known.sent[job.job_id] = _Sent(job, time.monotonic())
+
     def end(self, job_id: str, host: str, has_succeeded: bool) -> None:
         """Count a job no longer that was placed on a host."""
         with self._lock:
             known = self._known.get(host)
-            sent = None if known is None else known.sent.pop(job_id, None)
-            if known is None or sent is None:
-                return  # the host left, or another router placed the job
-            now_s = time.monotonic()
+            if known is None:
+                return  # the host left
+            sent, now_s = known.sent.pop(job_id, None), time.monotonic()
             known.ended[job_id] = now_s
-            if has_succeeded:
+            if has_succeeded and sent is not None:  # else another router placed the job
                 known.gained.update(dict.fromkeys(sent.job.digests, now_s))
 
     def _distrust(self, name: str) -> None:

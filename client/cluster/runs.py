@@ -20,8 +20,40 @@ LOST_HOST_WAIT_S: Final = 15.0
 
 _LOOK_AGAIN_S: Final = 0.2
 
+_FREE_S: Final = 1.0
+"""How long a host that had no other job is taken to have none."""
+
 R_co = TypeVar("R_co", covariant=True)
 R = TypeVar("R")
+
+
+class FreeHosts:
+    """The hosts that had no other job when they ended one of this program. For any thread.
+
+    A host that holds what a job needs and has nothing else to do is as good as any that the router knows, so such a
+    job goes there without a question. Only one does: the next ones ask, until that host is free again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], tuple[Placed, float]] = {}
+
+    def note(self, job: Job, placed: Placed, done: Done) -> None:
+        """Take note of a job that its host ended."""
+        if done.is_free:
+            self._known[_needs(job)] = placed, time.monotonic()
+
+    def take(self, job: Job) -> Placed | None:
+        """Return the host for a job, once."""
+        placed, free_s = self._known.pop(_needs(job), (None, 0.0))
+        return placed if time.monotonic() - free_s <= _FREE_S else None
+
+    def forget(self) -> None:
+        """Forget all hosts: they are of another cluster."""
+        self._known.clear()
+
+
+def _needs(job: Job) -> tuple[object, ...]:
+    return (*job.digests, job.compute_dtype)
 
 
 class Hosts(Protocol[R_co]):

@@ -20,8 +20,10 @@ from xditd.gpu_workers.kernels.factor_copies import FactorCopies
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES: Final = 2**31
+MAX_BYTES: Final = 2**32
 """Bytes of all layouts of one model; those that were used longest ago go first."""
+MAX_SHARE: Final = 32
+"""They take at most this fraction, one by so much, of the memory of a GPU."""
 MAX_LAYOUTS: Final = 4
 _MAX_PLANS: Final = 64
 """Combinations of LoRAs of which a layout knows how they are copied: some hundred KB each."""
@@ -153,7 +155,7 @@ LayoutT = TypeVar("LayoutT", bound=StaticLayout)
 
 
 class StaticBranches(Generic[LayoutT]):
-    """The layouts of one model, of one ``kind``, within :data:`MAX_BYTES` and :data:`MAX_LAYOUTS`.
+    """The layouts of one model, of one ``kind``, within :data:`MAX_LAYOUTS` and ``max_bytes`` (:func:`room_on`).
 
     ``agree`` says whether all ranks that run a forward together agree; all of them make the same calls. ``forget`` is
     called with the serial of a layout that goes, whose graphs have to go, too.
@@ -165,7 +167,7 @@ class StaticBranches(Generic[LayoutT]):
         places: Sequence[Place],
         agree: Callable[[bool], bool],
         forget: Callable[[int], None],
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int | None = None,
         counts: StaticCounts | None = None,
     ) -> None:
         self.counts = counts or StaticCounts()
@@ -224,9 +226,15 @@ class StaticBranches(Generic[LayoutT]):
 
     def _find_shapes(self) -> tuple[Any, ...] | str:
         found = self._kind.find(self._places)
-        if not isinstance(found, str) and (needed := self._bytes_of(found)) > self._max_bytes:
-            return f"factors of {needed / 2**30:.1f} GiB, graphs have up to {self._max_bytes / 2**30:.1f}"
+        if isinstance(found, str):
+            return found
+        needed, room = self._bytes_of(found), self._room_for(found)
+        if needed > room:
+            return f"factors of {needed / 2**30:.1f} GiB, graphs have up to {room / 2**30:.1f}"
         return found
+
+    def _room_for(self, shapes: tuple[Any, ...]) -> int:
+        return room_on(self._like(shapes).device) if self._max_bytes is None else self._max_bytes
 
     def _bytes_of(self, shapes: tuple[Any, ...]) -> int:
         return self._kind.numbers(shapes, self._places) * self._like(shapes).itemsize
@@ -235,8 +243,8 @@ class StaticBranches(Generic[LayoutT]):
         return active_of(self._places[shapes[0][0]])[0].up
 
     def _make(self, shapes: tuple[Any, ...]) -> LayoutT | None:
-        needed = self._bytes_of(shapes)
-        while self._layouts and (len(self._layouts) >= MAX_LAYOUTS or self.nbytes + needed > self._max_bytes):
+        needed, room = self._bytes_of(shapes), self._room_for(shapes)
+        while self._layouts and (len(self._layouts) >= MAX_LAYOUTS or self.nbytes + needed > room):
             self._forget(self._layouts.pop(next(iter(self._layouts))).serial)
         try:
             layout = self._kind(shapes, self._places, self._like(shapes))
@@ -272,6 +280,13 @@ class StaticBranches(Generic[LayoutT]):
             if not layout.users:
                 del self._layouts[shapes]
                 self._forget(layout.serial)
+
+
+def room_on(device: torch.device) -> int:
+    """Return how many bytes the layouts of one model may take on a device."""
+    if device.type != "cuda":
+        return MAX_BYTES
+    return min(MAX_BYTES, torch.cuda.get_device_properties(device).total_memory // MAX_SHARE)
 
 
 def numbers_in(loras: Loras) -> tuple[int, ...]:

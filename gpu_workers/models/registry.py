@@ -40,6 +40,7 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.flux2_vae.checkpoint", "Flux2Vae"),
     ("xditd.gpu_workers.families.clip_l", "ClipL"),
     ("xditd.gpu_workers.families.t5", "T5"),
+    ("xditd.gpu_workers.families.t5", "UMT5"),
     ("xditd.gpu_workers.families.wan.checkpoint", "Wan"),
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
     ("xditd.gpu_workers.families.language_models.checkpoint", "Qwen3"),

@@ -1,4 +1,4 @@
-"""Small seeded checkpoints of FLUX.1's text encoders, CLIP-L and T5, with the tensor names that users' files have.
+"""Small seeded checkpoints of text encoders, CLIP-L, T5 and UMT5, with the tensor names that users' files have.
 
 As in :mod:`xditd.client.demo.checkpoints` the values are random, every tensor matters, and the same seed gives the same
 bytes. What cannot matter, in any CLIP: ``self_attn.k_proj.bias``, which adds the same number to all logits of a query,
@@ -72,9 +72,59 @@ def t5_state_dict(
     return tensors
 
 
+def umt5_state_dict(
+    seed: int,
+    *,
+    width: int = 128,
+    heads: int = 2,
+    layers: int = 2,
+    inner: int = 256,
+    vocabulary: int = T5_VOCABULARY,
+    has_extras: bool = False,
+    dtype: torch.dtype | None = None,
+    prefix: str = "",
+) -> dict[str, torch.Tensor]:
+    """Make a UMT5 encoder. ``has_extras`` adds the tokenizer that ComfyUI's files hold, and the second name."""
+    import torch
+
+    tensors = _draw(seed, _t5(width, heads, layers, inner, vocabulary, has_tables=True), prefix, dtype)
+    if has_extras:
+        tensors["spiece_model"] = torch.arange(200, dtype=torch.uint8)
+        tensors[f"{prefix}encoder.embed_tokens.weight"] = tensors[f"{prefix}shared.weight"].clone()
+    return tensors
+
+
+def in_wans_names(umt5: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the encoder as Wan's own files spell it, which are read by ``T5Encoder`` of ``wan/modules/t5.py``."""
+    spelled = {
+        "layer.0.layer_norm": "norm1",
+        "layer.1.layer_norm": "norm2",
+        "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+        "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+        "layer.1.DenseReluDense.wo": "ffn.fc2",
+        "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+        "layer.0.SelfAttention": "attn",
+        "encoder.block": "blocks",
+        "encoder.final_layer_norm": "norm",
+        "shared": "token_embedding",
+    }
+    renamed = {}
+    for name, tensor in umt5.items():
+        own = name
+        for theirs, wans in spelled.items():
+            own = own.replace(theirs, wans)
+        renamed[own] = tensor
+    return renamed
+
+
 def write_clip_l(path: Path, seed: int, *, width: int = 128, dtype: torch.dtype | None = None) -> None:
     """Write the demo CLIP-L to one safetensors file."""
     save_aligned(clip_l_state_dict(seed, width=width, dtype=dtype), path)
+
+
+def write_umt5(path: Path, seed: int, *, width: int = 128, dtype: torch.dtype | None = None) -> None:
+    """Write the demo UMT5 to one safetensors file, as ComfyUI's are."""
+    save_aligned(umt5_state_dict(seed, width=width, has_extras=True, dtype=dtype), path)
 
 
 def write_t5(path: Path, seed: int, *, width: int = 128, dtype: torch.dtype | None = None) -> None:
@@ -114,7 +164,7 @@ def _clip_l(width: int, layers: int, vocabulary: int) -> Scaled:
     yield from _norm("text_model.final_layer_norm", width)
 
 
-def _t5(width: int, heads: int, layers: int, inner: int, vocabulary: int) -> Scaled:
+def _t5(width: int, heads: int, layers: int, inner: int, vocabulary: int, *, has_tables: bool = False) -> Scaled:
     attended = heads * HEAD_SIZE
     yield "shared.weight", (vocabulary, width), 0.0, 1.0
     for number in range(layers):
@@ -124,7 +174,7 @@ def _t5(width: int, heads: int, layers: int, inner: int, vocabulary: int) -> Sca
         for part in ("k", "v"):
             yield f"{attention}.SelfAttention.{part}.weight", (attended, width), 0.0, 1 / math.sqrt(width)
         yield f"{attention}.SelfAttention.o.weight", (width, attended), 0.0, 1 / math.sqrt(attended)
-        if number == 0:
+        if number == 0 or has_tables:
             yield f"{attention}.SelfAttention.relative_attention_bias.weight", (T5_BUCKETS, heads), 0.0, 1.0
         yield f"{attention}.layer_norm.weight", (width,), 1.0, 0.3
         feed_forward = f"encoder.block.{number}.layer.1"

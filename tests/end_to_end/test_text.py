@@ -21,9 +21,10 @@ CLIP_END = text_checkpoints.CLIP_VOCABULARY - 1
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("encoders")
-    found = SimpleNamespace(clip=folder / "clip_l.safetensors", t5=folder / "t5xxl.safetensors")
+    found = SimpleNamespace(**{name: folder / f"{name}.safetensors" for name in ("clip", "t5", "umt5")})
     text_checkpoints.write_clip_l(found.clip, seed=5)
     text_checkpoints.write_t5(found.t5, seed=6)
+    text_checkpoints.write_umt5(found.umt5, seed=7)
     return found
 
 
@@ -84,6 +85,29 @@ def test_t5_agrees_with_transformers(client, texts, relative_error, batch, count
     ours = client.encode_text(loan, ids)
     assert ours.pooled is None
     assert relative_error(ours.hidden_states, plain_t5(texts.t5, ids)) <= BAR
+
+
+@torch.no_grad()
+def test_umt5_of_a_file_with_a_tokenizer_agrees_with_transformers(client, texts, relative_error):
+    from safetensors.torch import load_file
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    loan = client.lend(texts.umt5)
+    assert (loan.family, loan.copied.total) == ("umt5", 0)
+    ids, mask = tokens(2, 40, text_checkpoints.T5_VOCABULARY), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, 7:] = ids[1, 7:] = 0
+    ours = client.encode_text(loan, ids, mask=mask).hidden_states
+    model = UMT5EncoderModel(
+        UMT5Config(vocab_size=text_checkpoints.T5_VOCABULARY, d_model=128, d_ff=256, num_layers=2, num_heads=2)
+    ).eval()
+    state = load_file(texts.umt5)
+    state.pop("spiece_model")
+    model.load_state_dict(state)
+    expected = model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+    assert relative_error(ours, expected) <= BAR
+    assert not ours[1, 7:].any()
+    with pytest.raises(BadRequest, match=r"mask\[1\]: no token is left"):
+        client.encode_text(loan, ids, mask=mask * torch.tensor([[1], [0]]))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class WanModel:
     has_image: bool = False
     """Whether it reads what CLIP's vision model sees."""
     wrapper: str = "diffusion_model"
-    variant: str = "class"
+    variant: str = "comfyui"
     multiple: int = PATCH[1]
     # The workers' loop has the schedulers of diffusers' pipeline alone: ComfyUI's own loop runs.
     loop_keys: frozenset[str] = frozenset()

@@ -16,7 +16,7 @@ from xditd.ipc.errors import BadRequest, Internal, LeaseLost
 from xditd.ipc.name_lists import listed
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Decoded, Encoded, Generated, TensorsRead, TextEncoded
-from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, LoraUse, ReadTensors
+from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, LoraUse, ReadTensors, Role
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
@@ -26,6 +26,12 @@ _REPLY: Final[dict[type[InferenceRequest], type[Decoded | Encoded | TextEncoded 
     EncodeText: TextEncoded,
     ReadTensors: TensorsRead,
 }
+_KINDS: Final[dict[Role, ComponentKind]] = {
+    "transformer": ComponentKind.TRANSFORMER,
+    "transformer_2": ComponentKind.TRANSFORMER,
+    "vae": ComponentKind.VAE,
+}
+"""The kind of component that a generation needs in each role."""
 
 
 def run(service: Service, session: Session, request: InferenceRequest) -> None:
@@ -97,13 +103,12 @@ def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]
     if isinstance(request, Generate):
         if "transformer" not in request.components:
             raise BadRequest("components: a transformer is required; name one")
-        if others := sorted(set(request.loras) - {"transformer", "transformer_2"}):
-            raise BadRequest(f"loras: of the {others[0]}: a generation takes LoRAs of its transformer alone")
-        named = [
-            (component_id, ComponentKind(role.removesuffix("_2"))) for role, component_id in request.components.items()
-        ]
-        named += [(each.component_id, ComponentKind.CONTROLNET) for each in request.controls]
-        return [*named, *(use for uses in request.loras.values() for use in _loras_of(uses, request.sampling.steps))]
+        named = [(component_id, _KINDS[role]) for role, component_id in request.components.items()]
+        for role, uses in request.loras.items():
+            if _KINDS[role] is not ComponentKind.TRANSFORMER:
+                raise BadRequest(f"loras: of the {role}: a generation takes LoRAs of its transformers alone")
+            named += _loras_of(uses, request.sampling.steps)
+        return [*named, *((each.component_id, ComponentKind.CONTROLNET) for each in request.controls)]
     if isinstance(request, EncodeText):
         return [(request.encoder_id, ComponentKind.TEXT_ENCODER), *_loras_of(request.loras)]
     if isinstance(request, ReadTensors):

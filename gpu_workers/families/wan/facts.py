@@ -8,6 +8,9 @@ from xditd.gpu_workers.families.wan.config import FRAMES, IMAGE_TOKENS, WanConfi
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
+COMFYUI: Final = "comfyui"
+"""ComfyUI's arithmetic: the frequencies of the time's embedding are powers, which differ in the last bits."""
+
 PROMPT: Final = "prompt_embeds"
 NEGATIVE: Final = "negative_prompt_embeds"
 
@@ -39,7 +42,7 @@ def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerF
             ArgumentFacts(name="encoder_hidden_states", shape=("rows", "text_tokens", config.text_channels)),
             *((image,) if config.image_channels else ()),
         ),
-        variants=("class",),
+        variants=("class", COMFYUI),
         conditioning=(
             ArgumentFacts(name=PROMPT, shape=("batch", "tokens", config.text_channels)),
             ArgumentFacts(name=NEGATIVE, shape=("batch", "negative_tokens", config.text_channels), is_needed=False),

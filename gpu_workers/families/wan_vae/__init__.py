@@ -1,1 +1,1 @@
-"""The VAE of Wan 2.1 and Qwen-Image, for single images."""
+"""The VAEs of Wan 2.1, Qwen-Image and Wan 2.2 TI2V, for images and videos."""

@@ -1,9 +1,10 @@
-"""The VAE of Wan 2.1 and Qwen-Image, in the naming of the original files and ComfyUI's, and in that of diffusers.
+"""The VAEs of Wan and Qwen-Image, in the naming of the original files and ComfyUI's, and in that of diffusers.
 
-Both models' files have the same tensors with other values, and their latents the same means and deviations. The width
-is read from shapes. Wan 2.2's VAE of 48 channels and VAEs of images with transparency are refused by name.
+Files of Wan 2.1 and Qwen-Image have the same tensors with other values, and their latents the same means and
+deviations. That of Wan 2.2 TI2V has names of its own. Widths are read from shapes. VAEs of images with transparency are
+refused by name.
 
-Source: diffusers, ``convert_wan_vae_to_diffusers``; a test compares every element.
+Sources: diffusers, ``convert_wan_vae_to_diffusers``, and Wan 2.2's ``vae2_2.py``; tests compare every element.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from xditd.gpu_workers.families.wan_vae.config import IMAGE_CHANNELS, LATENT_CHANNELS, WanVaeConfig
+from xditd.gpu_workers.families.wan_vae.config import WAN_2_1, WAN_2_2, WanVaeConfig
 from xditd.gpu_workers.families.wan_vae.layout import layers
 from xditd.gpu_workers.models.entries import Entry, Shape, tensor_entry
 from xditd.gpu_workers.models.family import Kind
@@ -26,14 +27,16 @@ _ORIGINAL: Final = "decoder.middle.0.residual.0.gamma"
 _DIFFUSERS: Final = "decoder.mid_block.resnets.0.norm1.gamma"
 _MARKS: Final = {_ORIGINAL, _DIFFUSERS, "decoder.head.0.gamma", "decoder.norm_out.gamma"}
 _OF_WAN_2_2: Final = ("decoder.upsamples.0.upsamples.", "decoder.up_blocks.0.upsampler.")
-_PLAIN: Final = "lend qwen_image_vae.safetensors or wan_2.1_vae.safetensors"
+_PLAIN: Final = "lend qwen_image_vae.safetensors, wan_2.1_vae.safetensors or wan2.2_vae.safetensors"
 
 
 class WanVae:
     """The family of this VAE: see the module's docstring."""
 
     name = "wan_vae"
-    title = "the VAE of Qwen-Image and Wan 2.1 (qwen_image_vae.safetensors)"
+    title = (
+        "the VAE of Qwen-Image and Wan (qwen_image_vae.safetensors, wan_2.1_vae.safetensors, wan2.2_vae.safetensors)"
+    )
     kind: Kind = "vae"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
@@ -46,31 +49,34 @@ class WanVae:
         return name
 
     def configure(self, shapes: Mapping[str, Shape]) -> WanVaeConfig:
-        found = sorted(name for name in shapes if name.startswith(_OF_WAN_2_2))
-        if found:
-            raise Unsupported(f"wan_vae: Wan 2.2's VAE of 48 channels is not supported: {_PLAIN}; it has {found[0]}")
+        is_wan_2_2 = any(name.startswith(_OF_WAN_2_2) for name in shapes)
+        release = WAN_2_2 if is_wan_2_2 else WAN_2_1
         is_original = _is_original(shapes)
         inner, outer = ("conv2", "decoder.head.2") if is_original else ("post_quant_conv", "decoder.conv_out")
         first, norm = ("decoder.conv1", "decoder.head.0") if is_original else ("decoder.conv_in", "decoder.norm_out")
+        encoder = "encoder.conv1" if is_original else "encoder.conv_in"
         latent = vote(
             self.name,
             "latent channels",
             shapes,
             [(f"{inner}.weight", 0), (f"{inner}.bias", 0), (f"{first}.weight", 1)],
-            LATENT_CHANNELS,
+            release.channels,
         )
-        if latent != LATENT_CHANNELS:
-            raise Unsupported(f"wan_vae: {latent} latent channels, not {LATENT_CHANNELS}: {_PLAIN}")
-        out = vote(self.name, "image channels", shapes, [(f"{outer}.weight", 0), (f"{outer}.bias", 0)], IMAGE_CHANNELS)
-        if out != IMAGE_CHANNELS:
+        if latent != release.channels:
+            raise Unsupported(f"wan_vae: {latent} latent channels, not {release.channels}: {_PLAIN}")
+        out = vote(self.name, "image channels", shapes, [(f"{outer}.weight", 0), (f"{outer}.bias", 0)], release.planes)
+        if out != release.planes:
             raise Unsupported(
-                f"wan_vae: images of {out} channels, not {IMAGE_CHANNELS} (Qwen-Image-Layered's have transparency): "
+                f"wan_vae: images of {out} channels, not {release.planes} (Qwen-Image-Layered's have transparency): "
                 f"{_PLAIN}"
             )
-        widths = [(f"{norm}.gamma", 0), (f"{outer}.weight", 1)]
+        width = vote(self.name, "width", shapes, [(f"{norm}.gamma", 0), (f"{outer}.weight", 1)])
+        ends = [(f"{encoder}.weight", 0), (f"{encoder}.bias", 0)]
         return WanVaeConfig(
-            width=vote(self.name, "width", shapes, widths),
+            width=width,
             has_encoder=any(name.startswith("encoder.") for name in shapes),
+            is_wan_2_2=is_wan_2_2,
+            encoder_width=vote(self.name, "the encoder's width", shapes, ends, width) if is_wan_2_2 else 0,
         )
 
     def entries(self, config: WanVaeConfig, names: Collection[str]) -> Iterator[Entry]:

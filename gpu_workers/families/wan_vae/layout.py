@@ -6,14 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from xditd.gpu_workers.families.wan_vae.config import (
-    IMAGE_CHANNELS,
-    IN_TIME,
-    LATENT_CHANNELS,
-    RESIDUALS,
-    WIDTHS,
-    WanVaeConfig,
-)
+from xditd.gpu_workers.families.wan_vae.config import IN_TIME, RESIDUALS, WIDTHS, WanVaeConfig
 from xditd.gpu_workers.models.entries import Shape
 
 _CUBE: Final = (3, 3, 3)
@@ -32,49 +25,55 @@ class Layer:
 
 def layers(config: WanVaeConfig) -> Iterator[Layer]:
     """Yield all layers of a VAE."""
-    double = 2 * LATENT_CHANNELS
+    channels = config.release.channels
     if config.has_encoder:
-        yield from _encoder(config.width)
-        yield Layer("quant_conv", "conv1", (double, double, 1, 1, 1))
-    yield Layer("post_quant_conv", "conv2", (LATENT_CHANNELS, LATENT_CHANNELS, 1, 1, 1))
-    yield from _decoder(config.width)
+        yield from _encoder(config)
+        yield Layer("quant_conv", "conv1", (2 * channels, 2 * channels, 1, 1, 1))
+    yield Layer("post_quant_conv", "conv2", (channels, channels, 1, 1, 1))
+    yield from _decoder(config)
 
 
-def _encoder(base: int) -> Iterator[Layer]:
-    widths = [base * each for each in WIDTHS]
-    yield Layer("encoder.conv_in", "encoder.conv1", (base, IMAGE_CHANNELS, *_CUBE))
+def _encoder(config: WanVaeConfig) -> Iterator[Layer]:
+    release, base = config.release, config.encoder_width or config.width
+    yield Layer("encoder.conv_in", "encoder.conv1", (base, release.planes, *_CUBE))
     width, number = base, 0
-    for level, out in enumerate(widths):
-        for _ in range(RESIDUALS):
-            names = f"encoder.down_blocks.{number}", f"encoder.downsamples.{number}"
-            yield from _residual(*names, width, out)
+    for level, out in enumerate(base * each for each in WIDTHS):
+        for index in range(RESIDUALS + (level < _LEVELS - 1)):
+            if release.has_averages:
+                name, original = f"encoder.down_blocks.{level}", f"encoder.downsamples.{level}.downsamples.{index}"
+                name = f"{name}.resnets.{index}" if index < RESIDUALS else f"{name}.downsampler"
+            else:
+                name, original = f"encoder.down_blocks.{number}", f"encoder.downsamples.{number}"
+            if index < RESIDUALS:
+                yield from _residual(name, original, width, out)
+            else:
+                yield from _resample(name, original, out, out, out if IN_TIME[level] else None)
             width, number = out, number + 1
-        if level < _LEVELS - 1:
-            names = f"encoder.down_blocks.{number}", f"encoder.downsamples.{number}"
-            yield from _resample(*names, out, out, out if IN_TIME[level] else None)
-            number += 1
     yield from _middle("encoder", width)
     yield Layer("encoder.norm_out", "encoder.head.0", (width, 1, 1, 1), is_norm=True)
-    yield Layer("encoder.conv_out", "encoder.head.2", (2 * LATENT_CHANNELS, width, *_CUBE))
+    yield Layer("encoder.conv_out", "encoder.head.2", (2 * release.channels, width, *_CUBE))
 
 
-def _decoder(base: int) -> Iterator[Layer]:
-    widths = [base * each for each in reversed(WIDTHS)]
-    width = widths[0]
-    yield Layer("decoder.conv_in", "decoder.conv1", (width, LATENT_CHANNELS, *_CUBE))
+def _decoder(config: WanVaeConfig) -> Iterator[Layer]:
+    release, base = config.release, config.width
+    width = base * WIDTHS[-1]
+    yield Layer("decoder.conv_in", "decoder.conv1", (width, release.channels, *_CUBE))
     yield from _middle("decoder", width)
-    for level, out in enumerate(widths):
+    for level, out in enumerate(base * each for each in reversed(WIDTHS)):
         block, first = f"decoder.up_blocks.{level}", level * (RESIDUALS + 2)
-        for number in range(RESIDUALS + 1):
-            yield from _residual(f"{block}.resnets.{number}", f"decoder.upsamples.{first + number}", width, out)
+        # The levels of Wan 2.2 are modules of their own, and keep their width when the resolution doubles.
+        originals = f"decoder.upsamples.{level}.upsamples." if release.has_averages else "decoder.upsamples."
+        first = 0 if release.has_averages else first
+        for index in range(RESIDUALS + 1):
+            yield from _residual(f"{block}.resnets.{index}", f"{originals}{first + index}", width, out)
             width = out
         if level < _LEVELS - 1:
             in_time = 2 * out if IN_TIME[::-1][level] else None
-            names = f"{block}.upsamplers.0", f"decoder.upsamples.{first + RESIDUALS + 1}"
-            yield from _resample(*names, out, out // 2, in_time)
-            width = out // 2
+            name, wide = ("upsampler", out) if release.has_averages else ("upsamplers.0", out // 2)
+            yield from _resample(f"{block}.{name}", f"{originals}{first + RESIDUALS + 1}", out, wide, in_time)
+            width = wide
     yield Layer("decoder.norm_out", "decoder.head.0", (width, 1, 1, 1), is_norm=True)
-    yield Layer("decoder.conv_out", "decoder.head.2", (IMAGE_CHANNELS, width, *_CUBE))
+    yield Layer("decoder.conv_out", "decoder.head.2", (release.planes, width, *_CUBE))
 
 
 def _residual(name: str, original: str, width: int, out: int) -> Iterator[Layer]:

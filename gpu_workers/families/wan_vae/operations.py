@@ -1,8 +1,9 @@
-"""Build the VAE of Wan 2.1 and Qwen-Image, decode and encode images and videos.
+"""Build the VAEs of Wan and Qwen-Image, decode and encode images and videos.
 
-Latents are (batch, 16, height / 8, width / 8), with the mean and deviation of each channel taken off. Those of videos
-are (batch, 16, (frames - 1) / 4 + 1, height / 8, width / 8): a latent frame after another is decoded, and what the next
-one needs of those before it is kept, so that memory besides the video does not grow with the length.
+Latents are (batch, 16, height / 8, width / 8), of Wan 2.2 TI2V (batch, 48, height / 16, width / 16), with the mean and
+deviation of each channel taken off. Those of videos are (batch, channels, (frames - 1) / 4 + 1, ...): a latent frame
+after another is decoded, and what the next one needs of those before it is kept, so that memory besides the video does
+not grow with the length.
 """
 
 from __future__ import annotations
@@ -10,20 +11,17 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKLQwenImage
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 
 from xditd.gpu_workers.families.wan_vae.config import (
-    DEVIATIONS,
     FRAMES_PER_LATENT,
     IMAGE_CHANNELS,
     IN_TIME,
-    LATENT_CHANNELS,
-    MEANS,
-    PIXELS_PER_LATENT,
     RESIDUALS,
     SCALING,
     WIDTHS,
+    Release,
     WanVaeConfig,
 )
 from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, check_sides, prepare
@@ -37,13 +35,22 @@ class WanVaeOperations:
     """See :class:`~xditd.gpu_workers.models.operations.VaeOperations`."""
 
     def build(self, config: WanVaeConfig) -> torch.nn.Module:
-        module = AutoencoderKLQwenImage(
-            base_dim=config.width,
-            z_dim=LATENT_CHANNELS,
+        release = config.release
+        module = AutoencoderKLWan(
+            base_dim=config.encoder_width or config.width,
+            decoder_base_dim=config.width,
+            z_dim=release.channels,
             dim_mult=list(WIDTHS),
             num_res_blocks=RESIDUALS,
             temperal_downsample=list(IN_TIME),
-            input_channels=IMAGE_CHANNELS,
+            latents_mean=list(release.means),
+            latents_std=list(release.deviations),
+            is_residual=release.has_averages,
+            in_channels=release.planes,
+            out_channels=release.planes,
+            patch_size=release.patch if release.patch > 1 else None,
+            scale_factor_temporal=FRAMES_PER_LATENT,
+            scale_factor_spatial=release.pixels,
         )
         if not config.has_encoder:
             module.encoder = module.quant_conv = None
@@ -53,9 +60,10 @@ class WanVaeOperations:
         """There are no fused kernels."""
 
     def facts(self, config: WanVaeConfig) -> VaeFacts:
+        release = config.release
         return VaeFacts(
             latents=LatentFacts(
-                channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, frames=FRAMES_PER_LATENT, scaling=SCALING
+                channels=release.channels, pixels=release.pixels, frames=FRAMES_PER_LATENT, scaling=SCALING
             ),
             image_channels=IMAGE_CHANNELS,
             has_encoder=config.has_encoder,
@@ -68,32 +76,31 @@ class WanVaeOperations:
     def decode(
         self, model: Model[WanVaeConfig], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
     ) -> torch.Tensor:
-        if latents.ndim not in (4, 5) or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
+        release = model.config.release
+        if latents.ndim not in (4, 5) or latents.shape[1] != release.channels or 0 in latents.shape:
+            sides = f"height / {release.pixels}, width / {release.pixels}]"
             raise BadRequest(
-                f"latents are {list(latents.shape)}: use [batch, {LATENT_CHANNELS}, height / 8, width / 8], or of "
-                f"videos [batch, {LATENT_CHANNELS}, (frames - 1) / 4 + 1, height / 8, width / 8]"
+                f"latents are {list(latents.shape)}: use [batch, {release.channels}, {sides}, or of videos "
+                f"[batch, {release.channels}, (frames - 1) / {FRAMES_PER_LATENT} + 1, {sides}"
             )
-        check_latent_size(latents, PIXELS_PER_LATENT)
-        vae = cast(AutoencoderKLQwenImage, model.module)
+        check_latent_size(latents, release.pixels)
+        vae = cast(AutoencoderKLWan, model.module)
         (latents,) = prepare(model, latents=latents)
-        means, deviations = _statistics(latents)
+        means, deviations = _statistics(release, latents)
         # As the pipelines do it, for the same bits: the deviation is inverted twice.
         z = (latents / scaling.factor + scaling.shift) / (1.0 / deviations) + means
         # Not vae.decode, which clamps. The first frame of a video has no frames before it in any cache.
-        convolutions = sum(isinstance(each, QwenImageCausalConv3d) for each in vae.decoder.modules())
-        cache: list[Any] = [None] * convolutions
-        if z.ndim == 4:
-            x = vae.post_quant_conv(z.unsqueeze(2))
-            return cast(torch.Tensor, vae.decoder(x, feat_cache=cache, feat_idx=[0])[:, :, 0])
-        x = vae.post_quant_conv(z)
-        shape = self.facts(model.config).latents.pixels_of(tuple(z.shape), IMAGE_CHANNELS)
+        is_image = z.ndim == 4
+        x = vae.post_quant_conv(z.unsqueeze(2) if is_image else z)
+        cache = _empty_cache(vae.decoder)
+        shape = self.facts(model.config).latents.pixels_of(tuple(x.shape), IMAGE_CHANNELS)
         video = torch.empty(shape, device=z.device, dtype=z.dtype)
         done = 0
-        for number in range(z.shape[2]):
-            chunk = vae.decoder(x[:, :, number : number + 1], feat_cache=cache, feat_idx=[0])
-            video[:, :, done : done + chunk.shape[2]] = chunk
+        for number in range(x.shape[2]):
+            chunk = vae.decoder(x[:, :, number : number + 1], feat_cache=cache, feat_idx=[0], first_chunk=number == 0)
+            video[:, :, done : done + chunk.shape[2]] = unpatchify(chunk, release.patch)
             done += chunk.shape[2]
-        return video
+        return video[:, :, 0] if is_image else video
 
     @torch.inference_mode()
     def encode(self, model: Model[WanVaeConfig], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
@@ -103,20 +110,33 @@ class WanVaeOperations:
                 f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width], or of videos "
                 f"[batch, {IMAGE_CHANNELS}, frames, height, width]"
             )
-        check_sides(image.shape[-2], image.shape[-1], PIXELS_PER_LATENT)
+        release = model.config.release
+        check_sides(image.shape[-2], image.shape[-1], release.pixels)
         if image.ndim == 5:
             self.facts(model.config).latents.check_frames(image.shape[2])
-        vae = cast(AutoencoderKLQwenImage, model.module)
+        vae = cast(AutoencoderKLWan, model.module)
         (image,) = prepare(model, image=image)
-        if image.ndim == 4:
-            z = vae.encode(image.unsqueeze(2)).latent_dist.mode()[:, :, 0]
-        else:
-            z = vae.encode(image).latent_dist.mode()
-        means, deviations = _statistics(z)
-        return cast(torch.Tensor, ((z - means) / deviations - scaling.shift) * scaling.factor)
+        is_image = image.ndim == 4
+        x = patchify(image.unsqueeze(2) if is_image else image, release.patch)
+        cache = _empty_cache(vae.encoder)
+        frames = x.shape[2]
+        starts = [0, *range(1, frames, FRAMES_PER_LATENT)]
+        moments = [
+            vae.encoder(x[:, :, start:end], feat_cache=cache, feat_idx=[0])
+            for start, end in zip(starts, [*starts[1:], frames], strict=True)
+        ]
+        z = vae.quant_conv(torch.cat(moments, 2))[:, : release.channels]
+        z = z[:, :, 0] if is_image else z
+        means, deviations = _statistics(release, z)
+        return ((z - means) / deviations - scaling.shift) * scaling.factor
 
 
-def _statistics(like: torch.Tensor) -> list[torch.Tensor]:
+def _empty_cache(side: torch.nn.Module) -> list[Any]:
+    """Return an empty cache of frames for each causal convolution of an encoder or decoder."""
+    return [None] * sum(isinstance(each, WanCausalConv3d) for each in side.modules())
+
+
+def _statistics(release: Release, like: torch.Tensor) -> list[torch.Tensor]:
     """Return means and deviations of the channels, (1, channels, 1, 1) each, or with one more dimension."""
     shape = (1, -1, *(1 for _ in like.shape[2:]))
-    return [torch.tensor(each).view(shape).to(like.device, like.dtype) for each in (MEANS, DEVIATIONS)]
+    return [torch.tensor(each).view(shape).to(like.device, like.dtype) for each in (release.means, release.deviations)]

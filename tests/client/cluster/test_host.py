@@ -55,8 +55,10 @@ def test_a_job_by_content_has_the_bits_of_a_lone_client(agent, daemon, models, h
     done, tensors = agent.run(make_job(hashes, *models), make_tensors())
     assert (done.host, done.seed, done.was_resident) == ("a", 5, False)
     assert bits(tensors) == expected
+    assert agent.report().other_jobs == 0
     again, tensors = agent.run(make_job(hashes, *models), make_tensors())
     assert again.was_resident
+    assert again.is_free
     assert bits(tensors) == expected
     report = agent.report()
     assert report.is_serving, report.detail

@@ -12,10 +12,11 @@ import msgspec
 import pytest
 from running_daemon import until
 
+from xditd.client.cluster import runs
 from xditd.client.cluster.errors import HostLost
 from xditd.client.cluster.messages import HERE, Done, HostReport, Job, Placed, Placement, Unplaced, Versions
 from xditd.client.cluster.router import Router, cost_s
-from xditd.client.cluster.runs import run_job
+from xditd.client.cluster.runs import FreeHosts, run_job
 from xditd.ipc.errors import (
     BadRequest,
     ProtocolMismatch,
@@ -65,7 +66,7 @@ class Host:
         self.wait()
         if self.error is not None:
             raise self.error
-        return Done(host=self.name, seed=job.seed, timings_ms={}, reused_steps=0, was_resident=True)
+        return Done(host=self.name, seed=job.seed, timings_ms={}, reused_steps=0, was_resident=True, is_free=True)
 
 
 class Cluster:
@@ -148,11 +149,40 @@ def test_jobs_that_are_sent_at_once_spread_over_the_hosts() -> None:
     assert [len(host.runs) for host in hosts] == [4, 4]
 
 
+def test_a_job_that_went_to_a_free_host_without_a_question_counts_there_until_its_end() -> None:
+    cluster = Cluster(Host("a", resident=(A,)), Host("b", resident=(A,)))
+    assert cluster.choose(job()) == "a"
+    cluster.router.take(job("one"), "a")
+    assert cluster.choose(job("two")) == "b"
+    cluster.router.end("one", "a", True)
+    assert cluster.choose(job("three")) == "a"
+    cluster.router.take(job("one"), "a")  # what was sent first may arrive last
+    cluster.router.take(job("one"), "gone")
+    assert cluster.choose(job("four")) == "a"
+
+
+def test_a_free_host_gets_one_job_without_a_question_and_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, host = FreeHosts(), Placed(host="a", agent="agent of a")
+    done = Done(host="a", seed=1, timings_ms={}, reused_steps=0, was_resident=True, is_free=True)
+    free.note(job(), host, done)
+    assert free.take(job(transformer=B)) is None
+    assert free.take(job("next")) == host
+    assert free.take(job("another")) is None
+    free.note(job(), host, msgspec.structs.replace(done, is_free=False))
+    assert free.take(job()) is None
+    free.note(job(), host, done)
+    free.forget()
+    assert free.take(job()) is None
+    monkeypatch.setattr(runs, "_FREE_S", 0.0)
+    free.note(job(), host, done)
+    assert free.take(job()) is None
+
+
 def test_a_lost_hosts_job_runs_once_elsewhere_with_the_same_seed() -> None:
     lost, other = Host("a", resident=(A,)), Host("b")
     lost.error = HostLost("host a: the link was cut")
     assert Cluster(lost, other).run_job(job()) == Done(
-        host="b", seed=1, timings_ms={}, reused_steps=0, was_resident=True, runs=2
+        host="b", seed=1, timings_ms={}, reused_steps=0, was_resident=True, is_free=True, runs=2
     )
     assert (lost.runs, other.runs) == (["j"], ["j"])
 

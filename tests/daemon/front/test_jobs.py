@@ -30,11 +30,11 @@ def call(leaf: InIo, device_io: CudaIpcBlock | None = DEVICE, **more: Any) -> Ca
     )
 
 
-def generation(**loras: tuple[LoraUse, ...]) -> Generate:
+def generation(components: dict[str, str] | None = None, **loras: tuple[LoraUse, ...]) -> Generate:
     place = IoTensor(offset_bytes=0, dtype="float32", shape=(1,))
     return Generate(
         request_id="1",
-        components={"transformer": "t", "vae": "v"},
+        components=components or {"transformer": "t", "vae": "v"},
         loras=loras,
         io=HostShmBlock(fd=3, inode=1, size_bytes=4096, fingerprint=FINGERPRINT),
         conditioning={},
@@ -81,8 +81,17 @@ def test_loras_are_components_of_their_job() -> None:
     assert of_call == [("c1", ComponentKind.TRANSFORMER), ("l", ComponentKind.LORA)]
 
 
+def test_a_second_transformer_is_a_component_with_loras_of_its_own() -> None:
+    pair = {"transformer": "t", "transformer_2": "t2"}
+    asked = generation(pair, transformer_2=use())
+    kind = ComponentKind.TRANSFORMER
+    assert jobs._components_of(asked) == [("t", kind), ("t2", kind), ("l", ComponentKind.LORA)]
+    with pytest.raises(BadRequest, match="a transformer is required"):
+        jobs._components_of(generation({"transformer_2": "t2"}))
+
+
 def test_loras_of_other_roles_and_steps_that_are_none_are_refused() -> None:
-    with pytest.raises(BadRequest, match="loras: of the vae: a generation takes LoRAs of its transformer alone"):
+    with pytest.raises(BadRequest, match="loras: of the vae: a generation takes LoRAs of its transformers alone"):
         jobs._components_of(generation(vae=use()))
     for steps in ((4,), (2, 2), (3, 1)):
         with pytest.raises(BadRequest, match=r"the strengths of l change at the steps .*: ascending ones below 4"):
@@ -103,7 +112,3 @@ def test_controlnets_are_components_of_their_job_and_their_tensors_are_checked()
     with pytest.raises(BadRequest, match=r"parts\[0\].controls\[0\].x ends at byte"):
         jobs._check_tensors(msgspec.structs.replace(call(leaf(0, in_device_io=False)), parts=(part,)))
 
-
-def test_a_second_transformer_is_one() -> None:
-    job = msgspec.structs.replace(generation(), components={"transformer": "a", "transformer_2": "b"})
-    assert [kind for _, kind in jobs._components_of(job)] == [ComponentKind.TRANSFORMER] * 2

@@ -17,10 +17,7 @@ from xditd.ipc.errors import Unsupported
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
-TOLERANCE = 5e-6
-"""In float32, of 4 steps: found were 2.4e-6 to 3.3e-6. ComfyUI computes other frequencies of the time than diffusers'
-class, and a time up to 1000 multiplies their last bits."""
-
+TOLERANCE = 1e-6
 TEXT_CHANNELS = 4096
 """ComfyUI reads neither these from the file, nor those of CLIP's vision model, 1280."""
 CONFIGS = {

@@ -1,7 +1,8 @@
-"""CLIP-L and T5: recognition, configuration, tied and ignored names, and refusals."""
+"""CLIP-L, T5 and UMT5: recognition, configuration, tied and ignored names, and refusals."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from text_checkpoints import clip_l_state_dict, t5_state_dict
+from text_checkpoints import clip_l_state_dict, in_wans_names, t5_state_dict, umt5_state_dict
 
 from xditd.gpu_workers.families.clip_l import ClipL, ClipLConfig
-from xditd.gpu_workers.families.t5 import T5, T5Config
+from xditd.gpu_workers.families.t5 import T5, UMT5, T5Config
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.registry import detect
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
@@ -25,6 +26,8 @@ CLIP_DEMO = ClipLConfig(vocabulary=300, max_tokens=77, width=128, layers=2, inne
 T5_DEMO = T5Config(vocabulary=300, width=128, layers=2, heads=2, inner=256)
 CLIP_FULL = ClipLConfig(vocabulary=49_408, max_tokens=77, width=768, layers=12, inner=3072)
 T5_FULL = T5Config(vocabulary=32_128, width=4096, layers=24, heads=64, inner=10_240)
+UMT5_DEMO = replace(T5_DEMO, has_tables=True)
+UMT5_FULL = replace(T5_FULL, vocabulary=256_384, has_tables=True)
 CLIP_LAYER = "text_model.encoder.layers.0"
 T5_ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
 
@@ -37,6 +40,11 @@ def clip(describe: Callable[[State], Infos]) -> Infos:
 @pytest.fixture(scope="module")
 def t5(describe: Callable[[State], Infos]) -> Infos:
     return describe(t5_state_dict(0, vocabulary=300))
+
+
+@pytest.fixture(scope="module")
+def umt5(describe: Callable[[State], Infos]) -> Infos:
+    return describe(umt5_state_dict(0, vocabulary=300))
 
 
 def fitted(infos: Infos) -> Resolution:
@@ -55,10 +63,48 @@ def test_every_prefix_of_t5_is_recognised(t5: Infos, prefix: str) -> None:
     assert (found.family.name, found.family.kind, found.config) == ("t5", "text_encoder", T5_DEMO)
 
 
+@pytest.mark.parametrize("prefix", ["", "umt5xxl.transformer.", "text_encoders.umt5xxl.transformer.", "text_encoder."])
+def test_every_prefix_of_umt5_is_recognised(umt5: Infos, prefix: str) -> None:
+    tokenizer = {"spiece_model": TensorInfo("uint8", (4_500_000,))}
+    found = fitted({**{prefix + name: info for name, info in umt5.items()}, **tokenizer})
+    assert (found.family.name, found.family.kind, found.config) == ("umt5", "text_encoder", UMT5_DEMO)
+    assert found.skipped == ("spiece_model",)
+
+
+def test_umt5_in_wans_own_names_fills_the_same_parameters(describe: Callable[[State], Infos], umt5: Infos) -> None:
+    state = umt5_state_dict(0, vocabulary=300)
+    named = in_wans_names(state)
+    found = fitted(describe(named))
+    assert found.config == UMT5_DEMO
+    assert not set(state) & set(named)
+    for parameter, part in fitted(umt5).key_map.items():
+        assert named[found.key_map[parameter].source] is state[part.source], parameter
+
+
+def test_a_block_of_umt5_without_its_table_is_named(describe: Callable[[State], Infos]) -> None:
+    three = describe(umt5_state_dict(0, layers=3, vocabulary=300))
+    lost = f"{T5_ATTENTION.format(2)}.relative_attention_bias.weight"
+    with pytest.raises(
+        BadCheckpoint,
+        match=re.escape(f"does not fit umt5: lend all of its tensors, and nothing else; 1 missing: {lost}"),
+    ):
+        fitted({name: info for name, info in three.items() if name != lost})
+    first = f"{T5_ATTENTION.format(1)}.relative_attention_bias.weight"
+    with pytest.raises(
+        BadCheckpoint,
+        match=re.escape(f"does not fit t5: lend all of its tensors, and nothing else; 1 unexpected: {lost}"),
+    ):
+        fitted({name: info for name, info in three.items() if name != first})
+
+
 @pytest.mark.parametrize(
     ("family", "config", "tensors", "elements"),
-    [(ClipL(), CLIP_FULL, 196, 123_060_480), (T5(), T5_FULL, 219, 4_762_310_656)],
-    ids=["clip_l", "t5"],
+    [
+        (ClipL(), CLIP_FULL, 196, 123_060_480),
+        (T5(), T5_FULL, 219, 4_762_310_656),
+        (UMT5(), UMT5_FULL, 242, 5_680_910_336),
+    ],
+    ids=["clip_l", "t5", "umt5"],
 )
 def test_full_size_has_the_known_counts_and_fills_transformers_module(family, config, tensors, elements) -> None:
     from diffusers.models.modeling_utils import no_init_weights
@@ -172,9 +218,6 @@ def test_clips_with_another_activation_are_refused(width: int, known_as: str) ->
 
 
 def test_relatives_of_t5_are_refused_by_name(t5: Infos) -> None:
-    bias = t5[f"{T5_ATTENTION.format(0)}.relative_attention_bias.weight"]
-    with pytest.raises(Unsupported, match="UMT5"):
-        fitted({**t5, f"{T5_ATTENTION.format(1)}.relative_attention_bias.weight": bias})
     ungated = {name.replace("wi_0", "wi"): info for name, info in t5.items() if "wi_1" not in name}
     with pytest.raises(Unsupported, match=r"T5 1\.0"):
         fitted(ungated)

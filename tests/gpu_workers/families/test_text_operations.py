@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from text_checkpoints import clip_l_state_dict, t5_state_dict
+from text_checkpoints import clip_l_state_dict, in_wans_names, t5_state_dict, umt5_state_dict
 
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
@@ -70,6 +70,39 @@ def plain_t5(state: State) -> Any:
     return model
 
 
+def plain_umt5(state: State) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    model = UMT5EncoderModel(
+        UMT5Config(vocab_size=VOCABULARY, d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2)
+    ).eval()
+    named = {name: tensor.float() for name, tensor in state.items()}
+    model.load_state_dict({**named, "encoder.embed_tokens.weight": named["shared.weight"]})
+    return model
+
+
+def padded(lengths: tuple[int, ...], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids of texts of these lengths, padded with token 0, and their mask."""
+    ids = torch.randint(1, END, (len(lengths), tokens), generator=torch.Generator().manual_seed(5))
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+def wans_embeds(encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What diffusers' ``WanPipeline`` makes of a text, of ids that its tokenizer gives."""
+    from types import SimpleNamespace
+
+    from diffusers import WanPipeline
+
+    pipeline = SimpleNamespace(
+        tokenizer=lambda *_, **__: SimpleNamespace(input_ids=ids, attention_mask=mask),
+        text_encoder=encoder,
+        _execution_device=torch.device("cpu"),
+    )
+    texts = ["text"] * ids.shape[0]
+    return WanPipeline._get_t5_prompt_embeds(pipeline, texts, max_sequence_length=ids.shape[1])
+
+
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result - expected).abs().max() / expected.abs().max())
 
@@ -101,6 +134,39 @@ def test_t5_has_the_bits_of_transformers_in_float32(
     assert pooled is None
     assert hidden.dtype == torch.float32
     assert torch.equal(hidden, plain_t5(state)(input_ids=ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(512,), (7,), (20, 1), (301, 512, 33)], ids=str)
+@torch.no_grad()
+def test_umt5_has_the_bits_of_the_embeddings_of_wans_pipeline(
+    shared_cache: ModelCache, plug: Plugger, direct: ModuleType, lengths: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    state = umt5_state_dict(3, vocabulary=VOCABULARY, dtype=dtype)
+    ids, mask = padded(lengths, 512)
+    model = plug(shared_cache, state).model
+    hidden, _ = direct.encode_text(model, ids, mask=mask)
+    assert hidden.dtype == torch.float32
+    assert torch.equal(hidden, wans_embeds(plain_umt5(state), ids, mask))
+    if lengths[0] != 512:
+        unmasked, _ = direct.encode_text(model, ids)
+        assert relative_error(hidden[0, : lengths[0]], unmasked[0, : lengths[0]]) > 1e-3
+        assert torch.equal(unmasked, plain_umt5(state)(input_ids=ids).last_hidden_state)
+
+
+@torch.no_grad()
+def test_umt5_gives_the_states_of_its_layers_and_is_read_in_wans_names(
+    shared_cache: ModelCache, plug: Plugger, direct: ModuleType
+) -> None:
+    state = umt5_state_dict(3, vocabulary=VOCABULARY)
+    ids, mask = padded((9, 4), 16)
+    model = plug(shared_cache, state).model
+    found = direct.encode_text(model, ids, mask=mask, layers=(0, 1))[0]
+    states = plain_umt5(state)(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert torch.equal(found, torch.cat(states[:2], -1) * mask[..., None])
+    other = plug(shared_cache, in_wans_names(state)).model
+    expected = direct.encode_text(model, ids, mask=mask)[0]
+    assert torch.equal(direct.encode_text(other, ids, mask=mask)[0], expected)
 
 
 def test_pooled_is_the_state_at_the_first_end_of_text_and_without_one_that_of_transformers(
@@ -174,6 +240,15 @@ def test_a_lost_tensor_of_t5_would_be_noticed(shared_cache: ModelCache, plug: Pl
     ids = token_ids(2, 301)
     moved = moved_by_zeroing(model, state, lambda: direct.encode_text(model, ids)[0])
     assert {name for name, figure in moved.items() if figure < 10 * BAR} == {"encoder.embed_tokens.weight"}
+
+
+def test_a_lost_tensor_of_umt5_would_be_noticed(shared_cache: ModelCache, plug: Plugger, direct: ModuleType) -> None:
+    state = umt5_state_dict(3, vocabulary=VOCABULARY, has_extras=True)
+    model = plug(shared_cache, state).model
+    ids, mask = padded((301, 200), 301)
+    moved = moved_by_zeroing(model, state, lambda: direct.encode_text(model, ids, mask=mask)[0])
+    unmoved = {name for name, figure in moved.items() if figure < 10 * BAR}
+    assert unmoved == {"encoder.embed_tokens.weight", "spiece_model"}
 
 
 def test_half_precision_weights_are_left_as_they_were_lent(

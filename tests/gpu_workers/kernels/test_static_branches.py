@@ -51,7 +51,7 @@ class Lora:
 class Blocks:
     """Products of a block whose projections have branches, and what they are without any code of ours."""
 
-    def __init__(self, max_bytes: int = static_branches.MAX_BYTES) -> None:
+    def __init__(self, max_bytes: int | None = None) -> None:
         torch.manual_seed(0)
         self.state = {f"{name}.weight": torch.randn(shape) / 4 for name, shape in LAYERS.items()}
         self.state |= {f"{name}.bias": torch.randn(shape[0]) for name, shape in LAYERS.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xditd.gpu_workers.kernels import dense_products
+from xditd.gpu_workers.kernels import branch_stacks, dense_products, static_branches
 from xditd.gpu_workers.models import compiled_graphs, forward_paths, path_choice, split_checks
 from xditd.gpu_workers.packed import native_products, product_choice, product_times
 from xditd.gpu_workers.parallel.peer_exchange import HEADS_BYTES
@@ -51,11 +51,20 @@ FORMATS = [
     f"at most {product_choice._GAIN} times as long as the reference",
     f"more than {limits.MAX_PACKED_REASONS} the rarest together",
 ]
+LORAS = [
+    f"at most {static_branches.MAX_LAYOUTS} layouts, whose factors take up to {static_branches.MAX_BYTES // 2**30} GiB",
+    f"up to a {static_branches.MAX_SHARE}nd of the GPU's memory",
+    f"up to {branch_stacks.MAX_BYTES // 2**30} GiB for each model",
+]
 
 
 @pytest.mark.parametrize(
     ("document", "statement"),
-    [*(("acceleration.md", each) for each in ACCELERATION), *(("formats.md", each) for each in FORMATS)],
+    [
+        *(("acceleration.md", each) for each in ACCELERATION),
+        *(("formats.md", each) for each in FORMATS),
+        *(("lora.md", each) for each in LORAS),
+    ],
 )
 def test_a_document_states_the_limit_of_the_code(document: str, statement: str) -> None:
     text = " ".join((DOCS / document).read_text().split())

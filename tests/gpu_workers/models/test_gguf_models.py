@@ -11,7 +11,7 @@ import pytest
 import torch
 import z_image_models
 from gguf_files import SCALES, dequantise, write_model, write_t5
-from text_checkpoints import t5_state_dict
+from text_checkpoints import t5_state_dict, umt5_state_dict
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.lending import describe
@@ -190,16 +190,18 @@ def test_a_scale_that_is_not_finite_is_refused(rank: OneRank, tmp_path: Path, ki
     lend(rank, path)
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_k"])
+@pytest.mark.parametrize(("family", "kind"), [("t5", "q8_0"), ("t5", "q4_k"), ("umt5", "q8_0")])
 def test_a_t5_in_the_names_of_llama_cpp_has_the_result_of_a_plain_one(
-    rank: OneRank, direct: ModuleType, tmp_path: Path, kind: str
+    rank: OneRank, direct: ModuleType, tmp_path: Path, family: str, kind: str
 ) -> None:
     """It computes in float32 on the numbers that its blocks mean; its table stays in blocks."""
-    state = t5_state_dict(0, width=256, inner=512, heads=4, vocabulary=300)
+    make = {"t5": t5_state_dict, "umt5": umt5_state_dict}[family]
+    state = make(0, width=256, inner=512, heads=4, vocabulary=300)
     packed = write_t5(tmp_path / "t5.gguf", state, kind)
-    assert len(packed) == len([each for each in state.values() if each.ndim == 2]) - 1
+    plain = [name for name, each in state.items() if each.ndim == 2 and not name.endswith("attention_bias.weight")]
+    assert len(packed) == len(plain)
     component = lend(rank, tmp_path / "t5.gguf")
-    assert component.facts.family == "t5"
+    assert component.facts.family == family
     assert component.facts.dtype == "float32"
     assert component.bindings["shared.weight"].format == kind  # type: ignore[union-attr]
     tokens = torch.tensor([[2, 3, 299, 5, 5, 0]])

@@ -12,7 +12,7 @@ import pytest
 import torch
 import z_image_models
 from packed_checkpoints import FORMATS, Packed, pack, tiled
-from text_checkpoints import clip_l_state_dict, t5_state_dict
+from text_checkpoints import clip_l_state_dict, t5_state_dict, umt5_state_dict
 
 from xditd.client.arenas import Arena
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
@@ -99,7 +99,7 @@ def test_z_image_has_the_bits_of_diffusers(
 
 
 @pytest.mark.parametrize("packed_format", ["old", "int8_rows", "int8_convrot", "nvfp4", "plain"])
-@pytest.mark.parametrize("make", [clip_l_state_dict, t5_state_dict])
+@pytest.mark.parametrize("make", [clip_l_state_dict, t5_state_dict, umt5_state_dict])
 def test_text_encoders_compute_in_float32_on_weights_dequantised_into_it(
     rank: OneRank, direct: ModuleType, make: Any, packed_format: str
 ) -> None:
@@ -112,7 +112,8 @@ def test_text_encoders_compute_in_float32_on_weights_dequantised_into_it(
     expected, _ = direct.encode_text(lend(rank, "plain", packed.meant).model, tokens)
     assert torch.equal(found, expected)
     tables = [name for name, each in component.model.packed_layers.items() if isinstance(each, PackedEmbedding)]
-    assert len(tables) == (0 if packed_format == "nvfp4" else 2)  # tiles of scales cannot be looked up by rows
+    # Tiles of scales cannot be looked up by rows. In UMT5 both blocks have a table of positions.
+    assert len(tables) == (0 if packed_format == "nvfp4" else 3 if make is umt5_state_dict else 2)
     for name in tables:  # they stay as they were lent
         assert (
             component.bindings[name].values.data_ptr()
@@ -121,7 +122,7 @@ def test_text_encoders_compute_in_float32_on_weights_dequantised_into_it(
 
 
 @pytest.mark.parametrize("packed_format", ["int8_rows", "mxfp8", "plain"])
-@pytest.mark.parametrize("make", [clip_l_state_dict, t5_state_dict])
+@pytest.mark.parametrize("make", [clip_l_state_dict, t5_state_dict, umt5_state_dict])
 def test_text_encoders_compute_in_float32_on_weights_dequantised_into_another_dtype(
     rank: OneRank, direct: ModuleType, make: Any, packed_format: str
 ) -> None:

@@ -199,9 +199,9 @@ def encode(model: CachedModel, image: torch.Tensor, *, scaling: LatentScaling | 
 
 
 def encode_text(
-    model: CachedModel, token_ids: torch.Tensor, *, pooled: bool = False
+    model: CachedModel, token_ids: torch.Tensor, *, pooled: bool = False, **given: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Encode token ids to hidden states, and pooled ones if asked for."""
+    """Encode token ids to hidden states, and pooled ones if asked for; ``given`` are a mask and layers."""
     operations: Any = model.operations
-    encoded: tuple[torch.Tensor, torch.Tensor | None] = operations.encode(model, token_ids, pooled=pooled)
+    encoded: tuple[torch.Tensor, torch.Tensor | None] = operations.encode(model, token_ids, pooled=pooled, **given)
     return encoded

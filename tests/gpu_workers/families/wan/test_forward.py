@@ -65,6 +65,24 @@ def test_each_token_may_have_its_own_time(shared_cache: ModelCache, plug: Plugge
     assert not torch.equal(found, run(model, {**given, "timestep": given["timestep"].amax(dim=1)}))
 
 
+def test_comfyuis_variant_has_its_frequencies_of_the_time(shared_cache: ModelCache, plug: Plugger) -> None:
+    for config, more in ((TEXT, {}), (wan_models.TI2V, {"is_per_token": True})):
+        model, reference = plugged(shared_cache, plug, config)
+        given = wan_models.inputs(2, 7, (3, 6, 10), config, **more)
+        plain = expected_of(reference, given)
+
+        def embed(timesteps: torch.Tensor, half: int = config.time_channels // 2) -> torch.Tensor:
+            frequencies = 10000 ** -(torch.arange(half, dtype=torch.float32) / half)
+            angles = timesteps.flatten().float()[:, None] * frequencies
+            return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+        reference.condition_embedder.timesteps_proj.forward = embed
+        expected = expected_of(reference, given)
+        assert torch.equal(run(model, given, variant="comfyui"), expected)
+        assert 0 < wan_models.relative_error(plain, expected) < 1e-5
+        assert torch.equal(run(model, given), plain)
+
+
 def test_whole_numbers_of_a_scheduler_are_taken_as_they_are(shared_cache: ModelCache, plug: Plugger) -> None:
     model, reference = plugged(shared_cache, plug, TEXT)
     given = wan_models.inputs(2, 7, (2, 4, 6)) | {"timestep": torch.tensor([999, 5])}

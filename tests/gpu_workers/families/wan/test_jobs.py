@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import wan_models
+import wan_vaes
 
+from xditd.gpu_workers.parallel.rank_sync import using_all_cores
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Generate, Sampling
 
 if TYPE_CHECKING:
     from one_rank import OneRank, Room
+
+    from xditd.gpu_workers.families.wan_vae.config import WanVaeConfig
 
 SIDES = {"frames": 5, "height": 32, "width": 48}
 OPTIONS = {"boundary_ratio": 0.7, "guidance_scale_2": 3.0}
@@ -43,7 +47,9 @@ class Sample:
 
 def generate(room: Room, components: dict[str, str], **changes: Any) -> Generate:
     conditioning: dict[str, Any] = {name: room.argument(each) for name, each in Sample().conditioning.items()}
-    noise, out = room.input(Sample().noise), room.output(1, 16, 2, 4, 6)
+    latents = changes.pop("latents", (1, 16, 2, 4, 6))
+    values = torch.randn(latents, generator=torch.Generator().manual_seed(1))  # that of Sample
+    noise, out = room.input(values), room.output(*latents)
     if video := changes.pop("video", None):
         changes["out_image"] = room.output(*video)
     sampling = {**SIDES, "steps": 6, "guidance_scale": 5.0, "options": OPTIONS, **changes.pop("sampling", {})}
@@ -86,29 +92,44 @@ def test_two_transformers_of_one_size_take_turns_in_one_model(lent: OneRank) -> 
 
 
 def test_a_vae_gives_the_frames_of_the_latents(lent: OneRank) -> None:
-    from xditd.gpu_workers.families.wan_vae.checkpoint import WanVae
-    from xditd.gpu_workers.families.wan_vae.config import WanVaeConfig
-
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        entry.source: torch.randn(entry.shape, generator=generator)
-        / max(1.0, torch.Size(entry.shape[1:]).numel() ** 0.5)
-        for entry in WanVae().entries(WanVaeConfig(width=8), ("decoder.middle.0.residual.0.gamma",))
-    }
+    state = wan_vaes.state_dict()
     lent.lend("vae", state)
     room = lent.room()
     job = generate(room, {**PAIR, "vae": "vae"}, video=(1, 3, 5, 32, 48))
     lent.run(job)
-    vae = lent.components.get("vae", "vae")
-    operations: Any = vae.match.model.operations
-    latents = room.read(job.out_latents)
-    video = operations.decode(vae.match.model, latents, vae.vae_facts.latents.scaling, is_shared=False)
-    assert video.shape == (1, 3, 5, 32, 48)
-    assert torch.allclose(room.read(job.out_image), video.clamp(-1, 1), atol=1e-5)
-    assert video.std() > 0.01
+    check_video(room, job, state, wan_vaes.SMALL)
     wrong = lent.room()
     with pytest.raises(BadRequest, match="out_image"):
         lent.run(generate(wrong, {**PAIR, "vae": "vae"}, video=(1, 3, 32, 48)))
+
+
+def test_ti2v_and_its_vae_give_frames(rank: OneRank) -> None:
+    state = wan_vaes.state_dict("diffusers", wan_vaes.SMALL_2_2)
+    rank.lend("transformer", wan_models.state_dict(0, wan_models.TI2V))
+    rank.lend("vae", state)
+    rank.lend("other", wan_vaes.state_dict())
+    changes: dict[str, Any] = {
+        "latents": (1, 48, 2, 2, 4),
+        "video": (1, 3, 5, 32, 64),
+        "sampling": {"width": 64, "options": {}},
+    }
+    room = rank.room()
+    job = generate(room, {"transformer": "transformer", "vae": "vae"}, **changes)
+    rank.run(job)
+    check_video(room, job, state, wan_vaes.SMALL_2_2)
+    with pytest.raises(BadRequest, match="vae: its latents have 16 channels, the transformer's 48"):
+        rank.run(generate(rank.room(), {"transformer": "transformer", "vae": "other"}, **changes))
+
+
+def check_video(room: Room, job: Generate, state: wan_vaes.State, config: WanVaeConfig) -> None:
+    assert job.out_image is not None
+    module = wan_vaes.reference(state, config)
+    with using_all_cores(torch.device("cpu")):  # as the job does
+        expected = wan_vaes.reference_decode(module, config, room.read(job.out_latents))
+    found = room.read(job.out_image)
+    assert found.shape == job.out_image.shape
+    assert (found - expected).abs().max() <= 1e-6
+    assert found.std() > 0.01
 
 
 def test_what_cannot_be_obeyed_is_refused(lent: OneRank) -> None:
