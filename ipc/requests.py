@@ -255,7 +255,7 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     """Run the whole denoising loop in the workers. Events ``Queued``, ``StepDone``; reply ``Generated``.
 
     ``components`` are named by role: a ``transformer``, a ``transformer_2`` for low noise where the facts have two
-    stages, and a ``vae`` if ``out_image`` is given. ``conditioning`` has
+    stages, and a ``vae`` if ``out_image`` or a picture is given. ``conditioning`` has
     the names of the transformer's facts. All tensors are in ``io`` or are kept. Shapes: ``noise`` and ``out_latents``
     as the facts' latents, ``out_image`` (batch, channels, height, width) in [-1, 1]. Either ``noise`` or the sampling's
     ``seed`` is given. ``out_denoised``, shaped as ``out_latents``, receives the predicted clean latents of each step

@@ -98,7 +98,8 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> li
 
 def generate(model: Any, given: argparse.Namespace, steps: int, threshold: float = 0.0) -> tuple[torch.Tensor, int]:
     """Run the workers' loop, as a job does; returns the latents and the number of steps that the cache skipped."""
-    from xditd.gpu_workers.jobs.generate import Loop, seeded_noise
+    from xditd.gpu_workers.jobs.generate import Loop
+    from xditd.gpu_workers.jobs.generation_inputs import seeded_noise
     from xditd.gpu_workers.models.operations import CallOptions, Wanted
     from xditd.gpu_workers.models.result_checks import FiniteCheck
     from xditd.gpu_workers.models.step_cache import StepCache

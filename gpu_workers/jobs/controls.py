@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,8 @@ class GenerationControls:
     """The ControlNets of a generation, their pictures encoded."""
 
     pictures: Sequence[_Picture] = ()
-    components: Sequence[Component] = field(default=())
+    has_images: bool = False
+    """Whether the VAE has encoded some of their pictures."""
 
     def add(self, parts: Sequence[Inputs], step: int) -> list[Inputs]:
         """Return the forwards of a step with the ControlNets that run in it."""
@@ -134,7 +135,7 @@ def read_controls(
         picture = operations.picture(component.model, latents, each.mode)
         found.append(_Picture(component, each.scale, picture, steps, _plug(context, component)))
     _check_alike(counts)
-    return GenerationControls(found, [each.component for each in found])
+    return GenerationControls(found, any(each.image is not None for each in given))
 
 
 def _beside(control: _Picture, part: Inputs) -> Control:

@@ -10,30 +10,26 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
-from xditd.gpu_workers.jobs.call import check_variant
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
-from xditd.gpu_workers.jobs.controls import GenerationControls, read_controls
+from xditd.gpu_workers.jobs.controls import GenerationControls
 from xditd.gpu_workers.jobs.decode import decode_on_all_ranks, finish_decode
 from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.generation_inputs import Given
 from xditd.gpu_workers.jobs.job_io import OpenIo
-from xditd.gpu_workers.jobs.reading import check_names
+from xditd.gpu_workers.jobs.pictures import encode_pictures, share_latents
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.component import Component
-from xditd.gpu_workers.models.finite import check_finite
-from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
+from xditd.gpu_workers.models.job_checks import check_output
 from xditd.gpu_workers.models.lora_variants import LoraVariant
-from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations, Wanted
+from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.parallel.rank_sync import broadcast_stop, raise_on_all_ranks
 from xditd.gpu_workers.parallel.row_partition import add_halves
-from xditd.ipc.errors import BadRequest, Cancelled, Unsupported
-from xditd.ipc.facts import TransformerFacts
-from xditd.ipc.name_lists import listed
-from xditd.ipc.requests import Generate, Sampling
+from xditd.ipc.errors import BadRequest, Cancelled
+from xditd.ipc.requests import Generate
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 OnDenoised = Callable[[torch.Tensor], None]
@@ -55,21 +51,30 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         clock.end_phase("plug")
         io = context.open_io()
         loras = context.components.variant(transformer, job.loras.get("transformer", ()))
-        loop = Loop.prepare(job, context, transformer, io, loras, vae)
+        given = Given.read(job, context, transformer, io, vae)
+        if job.out_image is not None and vae is None:
+            raise BadRequest("generate: out_image without a vae: name one among the components")
+        if vae is not None and job.out_image is None and not (given.pictures or given.controls.has_images):
+            raise BadRequest("generate: a vae without out_image or a picture would have no effect: leave it out")
+        if vae is not None and job.out_image is not None:
+            frames = (job.sampling.frames,) if latent_facts.frames else ()
+            image_shape = (
+                given.wanted.batch, vae.vae_facts.image_channels, *frames, job.sampling.height, job.sampling.width
+            )  # fmt: skip
+            io.check("out_image", job.out_image, image_shape)
+            check_output("out_image", job.out_image.dtype)
+        if vae is not None and given.pictures and context.is_leader:
+            given.latents = encode_pictures(given.pictures, vae, context)
+    if vae is not None and given.pictures:
+        given.latents = share_latents(given.latents, given.pictures, vae, context)
+    with raise_on_all_ranks():
+        loop = Loop.prepare(given, job, transformer, loras)
+        del given  # pictures and videos, which are larger than their latents
         if second is not None:
             variant = context.components.variant(second, job.loras.get("transformer_2", ()))
             loop.second = SecondStage(second.model, variant, partial(_plug_second, job, context))
         elif job.loras.get("transformer_2"):
             raise BadRequest("loras: transformer_2 has some, but the job has no such component; leave them out")
-        if (vae is None) != (job.out_image is None):
-            raise BadRequest("generate: a vae and out_image come together: without a VAE there is no image")
-        if vae is not None and job.out_image is not None:
-            frames = (job.sampling.frames,) if latent_facts.frames else ()
-            image_shape = (
-                loop.batch, vae.vae_facts.image_channels, *frames, job.sampling.height, job.sampling.width
-            )  # fmt: skip
-            io.check("out_image", job.out_image, image_shape)
-            check_output("out_image", job.out_image.dtype)
     clock.end_phase("inputs")
     finite = FiniteCheck()
     latents = loop.run(finite, progress.step, _preview_writer(job, context, io))
@@ -78,7 +83,9 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     with raise_on_all_ranks():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.match.dtype])]
         context.check_finite(finite, transformer, *into)
-    image = None if vae is None else decode_on_all_ranks(vae, latents, latent_facts.scaling)
+    image = None
+    if vae is not None and job.out_image is not None:
+        image = decode_on_all_ranks(vae, latents, latent_facts.scaling)
     with raise_on_all_ranks():
         if context.is_leader and vae is not None and job.out_image is not None:
             image = finish_decode(context, vae, latents, latent_facts.scaling, image, job.out_image)
@@ -119,66 +126,22 @@ class Loop:
     controls: GenerationControls = field(default_factory=GenerationControls)
 
     @classmethod
-    def prepare(
-        cls,
-        job: Generate,
-        context: JobContext,
-        transformer: Component,
-        io: OpenIo,
-        loras: LoraVariant,
-        vae: Component | None = None,
-    ) -> Loop:
-        """Read and check all inputs before the first step.
+    def prepare(cls, given: Given, job: Generate, transformer: Component, loras: LoraVariant) -> Loop:
+        """Start the family's run before the first step.
 
         Raises:
-            BadRequest: wrong sizes, shapes, steps, sigmas or options, or values that are not finite.
-            Unsupported: too few tokens for the group, or the family has no step cache.
+            BadRequest: wrong shapes, or values that are not finite.
+            Unsupported: too few tokens for the group.
         """
         model = transformer.model
         operations = model.operations_for("transformer")
-        facts, sampling = transformer.transformer_facts, job.sampling
-        check_variant(sampling.variant, facts)
-        check_names(job.conditioning, facts.conditioning, "conditioning")
-        if unknown := sorted(set(sampling.options) - set(facts.options)):
-            taken = f"it takes {', '.join(facts.options)}" if facts.options else "it takes none"
-            raise BadRequest(f"options: {listed(unknown)} cannot be given to {transformer.match.family.name}; {taken}")
-        if sampling.step_cache_threshold > 0.0 and not facts.has_step_cache:
-            raise Unsupported(f"step_cache: {transformer.match.family.name} has none; leave it at 0")
-        if sampling.step_cache_threshold > 0.0 and job.controls:
-            raise Unsupported("step_cache: it skips the blocks that the residuals of controls are for; leave it at 0")
-        if "transformer_2" in job.components and job.controls:
-            raise Unsupported("controls: a generation with two transformers takes none; leave them out")
-        wanted = replace(
-            to_wanted(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts),
-            stages=2 if "transformer_2" in job.components else 1,
-        )
-        operations.recipe.check(transformer.match.config, wanted)
-        shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width, wanted.frames)
-        io.check("out_latents", job.out_latents, shape)
-        check_output("out_latents", job.out_latents.dtype)
-        if job.out_denoised is not None:
-            check_output("out_denoised", job.out_denoised.dtype)
-            io.check("out_denoised", job.out_denoised, shape)
-        reader = context.reader(io)
-        conditioning = reader.read(job.conditioning).arguments
-        dtype = operations.recipe.noise_dtype(transformer.match.dtype, sampling.variant)
-        draw = None if sampling.seed is None or job.noise is not None else SeededNoise(sampling.seed)
-        controls = read_controls(transformer, vae, job.controls, wanted, sorted(conditioning), context, io, draw)
-        if job.noise is not None:
-            given = io.read("noise", job.noise, context.device)
-            check_tensor("noise", given, shape)
-            noise = given.to(dtype)
-            check_finite({"noise": noise})
-        elif draw is not None:
-            noise = draw(shape, dtype).to(context.device)
-        else:
-            raise BadRequest("generate: neither noise nor a seed; give one of them")
-        started = operations.recipe.start(model, wanted, conditioning, noise)
-        reader.finish()
-        threshold = sampling.step_cache_threshold
+        wanted = given.wanted
+        started = operations.recipe.start(model, wanted, {**given.conditioning, **given.latents}, given.noise)
+        given.reader.finish()
+        threshold = job.sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
-        options = CallOptions(sampling.variant, started.foreseen, cache)
-        return cls(model, operations, started, options, wanted.batch, wanted.steps, loras, controls=controls)
+        options = CallOptions(wanted.variant, started.foreseen, cache)
+        return cls(model, operations, started, options, wanted.batch, wanted.steps, loras, controls=given.controls)
 
     @torch.inference_mode()
     def run(
@@ -215,49 +178,6 @@ class Loop:
         if self.options.step_cache is not None:
             self.reused_steps = add_halves(self.options.step_cache.reused, self.batch)
         return started.unpacked(latents)
-
-
-def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted:
-    """Check the numbers of a generation, and fill in the family's defaults.
-
-    Raises:
-        BadRequest: names the field, its value and what is accepted.
-    """
-    check_batch("out_latents", batch)
-    check_sides(sampling.height, sampling.width, facts.latents.pixels * facts.latents.multiple)
-    facts.latents.check_frames(sampling.frames)
-    check_schedule(sampling.steps, sampling.sigmas)
-    scale = sampling.guidance_scale
-    return Wanted(
-        batch=batch,
-        height=sampling.height,
-        width=sampling.width,
-        steps=sampling.steps,
-        guidance_scale=facts.default_guidance_scale if scale is None else scale,
-        sigmas=sampling.sigmas,
-        variant=sampling.variant,
-        options=sampling.options,
-        frames=sampling.frames,
-    )
-
-
-class SeededNoise:
-    """Draws, one after the other, what a diffusers pipeline draws for ``torch.Generator("cpu").manual_seed(seed)``.
-
-    On the CPU; the same on every machine.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator("cpu").manual_seed(seed)
-
-    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        drawn = randn_tensor(shape, generator=self._generator, device=torch.device("cpu"), dtype=dtype)
-        return cast(torch.Tensor, drawn)
-
-
-def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return the first noise that a diffusers pipeline draws for a seed, unpacked."""
-    return SeededNoise(seed)(shape, dtype)
 
 
 def _get_component(job: Generate, context: JobContext, role: str) -> Component:

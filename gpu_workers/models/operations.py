@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -79,6 +79,8 @@ class Wanted:
     frames: int = 1
     stages: int = 1
     """The transformers that the client gave: 2 with one for low noise."""
+    vae_dtype: torch.dtype | None = None
+    """Of the weights of the VAE that the client gave; ``None`` without one."""
 
 
 class Operations(Protocol[ConfigT_contra]):
@@ -166,6 +168,26 @@ class Recipe(Protocol[ConfigT_contra]):
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
         """Return the dtype in which the family's own pipeline draws noise, for weights of ``dtype``."""
+
+
+@runtime_checkable
+class PictureRecipe(Protocol[ConfigT_contra]):
+    """What a :class:`Recipe` adds that takes pictures, which ``Generate`` encodes before ``start``."""
+
+    def pictures(
+        self, config: ConfigT_contra, wanted: Wanted, conditioning: Mapping[str, Any]
+    ) -> Mapping[str, torch.Tensor]:
+        """Check the pictures, and return those that the VAE encodes, (batch, channels, frames, height, width) each.
+
+        Names are those of the conditioning, or others of the family's own. ``start`` gets the float32 latents under
+        these names, in place of what the client gave.
+
+        Raises:
+            BadRequest: a wrong size or number of pictures; names it and what is accepted.
+        """
+
+    def noise_frames(self, wanted: Wanted, conditioning: Mapping[str, Any]) -> int:
+        """Return the frames of the noise: more than those of the video if latents before it are denoised, too."""
 
 
 class DenoisingRun(Protocol):

@@ -21,8 +21,16 @@ IMAGE = replace(TEXT, in_channels=36)
 """Of Wan 2.2: the first image is in the channels alone."""
 CLIP_IMAGE = replace(IMAGE, image_channels=64)
 """Of Wan 2.1, with CLIP's vision model."""
+TWO_IMAGES = replace(CLIP_IMAGE, has_image_positions=True)
+"""Of Wan 2.1 for a first and a last image."""
 TI2V = replace(TEXT, in_channels=48, out_channels=48)
-CONFIGS = {"text": TEXT, "image": IMAGE, "image with CLIP": CLIP_IMAGE, "TI2V": TI2V}
+CONFIGS = {
+    "text": TEXT,
+    "image": IMAGE,
+    "image with CLIP": CLIP_IMAGE,
+    "two images with CLIP": TWO_IMAGES,
+    "TI2V": TI2V,
+}
 
 
 def state_dict(seed: int, config: WanConfig = TEXT, *, dtype: torch.dtype = torch.float32, prefix: str = "") -> State:
@@ -58,16 +66,24 @@ def empty_reference(config: WanConfig) -> WanTransformer3DModel:
         num_layers=config.blocks,
         image_dim=config.image_channels or None,
         added_kv_proj_dim=config.hidden if config.image_channels else None,
+        pos_embed_seq_len=514 if config.has_image_positions else None,
     )
+
+
+def to_diffusers(state: State) -> State:
+    """Return the tensors of an original file by diffusers' names, by its own conversion."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    converted: State = convert_wan_transformer_to_diffusers(dict(state))
+    if (positions := converted.pop("img_emb.emb_pos", None)) is not None:  # which that conversion leaves as it is
+        converted["condition_embedder.image_embedder.pos_embed"] = positions
+    return converted
 
 
 def reference(state: State, config: WanConfig = TEXT) -> WanTransformer3DModel:
     """Build diffusers' own class from a checkpoint; each parameter has the dtype of its tensor."""
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
-    converted = convert_wan_transformer_to_diffusers(dict(state)) if config.is_original else state
     module = empty_reference(config)
-    module.load_state_dict(converted, assign=True)
+    module.load_state_dict(to_diffusers(state) if config.is_original else state, assign=True)
     return module.eval().requires_grad_(False)
 
 
@@ -89,8 +105,38 @@ def inputs(
         ),
     }
     if config.image_channels:
-        given["encoder_hidden_states_image"] = torch.randn(rows, 257, config.image_channels, generator=generator)
+        images = rows * (2 if config.has_image_positions else 1)
+        given["encoder_hidden_states_image"] = torch.randn(images, 257, config.image_channels, generator=generator)
     return given
+
+
+def _scheduler(sample: Any, shift: float) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    if sample.options.get("euler"):
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+    )
+
+
+def _sampled(pipeline: Any, sample: Any, dtype: torch.dtype, **given: Any) -> torch.Tensor:
+    is_ti2v = sample.config.out_channels == 48
+    pipeline.vae_scale_factor_spatial = 16 if is_ti2v else 8
+    pipeline.set_progress_bar_config(disable=True)
+    texts = ("prompt_embeds", "negative_prompt_embeds")
+    found: torch.Tensor = pipeline(
+        latents=sample.noise,
+        num_inference_steps=sample.steps,
+        guidance_scale=sample.scale,
+        guidance_scale_2=sample.options.get("guidance_scale_2"),
+        output_type="latent",
+        return_dict=False,
+        **{"num_frames" if name == "frames" else name: each for name, each in sample.sides.items()},
+        **{name: each.to(dtype) for name, each in sample.conditioning.items() if name in texts},
+        **given,
+    )[0]
+    return found
 
 
 @torch.no_grad()
@@ -99,18 +145,11 @@ def pipeline_latents(
 ) -> torch.Tensor:
     """Sample with diffusers' own pipeline, its defaults for what a sample's options do not say."""
     import numpy as np
-    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+    from diffusers import WanPipeline
 
     options = sample.options
     is_ti2v = sample.config.out_channels == 48
-    shift = 1.0 if sigmas is not None else options.get("shift", 5.0 if is_ti2v else 3.0)
-    scheduler: Any
-    if options.get("euler"):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    else:
-        scheduler = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
-        )
+    scheduler = _scheduler(sample, 1.0 if sigmas is not None else options.get("shift", 5.0 if is_ti2v else 3.0))
     if sigmas is not None:
         own = scheduler.set_timesteps
         given = list(sigmas) if options.get("euler") else np.array(sigmas)
@@ -125,20 +164,32 @@ def pipeline_latents(
         boundary_ratio=None if second is None else options.get("boundary_ratio", 0.875),
         expand_timesteps=is_ti2v,
     )
-    pipeline.vae_scale_factor_spatial = 16 if is_ti2v else 8
-    pipeline.set_progress_bar_config(disable=True)
-    dtype = module.dtype
-    found: torch.Tensor = pipeline(
-        latents=sample.noise,
-        num_inference_steps=sample.steps,
-        guidance_scale=sample.scale,
-        guidance_scale_2=options.get("guidance_scale_2"),
-        output_type="latent",
-        return_dict=False,
-        **{"num_frames" if name == "frames" else name: each for name, each in sample.sides.items()},
-        **{name: each.to(dtype) for name, each in sample.conditioning.items()},
-    )[0]
-    return found
+    return _sampled(pipeline, sample, module.dtype)
+
+
+@torch.no_grad()
+def image_pipeline_latents(
+    module: WanTransformer3DModel, second: WanTransformer3DModel | None, vae: Any, sample: Any
+) -> torch.Tensor:
+    """Sample with diffusers' ``WanImageToVideoPipeline``, from images in [0, 1], whose CLIP states are given."""
+    from diffusers import WanImageToVideoPipeline
+
+    conditioning = sample.conditioning
+    is_ti2v = sample.config.out_channels == 48
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=_scheduler(sample, sample.options.get("shift", 5.0 if is_ti2v else 3.0)),
+        transformer=module,
+        transformer_2=second,
+        boundary_ratio=None if second is None else sample.options.get("boundary_ratio", 0.9),
+        expand_timesteps=is_ti2v,
+    )
+    if sample.config.image_channels:
+        pipeline.encode_image = lambda *_: conditioning["image_embeds"]
+    images = {name: (conditioning[name] + 1) / 2 for name in ("image", "last_image") if name in conditioning}
+    return _sampled(pipeline, sample, module.dtype, **images)
 
 
 def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:

@@ -111,9 +111,11 @@ def reference_decode(module: Any, config: WanVaeConfig, latents: torch.Tensor) -
     return video
 
 
-def reference_encode(module: Any, config: WanVaeConfig, video: torch.Tensor) -> torch.Tensor:
-    """Encode videos to the latents of pipelines."""
+def reference_encode(module: Any, config: WanVaeConfig, video: torch.Tensor, *, is_image: bool = False) -> torch.Tensor:
+    """Encode videos to the latents of Wan's pipelines, or images of one frame to those of Qwen-Image's."""
     means, deviations = statistics(config)
     with torch.no_grad():
         mode: torch.Tensor = module.encode(video).latent_dist.mode()
-    return (mode - means) / deviations
+    if is_image:
+        return (mode - means) / deviations
+    return (mode.float() - means) * (1.0 / deviations)

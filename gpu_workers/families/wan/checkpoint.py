@@ -13,7 +13,14 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from xditd.gpu_workers.families.wan.config import HEAD_SIZE, MODULATIONS, OUT_CHANNELS, PATCH, WanConfig
+from xditd.gpu_workers.families.wan.config import (
+    HEAD_SIZE,
+    IMAGE_TOKENS,
+    MODULATIONS,
+    OUT_CHANNELS,
+    PATCH,
+    WanConfig,
+)
 from xditd.gpu_workers.models.entries import Entry, Shape, layer_entries, tensor_entry
 from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.shapes import count_blocks, vote
@@ -37,8 +44,6 @@ _OTHERS: Final = (
     ("motion_encoder.", "Wan Animate"),
     ("patch_embedding_", "SCAIL or WanDancer"),
     ("ref_conv.", "Wan Fun with a reference image"),
-    ("img_emb.emb_pos", "Wan 2.1 with a first and a last image"),
-    ("condition_embedder.image_embedder.pos_embed", "Wan 2.1 with a first and a last image"),
     ("fps_embedding.", "SkyReels with diffusion forcing"),
 )
 """Beginnings of names that only relatives have, which do more than this family runs."""
@@ -60,6 +65,8 @@ _IMAGE_LAYERS: Final = (
     ("img_emb.proj.3", "ff.net.2"),
     ("img_emb.proj.4", "norm2"),
 )
+_POSITIONS: Final = ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")
+"""Of the tokens of a first and a last image, in both namings."""
 _ATTENTIONS: Final = (("self_attn", "attn1"), ("cross_attn", "attn2"))
 _PROJECTIONS: Final = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
 
@@ -124,6 +131,7 @@ class Wan:
             image_channels=vote(self.name, "image channels", shapes, [(f"{image}.{part}", 0) for part in _PARTS])
             if has_image
             else 0,
+            has_image_positions=_POSITIONS[0 if is_original else 1] in shapes,
             is_original=is_original,
         )
 
@@ -155,7 +163,9 @@ class Wan:
 
 
 _PARTS: Final = ("weight", "bias")
-_NORM: Final = re.compile(r"norm\d?\.|(?:^|\.)(?:modulation|scale_shift_table)$|img_emb\.proj\.[04]\.")
+_NORM: Final = re.compile(
+    r"norm\d?\.|(?:^|\.)(?:modulation|scale_shift_table|emb_pos|pos_embed)$|img_emb\.proj\.[04]\."
+)
 """What LoRAs do not change, and what is spelled alike in both namings with another meaning (``norm3``)."""
 
 
@@ -177,6 +187,9 @@ def _entries(config: WanConfig, *, is_original: bool) -> Iterator[Entry]:
         for (original, target), shape in zip(_IMAGE_LAYERS, ((c,), (c, c), (h, c), (h,)), strict=True):
             full = f"condition_embedder.image_embedder.{target}"
             yield from layer_entries(original if is_original else full, shape, full)
+    if config.has_image_positions:
+        source = _POSITIONS[0 if is_original else 1]
+        yield tensor_entry(source, (1, config.images * IMAGE_TOKENS, config.image_channels), _POSITIONS[1])
     for i in range(config.blocks):
         yield from _block(f"blocks.{i}", config, is_original=is_original)
 

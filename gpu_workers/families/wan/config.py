@@ -34,6 +34,7 @@ class WanConfig:
     """The sizes of a Wan transformer: 1.3B has 30 blocks of 1536 channels, 14B 40 of 5120, TI2V 5B 30 of 3072.
 
     ``image_channels`` are those of CLIP's vision model, which Wan 2.1 reads beside the text; 0 for models that do not.
+    ``has_image_positions``: it was trained with a first and a last image, whose tokens have positions.
     ``is_original``: the names are those of the original and of ComfyUI's files, not diffusers'.
     """
 
@@ -45,6 +46,7 @@ class WanConfig:
     text_channels: int = 4096
     time_channels: int = 256
     image_channels: int = 0
+    has_image_positions: bool = False
     is_original: bool = True
 
     @property
@@ -52,9 +54,14 @@ class WanConfig:
         return self.hidden // HEAD_SIZE
 
     @property
-    def is_text_to_video(self) -> bool:
-        """Whether all that the transformer takes is noise and text."""
-        return self.in_channels == self.out_channels and not self.image_channels
+    def has_image_latents(self) -> bool:
+        """Whether channels of its input are those of a first image, beside the noise."""
+        return self.in_channels > self.out_channels
+
+    @property
+    def images(self) -> int:
+        """The images of a row that CLIP's vision model has seen."""
+        return 2 if self.has_image_positions else 1
 
     @property
     def has_time_per_token(self) -> bool:
@@ -65,6 +72,11 @@ class WanConfig:
     def default_shift(self) -> float:
         """That of the scheduler beside the released weights."""
         return 5.0 if self.has_time_per_token else 3.0
+
+    @property
+    def default_boundary(self) -> float:
+        """The time, from 0 to 1, below which the second transformer of Wan 2.2 A14B predicts."""
+        return 0.9 if self.has_image_latents else 0.875
 
     @property
     def pixels(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from xditd.gpu_workers.families.wan.config import FRAMES, IMAGE_TOKENS, WanConfig
@@ -14,6 +15,12 @@ COMFYUI: Final = "comfyui"
 PROMPT: Final = "prompt_embeds"
 NEGATIVE: Final = "negative_prompt_embeds"
 
+IMAGE: Final = "image"
+"""The first frame, in [-1, 1]: of each row, or one for all."""
+LAST_IMAGE: Final = "last_image"
+IMAGE_EMBEDS: Final = "image_embeds"
+"""The states of CLIP's vision model before its last layer: of the first image, and of the last of models for two."""
+
 SHIFT: Final = "shift"
 """Of the schedule: 3 unless given, 5 of TI2V."""
 EULER: Final = "euler"
@@ -25,9 +32,10 @@ SECOND_SCALE: Final = "guidance_scale_2"
 
 
 def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerFacts:
-    """Return the arguments of ``Call`` and ``Generate``. Defaults are those of diffusers' ``WanPipeline``."""
+    """Return the arguments of ``Call`` and ``Generate``. Defaults are those of diffusers' pipelines."""
     image = ArgumentFacts(
-        name="encoder_hidden_states_image", shape=("rows", IMAGE_TOKENS, config.image_channels), is_needed=True
+        name="encoder_hidden_states_image",
+        shape=("rows" if config.images == 1 else "images", IMAGE_TOKENS, config.image_channels),
     )
     return TransformerFacts(
         heads=config.heads,
@@ -46,6 +54,7 @@ def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerF
         conditioning=(
             ArgumentFacts(name=PROMPT, shape=("batch", "tokens", config.text_channels)),
             ArgumentFacts(name=NEGATIVE, shape=("batch", "negative_tokens", config.text_channels), is_needed=False),
+            *_pictures(config),
         ),
         latents=LatentFacts(
             channels=config.out_channels,
@@ -60,3 +69,15 @@ def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerF
         default_guidance_scale=5.0,
         default_steps=50,
     )
+
+
+def _pictures(config: WanConfig) -> Iterator[ArgumentFacts]:
+    """Yield the pictures that a generation takes."""
+    if config.has_image_latents or config.has_time_per_token:
+        needed = config.has_image_latents
+        yield ArgumentFacts(name=IMAGE, shape=("images", 3, "height", "width"), is_needed=needed)
+    if config.has_image_latents:
+        two = config.has_image_positions
+        yield ArgumentFacts(name=LAST_IMAGE, shape=("images", 3, "height", "width"), is_needed=two)
+    if config.image_channels:
+        yield ArgumentFacts(name=IMAGE_EMBEDS, shape=("image_states", IMAGE_TOKENS, config.image_channels))

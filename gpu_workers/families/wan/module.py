@@ -10,7 +10,14 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
-from xditd.gpu_workers.families.wan.config import EPSILON, HEAD_SIZE, MOST_POSITIONS, PATCH, WanConfig
+from xditd.gpu_workers.families.wan.config import (
+    EPSILON,
+    HEAD_SIZE,
+    IMAGE_TOKENS,
+    MOST_POSITIONS,
+    PATCH,
+    WanConfig,
+)
 
 _PERIOD = 10000
 
@@ -57,6 +64,7 @@ class WanModule(WanTransformer3DModel):
             eps=EPSILON,
             image_dim=config.image_channels or None,
             added_kv_proj_dim=config.hidden if config.image_channels else None,
+            pos_embed_seq_len=config.images * IMAGE_TOKENS if config.has_image_positions else None,
         )
         with torch.device("cpu"):  # tables of positions are no parameters
             self.rope = _Positions(HEAD_SIZE, PATCH, MOST_POSITIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Final, cast
 
 import torch
 
@@ -17,6 +17,8 @@ from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowR
 from xditd.gpu_workers.models.planned_operations import PlannedOperations
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import TransformerFacts
+
+_IMAGE: Final = "encoder_hidden_states_image"
 
 
 class WanOperations(PlannedOperations):
@@ -41,15 +43,24 @@ class WanOperations(PlannedOperations):
         check_batch("hidden_states", rows)
         check_texts("encoder_hidden_states", text, rows, config, model.dtype)
         check_timestep(given["timestep"], inputs.known, rows, tokens)
-        image = given.get("encoder_hidden_states_image")
         if config.image_channels:
-            name = "encoder_hidden_states_image"
-            check_tensor(name, image, (rows, IMAGE_TOKENS, config.image_channels), model.dtype)
+            shape = (rows * config.images, IMAGE_TOKENS, config.image_channels)
+            check_tensor(_IMAGE, given.get(_IMAGE), shape, model.dtype)
         check_split(model.layout, tokens)
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
         rows, channels, *sides = inputs.arguments["hidden_states"].shape
         return ((OUT_CHANNELS[channels], *sides),) * rows
+
+    def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
+        taken = super().take_rows(inputs, rows)
+        image = inputs.arguments.get(_IMAGE)
+        if image is None:
+            return taken
+        # Of models with a first and a last image, two for each row.
+        each = image.shape[0] // inputs.arguments["hidden_states"].shape[0]
+        start, stop, _ = rows.indices(inputs.arguments["hidden_states"].shape[0])
+        return Inputs({**taken.arguments, _IMAGE: image[each * start : each * stop]}, taken.known)
 
     def run(
         self,

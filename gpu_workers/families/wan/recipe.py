@@ -1,9 +1,9 @@
-"""Sampling videos with Wan as diffusers' ``WanPipeline`` does it, with the same bits.
+"""Sampling videos with Wan as diffusers' ``WanPipeline`` and ``WanImageToVideoPipeline`` do it, with the same bits.
 
 Latents are float32, unlike the weights. Of Wan 2.2 A14B, one transformer predicts at times from ``boundary_ratio`` on,
-another below. TI2V 5B takes a time for each token, the same for all of them where there is no first image.
+another below. TI2V 5B takes a time for each token, which is 0 for those of a first image.
 
-Source: diffusers, ``pipelines/wan/pipeline_wan.py``; a test compares the bits.
+Sources: diffusers, ``pipelines/wan/pipeline_wan.py`` and ``pipeline_wan_i2v.py``; tests compare the bits.
 """
 
 from __future__ import annotations
@@ -26,9 +26,17 @@ from xditd.gpu_workers.families.wan.facts import (
     SECOND_SCALE,
     SHIFT,
 )
+from xditd.gpu_workers.families.wan.pictures import (
+    Condition,
+    FirstFrame,
+    condition_of,
+    image_states,
+    of_each_row,
+    videos_of,
+)
 from xditd.gpu_workers.models.job_checks import prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest
 
 _UNIPC: Final[Mapping[str, Any]] = {
     "prediction_type": "flow_prediction",
@@ -36,8 +44,7 @@ _UNIPC: Final[Mapping[str, Any]] = {
     "num_train_timesteps": TIMESTEPS,
 }
 """The scheduler beside the weights of every release."""
-_BOUNDARY: Final = 0.875
-"""Of Wan 2.2 T2V A14B."""
+_IMAGE: Final = "encoder_hidden_states_image"
 _LIMITS: Final = {SHIFT: (0.01, 100.0), BOUNDARY: (0.0, 1.0), SECOND_SCALE: (0.0, 1000.0)}
 
 
@@ -45,11 +52,6 @@ class WanRecipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: WanConfig, wanted: Wanted) -> None:
-        if not config.is_text_to_video:
-            raise Unsupported(
-                "generate: this Wan transformer needs a first image, which Generate does not take yet; run its forward "
-                "by call, or its pipeline by accelerate"
-            )
         for name, (low, high) in _LIMITS.items():
             value = wanted.options.get(name)
             if value is not None and (isinstance(value, bool) or not low <= value <= high):
@@ -65,6 +67,14 @@ class WanRecipe:
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
         return torch.float32
 
+    def pictures(
+        self, config: WanConfig, wanted: Wanted, conditioning: Mapping[str, Any]
+    ) -> Mapping[str, torch.Tensor]:
+        return videos_of(wanted, conditioning, config)
+
+    def noise_frames(self, wanted: Wanted, conditioning: Mapping[str, Any]) -> int:
+        return wanted.frames
+
     def start(
         self, model: Model[WanConfig], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
     ) -> WanRun:
@@ -74,9 +84,14 @@ class WanRecipe:
         for name, each in texts.items():
             check_texts(name, each, wanted.batch, config, None)
         check_split(model.layout, tokens)
-        embeds = prepare(model, **texts)
+        states = image_states(config, conditioning, wanted.batch)
+        prepared = prepare(model, **texts, **states)
+        fixed: dict[str, torch.Tensor] = {}
+        if states:
+            fixed[_IMAGE] = of_each_row(prepared[-1], config.images, wanted.batch)
+        condition = condition_of(config, conditioning, noise)
         scheduler = _scheduled(config, wanted, model.device)
-        boundary = wanted.options.get(BOUNDARY, _BOUNDARY) * TIMESTEPS
+        boundary = wanted.options.get(BOUNDARY, config.default_boundary) * TIMESTEPS
         known = tuple(float(each) for each in scheduler.timesteps.tolist())
         stages = tuple(int(wanted.stages == 2 and each < boundary) for each in known)
         second = wanted.options.get(SECOND_SCALE, wanted.guidance_scale)
@@ -84,11 +99,13 @@ class WanRecipe:
             scheduler=scheduler,
             latents=noise,
             foreseen={"timestep": known},
-            embeds=embeds,
+            texts=prepared[: len(texts)],
+            fixed=fixed,
+            condition=condition,
             stages=stages,
             scales=(wanted.guidance_scale, second),
             dtype=model.dtype,
-            tokens=tokens if config.has_time_per_token else 0,
+            token_times=_token_times(condition, tokens, noise) if config.has_time_per_token else None,
         )
 
 
@@ -100,30 +117,31 @@ class WanRun:
     latents: torch.Tensor
     foreseen: Mapping[str, tuple[float, ...]]
     """The model's timestep at each step."""
-    embeds: Sequence[torch.Tensor]
-    """Of the prompts, then, with guidance, of the negative prompts."""
+    texts: Sequence[torch.Tensor]
+    """The embeddings of the prompts, then, with guidance, of the negative prompts."""
+    fixed: Mapping[str, torch.Tensor]
+    """Arguments of all forwards, the same in all steps."""
+    condition: Condition | None
+    """How steps take the latents of images."""
     stages: Sequence[int]
     """Of each step: 0 is the first transformer, 1 the second."""
     scales: tuple[float, float]
     """The guidance scale of each stage."""
     dtype: torch.dtype
     """Of the weights."""
-    tokens: int
-    """Tokens of a row, if each has a time of its own; else 0."""
+    token_times: torch.Tensor | None
+    """(tokens,): 1, or 0 of tokens at time 0, if each token has a time of its own."""
 
     def parts(self, latents: torch.Tensor, step: int) -> list[Inputs]:
         batch = latents.shape[0]
         time = self.scheduler.timesteps[step]
-        if self.tokens:
-            time = (torch.ones(self.tokens, dtype=torch.float32, device=latents.device) * time).unsqueeze(0)
-            timestep, known = time.expand(batch, -1), {}
+        if self.token_times is not None:
+            timestep, known = (self.token_times * time).unsqueeze(0).expand(batch, -1), {}
         else:
             timestep, known = time.expand(batch), {"timestep": (self.foreseen["timestep"][step],) * batch}
-        video = latents.to(self.dtype)
-        return [
-            Inputs({"hidden_states": video, "timestep": timestep, "encoder_hidden_states": each}, known)
-            for each in self.embeds
-        ]
+        video = latents if self.condition is None else self.condition.joined(latents)
+        moving = {"hidden_states": video.to(self.dtype), "timestep": timestep}
+        return [Inputs({**moving, "encoder_hidden_states": each, **self.fixed}, known) for each in self.texts]
 
     def predicted(self, rows: Sequence[RowResults], latents: torch.Tensor, step: int) -> torch.Tensor:
         """Combine the predictions, in the weights' dtype: the schedulers round by it."""
@@ -134,7 +152,13 @@ class WanRun:
         return negative + self.scales[self.stages[step]] * (positive - negative)
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
+        return latents if self.condition is None else self.condition.finished(latents)
+
+
+def _token_times(condition: Condition | None, tokens: int, noise: torch.Tensor) -> torch.Tensor:
+    if isinstance(condition, FirstFrame):
+        return condition.of_tokens
+    return torch.ones(tokens, dtype=torch.float32, device=noise.device)
 
 
 def _texts(conditioning: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:

@@ -126,9 +126,11 @@ class WanVaeOperations:
             for start, end in zip(starts, [*starts[1:], frames], strict=True)
         ]
         z = vae.quant_conv(torch.cat(moments, 2))[:, : release.channels]
-        z = z[:, :, 0] if is_image else z
+        # Pipelines of images divide in the VAE's dtype; those of videos multiply in float32.
+        z = z[:, :, 0] if is_image else z.float()
         means, deviations = _statistics(release, z)
-        return ((z - means) / deviations - scaling.shift) * scaling.factor
+        normal = (z - means) / deviations if is_image else (z - means) * (1.0 / deviations)
+        return (normal - scaling.shift) * scaling.factor
 
 
 def _empty_cache(side: torch.nn.Module) -> list[Any]:

@@ -111,4 +111,3 @@ def test_controlnets_are_components_of_their_job_and_their_tensors_are_checked()
     part = Part(arguments={}, controls=(beyond,))
     with pytest.raises(BadRequest, match=r"parts\[0\].controls\[0\].x ends at byte"):
         jobs._check_tensors(msgspec.structs.replace(call(leaf(0, in_device_io=False)), parts=(part,)))
-

@@ -55,7 +55,7 @@ def test_it_gives_what_the_loop_gives(lent: OneRank, messages: ModuleType, direc
 
 
 def test_a_seed_gives_what_its_noise_gives(lent: OneRank, messages: ModuleType) -> None:
-    from xditd.gpu_workers.jobs.generate import seeded_noise
+    from xditd.gpu_workers.jobs.generation_inputs import seeded_noise
 
     found = []
     for given in (
@@ -293,7 +293,7 @@ def test_bad_requests_name_the_value(
 def test_a_vae_and_an_image_come_together(lent: OneRank, messages: ModuleType, demo_vae: State) -> None:
     lent.lend("vae", demo_vae)
     both = {"transformer": "transformer", "vae": "vae"}
-    with pytest.raises(BadRequest, match="a vae and out_image come together"):
+    with pytest.raises(BadRequest, match="a vae without out_image or a picture would have no effect"):
         lent.run(messages.generate(lent.room(), noise=messages.noise(), components=both))
     job = messages.generate(lent.room(), noise=messages.noise(), components=both, outputs={"out_image": (1, 3, 64, 32)})
     with pytest.raises(BadRequest, match=r"out_image: the place for it is \[1, 3, 64, 32\], but the result will be"):
@@ -314,7 +314,7 @@ def test_a_vae_and_an_image_come_together(lent: OneRank, messages: ModuleType, d
 )
 @pytest.mark.usefixtures("layout")
 def test_bad_schedules_name_the_value(transformer: Any, steps: int, sigmas: tuple[float, ...], message: str) -> None:
-    from xditd.gpu_workers.jobs.generate import to_wanted
+    from xditd.gpu_workers.jobs.generation_inputs import to_wanted
 
     facts = transformer.operations.facts(transformer.config, transformer.layout)
     with pytest.raises(BadRequest, match=message):
@@ -323,7 +323,7 @@ def test_bad_schedules_name_the_value(transformer: Any, steps: int, sigmas: tupl
 
 @pytest.mark.usefixtures("layout")
 def test_what_a_client_leaves_out_is_filled_in(transformer: Any) -> None:
-    from xditd.gpu_workers.jobs.generate import to_wanted
+    from xditd.gpu_workers.jobs.generation_inputs import to_wanted
 
     facts = msgspec.structs.replace(
         transformer.operations.facts(transformer.config, transformer.layout), default_guidance_scale=4.25

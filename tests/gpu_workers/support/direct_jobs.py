@@ -14,7 +14,9 @@ import torch
 from diffusers import FluxPipeline
 
 from xditd.gpu_workers.families.flux1.config import PATCH
-from xditd.gpu_workers.jobs.generate import Loop, SecondStage, to_wanted
+from xditd.gpu_workers.jobs.generate import Loop, SecondStage
+from xditd.gpu_workers.jobs.generation_inputs import to_wanted
+from xditd.gpu_workers.jobs.pictures import pictures_of
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.controls import Control
@@ -73,13 +75,15 @@ def generate_from(
     is_foreseen: bool = True,
     loras: tuple[tuple[int, float], ...] = (),
     second: CachedModel | None = None,
+    vae: CachedModel | None = None,
     switched_on: LoraVariant | None = None,
     controls: DirectControls = DirectControls(),
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
 
-    ``switched_on`` are LoRAs that the loop switches on, with their strengths by step; ``loras`` those of all steps.
+    ``vae`` encodes pictures among the conditioning. ``switched_on`` are LoRAs that the loop switches on, with their
+    strengths by step; ``loras`` those of all steps.
 
     ``step_cache.reused`` is counted over all halves of the group afterwards. Where it ``is_foreseen``, as in jobs, the
     forwards are told of those to come, which changes no bit.
@@ -87,8 +91,11 @@ def generate_from(
     operations: Any = model.operations
     facts = operations.facts(model.config, model.layout)
     wanted = to_wanted(Sampling(variant=variant, **sampling), noise.shape[0], facts)
-    wanted = replace(wanted, stages=1 if second is None else 2)
+    wanted = replace(wanted, stages=1 if second is None else 2, vae_dtype=None if vae is None else vae.dtype)
     operations.recipe.check(model.config, wanted)
+    pictures = pictures_of(operations.recipe, model.config, wanted, conditioning)
+    if vae is not None:
+        conditioning = {**conditioning, **{name: encode(vae, each).float() for name, each in pictures.items()}}
     noise = noise.to(model.device, operations.recipe.noise_dtype(model.dtype, variant))
     started = operations.recipe.start(model, wanted, conditioning, noise)
     options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache, loras)

@@ -217,7 +217,7 @@ def test_given_sigmas_are_used_as_they_are(transformer: CachedModel, direct: Mod
 def test_seeded_noise_is_what_a_diffusers_pipeline_draws(dtype: torch.dtype) -> None:
     from diffusers import FluxPipeline
 
-    from xditd.gpu_workers.jobs.generate import seeded_noise
+    from xditd.gpu_workers.jobs.generation_inputs import seeded_noise
 
     drawer = FluxPipeline(None, None, None, None, None, None, None)
     generator = torch.Generator("cpu").manual_seed(7)

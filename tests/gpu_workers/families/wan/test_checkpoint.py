@@ -64,8 +64,6 @@ def test_full_sizes_have_the_known_counts(model: str) -> None:
 @pytest.mark.parametrize("config", list(wan_models.CONFIGS.values()), ids=list(wan_models.CONFIGS))
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_key_map_equals_diffusers_converter_for_every_element(config: WanConfig, prefix: str) -> None:
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
     generator = torch.Generator().manual_seed(0)
     # Random bits, compared as bits: every element differs from its neighbours, and nothing is rounded.
     state = {
@@ -73,7 +71,7 @@ def test_key_map_equals_diffusers_converter_for_every_element(config: WanConfig,
         for entry in Wan().entries(config, ())
     }
     found = fitted({name: TensorInfo("bfloat16", tuple(tensor.shape)) for name, tensor in state.items()})
-    expected = convert_wan_transformer_to_diffusers(dict(state))
+    expected = wan_models.to_diffusers(state)
     assert expected.keys() == found.key_map.keys()
     for target, part in found.key_map.items():
         assert torch.equal(state[part.source][part.start : part.stop], expected[target]), target
@@ -135,7 +133,6 @@ def test_lost_blocks_are_named() -> None:
     [
         ({"vace_patch_embedding.weight": (256, 96, 1, 2, 2)}, "vace_patch_embedding.weight is a tensor of Wan VACE"),
         ({"face_adapter.fuser_blocks.0.k_norm.weight": (128,)}, "a tensor of Wan Animate"),
-        ({"img_emb.emb_pos": (1, 514, 64)}, "Wan 2.1 with a first and a last image"),
         ({"ref_conv.weight": (256, 16, 2, 2)}, "Wan Fun with a reference image"),
         ({"patch_embedding.weight": (256, 52, 1, 2, 2)}, "52 channels to 16: known are 16 to 16"),
         ({"patch_embedding.weight": (256, 48, 1, 2, 2)}, "48 channels to 16"),

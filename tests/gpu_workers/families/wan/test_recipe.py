@@ -15,7 +15,7 @@ from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import Wanted
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Sampling
 
 State = dict[str, torch.Tensor]
@@ -163,13 +163,6 @@ def test_options_that_cannot_be_obeyed_are_refused(
     wanted = dataclasses.replace(Wanted(1, 48, 80, 4, 5.0, frames=9), **changes)
     with pytest.raises(BadRequest, match=says):
         model.operations.recipe.check(model.config, wanted)
-
-
-def test_a_transformer_for_a_first_image_is_refused(shared_cache: ModelCache, plug: Plugger) -> None:
-    sample = Sample(config=wan_models.IMAGE)
-    model, _ = plugged(shared_cache, plug, sample)
-    with pytest.raises(Unsupported, match="needs a first image, which Generate does not take yet"):
-        model.operations.recipe.check(model.config, Wanted(1, 48, 80, 4, 5.0, frames=9))
 
 
 def test_conditioning_that_cannot_be_obeyed_is_refused(shared_cache: ModelCache, plug: Plugger) -> None:

@@ -100,7 +100,7 @@ def test_an_image_has_the_bits_of_the_pipeline(
     assert found.abs().max() > 1  # what the class clamps
     assert torch.equal(found.clamp(-1, 1), expected)
     image = torch.rand(expected.shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    right = wan_vaes.reference_encode(vae, config, image.unsqueeze(2))[:, :, 0]
+    right = wan_vaes.reference_encode(vae, config, image.unsqueeze(2), is_image=True)[:, :, 0]
     assert torch.equal(direct_jobs.encode(model, image), right)
 
 

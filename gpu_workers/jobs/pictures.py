@@ -1,0 +1,78 @@
+"""Pictures among the conditioning of a generation: rank 0 encodes them by the job's VAE, and all ranks get the latents.
+
+A family whose recipe is a :class:`~xditd.gpu_workers.models.operations.PictureRecipe` says which they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xditd.gpu_workers.jobs.context import JobContext
+from xditd.gpu_workers.models.component import Component
+from xditd.gpu_workers.models.operations import PictureRecipe, Recipe, Wanted
+from xditd.gpu_workers.models.result_checks import FiniteCheck
+from xditd.gpu_workers.parallel.rank_sync import using_all_cores
+from xditd.ipc.errors import BadRequest
+
+Tensors = Mapping[str, torch.Tensor]
+LATENTS_DTYPE = torch.float32
+
+
+def pictures_of(recipe: Recipe[Any], config: Any, wanted: Wanted, conditioning: Mapping[str, Any]) -> Tensors:
+    """Return the pictures that are to be encoded, by name; empty for families that take none.
+
+    Raises:
+        BadRequest: the recipe refuses them, or the job has no VAE for them.
+    """
+    if not isinstance(recipe, PictureRecipe):
+        return {}
+    found: Tensors = recipe.pictures(config, wanted, conditioning)
+    if found and wanted.vae_dtype is None:
+        raise BadRequest(f"{min(found)}: the workers encode it, but the job has no vae; give vae= that model's VAE")
+    return found
+
+
+def noise_frames(recipe: Recipe[Any], wanted: Wanted, conditioning: Mapping[str, Any]) -> int:
+    """Return the frames of the noise: those of the video, and those that the recipe denoises before them."""
+    return recipe.noise_frames(wanted, conditioning) if isinstance(recipe, PictureRecipe) else wanted.frames
+
+
+def encode_pictures(pictures: Tensors, vae: Component, context: JobContext) -> dict[str, torch.Tensor]:
+    """Encode the pictures on this rank, to float32 latents.
+
+    Raises:
+        BadRequest, Unsupported: a wrong size, or a VAE without an encoder.
+        NotFinite, StaleSource: see :meth:`JobContext.check_finite`.
+    """
+    model, scaling = vae.model, vae.vae_facts.latents.scaling
+    operations = model.operations_for("vae")
+    finite = FiniteCheck()
+    found: dict[str, torch.Tensor] = {}
+    with using_all_cores(context.device):
+        for name, picture in pictures.items():
+            found[name] = operations.encode(model, picture, scaling).to(LATENTS_DTYPE)
+            finite.note(f"latents of {name}", found[name])
+    context.check_finite(finite, vae)
+    context.components.check_unchanged(vae)
+    return found
+
+
+def share_latents(latents: Tensors, pictures: Tensors, vae: Component, context: JobContext) -> dict[str, torch.Tensor]:
+    """Return rank 0's latents on all ranks. Collective: call it outside of ``raise_on_all_ranks``."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return dict(latents)
+    shared: dict[str, torch.Tensor] = {}
+    for name, picture in pictures.items():
+        shape = vae.vae_facts.latents.shape_of(tuple(picture.shape))
+        tensor = (
+            latents[name].contiguous()
+            if context.is_leader
+            else torch.empty(shape, dtype=LATENTS_DTYPE, device=context.device)
+        )
+        dist.broadcast(tensor, src=0)
+        shared[name] = tensor
+    return shared

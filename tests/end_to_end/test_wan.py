@@ -1,0 +1,158 @@
+"""Wan through a real daemon and two ranks: texts by UMT5, pictures that the workers encode, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import text_checkpoints
+import torch
+import wan_models
+import wan_vaes
+from safetensors.torch import save_file
+
+from xditd.client import BadRequest
+
+BAR = 1e-6
+SIDES = {"frames": 9, "height": 32, "width": 48}
+STEPS = {"steps": 3, "guidance_scale": 2.0}
+
+
+class Sample:
+    """What :func:`wan_models.image_pipeline_latents` samples."""
+
+    options: ClassVar[dict[str, Any]] = {}
+    scale = STEPS["guidance_scale"]
+    steps = STEPS["steps"]
+    sides = SIDES
+
+    def __init__(self, config: Any, conditioning: dict[str, torch.Tensor]) -> None:
+        self.config = config
+        self.conditioning = conditioning
+        size = (3, 32 // config.pixels, 48 // config.pixels)
+        self.noise = torch.randn(1, config.out_channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def conditioning(config: Any, *pictures: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    tokens = 512 if config.image_channels else 20
+    found = {
+        name: torch.randn(1, tokens, 48, generator=generator) for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
+    for name in pictures:
+        found[name] = torch.randint(0, 257, (1, 3, 32, 48), generator=generator) / 128 - 1
+    if config.image_channels:
+        found["image_embeds"] = torch.randn(config.images, 257, config.image_channels, generator=generator)
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("wan")
+    found = SimpleNamespace()
+    models = {
+        "text": wan_models.TEXT,
+        "image": wan_models.IMAGE,
+        "clip_image": wan_models.CLIP_IMAGE,
+        "ti2v": wan_models.TI2V,
+    }
+    for name, config in models.items():
+        save_file(wan_models.state_dict(0, config), folder / f"{name}.safetensors")
+    save_file(wan_vaes.state_dict(), folder / "vae.safetensors")
+    save_file(wan_vaes.state_dict(config=wan_vaes.SMALL_2_2), folder / "vae_2_2.safetensors")
+    text_checkpoints.write_umt5(folder / "umt5.safetensors", seed=7)
+    for path in folder.iterdir():
+        setattr(found, path.stem, path)
+    return found
+
+
+def plain_vae(config: Any) -> Any:
+    of_vae = wan_vaes.SMALL_2_2 if config.has_time_per_token else wan_vaes.SMALL
+    module = wan_vaes.reference(wan_vaes.state_dict(config=of_vae), of_vae)
+    means, deviations = (each.flatten().tolist() for each in wan_vaes.statistics(of_vae))
+    module.register_to_config(latents_mean=means, latents_std=deviations)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "pictures"),
+    [
+        ("image", wan_models.IMAGE, ("image", "last_image")),
+        ("clip_image", wan_models.CLIP_IMAGE, ("image",)),
+        ("ti2v", wan_models.TI2V, ("image",)),
+    ],
+    ids=["Wan 2.2, two images", "Wan 2.1", "TI2V"],
+)
+def test_a_picture_becomes_a_video(client, files, relative_error, name: str, config: Any, pictures: tuple[str, ...]):
+    sides = SIDES | ({"height": 32, "width": 64} if config.has_time_per_token else {})
+    sample = Sample(config, conditioning(config, *pictures))
+    if config.has_time_per_token:
+        sample.sides = sides
+        sample.noise = torch.randn(1, 48, 3, 2, 4, generator=torch.Generator().manual_seed(1))
+        sample.conditioning["image"] = torch.nn.functional.pad(sample.conditioning["image"], (0, 16))
+    vae_file: Path = files.vae_2_2 if config.has_time_per_token else files.vae
+    loan, vae = client.lend(getattr(files, name)), client.lend(vae_file)
+    job = client.generate(loan, sample.conditioning, vae=vae, noise=sample.noise, **sides, **STEPS)
+    result = job.result()
+    module = wan_models.reference(wan_models.state_dict(0, config), config)
+    expected = wan_models.image_pipeline_latents(module, None, plain_vae(config), sample)
+    assert relative_error(result.latents, expected) <= BAR
+    assert result.image.shape == (1, 3, 9, sides["height"], sides["width"])
+    assert relative_error(result.image, client.decode(vae, result.latents).clamp(-1, 1)) <= 1e-5
+
+
+def test_the_seed_draws_the_same_video_twice(client, files):
+    config = wan_models.IMAGE
+    loan, vae = client.lend(files.image), client.lend(files.vae)
+    given = conditioning(config, "image")
+    first, second = (client.generate(loan, given, vae=vae, seed=5, **SIDES, **STEPS).result() for _ in range(2))
+    assert torch.equal(first.latents, second.latents)
+    assert torch.equal(first.image, second.image)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("text", {"image": torch.zeros(1, 3, 32, 48)}, "conditioning: image is not known here; this transformer takes"),
+        ("image", {"image": None}, "conditioning: lacks image; this transformer takes"),
+        ("image", {"image": torch.zeros(1, 3, 48, 48)}, "image: 48 x 48 pixels, but the video has 32 x 48; resize it"),
+        ("image", {"last_image": torch.zeros(1, 3, 48, 48)}, "last_image: height 48, but image has height 32"),
+        ("clip_image", {"image_embeds": None}, "conditioning: lacks image_embeds"),
+        (
+            "clip_image",
+            {"prompt_embeds": torch.zeros(1, 20, 48)},
+            r"prompt_embeds: shape is \[1, 20, 48\], use \[1, 512, 48\]",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_variant_does_not_take_is_refused_by_name(client, files, name: str, changes: Any, says: str):
+    config = {"text": wan_models.TEXT, "image": wan_models.IMAGE, "clip_image": wan_models.CLIP_IMAGE}[name]
+    loan, vae = client.lend(getattr(files, name)), client.lend(files.vae)
+    given = conditioning(config, *(["image"] if config.has_image_latents else [])) | changes
+    with pytest.raises(BadRequest, match=says):
+        client.generate(loan, given, vae=vae, seed=5, **SIDES, **STEPS).result()
+
+
+def test_a_picture_without_a_vae_is_refused(client, files):
+    given = conditioning(wan_models.IMAGE, "image")
+    with pytest.raises(BadRequest, match="image: the workers encode it, but the job has no vae; give vae="):
+        client.generate(client.lend(files.image), given, seed=5, **SIDES, **STEPS).result()
+
+
+def test_the_states_of_clips_vision_model_are_those_of_the_class(client, tmp_path, relative_error):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+    module = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=2, hidden_act="gelu")).eval()
+    module.save_pretrained(tmp_path / "image_encoder")
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    loan = client.lend(tmp_path / "image_encoder")
+    found = client.call(loan, {"pixel_values": pixels, "output_hidden_states": True})
+    with torch.no_grad():
+        expected = module(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    assert expected.shape == (2, 257, 64)
+    assert relative_error(found["hidden_states"][-2], expected) <= BAR
