@@ -13,7 +13,6 @@ from xditd.gpu_workers.models.entries import Shape
 if TYPE_CHECKING:
     from xditd.gpu_workers.kernels.branches import Branch, Branches
     from xditd.gpu_workers.kernels.static_branches import StaticCounts
-    from xditd.gpu_workers.models.controls import Control
     from xditd.gpu_workers.models.forward_paths import ForwardPaths
     from xditd.gpu_workers.models.planned_path import PlannedPath
     from xditd.gpu_workers.models.step_cache import StepCache
@@ -41,8 +40,9 @@ class Inputs:
 
     arguments: Mapping[str, Any]
     known: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    controls: tuple[Control, ...] = ()
-    """ControlNets that run before the forward; the engine adds their residuals to the arguments."""
+    controls: tuple[Any, ...] = ()
+    """ControlNets that run before the forward (``models.controls.Control``), whose residuals the engine adds to the
+    arguments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ from xditd.client.comfyui.families.adapter import ControlCall, ControlSource, Ke
 from xditd.client.comfyui.families.rows import join_rows, pad_to_patch
 from xditd.client.comfyui.naming import name_of
 from xditd.client.families.flux1 import PATCH, pack
+from xditd.client.jobs.arguments import RowsOf
 from xditd.client.jobs.controls import CallControl
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class UsedControl:
         count = len(numbers[self._name("timestep")])
         arguments: dict[str, Any] = {
             "hidden_states": pack(pad_to_patch(given["x"][rows], PATCH)),
-            "controlnet_cond": pictures.keep(given["hint"], rows, keep),
+            "controlnet_cond": pictures.keep(given["hint"], rows, count, keep),
             "encoder_hidden_states": join_rows([row[self._name("text")] for row in kept]),
             "pooled_projections": join_rows([row[self._name("pooled")] for row in kept]),
             "timestep": torch.tensor(numbers[self._name("timestep")], dtype=torch.float32),
@@ -129,15 +130,16 @@ class KeptPictures:
     def __init__(self) -> None:
         self._known: list[tuple[torch.Tensor, int, slice, KeptTensor]] = []
 
-    def keep(self, hint: torch.Tensor, rows: slice, keep: Keep) -> KeptTensor:
-        """Return the packed latents of these rows, kept."""
-        for known, version, of_rows, kept in self._known:
-            if known is hint and version == hint._version and of_rows == rows:
-                return kept
-        kept = keep(pack(pad_to_patch(hint[rows], PATCH)))
-        self._known.insert(0, (hint, hint._version, rows, kept))
-        del self._known[KNOWN_PICTURES:]
-        return kept
+    def keep(self, hint: torch.Tensor, rows: slice, count: int, keep: Keep) -> KeptTensor | RowsOf:
+        """Return the packed latents of these ``count`` rows, kept; one picture is that of all."""
+        of_all = hint.shape[0] == 1
+        alike = (each for each in self._known if each[0] is hint and each[1] == hint._version and each[2] == rows)
+        found = next(alike, None)
+        if found is None:
+            found = hint, hint._version, rows, keep(pack(pad_to_patch(hint if of_all else hint[rows], PATCH)))
+            self._known.insert(0, found)
+            del self._known[KNOWN_PICTURES:]
+        return RowsOf([(found[3], count)]) if of_all and count > 1 else found[3]
 
 
 def read_controls(control: object, blocks: tuple[int, int], faults: list[str]) -> list[UsedControl]:
@@ -148,17 +150,14 @@ def read_controls(control: object, blocks: tuple[int, int], faults: list[str]) -
     if not control:
         return []
     found: dict[ControlCall, tuple[set[float], dict[str, list[int]]]] = {}
-    lists = control if isinstance(control, Mapping) else {}
-    is_known = bool(lists)
-    for kind, depth in zip(RESIDUALS, blocks, strict=True):
-        places = list(lists.get(kind) or ())[:depth]
-        if not places:
-            continue
-        is_known = is_known and len(places) == depth
-        for place in places:
-            if not isinstance(place, Residual):
-                is_known = False
-                continue
+    lists = control if isinstance(control, Mapping) else {"": [control]}
+    is_known = True
+    for kind, places in lists.items():
+        depth = blocks[list(RESIDUALS).index(kind)] if kind in RESIDUALS else 0
+        is_known = (
+            is_known and all(isinstance(each, Residual) for each in places) and not (places and kind not in RESIDUALS)
+        )
+        for place in list(places)[:depth] if is_known else ():
             for call, of_kind, number, scale in place.terms:
                 scales, numbers = found.setdefault(call, (set(), {}))
                 scales.add(scale)

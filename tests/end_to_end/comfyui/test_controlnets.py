@@ -211,5 +211,5 @@ def test_a_model_of_another_family_refuses_by_name(comfy: Any, controlnets: Any)
 
     part = {"control": controlnets["single"]}
     (found,) = place_controls({"positive": [part]}, cast(Any, SimpleNamespace()), cast(Any, None))
-    assert found == "ControlNet (comfy.ldm.flux.controlnet.ControlNetFlux) for this model"
+    assert found == "ControlNet (ControlNetFlux of controlnet) for this model"
     assert part["control"] is controlnets["single"]
