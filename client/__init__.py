@@ -47,7 +47,7 @@ from xditd.ipc.errors import (
     XditdError,
 )
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.replies import Queued, StepDone
+from xditd.ipc.replies import FramesDecoded, Queued, StepDone
 from xditd.ipc.status import DaemonStatus
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
@@ -78,6 +78,7 @@ __all__ = [
     "DaemonUnreachable",
     "DeadlineExceeded",
     "ForeignGpu",
+    "FramesDecoded",
     "GenerationJob",
     "GenerationResult",
     "Internal",

@@ -198,7 +198,7 @@ class AsyncGenerationJob:
         return await self._wait(self._job.result)
 
     def cancel(self) -> None:
-        """Stop the job at its next step, without waiting; ``result()`` then raises ``Cancelled``."""
+        """Stop the job at its next step or chunk of frames, without waiting; ``result()`` then raises ``Cancelled``."""
         self._job.cancel()
 
     async def __aenter__(self) -> AsyncGenerationJob:

@@ -17,10 +17,10 @@ from xditd.client.jobs.generation import GenerationJob, draw_seed
 from xditd.client.jobs.job_requests import (
     decode_request,
     encode_request,
-    encode_text_request,
     generate_request,
 )
 from xditd.client.jobs.runner import Runner
+from xditd.client.jobs.text_requests import encode_text_request
 from xditd.client.lifetime import Lifetime
 from xditd.client.loan_methods import LoanMethods
 from xditd.client.loans import Loan, LoanWithLoras, component_id_of
@@ -271,6 +271,7 @@ class Client(LoanMethods, DaemonMethods):
         pooled: bool = False,
         mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
         layers: Sequence[int] = (),
+        images: Mapping[str, torch.Tensor] | None = None,
         deadline_s: float | None = None,
     ) -> TextEncoding:
         """Encode token ids (batch, tokens) with a text encoder, in float32, whatever the dtype of its weights.
@@ -278,13 +279,15 @@ class Client(LoanMethods, DaemonMethods):
         The encoder's facts say how many tokens it takes. ``pooled`` adds the pooled state. Encoders with ``layers`` in
         their facts take a ``mask`` (batch, tokens), 0 for padding, which others do not mask, and ``layers``: the states
         after these, one beside the other (batch, tokens, layers * width), in place of those after the final norm.
+        Encoders with ``images`` in their facts take images in texts: the tensors of these names that the processor of
+        their class in transformers makes beside the token ids, of all texts in order.
 
         Raises:
-            BadRequest: an unknown token id, too many tokens, a mask or layers that the encoder does not take, or an
-                encoder without a pooled state.
+            BadRequest: an unknown token id, too many tokens, a mask, layers or images that the encoder does not take,
+                images that do not fit the token ids, or an encoder without a pooled state.
         """
         component = self._component(encoder, ComponentKind.TEXT_ENCODER)
-        job = encode_text_request(component, token_ids, pooled=pooled, mask=mask, layers=layers)
+        job = encode_text_request(component, token_ids, pooled=pooled, mask=mask, layers=layers, images=images)
         found = self._runner.run(job, TextEncoded, deadline_s)
         return TextEncoding(found["hidden_states"], found.get("pooled"))
 

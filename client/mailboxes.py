@@ -12,7 +12,7 @@ from typing import TypeVar
 from xditd.ipc.awake_clock import TICK_S, AwakeClock
 from xditd.ipc.errors import DeadlineExceeded, PeerError, XditdError, error_for
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import AnyEvent, AnyReply, Failed, Queued, StepDone
+from xditd.ipc.replies import AnyEvent, AnyReply, Failed, FramesDecoded, Queued, StepDone
 
 R = TypeVar("R", bound=Reply)
 
@@ -49,7 +49,7 @@ class Mailbox:
 
     def deliver(self, item: Ending) -> bool:
         """Put an event or a reply in, on the connection's thread. Returns whether the request has ended."""
-        if isinstance(item, (Queued, StepDone)):
+        if isinstance(item, AnyEvent):
             self._items.put(item)
             return False
         with self._lock:
@@ -103,6 +103,8 @@ class Mailbox:
             self._last_event = f"last event: {item.ahead} jobs ahead in the queue, {item.reason or 'waiting'}"
         elif isinstance(item, StepDone):
             self._last_event = f"last event: step {item.step} of {item.total_steps}"
+        elif isinstance(item, FramesDecoded):
+            self._last_event = f"last event: frame {item.frames} of {item.total_frames} decoded"
         return item
 
     def wait(self, reply_type: type[R], timeouts: Timeouts, on_event: Callable[[AnyEvent], None] | None = None) -> R:
@@ -113,7 +115,7 @@ class Mailbox:
         """
         while True:
             item = self.take(timeouts)
-            if isinstance(item, (Queued, StepDone)):
+            if isinstance(item, AnyEvent):
                 if on_event is not None:
                     on_event(item)
                 continue

@@ -147,13 +147,15 @@ class VaeFacts(Described, frozen=True, kw_only=True):
 class TextEncoderFacts(Described, frozen=True, kw_only=True):
     """Facts of a text encoder: the width of its states, its most tokens, and whether it has a pooled state.
 
-    ``layers``: how many it has, if it takes masks and gives the states of layers; else 0.
+    ``layers``: how many it has, if it takes masks and gives the states of layers; else 0. ``images``: the arguments of
+    images in texts, as the processor of its class names them; none if it takes texts alone.
     """
 
     width: Count
     max_tokens: Count
     has_pooled: bool
     layers: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_LAYER)] = 0
+    images: Annotated[tuple[ArgumentFacts, ...], msgspec.Meta(max_length=limits.MAX_IMAGE_ARGUMENTS)] = ()
 
 
 class ControlNetFacts(Described, frozen=True, kw_only=True):

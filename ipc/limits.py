@@ -56,6 +56,9 @@ MAX_LAYER: Final = 1_024
 MAX_TEXT_TOKENS: Final = 4_096
 """Tokens of one text: a text encoder's attention may store a number for every pair of tokens in every head."""
 
+MAX_IMAGE_ARGUMENTS: Final = 8
+"""Tensors that describe the images of texts, of all images together."""
+
 MAX_PARTS: Final = 64
 """Forwards in one call."""
 

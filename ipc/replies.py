@@ -174,7 +174,15 @@ class StepDone(Reply, tag="step_done", frozen=True, kw_only=True):
     elapsed_s: Seconds
 
 
-AnyEvent = Queued | StepDone
+class FramesDecoded(Reply, tag="frames_decoded", frozen=True, kw_only=True):
+    """Event: the first ``frames`` of the ``total_frames`` of a video are decoded, after all steps."""
+
+    frames: Count
+    total_frames: Count
+    elapsed_s: Seconds
+
+
+AnyEvent = Queued | StepDone | FramesDecoded
 
 AnyReply = (
     Welcome
@@ -198,4 +206,5 @@ AnyReply = (
     | Failed
     | Queued
     | StepDone
+    | FramesDecoded
 )

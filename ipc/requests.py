@@ -312,7 +312,7 @@ class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):
     ``out`` is the last layer after the final norm; with ``layers`` the states after each of these layers (0: the
     embeddings), one beside the other, (batch, tokens, layers * width). ``out_pooled`` (batch, width), for encoders that
     have one, is its state at the first end-of-text token, not projected. ``mask`` (batch, tokens), int64, is 0 for
-    padding. The client tokenizes.
+    padding. ``images`` are those of the encoder's facts, of all texts of the batch in order. The client tokenizes.
     """
 
     encoder_id: ComponentId
@@ -322,6 +322,9 @@ class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):
     token_ids: IoTensor
     mask: IoTensor | None = None
     layers: Annotated[tuple[Layer, ...], msgspec.Meta(max_length=limits.MAX_TEXT_LAYERS)] = ()
+    images: Annotated[dict[Name, IoTensor], msgspec.Meta(max_length=limits.MAX_IMAGE_ARGUMENTS)] = msgspec.field(
+        default_factory=dict
+    )
     out: IoTensor
     out_pooled: IoTensor | None = None
 

@@ -92,14 +92,18 @@ class DigestIo(Command, tag="digest_io", frozen=True, kw_only=True):
 
 
 class Run(Command, tag="run", frozen=True, kw_only=True):
-    """Run a job. Answered by ``Done``; ``StepReached`` comes from rank 0 after every step of ``Generate``."""
+    """Run a job. Answered by ``Done``; ``StepReached`` comes from rank 0 after every step of ``Generate``, and
+    ``FramesReached`` after every chunk of a video that is decoded."""
 
     job: InferenceRequest
     exporter: ProcessIdentity
 
 
 class CancelRun(Command, tag="cancel_run", frozen=True, kw_only=True):
-    """Stop the running job ``target_op_number`` at its next step; ignored if it does not run. Not answered."""
+    """Stop the running job ``target_op_number`` at its next step or chunk of frames, unless it has ended.
+
+    Not answered.
+    """
 
     target_op_number: Count
 
@@ -204,6 +208,14 @@ class StepReached(Answer, tag="step_reached", frozen=True, kw_only=True):
     elapsed_s: Seconds
 
 
+class FramesReached(Answer, tag="frames_reached", frozen=True, kw_only=True):
+    """Progress of a decode of a video: its first ``frames`` are done."""
+
+    frames: Count
+    total_frames: Count
+    elapsed_s: Seconds
+
+
 class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Counters of one rank since its start, and new fast path checks, sent with answers."""
 
@@ -227,5 +239,14 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 AnyReport = (
-    RankReady | FilesDigested | Prepared | Plugged | ComponentCopied | IoDigested | Done | RankFailed | StepReached
+    RankReady
+    | FilesDigested
+    | Prepared
+    | Plugged
+    | ComponentCopied
+    | IoDigested
+    | Done
+    | RankFailed
+    | StepReached
+    | FramesReached
 )

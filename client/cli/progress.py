@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.results import GenerationResult
-from xditd.ipc.replies import Queued
+from xditd.ipc.replies import FramesDecoded, Queued
 
 
 class _Stderr:
@@ -38,12 +39,18 @@ def bar(total: int, text: str, is_quiet: bool = False, shows_eta: bool = True) -
 
 
 def watch(job: GenerationJob, text: str, is_quiet: bool = False) -> GenerationResult:
-    """Show why a generation waits and then its steps, until its end. An error here cancels the job."""
-    with job, bar(job.total_steps, text, is_quiet) as steps:
+    """Show why a generation waits, its steps and the frames of a video, until its end. An error cancels the job."""
+    with job, ExitStack() as bars:
+        steps = bars.enter_context(bar(job.total_steps, text, is_quiet))
+        frames: Any = None
         for event in job.events():
             if isinstance(event, Queued):
                 behind = f", {event.ahead} ahead" if event.ahead else ""
                 steps.set_description_str(f"{text}: waiting{behind} ({event.reason})")
+            elif isinstance(event, FramesDecoded):
+                if frames is None:
+                    frames = bars.enter_context(bar(event.total_frames, "decoding", is_quiet))
+                frames.update(event.frames - frames.n)
             else:
                 steps.set_description_str(text, refresh=False)
                 steps.update(event.step - steps.n)

@@ -287,8 +287,8 @@ def config_of(shapes: Mapping[str, torch.Tensor], label: str) -> tuple[Any, Adap
     config = comfy.model_detection.model_config_from_unet(shapes, "")
     family = adapter_of_config(config)
     if family is None:
-        refuse_known(shapes, label)
         found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__
+        refuse_known(shapes, label if config is None else f"{label} ({found})")
         raise Unsupported(f"{label}: {found}; XDiT runs {titles()}")
     family.check_config(config, label)
     return config, family

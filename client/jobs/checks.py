@@ -68,7 +68,7 @@ def check_conditioning(given: Mapping[str, Any], listed_facts: Sequence[Argument
         for number, each in enumerate(value):
             _check_sides(f"{facts.name}[{number}]", each, facts, {})
         if not facts.is_shared:
-            _check_same_size("batch", len(value), facts.name, sizes)
+            check_same_size("batch", len(value), facts.name, sizes)
     batch = sizes["batch"][0] if "batch" in sizes else 1
     if batch > limits.MAX_BATCH:
         name = sizes["batch"][1]
@@ -90,12 +90,12 @@ def _check_sides(name: str, tensor: torch.Tensor, facts: ArgumentFacts, sizes: d
     check_tensor(name, tensor, axes_text(facts), len(facts.shape))
     for expected, found in zip(facts.shape, tensor.shape, strict=True):
         if isinstance(expected, str):
-            _check_same_size(expected, found, name, sizes)
+            check_same_size(expected, found, name, sizes)
         elif found != expected:
             raise BadRequest(f"{name}: shape {shape_text(tensor)} instead of {axes_text(facts)}")
 
 
-def _check_same_size(side: str, found: int, name: str, sizes: dict[str, tuple[int, str]]) -> None:
+def check_same_size(side: str, found: int, name: str, sizes: dict[str, tuple[int, str]]) -> None:
     """Refuse a size that differs from that of the same dimension in another argument."""
     expected, where = sizes.setdefault(side, (found, name))
     if found != expected:
@@ -237,69 +237,6 @@ def check_image(image: torch.Tensor, facts: VaeFacts) -> None:
     for name, side in (("height", height), ("width", width)):
         if side % pixels or side > limits.MAX_SIDE_PIXELS:
             raise BadRequest(f"image: {name} {side} is not a multiple of {pixels} up to {limits.MAX_SIDE_PIXELS}")
-
-
-def check_token_ids(token_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
-    """Convert token ids to (batch, tokens), int64. The workers check that the encoder has such ids.
-
-    Raises:
-        BadRequest: rows of different lengths, another shape, or numbers that are not integers.
-    """
-    import torch
-
-    if not isinstance(token_ids, torch.Tensor):
-        lengths = {len(row) if isinstance(row, Sequence) else -1 for row in token_ids}
-        if len(lengths) > 1:
-            raise BadRequest(f"token_ids: rows of {listed(sorted(lengths))} tokens; pad them to one length")
-        try:
-            token_ids = torch.tensor(token_ids)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise BadRequest("token_ids: rows of whole numbers are needed, such as [[49406, 320, 49407]]") from None
-    if token_ids.dtype not in (torch.int64, torch.int32):
-        found = str(token_ids.dtype).removeprefix("torch.")
-        raise BadRequest(f"token_ids: dtype {found} cannot be used; give whole numbers, int64 or int32")
-    if token_ids.ndim != 2 or 0 in token_ids.shape:
-        raise BadRequest(f"token_ids: shape {tuple(token_ids.shape)} instead of (batch, tokens), both at least 1")
-    batch, tokens = token_ids.shape
-    if batch > limits.MAX_BATCH or tokens > limits.MAX_TEXT_TOKENS:
-        raise BadRequest(
-            f"token_ids: shape {(batch, tokens)}, at most {(limits.MAX_BATCH, limits.MAX_TEXT_TOKENS)}; split it"
-        )
-    return token_ids.to(torch.int64)
-
-
-def check_mask(mask: torch.Tensor | Sequence[Sequence[int]], token_ids: torch.Tensor) -> torch.Tensor:
-    """Convert a mask of padding to the shape, device and dtype of ``token_ids``: 1 for tokens, 0 for padding.
-
-    Raises:
-        BadRequest: another shape, or other values.
-    """
-    import torch
-
-    try:
-        found = mask if isinstance(mask, torch.Tensor) else torch.tensor(mask)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise BadRequest("mask: rows of 0 and 1 are needed, as many as token_ids") from None
-    if found.shape != token_ids.shape:
-        raise BadRequest(f"mask: shape {tuple(found.shape)}, but token_ids have {tuple(token_ids.shape)}")
-    if not ((found == 0) | (found == 1)).all():
-        raise BadRequest("mask: use 1 for tokens and 0 for padding")
-    return found.to(token_ids.device, torch.int64)
-
-
-def check_layers(layers: Sequence[int]) -> tuple[int, ...]:
-    """Check numbers of layers; the workers know how many there are.
-
-    Raises:
-        BadRequest: no sequence of whole numbers from 0, or too many.
-    """
-    if not isinstance(layers, Sequence) or isinstance(layers, str) or len(layers) > limits.MAX_TEXT_LAYERS:
-        raise BadRequest(
-            f"layers: {layers!r} is not a sequence of up to {limits.MAX_TEXT_LAYERS} numbers, such as (9, 18, 27)"
-        )
-    for number, each in enumerate(layers):
-        check_whole(f"layers[{number}]", each, 0, limits.MAX_LAYER)
-    return tuple(layers)
 
 
 def floats_of(name: str, values: Sequence[float] | torch.Tensor) -> tuple[float, ...]:

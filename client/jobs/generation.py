@@ -13,7 +13,7 @@ from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import expect
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest, Cancelled
-from xditd.ipc.replies import AnyEvent, AnyReply, Generated, Queued, StepDone
+from xditd.ipc.replies import AnyEvent, AnyReply, Generated, StepDone
 
 if TYPE_CHECKING:
     import torch
@@ -65,13 +65,16 @@ class GenerationJob:
                 yield event
 
     def events(self) -> Iterator[AnyEvent]:
-        """Iterate over all events: ``Queued`` while other jobs run or workers start, then ``StepDone``."""
+        """Iterate over all events: ``Queued`` while other jobs run or workers start, then ``StepDone``.
+
+        With a VAE, ``FramesDecoded`` after each chunk of a video follow the steps.
+        """
         if self._reply is not None:
             return
         try:
             while True:
                 item = self._next()
-                if isinstance(item, (Queued, StepDone)):
+                if isinstance(item, AnyEvent):
                     yield item
                 else:
                     self._set_reply(item)
@@ -110,7 +113,10 @@ class GenerationJob:
         return self._read_denoised()
 
     def cancel(self) -> None:
-        """Stop the job at its next step, without waiting; ``result()`` then raises ``Cancelled``. For any thread."""
+        """Stop the job at its next step or chunk of frames, without waiting; ``result()`` then raises ``Cancelled``.
+
+        For any thread.
+        """
         self._pending.cancel()
 
     def __enter__(self) -> GenerationJob:

@@ -21,7 +21,6 @@ from xditd.ipc.requests import (
     Call,
     Decode,
     Encode,
-    EncodeText,
     Generate,
     InferenceRequest,
     LoraUses,
@@ -382,44 +381,3 @@ def _has_channels_last(image: torch.Tensor) -> bool:
     """
     _, channels, _, width = image.shape
     return image.stride(1) == 1 and image.stride(3) >= channels > 1 and image.stride(2) >= image.stride(3) * width
-
-
-def encode_text_request(
-    encoder: Component,
-    token_ids: torch.Tensor | Sequence[Sequence[int]],
-    *,
-    pooled: bool,
-    mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
-    layers: Sequence[int] = (),
-) -> JobRequest:
-    """Build the request to encode text to ``hidden_states`` and, if requested, ``pooled``."""
-    import torch
-
-    facts = encoder.text_encoder
-    ids = checks.check_token_ids(token_ids)
-    places = IoPlaces()
-    ids_at = places.add_input(ids)
-    inputs = [(ids_at, ids)]
-    if mask is not None:
-        mask = checks.check_mask(mask, ids)
-        inputs.append((places.add_input(mask), mask))
-    layers = checks.check_layers(layers)
-    shape = (*ids.shape, facts.width * max(1, len(layers)))
-    outputs = {"hidden_states": places.add_output(torch.float32, shape)}
-    if pooled:
-        outputs["pooled"] = places.add_output(torch.float32, (ids.shape[0], facts.width))
-
-    def write(request_id: str, io: HostShmBlock) -> EncodeText:
-        return EncodeText(
-            request_id=request_id,
-            encoder_id=encoder.component_id,
-            loras=encoder.loras,
-            io=io,
-            token_ids=ids_at,
-            mask=None if mask is None else inputs[1][0],
-            layers=layers,
-            out=outputs["hidden_states"],
-            out_pooled=outputs.get("pooled"),
-        )
-
-    return JobRequest(places, inputs, outputs, ids.device, write)

@@ -26,7 +26,7 @@ from xditd.daemon.sockets.credentials import Credentials
 from xditd.daemon.sockets.routers import ReplySender, Router
 from xditd.daemon.sockets.sessions import Session, Sessions
 from xditd.ipc.errors import DaemonStopping, LeaseLost, WorkersUnavailable, XditdError
-from xditd.ipc.worker_messages import Answer, Command, FilesDigested, StepReached
+from xditd.ipc.worker_messages import Answer, Command, FilesDigested, FramesReached, StepReached
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +194,9 @@ class Service:
 
     def step_reached(self, step: StepReached) -> None:
         self.scheduler.step_reached(step)
+
+    def frames_reached(self, reached: FramesReached) -> None:
+        self.scheduler.frames_reached(reached)
 
     def files_digested(self, report: FilesDigested) -> None:
         self.lending.leases.note_digests(report.component_id, report.digests)

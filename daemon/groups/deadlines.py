@@ -15,7 +15,7 @@ from xditd.ipc.arguments import Argument
 from xditd.ipc.awake_clock import AwakeClock
 from xditd.ipc.requests import Call, Generate, InferenceRequest
 from xditd.ipc.tensors import IoTensor
-from xditd.ipc.worker_messages import AnyCommand, Plug, Prepare, Run, StepReached, Unmap
+from xditd.ipc.worker_messages import AnyCommand, FramesReached, Plug, Prepare, Run, StepReached, Unmap
 
 FACTOR: Final = 20
 """A step may take this many times the median. Another program on the GPU may slow it down by a small factor."""
@@ -25,11 +25,16 @@ _KEPT_KINDS: Final = 256
 
 
 class Phase(Enum):
-    """Parts of a job, measured separately. A job without steps has only ``END``."""
+    """Parts of a job, measured separately. A job without steps has only ``END``.
+
+    ``END`` ends with the first chunk of a video, if one is decoded; then come ``FRAMES``, and ``LAST`` after them.
+    """
 
     FIRST_STEP = "first_step"
     STEP = "step"
     END = "end"
+    FRAMES = "frames"
+    LAST = "last"
 
 
 class LearnedDurations:
@@ -104,6 +109,11 @@ class LearnedDurations:
             # The step cache skips most steps, but may compute any in full, like the first one.
             deadline_s = self._clamp(statistics.median(self._samples[self._job, Phase.FIRST_STEP]))
         return deadline_s
+
+    def frames(self, frames: int, total_frames: int) -> float:
+        """Note that frames of a video are decoded; returns the seconds until the next report is overdue."""
+        self._end_phase()
+        return self._start_phase(Phase.LAST if frames >= total_frames else Phase.FRAMES)
 
     def end(self) -> None:
         """Note that every rank has done the command."""
@@ -180,12 +190,17 @@ class CommandDeadline:
         self._deadline.extend(self._durations.begin(command))
 
     def step_reached(self, step: StepReached) -> None:
-        deadline_s = self._durations.step(step.step, step.total_steps)
+        self._extend(self._durations.step(step.step, step.total_steps))
+
+    def frames_reached(self, reached: FramesReached) -> None:
+        self._extend(self._durations.frames(reached.frames, reached.total_frames))
+
+    def _extend(self, deadline_s: float) -> None:
         if not self._is_cancelled:
             self._deadline.extend(deadline_s)
 
     def cancelled(self) -> None:
-        """The job was cancelled: further steps do not extend its deadline."""
+        """The job was cancelled: further steps and frames do not extend its deadline."""
         self._is_cancelled = True
 
     def answered(self, *, is_done: bool) -> None:

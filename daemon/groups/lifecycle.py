@@ -7,7 +7,7 @@ from typing import Final, Protocol
 
 from xditd.ipc.errors import WorkersUnavailable, XditdError
 from xditd.ipc.status import GroupState
-from xditd.ipc.worker_messages import Answer, Command, FilesDigested, StepReached
+from xditd.ipc.worker_messages import Answer, Command, FilesDigested, FramesReached, StepReached
 
 GROUP_NEXT: Final[Mapping[GroupState, Set[GroupState]]] = {
     GroupState.STARTING: {GroupState.READY, GroupState.DEAD},
@@ -66,6 +66,9 @@ class GroupListener(Protocol):
 
     def step_reached(self, step: StepReached) -> None:
         """The running job has finished a step."""
+
+    def frames_reached(self, reached: FramesReached) -> None:
+        """The running job has decoded frames of a video."""
 
     def files_digested(self, report: FilesDigested) -> None:
         """A rank has digested files of a component."""

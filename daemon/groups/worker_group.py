@@ -25,6 +25,7 @@ from xditd.ipc.worker_messages import (
     Answer,
     CancelRun,
     FilesDigested,
+    FramesReached,
     RankFailed,
     RankReady,
     Report,
@@ -205,6 +206,10 @@ class WorkerGroup:
             ranks.check_in_flight(report)
             self._deadline.step_reached(report)
             self.listener.step_reached(report)
+        elif isinstance(report, FramesReached):
+            ranks.check_in_flight(report)
+            self._deadline.frames_reached(report)
+            self.listener.frames_reached(report)
         elif isinstance(report, RankFailed) and report.is_fatal:
             self.end(error_for(report.code, f"rank {report.rank}: {report.detail}"))
         else:

@@ -34,10 +34,10 @@ from xditd.ipc.errors import (
 )
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import Reply, TimingsMs
-from xditd.ipc.replies import Queued, StepDone
+from xditd.ipc.replies import FramesDecoded, Queued, StepDone
 from xditd.ipc.requests import InferenceRequest, Lend
 from xditd.ipc.status import GroupState, JobState
-from xditd.ipc.worker_messages import Command, ForgetClient, StepReached, Unmap
+from xditd.ipc.worker_messages import Command, ForgetClient, FramesReached, StepReached, Unmap
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,17 @@ class Scheduler:
                 step=step.step,
                 total_steps=step.total_steps,
                 elapsed_s=step.elapsed_s,
+            )
+            self._replies.reply(job.session, event)
+
+    def frames_reached(self, reached: FramesReached) -> None:
+        job = self.running
+        if job is not None:
+            event = FramesDecoded(
+                request_id=job.request.request_id,
+                frames=reached.frames,
+                total_frames=reached.total_frames,
+                elapsed_s=reached.elapsed_s,
             )
             self._replies.reply(job.session, event)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.finished import Finished
+from xditd.gpu_workers.jobs.reading import check_names
+from xditd.gpu_workers.models.finite import check_finite
+from xditd.gpu_workers.models.job_checks import check_shape
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc import limits
@@ -35,6 +39,8 @@ def run(job: EncodeText, context: JobContext) -> Finished:
         check_token_ids(token_ids, name, facts.max_tokens, operations.vocabulary(match.config))
         mask = None if job.mask is None else io.read("mask", job.mask)
         check_layers(job, mask, token_ids, name, facts)
+        images = {each: io.read(f"images.{each}", place) for each, place in job.images.items()}
+        check_images(images, name, facts)
         io.check("out", job.out, (*token_ids.shape, facts.width * max(1, len(job.layers))))
         if job.out_pooled is not None:
             if not facts.has_pooled:
@@ -45,6 +51,7 @@ def run(job: EncodeText, context: JobContext) -> Finished:
             clock.end_phase("inputs")
             with using_all_cores(context.device), loras.switched_on():
                 more: dict[str, Any] = {"mask": mask, "layers": job.layers} if facts.layers else {}
+                more |= {"images": images} if images else {}
                 hidden, pooled = operations.encode(encoder.model, token_ids, pooled=job.out_pooled is not None, **more)
             finite = FiniteCheck()
             finite.note("hidden states", hidden)  # the pooled state is one of them
@@ -87,6 +94,24 @@ def check_layers(
     empty = (mask.sum(1) == 0).nonzero()
     if empty.numel():
         raise BadRequest(f"mask[{int(empty[0])}]: no token is left; give 1 for the tokens of the text")
+
+
+def check_images(images: Mapping[str, torch.Tensor], name: str, facts: TextEncoderFacts) -> None:
+    """Check names, ranks and values of the arguments of images; the encoder's family checks the rest.
+
+    Raises:
+        BadRequest: it takes none, or one of them is unknown, missing, of another shape or not finite; names it.
+    """
+    if not images:
+        return
+    if not facts.images:
+        raise BadRequest(f"images: {name} takes texts alone; leave them out, or lend it with its vision tower")
+    check_names(images, facts.images, "images")
+    for each in facts.images:
+        if each.name in images:
+            shape = [side if isinstance(side, int) else None for side in each.shape]
+            check_shape(f"images.{each.name}", images[each.name], shape)
+    check_finite({f"images.{each}": value for each, value in images.items() if value.is_floating_point()})
 
 
 def check_token_ids(token_ids: torch.Tensor, name: str, max_tokens: int, vocabulary: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,12 @@ import torch
 
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
 from xditd.gpu_workers.jobs.controls import GenerationControls
-from xditd.gpu_workers.jobs.decode import decode_on_all_ranks, finish_decode
+from xditd.gpu_workers.jobs.decode import Decoding, decode_into
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.generation_inputs import Given
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.pictures import encode_pictures, share_latents
+from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.component import Component
@@ -26,9 +26,9 @@ from xditd.gpu_workers.models.lora_variants import LoraVariant
 from xditd.gpu_workers.models.operations import CallOptions, DenoisingRun, TransformerOperations
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.step_cache import StepCache
-from xditd.gpu_workers.parallel.rank_sync import broadcast_stop, raise_on_all_ranks
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.gpu_workers.parallel.row_partition import add_halves
-from xditd.ipc.errors import BadRequest, Cancelled
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Generate
 from xditd.ipc.transports.tensor_views import torch_dtype
 
@@ -83,14 +83,11 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     with raise_on_all_ranks():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.match.dtype])]
         context.check_finite(finite, transformer, *into)
-    image = None
     if vae is not None and job.out_image is not None:
-        image = decode_on_all_ranks(vae, latents, latent_facts.scaling)
+        decoding = Decoding(vae, latents, latent_facts.scaling, io, job.out_image, is_clamped=True)
+        decode_into(context, progress, decoding)
+        clock.end_phase("decode")
     with raise_on_all_ranks():
-        if context.is_leader and vae is not None and job.out_image is not None:
-            image = finish_decode(context, vae, latents, latent_facts.scaling, image, job.out_image)
-            io.write("out_image", job.out_image, image.clamp(-1.0, 1.0))
-            clock.end_phase("decode")
         if context.is_leader:
             context.components.check_unchanged(transformer, job.loras.get("transformer", ()))
             if second is not None:
@@ -215,44 +212,3 @@ def _preview_writer(job: Generate, context: JobContext, io: OpenIo) -> OnDenoise
     if where is None:
         return None
     return lambda denoised: io.write("out_denoised", where, denoised) if context.is_leader else None
-
-
-class Progress:
-    """Progress and cancellation of a job: all ranks stop at the same step.
-
-    ``is_cancelled`` and ``report_step`` are called on rank 0 alone.
-    """
-
-    def __init__(
-        self,
-        is_leader: bool,
-        device: torch.device,
-        is_cancelled: Callable[[], bool],
-        report_step: Callable[[int, int, float], None],
-    ) -> None:
-        self._is_leader = is_leader
-        self._is_cancelled = is_cancelled
-        self._report_step = report_step
-        self._events = [torch.cuda.Event(blocking=True) for _ in range(2)] if device.type == "cuda" else []
-        self._started = time.perf_counter()
-        self.first_step_ms = 0.0
-
-    def step(self, done: int, total: int) -> None:
-        """Call after each step was launched.
-
-        Raises:
-            Cancelled: on every rank at the same step.
-        """
-        if self._events:
-            # Wait for the previous step: the host runs at most one step ahead, so that progress and cancellation
-            # follow the GPU, and the GPU never waits for the host.
-            self._events[done % 2].record()
-            if done > 1:
-                self._events[(done - 1) % 2].synchronize()
-        elapsed_s = time.perf_counter() - self._started
-        if done == 1:
-            self.first_step_ms = elapsed_s * 1e3
-        if self._is_leader:
-            self._report_step(done, total, elapsed_s)
-        if broadcast_stop(self._is_leader and self._is_cancelled()):
-            raise Cancelled(f"cancelled after step {done} of {total}")

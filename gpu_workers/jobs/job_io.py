@@ -141,6 +141,14 @@ class OpenIo:
         # (aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries).
         view.copy_(value.to(view.dtype) if value.is_cuda else value, non_blocking=not waits)
 
+    def write_part(self, described: IoTensor, dimension: int, start: int, part: torch.Tensor) -> None:
+        """Begin to copy a part of a result, from ``start`` along a dimension, into a place that was checked.
+
+        The copy from a GPU is in the order of its stream, for which the caller has to wait.
+        """
+        view = self._view("", described).narrow(dimension, start, part.shape[dimension])
+        view.copy_(part.to(view.dtype) if part.is_cuda else part, non_blocking=True)
+
     def check(self, name: str, described: IoTensor, shape: tuple[int, ...]) -> None:
         """Check the place of an output before the job runs.
 

@@ -10,10 +10,10 @@ import torch
 from xditd.gpu_workers.jobs import call, call_module, decode, encode, encode_text, generate, read_tensors
 from xditd.gpu_workers.jobs.context import JobContext
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.jobs.generate import Progress
 from xditd.gpu_workers.jobs.held import HeldTensors
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.kept import KeptTensors
+from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.parallel.client_blocks import ClientBlocks
 from xditd.ipc.processes import ProcessIdentity
@@ -55,7 +55,7 @@ class JobRunner:
         Raises:
             RequestError: on every rank, before any step.
             OtherRankFailed, OutOfMemory, PeerError: inputs could not be read; on every rank.
-            Cancelled: on every rank at the same step.
+            Cancelled: on every rank at the same step or chunk of frames.
             NotFinite: a result is not finite; on rank 0 or on every rank, after the last collective.
         """
         started = time.perf_counter()
@@ -79,7 +79,7 @@ class JobRunner:
         elif isinstance(job, Generate):
             finished = generate.run(job, context, progress)
         elif isinstance(job, Decode):
-            finished = decode.run(job, context)
+            finished = decode.run(job, context, progress)
         elif isinstance(job, Encode):
             finished = encode.run(job, context)
         else:

@@ -170,9 +170,18 @@ class ForwardPaths:
         if _bytes_of(arguments) > MAX_INPUT_BYTES:
             return eager(arguments)
         self._note_known(key, on_all_ranks=on_all_ranks)
-        shapes = ", ".join(f"{list(each.shape)}" for each in tensors_of(arguments))
+        shapes = _shapes_of(arguments)
         case.shapes = f"{note}: {shapes}" if note else shapes
         return self._run_to_decide(case, arguments, eager, bare, trial or bare)
+
+    def note_eager(self, arguments: Mapping[str, Any], why: str) -> None:
+        """Report once, for the status, that all ranks run forwards with such arguments eagerly, and why."""
+        assert self._current is not None
+        key = CaseKey.of(why, None, arguments, 0)
+        case = self._find((self._current, key, True, self._layout_of(arguments)))
+        if not case.is_decided:
+            case.is_decided, case.shapes = True, _shapes_of(arguments)
+            self._report(case, Choice(why), 0.0)
 
     def forget(self, layout: int) -> None:
         """Free the graphs of forwards with LoRAs of a layout, by its serial: the memory of their factors goes."""
@@ -325,6 +334,10 @@ class ForwardPaths:
             found.class_name, found.split, found.path, choice.error, took_s, found.memory_bytes / 2**20, found.shapes,
             found.detail,
         )  # fmt: skip
+
+
+def _shapes_of(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{list(each.shape)}" for each in tensors_of(arguments))
 
 
 def _bytes_of(arguments: Mapping[str, Any]) -> int:

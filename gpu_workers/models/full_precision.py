@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 
-def compute_in_float32(layers: Iterable[torch.nn.Module], embeddings: torch.nn.Module) -> None:
+def compute_in_float32(layers: Iterable[torch.nn.Module], embeddings: torch.nn.Module | None) -> None:
     """Make ``layers`` compute in float32, and every ``Embedding`` in ``embeddings`` return float32.
 
     For inference in one thread. With float32 weights nothing is copied and nothing changes.
     """
-    for module in embeddings.modules():
+    for module in embeddings.modules() if embeddings is not None else ():
         if isinstance(module, torch.nn.Embedding):
             module.register_forward_hook(_return_float32)
     for layer in layers:
@@ -52,9 +52,14 @@ class _WideParameters:
 
 def decode_in_float32(model: Any) -> None:
     """Let a decoder of transformers, built on the meta device, compute its layers and rotary frequencies in float32."""
+    keep_frequencies(model.rotary_emb)
+    compute_in_float32([*model.layers, model.norm], model.embed_tokens)
+
+
+def keep_frequencies(rotary: Any) -> None:
+    """Give a rotary embedding of transformers, built on the meta device, its frequencies, in float32 for good."""
     # On the meta device this buffer has no values. No buffer: it stays in float32, whatever the weights' dtype.
     with torch.device("cpu"):
-        frequencies = type(model.rotary_emb)(model.config).inv_freq
-    model.rotary_emb._buffers.clear()
-    model.rotary_emb.__dict__["inv_freq"] = frequencies.clone()
-    compute_in_float32([*model.layers, model.norm], model.embed_tokens)
+        frequencies = type(rotary)(rotary.config).inv_freq
+    rotary._buffers.clear()
+    rotary.__dict__["inv_freq"] = frequencies.clone()

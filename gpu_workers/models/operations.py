@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -233,17 +233,25 @@ class VaeOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
 
     def decode(
         self, model: Model[ConfigT_contra], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
-    ) -> torch.Tensor:
+    ) -> Generator[torch.Tensor]:
         """Decode (batch, channels, h, w) to images (batch, 3, height, width), not clamped to [-1, 1].
 
-        ``scaling`` is that of ``latents``: the VAE computes with ``latents / factor + shift``.
+        Yields the images at once, but videos in chunks of frames, in order, (batch, 3, frames, height, width); the
+        caller owns each. ``scaling`` is that of ``latents``: the VAE computes with ``latents / factor + shift``.
 
-        Raises:
+        Raises (before the first chunk):
             BadRequest: a wrong shape, or values that are not finite.
         """
 
-    def encode(self, model: Model[ConfigT_contra], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
+    def shares_encode(self, model: Model[ConfigT_contra], image: torch.Tensor) -> bool:
+        """Return whether all ranks encode this image or video together; ``False`` if rank 0 alone does."""
+
+    def encode(
+        self, model: Model[ConfigT_contra], image: torch.Tensor, scaling: LatentScaling, *, is_shared: bool = False
+    ) -> torch.Tensor:
         """Encode images (batch, 3, height, width) in [-1, 1] to ``(mode - shift) * factor`` of the posterior's mode.
+
+        Videos have frames before the height. ``is_shared``: all ranks run it, and each gets all latents.
 
         Raises:
             BadRequest: a wrong shape, values that are not finite, or a checkpoint without an encoder.
@@ -265,7 +273,11 @@ class TextEncoderOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]
         """Encode checked token ids (batch, tokens) to hidden states (batch, tokens, width), and the pooled state.
 
         Of encoders whose facts have ``layers`` it also takes ``mask`` (batch, tokens), int64, 0 for padding, and
-        ``layers``, whose states it then returns one beside the other.
+        ``layers``, whose states it then returns one beside the other. Of those with ``images`` it takes these, on the
+        host, with the names and ranks of the facts, and finite.
+
+        Raises:
+            BadRequest: images that do not fit each other or the tokens; names the argument.
         """
 
 

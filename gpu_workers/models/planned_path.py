@@ -73,13 +73,13 @@ class PlannedPath:
         *,
         key: Hashable = None,
         loras: Loras = (),
-        is_eager: bool = False,
+        why_eager: str = "",
     ) -> Any:
         """Run the class's forward; every rank of the sequence returns the whole result.
 
         ``loras`` are those that are switched on, with their strengths, as in ``CallOptions``. ``key`` is what the
         forward depends on besides its arguments, such as a variant. Of a cache of keys and values, as the plan declares
-        it, each rank has its share; such forwards have to be eager.
+        it, each rank has its share; such forwards have to be eager: ``why_eager`` says why, for the status.
 
         Raises:
             PlanFault: a stream has fewer tokens than there are ranks.
@@ -92,7 +92,10 @@ class PlannedPath:
                 return self._planned.run(lambda: self._module(**given), self._ranks, self._shares)
 
         layout = self.loras.use(loras)
-        if is_eager or not self.paths.is_on or (loras and layout is None):
+        if not self.paths.is_on or (loras and layout is None):
+            return call(arguments)
+        if why_eager:
+            self.paths.note_eager({name: each for name, each in arguments.items() if _is_plain(each)}, why_eager)
             return call(arguments)
         case = CaseKey.of("forward", key, arguments, 0)
         if layout is not None:
@@ -140,3 +143,7 @@ class PlannedPath:
         """Forget the runs that were to be compared, and free the memory for factors."""
         self.paths.drop_runs()
         self.loras.clear()
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, torch.Tensor | bool | int | float | str | None)

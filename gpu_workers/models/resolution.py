@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def resolve(
             else:
                 unexpected.append(f"{name} (not of the shape of {given[original]}, of which it is a copy)")
     config = family.configure({canonical: tensors[name].shape for canonical, name in given.items()})
-    prefix = _common_prefix(given)
+    spelled = dict(given)
 
     key_map: dict[str, Slice] = {}
     sources: dict[str, str] = {}
@@ -128,7 +129,7 @@ def resolve(
     for entry in list(family.entries(config, given)):
         found = given.pop(entry.source, None)
         if found is None:
-            missing.append(prefix + entry.source)
+            missing.append(_common_prefix(spelled, entry.source) + entry.source)
             continue
         shape = tensors[found].shape
         if not _differ_by_ones_alone(shape, entry.shape) and not _lacks_leading_ones(shape, entry):
@@ -200,6 +201,7 @@ def _sort_names(
     groups = by_prefix(names)
     claimed = [prefix for prefix in groups if family.claims(groups[prefix])]
     own = max(claimed, key=lambda prefix: len(groups[prefix]), default="")
+    beside: re.Pattern[str] | None = getattr(family, "beside", None)
     given: dict[str, str] = {}
     skipped: list[str] = []
     unexpected: list[str] = []
@@ -211,7 +213,7 @@ def _sort_names(
             canonical = family.canonical(bare)
             if tells_nothing(canonical) or (family.ignored and family.ignored.search(canonical)):
                 skipped += spelled
-            elif prefix != own:
+            elif prefix != own and not (beside and beside.search(canonical)):
                 unexpected += spelled
             else:
                 first, *again = spelled
@@ -251,9 +253,12 @@ def _parameter_shape(entry: Entry, rows: int) -> Shape:
     return (rows, *entry.shape[1:]) if entry.view is None else entry.view
 
 
-def _common_prefix(given: Mapping[str, str]) -> str:
-    """Return the prefix of most names, to spell missing names as this file does."""
-    prefixes = Counter(name[: -len(canonical)] for canonical, name in given.items() if name.endswith(canonical))
+def _common_prefix(given: Mapping[str, str], missing: str) -> str:
+    """Return the prefix of most names, or of those in the same part of the model, to spell a missing name as this file
+    does."""
+    part = missing.partition(".")[0]
+    own = {canonical: name for canonical, name in given.items() if canonical.partition(".")[0] == part} or given
+    prefixes = Counter(name[: -len(canonical)] for canonical, name in own.items() if name.endswith(canonical))
     return prefixes.most_common(1)[0][0] if prefixes else ""
 
 

@@ -30,6 +30,13 @@ class FiniteCheck:
         self._names.append(name)
         self._magnitudes.append(magnitude(result))
 
+    def note_part(self, name: str, part: torch.Tensor) -> None:
+        """Add a further part of the last result, or its first one; ``name`` is that of the whole."""
+        if self._names[-1:] == [name]:
+            self._magnitudes[-1] = torch.maximum(self._magnitudes[-1], magnitude(part))  # NaN if one of them is
+        else:
+            self.note(name, part)
+
     def fetch(self) -> None:
         """Start to copy the reductions to the host, in stream order, without waiting."""
         # torch pins the target memory, which an asynchronous copy needs.

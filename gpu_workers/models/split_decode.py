@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from xditd.gpu_workers.models.mixed_precision import convolve
 
 LEAST_AREA = 64 * 64
-"""Fewest latent pixels of a split, 512 x 512 in the image: a smaller decode is mostly launches and collectives."""
+"""Fewest latents of a split, of 8 x 8 pixels, so 512 x 512 in the image: a smaller decode is mostly launches and
+collectives."""
 
 MOST_AREA_A_RANK = 256 * 256
 """Most latent pixels of a band, 2048 x 2048 in the image: with 256 channels a billion numbers, and torch's
@@ -32,10 +33,13 @@ class Bands:
     ranks: int
     group: dist.ProcessGroup | None = None
 
+    def are_worth_it(self, height: int, width: int, pixels: int = 8) -> bool:
+        """Return whether latents of this size, each of ``pixels`` x ``pixels``, give every rank rows, and enough."""
+        return self.ranks > 1 and height >= self.ranks and height * width * pixels**2 >= LEAST_AREA * 8**2
+
     def fit(self, height: int, width: int) -> bool:
         """Return whether a latent of this size can be split, and is large enough to be."""
-        is_worth_it = self.ranks > 1 and height * width >= LEAST_AREA
-        return is_worth_it and height >= self.ranks and self.shares(height)[0] * width <= MOST_AREA_A_RANK
+        return self.are_worth_it(height, width) and self.shares(height)[0] * width <= MOST_AREA_A_RANK
 
     def shares(self, rows: int) -> list[int]:
         """Return the number of rows of each rank, as even as possible, larger ones first."""
@@ -49,6 +53,14 @@ class Bands:
         parts = [part.view(-1).view(torch.uint8) for part in everyone]
         dist.all_gather(parts, mine.contiguous().view(-1).view(torch.uint8), group=self.group)
         return everyone
+
+    def gather_rows(self, mine: torch.Tensor, shares: list[int]) -> torch.Tensor:
+        """Gather every rank's rows (the first dimension). ``shares`` are those of each rank, or divisors of them."""
+        scale = mine.shape[0] // shares[self.rank]
+        longest = mine.new_empty((max(shares) * scale, *mine.shape[1:]))  # all_gather needs equal lengths
+        longest[: mine.shape[0]] = mine
+        everyone = self.exchange(longest)
+        return torch.cat([part[: count * scale] for part, count in zip(everyone, shares, strict=True)])
 
 
 def whole_group() -> Bands:
@@ -91,7 +103,7 @@ class SplitDecoder:
             for upsampler in block.upsamplers or ():
                 x = self._upsample(x, upsampler)
         x = _convolve(self._norm_and_activate(x, decoder.conv_norm_out), decoder.conv_out)
-        return self._gather_rows(x.movedim(2, 0)).movedim(0, 2).contiguous()
+        return self._bands.gather_rows(x.movedim(2, 0), self._rows).movedim(0, 2).contiguous()
 
     def _residual(self, x: torch.Tensor, block: Any) -> torch.Tensor:
         inner = _convolve(self._norm_and_activate(x, block.norm1), block.conv1)
@@ -110,7 +122,7 @@ class SplitDecoder:
         rows, columns = x.shape[2:]
         tokens = self._group_norm(x, block.group_norm).movedim(1, -1).flatten(1, 2)
         own = torch.stack([block.to_k(tokens), block.to_v(tokens)]).unflatten(2, (rows, columns))
-        keys, values = self._gather_rows(own.movedim(2, 0)).movedim(0, 2).flatten(2, 3)[:, :, None]
+        keys, values = self._bands.gather_rows(own.movedim(2, 0), self._rows).movedim(0, 2).flatten(2, 3)[:, :, None]
         found = F.scaled_dot_product_attention(block.to_q(tokens)[:, None], keys, values)[:, 0]
         return block.to_out[0](found).unflatten(1, (rows, columns)).movedim(-1, 1).add_(x)
 
@@ -153,14 +165,6 @@ class SplitDecoder:
         mine = self._bands.rank
         padded[:, :, 0] = edges[mine - 1, 1] if mine > 0 else 0
         padded[:, :, -1] = edges[mine + 1, 0] if mine + 1 < self._bands.ranks else 0
-
-    def _gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Gather every rank's rows (the first dimension), padded, since all_gather needs equal lengths."""
-        scale = rows.shape[0] // self._rows[self._bands.rank]
-        longest = rows.new_empty((max(self._rows) * scale, *rows.shape[1:]))
-        longest[: rows.shape[0]] = rows
-        everyone = self._bands.exchange(longest)
-        return torch.cat([part[: count * scale] for part, count in zip(everyone, self._rows, strict=True)])
 
 
 def _local_moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,6 +26,7 @@ from xditd.ipc.worker_messages import (
     Done,
     FilesDigested,
     ForgetClient,
+    FramesReached,
     IoDigested,
     Plug,
     Plugged,
@@ -195,3 +196,8 @@ class _JobChannel:
 
     def report_step(self, step: int, total_steps: int, elapsed_s: float) -> None:
         self._channel.send(StepReached(**self._common_fields, step=step, total_steps=total_steps, elapsed_s=elapsed_s))
+
+    def report_frames(self, frames: int, total_frames: int, elapsed_s: float) -> None:
+        self._channel.send(
+            FramesReached(**self._common_fields, frames=frames, total_frames=total_frames, elapsed_s=elapsed_s)
+        )

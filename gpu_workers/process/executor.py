@@ -49,6 +49,9 @@ class JobChannel(Protocol):
     def report_step(self, step: int, total_steps: int, elapsed_s: float) -> None:
         """Report a finished step. Only rank 0 calls this."""
 
+    def report_frames(self, frames: int, total_frames: int, elapsed_s: float) -> None:
+        """Report decoded frames of a video. Only rank 0 calls this."""
+
 
 class Executor(Protocol):
     """The work of one rank. Every rank of a group gets the same calls in the same order, one at a time.

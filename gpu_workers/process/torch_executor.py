@@ -10,8 +10,8 @@ from typing import Final
 import torch
 
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.jobs.generate import Progress
 from xditd.gpu_workers.jobs.job_io import JobIo
+from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
@@ -106,7 +106,11 @@ class TorchExecutor:
 
     def run(self, command: Run, job_channel: JobChannel) -> Finished:
         progress = Progress(
-            self.facts.rank == 0, self._layout.device, job_channel.is_cancelled, job_channel.report_step
+            self.facts.rank == 0,
+            self._layout.device,
+            job_channel.is_cancelled,
+            job_channel.report_step,
+            job_channel.report_frames,
         )
         job, exporter = command.job, command.exporter
         try:

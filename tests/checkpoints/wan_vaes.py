@@ -105,7 +105,7 @@ def statistics(config: WanVaeConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 def reference_decode(module: Any, config: WanVaeConfig, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents of videos as the pipelines do; clamped to [-1, 1]."""
-    means, deviations = statistics(config)
+    means, deviations = (each.to(latents.device, latents.dtype) for each in statistics(config))
     with torch.no_grad():
         video: torch.Tensor = module.decode(latents / (1.0 / deviations) + means, return_dict=False)[0]
     return video
@@ -113,9 +113,9 @@ def reference_decode(module: Any, config: WanVaeConfig, latents: torch.Tensor) -
 
 def reference_encode(module: Any, config: WanVaeConfig, video: torch.Tensor, *, is_image: bool = False) -> torch.Tensor:
     """Encode videos to the latents of Wan's pipelines, or images of one frame to those of Qwen-Image's."""
-    means, deviations = statistics(config)
     with torch.no_grad():
         mode: torch.Tensor = module.encode(video).latent_dist.mode()
-    if is_image:
-        return (mode - means) / deviations
-    return (mode.float() - means) * (1.0 / deviations)
+    if not is_image:
+        mode = mode.to(torch.promote_types(mode.dtype, torch.float32))
+    means, deviations = (each.to(mode.device, mode.dtype) for each in statistics(config))
+    return (mode - means) / deviations if is_image else (mode - means) * (1.0 / deviations)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import qwen2_5_vl_models
 import qwen_image_models
 import torch
 from safetensors.torch import save_file
 
 from xditd.client import BadCheckpoint, BadRequest
+from xditd.client.families.qwen_image import edit_templated
 from xditd.gpu_workers.families.wan_vae.checkpoint import WanVae
 from xditd.gpu_workers.families.wan_vae.config import WanVaeConfig
 
@@ -128,3 +130,30 @@ def test_bad_input_is_named(client, loan, state):
             client.generate(loan, conditioning | more, guidance_scale=scale, seed=1, **SIZE).result()
     with pytest.raises(BadCheckpoint, match=r"1 missing: transformer_blocks\.1\.attn\.to_add_out\.bias"):
         client.lend({name: each for name, each in state.items() if name != "transformer_blocks.1.attn.to_add_out.bias"})
+
+
+def test_pictures_in_prompts(client, tmp_path, relative_error):
+    """As in docs/qwen_image.md, with an encoder from a file, on all workers of the group."""
+    save_file(qwen2_5_vl_models.state_dict(), tmp_path / "qwen_2.5_vl.safetensors")
+    loan = client.lend(tmp_path / "qwen_2.5_vl.safetensors")
+    assert [each.name for each in loan.facts.text_encoder.images] == [
+        "pixel_values",
+        "image_grid_thw",
+        "mm_token_type_ids",
+    ]
+    processor = qwen2_5_vl_models.Processor()
+    pictures = [qwen2_5_vl_models.picture(96, 64), qwen2_5_vl_models.picture(56, 112, seed=1)]
+    inputs = processor([edit_templated("give the cat a hat", 2)], pictures)
+    for names in (("pixel_values", "image_grid_thw"), ("pixel_values", "image_grid_thw", "mm_token_type_ids")):
+        images = {name: inputs[name] for name in names}
+        found = client.encode_text(loan, inputs["input_ids"], mask=inputs["attention_mask"], images=images)
+        with torch.no_grad():
+            right = qwen2_5_vl_models.reference()(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **images
+            )
+        assert relative_error(found.hidden_states, right.last_hidden_state) <= 1e-5
+    short = inputs["input_ids"][:, :-40]
+    with pytest.raises(BadRequest, match=r"images: they are \d+ tokens, but token_ids have"):
+        client.encode_text(loan, short[:, :70], images={**images, "mm_token_type_ids": None})
+    with pytest.raises(BadRequest, match="images: lacks image_grid_thw"):
+        client.encode_text(loan, short, images={"pixel_values": inputs["pixel_values"]})

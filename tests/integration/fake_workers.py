@@ -209,6 +209,9 @@ class FakeExecutor:
             step += not is_deaf
             if self.facts.rank == 0:
                 job_channel.report_step(step, steps, 0.1)
+        for frames in range(5, job.sampling.frames + 1, 4):
+            if self.facts.rank == 0:
+                job_channel.report_frames(frames, job.sampling.frames, 0.1)
         return finished
 
     def tally(self) -> RankTally:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, ControlSource, Keep, Kept
+from xditd.client.comfyui.families.base import (
+    BaseAdapter,
+    BaseCall,
+    BaseModelAdapter,
+    KeptPositions,
+    text_of,
+)
 from xditd.client.comfyui.families.flux1_controlnets import KeptPictures, UsedControl, control_source, read_controls
 from xditd.client.comfyui.families.rows import join_rows, pad_to_patch
-from xditd.client.comfyui.unsupported import is_empty
 from xditd.client.families.flux1 import PATCH, Place, image_positions, pack, text_positions, unpack
-from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.limits import MAX_STEPS
+from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
@@ -27,30 +32,28 @@ KNOWN_CHANNELS: Final = frozenset({LATENT_CHANNELS, 32, 96})
 METHODS: Final = ("offset", "index", "uxo")
 """Where the tokens of reference latents are; ComfyUI's other one modulates them apart."""
 
-KNOWN_SIZES: Final = 8
-"""For how many image sizes and text lengths the workers keep the token positions."""
-
 EMBEDS: Final = "encoder_hidden_states"
 POOLED: Final = "pooled_projections"
 
-_REFUSED: Final = {
-    "attention_mask_img_shape": "an attention mask in the conditioning (Apply Style Model)",
-}
+_MASK: Final = "an attention mask in the conditioning (Apply Style Model)"
+_REFUSED: Final = {"attention_mask_img_shape": _MASK}
 """Keys of conditioning that change the model's input in a way that the workers cannot."""
 
 
-class Flux1Model:
+class Flux1Model(BaseModelAdapter):
     """One FLUX.1 transformer; see :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`.
 
     ``pooled_channels`` is the width of the pooled text state; dev has guidance, schnell does not.
     """
 
-    wrapper: Final = "diffusion_model"
     variant: Final = "float32_time"
     """In half precision ComfyUI rounds neither the timestep before it is embedded, nor latents between steps."""
     multiple: Final = PATCH
     loop_keys: Final = frozenset({"cross_attn", "guidance", "pooled_output"})
     loop_conds: Final = frozenset({"c_crossattn", "guidance", "y"})
+
+    takes_sigmas = True
+    refused = _REFUSED
 
     def __init__(
         self,
@@ -66,9 +69,9 @@ class Flux1Model:
         self._blocks = blocks
         self.pictures = KeptPictures()
         self._pooled_channels = pooled_channels
-        self._has_guidance = has_guidance
+        self.has_guidance = has_guidance
         self._reference_method = reference_method
-        self._ids: dict[object, Any] = {}
+        self._positions = KeptPositions()
 
     def read(
         self,
@@ -89,24 +92,29 @@ class Flux1Model:
         Raises:
             BadRequest: no text embeddings.
         """
-        if context is None:
-            raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
+        context = text_of(context)
         faults: list[str] = []
-        controls = read_controls(control, self._blocks, faults)
+        used = read_controls(control, self._blocks, faults)
         references = References(tuple(ref_latents or ()), more.get("ref_latents_method", self._reference_method))
         if references.latents:
-            faults.extend(self._method_faults(references.method))
+            faults += self.method_faults(references.method)
         if more.get("attention_mask") is not None:
-            faults.append(_REFUSED["attention_mask_img_shape"])
-        rows = x.shape[0]
-        numbers = {"timestep": timestep.reshape(-1).expand(rows)}
-        if guidance is not None and self._has_guidance:
-            numbers["guidance"] = guidance.expand(rows)
+            faults.append(_MASK)
+        numbers = self.numbers(timestep, x.shape[0], guidance)
         texts = {EMBEDS: context, POOLED: pooled_of(y, context, self._pooled_channels)}
-        for each in controls:
-            numbers |= each.numbers(rows)
+        for each in used:
+            numbers |= each.numbers(x.shape[0])
             texts |= each.texts(self._pooled_channels)
-        return Flux1Call(self, x, numbers, texts, transformer_options or {}, references, faults, controls)
+        return Flux1Call(
+            model=self,
+            x=x,
+            numbers=numbers,
+            texts=texts,
+            references=references,
+            used=used,
+            options=transformer_options or {},
+            faults=faults,
+        )
 
     def control_source(self, control: Any) -> ControlSource | str:
         return control_source(control, self._hidden)
@@ -120,21 +128,8 @@ class Flux1Model:
                 kept[name] = kept[same[0]] if same else keep(tensor)
         return kept
 
-    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
-        return {"timestep": [sigma for sigma in sigmas if 0.0 <= sigma <= 1.0][:MAX_STEPS]}
-
-    def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
-        for key, what in _REFUSED.items():
-            if not is_empty(part.get(key)):
-                yield what
-        if not is_empty(part.get("reference_latents")):
-            yield from self._method_faults(part.get("reference_latents_method", self._reference_method))
-        if self._has_guidance and part.get("guidance", 0.0) is None:
-            yield "conditioning without guidance (FluxDisableGuidance)"
-
-    @staticmethod
-    def _method_faults(method: str) -> Iterator[str]:
-        if method not in METHODS:
+    def method_faults(self, method: str | None) -> Iterator[str]:
+        if (method or self._reference_method) not in METHODS:
             yield f"reference latents by the method {method!r}"
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
@@ -145,18 +140,10 @@ class Flux1Model:
 
     def ids(self, keep: Keep, *places: Place) -> Any:
         """Return the positions of the tokens of images, kept; those of a text of so many tokens: :meth:`text_ids`."""
-        return self._kept(places, keep, lambda: torch.cat([image_positions(*each) for each in places]))
+        return self._positions.get(places, keep, lambda: torch.cat([image_positions(*each) for each in places]))
 
     def text_ids(self, keep: Keep, tokens: int) -> Any:
-        return self._kept(tokens, keep, lambda: text_positions(tokens))
-
-    def _kept(self, key: object, keep: Keep, make: Callable[[], torch.Tensor]) -> Any:
-        found = self._ids.get(key)
-        if found is None:
-            while len(self._ids) >= KNOWN_SIZES:
-                del self._ids[next(iter(self._ids))]
-            found = self._ids[key] = keep(make())
-        return found
+        return self._positions.get(tokens, keep, lambda: text_positions(tokens))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,22 +175,13 @@ class References:
             yield Place(_tokens(height), _tokens(width), first, _tokens(top), _tokens(left))
 
 
-@dataclass(frozen=True, eq=False)
-class Flux1Call:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Flux1Call(BaseCall):
     """One call of ComfyUI's ``Flux``; see :class:`~xditd.client.comfyui.families.adapter.ForwardCall`."""
 
     model: Flux1Model
-    x: torch.Tensor
-    numbers: Mapping[str, torch.Tensor]
-    texts: Mapping[str, torch.Tensor]
-    options: Mapping[str, Any]
     references: References
-    faults: Sequence[str] = field(default_factory=list)
     used: Sequence[UsedControl] = ()
-
-    @property
-    def rows(self) -> int:
-        return int(self.x.shape[0])
 
     def arguments(
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
@@ -247,7 +225,7 @@ class Flux1Call:
         return Place(_tokens(height), _tokens(width))
 
 
-class Flux1:
+class Flux1(BaseAdapter):
     """The family; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
 
     title: Final = "FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth and their fine-tunes)"

@@ -7,20 +7,25 @@ References are tokens after those of the image; a reference's first coordinate t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
+from xditd.client.comfyui.families.base import (
+    BaseAdapter,
+    BaseCall,
+    BaseModelAdapter,
+    KeptPositions,
+    control_faults,
+    text_of,
+)
 from xditd.client.comfyui.families.rows import join_rows
-from xditd.client.comfyui.unsupported import is_empty
-from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.limits import MAX_STEPS
+from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
-    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
-    from xditd.client.comfyui.weights import RemoteWeights
+    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
 
 CHANNELS: Final = 128
 ID_AXES: Final = 4
@@ -29,22 +34,19 @@ REFERENCE_STEP: Final = 10
 METHOD: Final = "index"
 """ComfyUI's name for such references; the others place them beside the image, or modulate them at timestep 0."""
 
-KNOWN_SIZES: Final = 8
-"""For how many image sizes and text lengths the workers keep the token positions."""
-
 EMBEDS: Final = "encoder_hidden_states"
 
-_CONTROL: Final = "ControlNet"
 _MASK: Final = "an attention mask in the conditioning (Apply Style Model)"
+_REFUSED: Final = {"attention_mask_img_shape": _MASK}
+"""Keys of conditioning that change the model's input in a way that the workers cannot."""
 
 
-class Flux2Model:
+class Flux2Model(BaseModelAdapter):
     """One FLUX.2 transformer; see :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`.
 
     dev has guidance, klein does not.
     """
 
-    wrapper: Final = "diffusion_model"
     variant: Final = "float32_time"
     """In half precision ComfyUI rounds neither the timestep before it is embedded, nor latents between steps."""
     multiple: Final = 1
@@ -53,9 +55,12 @@ class Flux2Model:
     })  # fmt: skip
     loop_conds: Final = frozenset({"c_crossattn", "guidance", "ref_latents", "ref_latents_method", "y"})
 
+    takes_sigmas = True
+    refused = _REFUSED
+
     def __init__(self, has_guidance: bool) -> None:
-        self._has_guidance = has_guidance
-        self._ids: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self.has_guidance = has_guidance
+        self._positions = KeptPositions()
 
     def read(
         self,
@@ -74,37 +79,30 @@ class Flux2Model:
         Raises:
             BadRequest: no text embeddings.
         """
-        if context is None:
-            raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
-        faults = [_CONTROL] if control else []
+        texts = {EMBEDS: text_of(context)}
+        faults = control_faults(control)
         references = tuple(ref_latents or ())
         if references:
-            faults += _method_faults(more.get("ref_latents_method", METHOD))
+            faults += self.method_faults(more.get("ref_latents_method"))
         if more.get("attention_mask") is not None:
             faults.append(_MASK)
-        rows = x.shape[0]
-        numbers = {"timestep": timestep.reshape(-1).expand(rows)}
-        if guidance is not None and self._has_guidance:
-            numbers["guidance"] = guidance.expand(rows)
-        return Flux2Call(self, x, numbers, {EMBEDS: context}, references, transformer_options or {}, faults)
+        return Flux2Call(
+            model=self,
+            x=x,
+            numbers=self.numbers(timestep, x.shape[0], guidance),
+            texts=texts,
+            references=references,
+            options=transformer_options or {},
+            faults=faults,
+        )
 
-    def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
-        return {EMBEDS: keep(texts[EMBEDS].to(dtype))}
-
-    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
-        return {"timestep": [sigma for sigma in sigmas if 0.0 <= sigma <= 1.0][:MAX_STEPS]}
-
-    def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
-        if not is_empty(part.get("attention_mask_img_shape")):
-            yield _MASK
-        if not is_empty(part.get("reference_latents")):
-            yield from _method_faults(part.get("reference_latents_method") or METHOD)
-        if self._has_guidance and part.get("guidance", 0.0) is None:
-            yield "conditioning without guidance (FluxDisableGuidance)"
+    def method_faults(self, method: str | None) -> Iterator[str]:
+        if method not in (None, METHOD):
+            yield f"reference latents by the method {method!r} (use {METHOD!r})"
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
         scale = 1.0
-        if self._has_guidance and "guidance" in conditions:
+        if self.has_guidance and "guidance" in conditions:
             scale = conditions["guidance"].cond.item()
         found: dict[str, Any] = {"prompt_embeds": conditions["c_crossattn"].cond}
         if "ref_latents" in conditions:
@@ -114,32 +112,20 @@ class Flux2Model:
     def ids(self, keep: Keep, *sizes: tuple[int, ...]) -> Any:
         """Return positions, kept: of an image and its references for pairs of rows and columns, of a text for one
         number of tokens."""
-        found = self._ids.get(sizes)
-        if found is None:
-            while len(self._ids) >= KNOWN_SIZES:
-                del self._ids[next(iter(self._ids))]
-            found = self._ids[sizes] = keep(torch.cat([_positions(at, size) for at, size in enumerate(sizes)]))
-        return found
+        return self._positions.get(
+            sizes, keep, lambda: torch.cat([_positions(at, size) for at, size in enumerate(sizes)])
+        )
 
 
-@dataclass(frozen=True, eq=False)
-class Flux2Call:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Flux2Call(BaseCall):
     """One call of ComfyUI's ``Flux``; see :class:`~xditd.client.comfyui.families.adapter.ForwardCall`.
 
     ``references`` are (rows, 128, height/16, width/16) each.
     """
 
     model: Flux2Model
-    x: torch.Tensor
-    numbers: Mapping[str, torch.Tensor]
-    texts: Mapping[str, torch.Tensor]
     references: Sequence[torch.Tensor]
-    options: Mapping[str, Any]
-    faults: Sequence[str] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return int(self.x.shape[0])
 
     def arguments(
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
@@ -164,7 +150,7 @@ class Flux2Call:
         return image.to(self.x.dtype)
 
 
-class Flux2:
+class Flux2(BaseAdapter):
     """The family; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
 
     title: Final = "FLUX.2 (dev, klein and their fine-tunes)"
@@ -195,18 +181,8 @@ class Flux2:
     def adapt(self, model: Any) -> ModelAdapter:
         return Flux2Model(model.diffusion_model.params.guidance_embed)
 
-    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
-        return None
-
-    def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
-        return None
-
 
 ADAPTER: Final[Adapter] = Flux2()
-
-
-def _method_faults(method: str) -> list[str]:
-    return [] if method == METHOD else [f"reference latents by the method {method!r} (use {METHOD!r})"]
 
 
 def _positions(number: int, size: tuple[int, ...]) -> torch.Tensor:

@@ -6,20 +6,18 @@ ComfyUI's latents have a dimension of frames, of which there is one. References 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
+from xditd.client.comfyui.families.base import BaseAdapter, BaseCall, BaseModelAdapter, control_faults, text_of
 from xditd.client.comfyui.families.rows import join_rows, pack_patches, pad_to_patch, unpack_patches
-from xditd.client.comfyui.unsupported import is_empty
-from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.limits import MAX_STEPS
+from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
-    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
-    from xditd.client.comfyui.weights import RemoteWeights
+    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
 
 PATCH: Final = 2
 """Width and height of a token in latents."""
@@ -30,17 +28,18 @@ MASK: Final = "encoder_hidden_states_mask"
 _LAYERED: Final = "conditioning of time (Qwen-Image-Layered)"
 
 
-class QwenImageModel:
+class QwenImageModel(BaseModelAdapter):
     """One Qwen-Image transformer; see :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`.
 
     ``method`` is ComfyUI's name for how its references are placed and modulated; the workers have no other.
     """
 
-    wrapper: Final = "diffusion_model"
     variant: Final = "comfyui"
     multiple: Final = PATCH
     loop_keys: Final = frozenset({"attention_mask", "cross_attn", "pooled_output"})
     loop_conds: Final = frozenset({"attention_mask", "c_crossattn"})
+
+    takes_sigmas = True
 
     def __init__(self, method: str) -> None:
         self._method = method
@@ -62,31 +61,25 @@ class QwenImageModel:
         Raises:
             BadRequest: no text embeddings.
         """
-        if context is None:
-            raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
+        texts = {EMBEDS: text_of(context)}
         references = tuple(ref_latents or ())
-        faults = ["ControlNet"] if control else []
+        faults = control_faults(control)
         faults += [_LAYERED] if additional_t_cond is not None else []
-        faults += self._method_faults(more.get("ref_latents_method")) if references else []
+        faults += self.method_faults(more.get("ref_latents_method")) if references else ()
         if any(each.ndim != 5 or each.shape[2] != 1 for each in (x, *references)):
             faults.append("latents of several frames")
-        texts = {EMBEDS: context}
         if attention_mask is not None:
             if attention_mask.is_floating_point():
                 faults.append("an attention mask of weights")
-            texts[MASK] = (attention_mask != 0).expand(context.shape[0], -1)
-        numbers = {"timestep": timestep.reshape(-1).expand(x.shape[0])}
-        return QwenImageCall(x, numbers, texts, references, transformer_options or {}, faults)
-
-    def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
-        return {name: keep(each.to(dtype) if name == EMBEDS else each) for name, each in texts.items()}
-
-    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
-        return {"timestep": [sigma for sigma in sigmas if 0.0 <= sigma <= 1.0][:MAX_STEPS]}
-
-    def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
-        if not is_empty(part.get("reference_latents")):
-            yield from self._method_faults(part.get("reference_latents_method"))
+            texts[MASK] = (attention_mask != 0).expand(texts[EMBEDS].shape[0], -1)
+        return QwenImageCall(
+            x=x,
+            numbers=self.numbers(timestep, x.shape[0]),
+            texts=texts,
+            references=references,
+            options=transformer_options or {},
+            faults=faults,
+        )
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
         found = {"prompt_embeds": conditions["c_crossattn"].cond}
@@ -94,29 +87,19 @@ class QwenImageModel:
             found["prompt_embeds_mask"] = (conditions["attention_mask"].cond != 0).float()
         return found, 1.0
 
-    def _method_faults(self, given: str | None) -> list[str]:
-        if given in (None, self._method):
-            return []
-        return [f"reference latents by the method {given!r} (this model's is {self._method!r})"]
+    def method_faults(self, method: str | None) -> Iterator[str]:
+        if method not in (None, self._method):
+            yield f"reference latents by the method {method!r} (this model's is {self._method!r})"
 
 
-@dataclass(frozen=True, eq=False)
-class QwenImageCall:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class QwenImageCall(BaseCall):
     """One call of ComfyUI's module; see :class:`~xditd.client.comfyui.families.adapter.ForwardCall`.
 
     ``references`` are (rows, 16, 1, height/8, width/8) each.
     """
 
-    x: torch.Tensor
-    numbers: Mapping[str, torch.Tensor]
-    texts: Mapping[str, torch.Tensor]
     references: Sequence[torch.Tensor]
-    options: Mapping[str, Any]
-    faults: Sequence[str] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return int(self.x.shape[0])
 
     def arguments(
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
@@ -142,7 +125,7 @@ class QwenImageCall:
         return image[:, :, None, :height, :width].to(self.x.dtype)
 
 
-class QwenImage:
+class QwenImage(BaseAdapter):
     """The family; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
 
     title: Final = "Qwen-Image (2512, Edit and their fine-tunes)"
@@ -171,12 +154,6 @@ class QwenImage:
 
     def adapt(self, model: Any) -> ModelAdapter:
         return QwenImageModel(model.diffusion_model.default_ref_method)
-
-    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
-        return None
-
-    def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
-        return None
 
 
 ADAPTER: Final[Adapter] = QwenImage()

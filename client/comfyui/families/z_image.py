@@ -5,20 +5,20 @@ ComfyUI negates the transformer's prediction; diffusers' class takes ``t = 1 - s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
+from xditd.client.comfyui.families.base import BaseAdapter, BaseCall, BaseModelAdapter, control_faults, text_of
 from xditd.client.comfyui.families.rows import pad_to_patch
 from xditd.client.comfyui.unsupported import is_empty
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
-    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
-    from xditd.client.comfyui.weights import RemoteWeights
+    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
 
 PATCH: Final = 2
 """Width and height of a token in latents."""
@@ -32,15 +32,16 @@ _REFUSED: Final = {
 """Keys of conditioning that change the model's input in a way that the workers cannot."""
 
 
-class ZImageModel:
+class ZImageModel(BaseModelAdapter):
     """One Z-Image transformer; see :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`."""
 
-    wrapper: Final = "diffusion_model"
     variant: Final = "comfyui"
     multiple: Final = PATCH
     # ComfyUI's module ignores the mask and the number of tokens; only related models read a pooled state.
     loop_keys: Final = frozenset({"cross_attn", "attention_mask", "pooled_output"})
     loop_conds: Final = frozenset({"c_crossattn", "attention_mask", "num_tokens", "clip_text_pooled"})
+
+    refused = _REFUSED
 
     def read(
         self,
@@ -60,44 +61,27 @@ class ZImageModel:
         Raises:
             BadRequest: no text embeddings.
         """
-        if context is None:
-            raise BadRequest("XDiT: the conditioning has no text embeddings; connect CLIP Text Encode")
-        faults = ["ControlNet"] if control else []
+        texts = {TEXT: text_of(context)}
+        faults = control_faults(control)
         faults += [
             _REFUSED[key]
             for key, given in (("reference_latents", ref_latents), ("reference_latents_text_embeds", ref_contexts))
             if not is_empty(given)
         ]
         numbers = {"sigma": timesteps.reshape(-1).expand(x.shape[0])}
-        return ZImageCall(x, numbers, {TEXT: context}, transformer_options or {}, faults)
+        return ZImageCall(x=x, numbers=numbers, texts=texts, options=transformer_options or {}, faults=faults)
 
     def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
         return {TEXT: keep(texts[TEXT][0].to(dtype))}
-
-    def schedule_values(self, sigmas: Sequence[float]) -> Mapping[str, list[float]]:
-        return {}
-
-    def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
-        yield from (what for key, what in _REFUSED.items() if not is_empty(part.get(key)))
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
         embeds = conditions["c_crossattn"].cond
         return {"prompt_embeds": [embeds[row % len(embeds)] for row in range(rows)]}, 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class ZImageCall:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ZImageCall(BaseCall):
     """One call of ComfyUI's ``NextDiT``; see :class:`~xditd.client.comfyui.families.adapter.ForwardCall`."""
-
-    x: torch.Tensor
-    numbers: Mapping[str, torch.Tensor]
-    texts: Mapping[str, torch.Tensor]
-    options: Mapping[str, Any]
-    faults: Sequence[str] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return int(self.x.shape[0])
 
     def arguments(
         self,
@@ -123,7 +107,7 @@ class ZImageCall:
         return -torch.stack(predicted).squeeze(2)[:, :, :height, :width].to(self.x.dtype)
 
 
-class ZImage:
+class ZImage(BaseAdapter):
     """The family; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
 
     title: Final = "Z-Image (Turbo, Base and their fine-tunes)"
@@ -159,12 +143,6 @@ class ZImage:
 
     def adapt(self, model: Any) -> ModelAdapter:
         return ZImageModel()
-
-    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
-        return None
-
-    def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
-        return None
 
 
 ADAPTER: Final[Adapter] = ZImage()

@@ -148,6 +148,9 @@ def _check_tensors(request: InferenceRequest) -> None:
     if isinstance(request, ReadTensors):
         for held_id, place in request.places.items():
             _check_end(held_id, place.offset_bytes + place.size_bytes, size_bytes)
+    if isinstance(request, EncodeText):
+        for name, place in request.images.items():
+            _check_end(f"images.{name}", place.offset_bytes + place.size_bytes, size_bytes)
     if isinstance(request, Call):
         _check_end("out", request.out_offset_bytes + request.out_size_bytes, size_bytes)
         _check_device_end("device_out", request.device_out_offset_bytes + request.device_out_size_bytes, request)

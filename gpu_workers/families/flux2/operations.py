@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Final, cast
 
 import torch
 
@@ -17,6 +17,8 @@ from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowR
 from xditd.gpu_workers.models.planned_operations import PlannedOperations
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import TransformerFacts
+
+_OF_CACHE: Final = "keys and values of references, which are other tensors in each generation, are read by its steps"
 
 
 class Flux2Operations(PlannedOperations):
@@ -69,7 +71,7 @@ class Flux2Operations(PlannedOperations):
             {**arguments, "return_dict": False},
             key=module.has_float32_time,
             loras=options.loras,
-            is_eager=cache is not None,
+            why_eager="" if cache is None else _OF_CACHE,
         )
         if cache is not None and not cache.is_filled:
             cache.kept = found[1]

@@ -6,6 +6,7 @@ in its file.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from functools import cached_property
 from typing import cast
 
@@ -84,10 +85,13 @@ class Flux2VaeOperations:
     def shares(self, model: Model[Flux2VaeConfig], latents: torch.Tensor) -> bool:
         return latents.ndim == 4 and self._bands.fit(*(PATCH * side for side in latents.shape[2:]))
 
+    def shares_encode(self, model: Model[Flux2VaeConfig], image: torch.Tensor) -> bool:
+        return False
+
     @torch.inference_mode()
     def decode(
         self, model: Model[Flux2VaeConfig], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
-    ) -> torch.Tensor:
+    ) -> Generator[torch.Tensor]:
         vae = cast(AutoencoderKLFlux2, model.module)
         if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
             raise BadRequest(
@@ -99,14 +103,17 @@ class Flux2VaeOperations:
         mean, deviation = vae.bn.of(latents)
         z = Flux2Pipeline._unpatchify_latents(latents * deviation + mean)
         if not is_shared:
-            return cast(torch.Tensor, vae.decode(z, return_dict=False)[0])
+            yield vae.decode(z, return_dict=False)[0]
+            return
         if vae.post_quant_conv is not None:
             z = vae.post_quant_conv(z)
         split = SplitDecoder(vae.decoder, self._bands, z.shape[2])
-        return torch.cat([split(sample) for sample in z.split(1)])
+        yield torch.cat([split(sample) for sample in z.split(1)])
 
     @torch.inference_mode()
-    def encode(self, model: Model[Flux2VaeConfig], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
+    def encode(
+        self, model: Model[Flux2VaeConfig], image: torch.Tensor, scaling: LatentScaling, *, is_shared: bool = False
+    ) -> torch.Tensor:
         vae = cast(AutoencoderKLFlux2, model.module)
         check_has_encoder(model.config.has_encoder)
         if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:

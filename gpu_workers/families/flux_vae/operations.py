@@ -5,7 +5,7 @@ Latents are (batch, 16, height / 8, width / 8), scaled as transformers take them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import cached_property
 from typing import Any, cast
 
@@ -69,10 +69,13 @@ class FluxVaeOperations:
     def shares(self, model: Model[FluxVaeConfig], latents: torch.Tensor) -> bool:
         return latents.ndim == 4 and self._bands.fit(*latents.shape[2:])
 
+    def shares_encode(self, model: Model[FluxVaeConfig], image: torch.Tensor) -> bool:
+        return False
+
     @torch.inference_mode()
     def decode(
         self, model: Model[FluxVaeConfig], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
-    ) -> torch.Tensor:
+    ) -> Generator[torch.Tensor]:
         vae = cast(AutoencoderKL, model.module)
         if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
             raise BadRequest(
@@ -82,12 +85,15 @@ class FluxVaeOperations:
         (latents,) = prepare(model, latents=latents)
         latents = latents / scaling.factor + scaling.shift
         if not is_shared:
-            return cast(torch.Tensor, vae.decode(latents, return_dict=False)[0])
+            yield vae.decode(latents, return_dict=False)[0]
+            return
         split = SplitDecoder(vae.decoder, self._bands, latents.shape[2])
-        return torch.cat([split(sample) for sample in latents.split(1)])
+        yield torch.cat([split(sample) for sample in latents.split(1)])
 
     @torch.inference_mode()
-    def encode(self, model: Model[FluxVaeConfig], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
+    def encode(
+        self, model: Model[FluxVaeConfig], image: torch.Tensor, scaling: LatentScaling, *, is_shared: bool = False
+    ) -> torch.Tensor:
         return cast(torch.Tensor, (self._distribution(model, image).mode() - scaling.shift) * scaling.factor)
 
     @torch.inference_mode()
@@ -98,11 +104,11 @@ class FluxVaeOperations:
         scaling: LatentScaling,
         draw: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
     ) -> torch.Tensor:
+        """Encode images as :meth:`encode` does, to a sample of the posterior with the noise that ``draw`` gives."""
         found = self._distribution(model, image)
         noise = draw(tuple(found.mean.shape), found.mean.dtype).to(found.mean.device)
-        return (found.mean + found.std * noise - scaling.shift) * scaling.factor
+        return cast(torch.Tensor, (found.mean + found.std * noise - scaling.shift) * scaling.factor)
 
-    @torch.inference_mode()
     def _distribution(self, model: Model[FluxVaeConfig], image: torch.Tensor) -> Any:
         vae = cast(AutoencoderKL, model.module)
         check_has_encoder(model.config.has_encoder)

@@ -1,9 +1,9 @@
-"""The language model of Qwen2.5-VL (``qwen_2.5_vl_7b.safetensors``), in the names of transformers and ComfyUI.
+"""Qwen2.5-VL (``qwen_2.5_vl_7b.safetensors``), in the names of transformers and ComfyUI.
 
-Its language head and its vision tower are not read: texts alone are encoded. Everything is read from shapes but the
-base and the sections of the rotary embedding and the epsilon of norms, which are those of the released models.
+Its language head is not read. A checkpoint without a vision tower encodes texts alone. Everything is read from shapes
+but what ``config.py`` has, which is the same in the released models.
 
-Source: transformers, ``Qwen2_5_VLTextModel``; Qwen/Qwen2.5-VL-7B-Instruct, ``config.json``.
+Source: transformers, ``Qwen2_5_VLModel``; Qwen/Qwen2.5-VL-7B-Instruct, ``config.json``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from xditd.gpu_workers.families.qwen2_5_vl.config import Qwen25VlConfig
+from xditd.gpu_workers.families.qwen2_5_vl.config import (
+    CHANNELS,
+    FRAMES,
+    HEAD_SIZE,
+    MERGE,
+    PATCH,
+    VISION_HEAD_SIZE,
+    Qwen25VlConfig,
+    VisionConfig,
+)
 from xditd.gpu_workers.models.entries import Entry, Shape, layer_entries, tensor_entry
 from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.shapes import count_blocks, matrix, vote
@@ -22,7 +31,6 @@ from xditd.ipc.errors import BadCheckpoint, Unsupported
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.qwen2_5_vl.operations import Qwen25VlOperations
 
-HEAD_SIZE: Final = 128
 MAX_LAYERS: Final = 256
 SMALLEST_WIDTH: Final = 896
 """Of a relative with the same names and other heads, which no shape shows."""
@@ -30,6 +38,11 @@ SMALLEST_WIDTH: Final = 896
 _WRAPPERS: Final = re.compile(r"^(?:language_model\.model\.|language_model\.)(?=layers\.|embed_tokens\.|norm\.)")
 _TOKENS: Final = "embed_tokens.weight"
 _LAYER: Final = "layers.{}.{}"
+_VISION: Final = "visual"
+_PATCHES: Final = f"{_VISION}.patch_embed.proj.weight"
+_BLOCKS: Final = f"{_VISION}.blocks"
+_QWEN2: Final = f"{_BLOCKS}.0.mlp.fc1.weight"
+"""Of the vision tower of Qwen2-VL, which has other layers."""
 
 
 class Qwen25Vl:
@@ -39,7 +52,8 @@ class Qwen25Vl:
     title = "the text encoder of Qwen-Image, Qwen2.5-VL (qwen_2.5_vl_7b.safetensors)"
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {}
-    ignored: re.Pattern[str] | None = re.compile(r"^(?:visual\.|lm_head\.|language_model\.lm_head\.)")
+    ignored: re.Pattern[str] | None = re.compile(r"^(?:lm_head\.|language_model\.lm_head\.)")
+    beside: re.Pattern[str] = re.compile(r"^visual\.")
     fused_widths: tuple[int, ...] = ()
 
     def claims(self, names: Collection[str]) -> bool:
@@ -73,7 +87,29 @@ class Qwen25Vl:
             heads=queries // HEAD_SIZE,
             key_heads=keys // HEAD_SIZE,
             inner=inner,
+            vision=self._vision(shapes) if any(name.startswith(f"{_VISION}.") for name in shapes) else None,
         )
+
+    def _vision(self, shapes: Mapping[str, Shape]) -> VisionConfig:
+        if _QWEN2 in shapes:
+            raise Unsupported(
+                f"{self.name}: a vision tower of Qwen2-VL, which has {_QWEN2}; lend Qwen2.5-VL 7B "
+                "(qwen_2.5_vl_7b.safetensors), or leave out its tensors to encode texts alone"
+            )
+        blocks = count_blocks(self.name, shapes, _BLOCKS, MAX_LAYERS)
+        numbered = [f"{_BLOCKS}.{number}" for number in range(blocks)]
+        width = vote(
+            self.name,
+            "vision width",
+            shapes,
+            [(_PATCHES, 0), *((f"{block}.attn.proj.weight", 0) for block in numbered)],
+        )
+        if width % VISION_HEAD_SIZE:
+            raise BadCheckpoint(
+                f"{self.name}: {width} channels of the vision tower are not of heads of {VISION_HEAD_SIZE}"
+            )
+        rows = [(f"{block}.mlp.gate_proj.weight", 0) for block in numbered]
+        return VisionConfig(width, blocks, vote(self.name, "vision rows of mlp.gate_proj", shapes, rows))
 
     def entries(self, config: Qwen25VlConfig, names: Collection[str]) -> Iterator[Entry]:
         width, queries, keys = config.width, config.heads * HEAD_SIZE, config.key_heads * HEAD_SIZE
@@ -91,6 +127,8 @@ class Qwen25Vl:
             ):
                 yield tensor_entry(_LAYER.format(number, f"{part}.weight"), shape)
         yield tensor_entry("norm.weight", (width,))
+        if config.vision is not None:
+            yield from _vision_entries(config.vision, width)
 
     def heads(self, config: Qwen25VlConfig) -> int:
         return 0
@@ -100,3 +138,23 @@ class Qwen25Vl:
         from xditd.gpu_workers.families.qwen2_5_vl.operations import Qwen25VlOperations
 
         return Qwen25VlOperations()
+
+
+def _vision_entries(config: VisionConfig, out: int) -> Iterator[Entry]:
+    width, merged = config.width, config.width * MERGE**2
+    yield tensor_entry(_PATCHES, (width, CHANNELS, FRAMES, PATCH, PATCH))
+    for number in range(config.blocks):
+        block = f"{_BLOCKS}.{number}"
+        for norm in ("norm1", "norm2"):
+            yield tensor_entry(f"{block}.{norm}.weight", (width,))
+        for part, shape in (
+            ("attn.qkv", (3 * width, width)),
+            ("attn.proj", (width, width)),
+            ("mlp.gate_proj", (config.inner, width)),
+            ("mlp.up_proj", (config.inner, width)),
+            ("mlp.down_proj", (width, config.inner)),
+        ):
+            yield from layer_entries(f"{block}.{part}", shape)
+    yield tensor_entry(f"{_VISION}.merger.ln_q.weight", (width,))
+    yield from layer_entries(f"{_VISION}.merger.mlp.0", (merged, merged))
+    yield from layer_entries(f"{_VISION}.merger.mlp.2", (out, merged))

@@ -8,6 +8,9 @@ not grow with the length.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -24,8 +27,10 @@ from xditd.gpu_workers.families.wan_vae.config import (
     Release,
     WanVaeConfig,
 )
+from xditd.gpu_workers.families.wan_vae.split_rows import rows_split
 from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, check_sides, prepare
 from xditd.gpu_workers.models.operations import Model
+from xditd.gpu_workers.models.split_decode import Bands, whole_group
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import LatentFacts, LatentScaling, VaeFacts
 from xditd.ipc.limits import MAX_BATCH
@@ -69,13 +74,27 @@ class WanVaeOperations:
             has_encoder=config.has_encoder,
         )
 
+    @cached_property
+    def _bands(self) -> Bands:
+        return whole_group()
+
     def shares(self, model: Model[WanVaeConfig], latents: torch.Tensor) -> bool:
-        return False
+        if latents.ndim not in (4, 5):
+            return False
+        height, width = latents.shape[-2:]
+        return self._bands.are_worth_it(height, width, model.config.release.pixels)
+
+    def shares_encode(self, model: Model[WanVaeConfig], image: torch.Tensor) -> bool:
+        pixels = model.config.release.pixels
+        if image.ndim not in (4, 5) or any(side % pixels for side in image.shape[-2:]):
+            return False
+        height, width = image.shape[-2:]
+        return self._bands.are_worth_it(height // pixels, width // pixels, pixels)
 
     @torch.inference_mode()
     def decode(
         self, model: Model[WanVaeConfig], latents: torch.Tensor, scaling: LatentScaling, *, is_shared: bool
-    ) -> torch.Tensor:
+    ) -> Generator[torch.Tensor]:
         release = model.config.release
         if latents.ndim not in (4, 5) or latents.shape[1] != release.channels or 0 in latents.shape:
             sides = f"height / {release.pixels}, width / {release.pixels}]"
@@ -89,21 +108,24 @@ class WanVaeOperations:
         means, deviations = _statistics(release, latents)
         # As the pipelines do it, for the same bits: the deviation is inverted twice.
         z = (latents / scaling.factor + scaling.shift) / (1.0 / deviations) + means
-        # Not vae.decode, which clamps. The first frame of a video has no frames before it in any cache.
         is_image = z.ndim == 4
         x = vae.post_quant_conv(z.unsqueeze(2) if is_image else z)
+        split = _Split(self._bands if is_shared else None, x.shape[3])
+        x = split.own_rows(x)
+        # Not vae.decode, which clamps. The first frame of a video has no frames before it in any cache.
         cache = _empty_cache(vae.decoder)
-        shape = self.facts(model.config).latents.pixels_of(tuple(x.shape), IMAGE_CHANNELS)
-        video = torch.empty(shape, device=z.device, dtype=z.dtype)
-        done = 0
         for number in range(x.shape[2]):
-            chunk = vae.decoder(x[:, :, number : number + 1], feat_cache=cache, feat_idx=[0], first_chunk=number == 0)
-            video[:, :, done : done + chunk.shape[2]] = unpatchify(chunk, release.patch)
-            done += chunk.shape[2]
-        return video[:, :, 0] if is_image else video
+            with split.running(vae.decoder):
+                chunk = vae.decoder(
+                    x[:, :, number : number + 1], feat_cache=cache, feat_idx=[0], first_chunk=number == 0
+                )
+            chunk = split.all_rows(unpatchify(chunk, release.patch))
+            yield chunk[:, :, 0] if is_image else chunk
 
     @torch.inference_mode()
-    def encode(self, model: Model[WanVaeConfig], image: torch.Tensor, scaling: LatentScaling) -> torch.Tensor:
+    def encode(
+        self, model: Model[WanVaeConfig], image: torch.Tensor, scaling: LatentScaling, *, is_shared: bool = False
+    ) -> torch.Tensor:
         check_has_encoder(model.config.has_encoder)
         if image.ndim not in (4, 5) or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
             raise BadRequest(
@@ -117,20 +139,49 @@ class WanVaeOperations:
         vae = cast(AutoencoderKLWan, model.module)
         (image,) = prepare(model, image=image)
         is_image = image.ndim == 4
-        x = patchify(image.unsqueeze(2) if is_image else image, release.patch)
+        x = image.unsqueeze(2) if is_image else image
+        split = _Split(self._bands if is_shared else None, x.shape[3] // release.pixels)
+        x = patchify(split.own_rows(x), release.patch)
         cache = _empty_cache(vae.encoder)
         frames = x.shape[2]
         starts = [0, *range(1, frames, FRAMES_PER_LATENT)]
-        moments = [
-            vae.encoder(x[:, :, start:end], feat_cache=cache, feat_idx=[0])
-            for start, end in zip(starts, [*starts[1:], frames], strict=True)
-        ]
-        z = vae.quant_conv(torch.cat(moments, 2))[:, : release.channels]
+        with split.running(vae.encoder):
+            moments = [
+                vae.encoder(x[:, :, start:end], feat_cache=cache, feat_idx=[0])
+                for start, end in zip(starts, [*starts[1:], frames], strict=True)
+            ]
+        z = vae.quant_conv(split.all_rows(torch.cat(moments, 2)))[:, : release.channels]
         # Pipelines of images divide in the VAE's dtype; those of videos multiply in float32.
         z = z[:, :, 0] if is_image else z.float()
         means, deviations = _statistics(release, z)
         normal = (z - means) / deviations if is_image else (z - means) * (1.0 / deviations)
         return (normal - scaling.shift) * scaling.factor
+
+
+class _Split:
+    """The rows of one decode or encode: all of them on this rank alone, or a band of them on each rank."""
+
+    def __init__(self, bands: Bands | None, rows: int) -> None:
+        """``rows`` are those of the latents; ``bands`` is ``None`` for one rank."""
+        self._bands = bands
+        self._rows = rows
+        self._shares = [] if bands is None else bands.shares(rows)
+
+    def own_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows of (batch, channels, frames, rows or a multiple of them, columns)."""
+        if self._bands is None:
+            return x
+        scale, mine = x.shape[3] // self._rows, self._bands.rank
+        return x.narrow(3, sum(self._shares[:mine]) * scale, self._shares[mine] * scale)
+
+    def all_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return all rows of what each rank has its own of; every rank gets them."""
+        if self._bands is None:
+            return x
+        return self._bands.gather_rows(x.movedim(3, 0), self._shares).movedim(0, 3)
+
+    def running(self, side: torch.nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if self._bands is None else rows_split(side, self._bands, self._rows)
 
 
 def _empty_cache(side: torch.nn.Module) -> list[Any]:

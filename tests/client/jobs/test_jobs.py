@@ -23,6 +23,7 @@ from xditd.ipc.replies import (  # noqa: E402
     Decoded,
     Encoded,
     Failed,
+    FramesDecoded,
     Generated,
     Queued,
     StepDone,
@@ -100,6 +101,23 @@ def test_events_then_the_result(client, generates):
 def test_events_include_queued(client, generates):
     job = client.generate("c1", TEXT, height=16, width=16, steps=1)
     assert [type(event) for event in job.events()] == [Queued, StepDone]
+
+
+def test_events_include_the_frames_of_a_video(client, daemon):
+    def answer(request):
+        told = {"request_id": request.request_id, "total_frames": 9, "elapsed_s": 0.2}
+        return [
+            step(request, 1, 1),
+            *(FramesDecoded(frames=frames, **told) for frames in (1, 5, 9)),
+            Generated(request_id=request.request_id, timings_ms={}, reused_steps=0),
+        ]
+
+    daemon.answers[Generate] = answer
+    job = client.generate("c1", TEXT, height=16, width=16, steps=1)
+    assert [event.step for event in job] == [1]
+    job = client.generate("c1", TEXT, height=16, width=16, steps=1)
+    assert [event.frames for event in job.events() if isinstance(event, FramesDecoded)] == [1, 5, 9]
+    assert job.result() is job.result()
 
 
 def test_inputs_are_sent_unchanged_and_results_have_the_noises_dtype(client, daemon, generates):

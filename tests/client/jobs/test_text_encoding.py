@@ -7,7 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from xditd.client import BadRequest, Client, ComponentKind  # noqa: E402
-from xditd.client.jobs.checks import check_token_ids  # noqa: E402
+from xditd.client.jobs.text_checks import check_images, check_token_ids  # noqa: E402
+from xditd.ipc.facts import ArgumentFacts, TextEncoderFacts  # noqa: E402
 from xditd.ipc.replies import TextEncoded  # noqa: E402
 from xditd.ipc.requests import EncodeText  # noqa: E402
 
@@ -77,3 +78,47 @@ def test_a_component_of_another_kind_is_refused(client):
 def test_bad_token_ids_are_refused(token_ids, says):
     with pytest.raises(BadRequest, match=says):
         check_token_ids(token_ids)
+
+
+IMAGES = TextEncoderFacts(
+    width=6,
+    max_tokens=77,
+    has_pooled=False,
+    layers=2,
+    images=(
+        ArgumentFacts(name="pixels", shape=("patches", 12)),
+        ArgumentFacts(name="sizes", shape=("images", 3)),
+        ArgumentFacts(name="types", shape=("images",), is_needed=False),
+    ),
+)
+
+
+def test_images_are_those_of_the_facts():
+    given = {"pixels": torch.ones(4, 12, dtype=torch.bfloat16), "sizes": torch.ones(2, 3, dtype=torch.int32)}
+    found = check_images({**given, "types": None}, IMAGES)
+    assert list(found) == ["pixels", "sizes"]
+    assert (found["pixels"].dtype, found["sizes"].dtype) == (torch.bfloat16, torch.int64)
+    assert check_images({}, TextEncoderFacts(width=6, max_tokens=77, has_pooled=False)) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"grid": torch.ones(1)}, r"images: grid is not known here; this encoder takes pixels \(patches, 12\), sizes"),
+        ({"sizes": None}, r"images: lacks sizes; this encoder takes"),
+        ({"pixels": [1.0]}, r"images\.pixels: a torch tensor \(patches, 12\) is needed, not list"),
+        ({"pixels": torch.ones(4, 12) > 0}, r"images\.pixels: dtype bool cannot be used"),
+        ({"pixels": torch.ones(4, 11)}, r"images\.pixels: shape \(4, 11\) instead of \(patches, 12\)"),
+        ({"pixels": torch.ones(0, 12)}, r"images\.pixels: shape \(0, 12\) instead of"),
+        ({"types": torch.ones(3)}, r"images\.types: images 3, but images\.sizes has images 2"),
+    ],
+)
+def test_bad_images_are_refused(change, says):
+    given = {"pixels": torch.ones(4, 12), "sizes": torch.ones(2, 3, dtype=torch.int64)}
+    with pytest.raises(BadRequest, match=says):
+        check_images({**given, **change}, IMAGES)
+
+
+def test_images_of_an_encoder_of_texts_are_refused(client):
+    with pytest.raises(BadRequest, match="images: this encoder takes texts alone"):
+        client.encode_text(client.lend(CLIP), [[1, 2]], images={"pixels": torch.ones(1, 12)})

@@ -120,6 +120,23 @@ def test_calls_of_other_shapes_are_of_another_kind() -> None:
     assert len({kind_of(call((1, 4))), kind_of(call((2, 4))), kind_of(call((1, 4), (1, 4)))}) == 3
 
 
+def test_chunks_of_a_video_are_measured_apart(subject: LearnedDurations, clock: Clock) -> None:
+    def run_video() -> list[float]:
+        found = [subject.begin(Run(op_number=1, job=GENERATE, exporter=EXPORTER))]
+        for step in (1, 2):
+            clock.now_s += 1.0
+            found.append(subject.step(step, 2))
+        for frames, seconds in ((1, 3.0), (5, 0.5), (9, 0.5)):
+            clock.now_s += seconds
+            found.append(subject.frames(frames, 9))
+        clock.now_s += 2.0
+        subject.end()
+        return found
+
+    assert run_video()[2:] == [HANG_S, HANG_S, FACTOR * 0.5, HANG_S]
+    assert run_video()[2:] == [FACTOR * 3.0, FACTOR * 0.5, FACTOR * 0.5, FACTOR * 2.0]
+
+
 def test_job_without_steps_is_one_phase(subject: LearnedDurations, clock: Clock) -> None:
     decode = Run(
         op_number=1, job=Decode(request_id="1", vae_id="v", io=BLOCK, latents=TENSOR, out=TENSOR), exporter=EXPORTER

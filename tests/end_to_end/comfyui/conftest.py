@@ -10,10 +10,12 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfyui_families
 import numpy as np
 import pytest
 import text_checkpoints
@@ -26,8 +28,11 @@ from xditd.client.demo import checkpoints
 
 
 @pytest.fixture(scope="session")
-def comfy() -> SimpleNamespace:
-    """ComfyUI's modules. ``COMFYUI_PATH`` names a checkout of 0.33 or later whose requirements are installed."""
+def comfy() -> Iterator[SimpleNamespace]:
+    """ComfyUI's modules; they build tiny models, too.
+
+    ``COMFYUI_PATH`` names a checkout of 0.33 or later whose requirements are installed.
+    """
     path = os.environ.get("COMFYUI_PATH")
     if not path:
         pytest.skip("COMFYUI_PATH names no ComfyUI checkout")
@@ -45,7 +50,9 @@ def comfy() -> SimpleNamespace:
     import nodes
     from comfy_extras import nodes_custom_sampler, nodes_flux
 
-    return SimpleNamespace(comfy=comfy, nodes=nodes, custom=nodes_custom_sampler, flux=nodes_flux, root=Path(path))
+    with pytest.MonkeyPatch.context() as patch:
+        comfyui_families.detect_small_models(patch)
+        yield SimpleNamespace(comfy=comfy, nodes=nodes, custom=nodes_custom_sampler, flux=nodes_flux, root=Path(path))
 
 
 @pytest.fixture
@@ -147,6 +154,34 @@ def vae(connected, decoder_file) -> Any:
     from xditd.client.comfyui.nodes.vae_loader import load_vae
 
     return load_vae(str(decoder_file))
+
+
+@pytest.fixture(scope="session")
+def variant_file(tmp_path_factory) -> Callable[[str], Path]:
+    """Write the tiny checkpoint of a variant of ``comfyui_families``, once for a seed."""
+    folder = tmp_path_factory.mktemp("variants")
+
+    def write(name: str, seed: int = 0) -> Path:
+        path = folder / f"{name}_{seed}.safetensors"
+        if not path.exists():
+            save_file(comfyui_families.VARIANTS[name].make(seed), path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def stock(comfy, variant_file) -> Callable[..., Any]:
+    """The MODEL of a variant as ComfyUI runs it."""
+    return cache(lambda name, seed=0: comfy.comfy.sd.load_diffusion_model(str(variant_file(name, seed))))
+
+
+@pytest.fixture
+def weightless(connected, variant_file) -> Callable[..., Any]:
+    """The MODEL of a variant from XDiT UNet Loader."""
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    return lambda name, seed=0: load_unet(str(variant_file(name, seed)))
 
 
 class Server:

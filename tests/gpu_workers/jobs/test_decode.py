@@ -86,7 +86,7 @@ def test_latents_and_images_that_do_not_fit_are_refused_by_shape(lent: OneRank) 
         lent.run(decode(lent.room(), torch.zeros(1, 4, 4, 4), 1, 3, 32, 32))
     with pytest.raises(BadRequest, match=r"image is \[1, 4, 32, 32\]: use \[batch, 3, height, width\]"):
         lent.run(encode(lent.room(), torch.zeros(1, 4, 32, 32), 1, 16, 4, 4))
-    with pytest.raises(BadRequest, match=r"out: the place for it is \[1, 3, 32, 40\], but the result is \[1, 3"):
+    with pytest.raises(BadRequest, match=r"out: the place for it is \[1, 3, 32, 40\], but the result will be \[1, 3"):
         lent.run(decode(lent.room(), torch.zeros(1, 16, 4, 4), 1, 3, 32, 40))
     with pytest.raises(BadRequest, match="latents: some values are not finite in float32"):
         lent.run(decode(lent.room(), torch.full((1, 16, 4, 4), torch.nan), 1, 3, 32, 32))

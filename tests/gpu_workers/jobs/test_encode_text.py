@@ -5,10 +5,12 @@ That the bits are those of transformers is in ``families/test_text_operations.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
+import qwen2_5_vl_models
 import torch
 from text_checkpoints import clip_l_state_dict, t5_state_dict
 
@@ -30,12 +32,16 @@ def job(
     pooled: tuple[int, ...] | None = None,
     out: tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float32,
+    images: Mapping[str, torch.Tensor] | None = None,
 ) -> EncodeText:
     token_ids = room.input(ids)
+    given = {name: room.input(each) for name, each in (images or {}).items()}
     places = {"out": room.output(*(out or (*ids.shape, WIDTH)), dtype=dtype)}
     if pooled is not None:
         places["out_pooled"] = room.output(*pooled)
-    return EncodeText(request_id="r", encoder_id=encoder_id, token_ids=token_ids, io=room.block(), **places)
+    return EncodeText(
+        request_id="r", encoder_id=encoder_id, token_ids=token_ids, images=given, io=room.block(), **places
+    )
 
 
 @pytest.fixture
@@ -101,3 +107,29 @@ def test_states_that_are_not_finite_name_the_encoder(rank: OneRank) -> None:
     rank.lend("clip", broken)
     with pytest.raises(NotFinite, match=r"text_encoder clip \(.*\): hidden states: some values are NaN or infinite"):
         rank.run(job(rank.room(), torch.zeros(1, 4, dtype=torch.int64)))
+
+
+def test_images_are_checked_by_the_facts(rank: OneRank, direct: ModuleType) -> None:
+    rank.lend("clip", clip_l_state_dict(3, vocabulary=VOCABULARY))
+    rank.lend("vl", qwen2_5_vl_models.state_dict())
+    ids = torch.full((1, 4), 151655)
+    given = {"pixel_values": torch.ones(16, 1176), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    room = rank.room()
+    asked = job(room, ids, encoder_id="vl", images=given)
+    rank.run(asked)
+    model = rank.components.get("vl", "text_encoder").match.model
+    hidden, _ = model.operations.encode(model, ids, pooled=False, images=given)
+    assert float((room.read(asked.out) - hidden).abs().max()) <= 1e-5
+    endless = torch.ones(16, 1176)
+    endless[3, 4] = torch.inf
+    for change, says in (
+        ({"pixels": torch.ones(1)}, "images: pixels cannot be given; it takes image_grid_thw, mm_token_type_ids, pix"),
+        ({"pixel_values": None}, "images: pixel_values is missing"),
+        ({"pixel_values": torch.ones(16, 588)}, r"images.pixel_values: shape is \[16, 588\], use \[any, 1176\]"),
+        ({"pixel_values": endless}, "images.pixel_values: some values are not finite in float32"),
+    ):
+        changed = {name: each for name, each in {**given, **change}.items() if each is not None}
+        with pytest.raises(BadRequest, match=says):
+            rank.run(job(rank.room(), ids, encoder_id="vl", images=changed))
+    with pytest.raises(BadRequest, match="images: clip_l takes texts alone"):
+        rank.run(job(rank.room(), torch.zeros(1, 4, dtype=torch.int64), images=given))

@@ -91,3 +91,17 @@ def test_nothing_is_decided_by_the_runs_of_a_failed_job() -> None:
     calls.paths.decide()
     assert not calls.paths.take_reports()
     assert calls.decide() == [("compiled", "")]
+
+
+def test_forwards_that_have_to_be_eager_are_reported_once_for_each_case() -> None:
+    calls = Calls(lambda result: result)
+    for rows in (2, 2, 3, 2):
+        calls.paths.note_eager({"input": torch.ones(rows, 4), "mode": "read"}, "a cache is read")
+    reports = calls.paths.take_reports()
+    assert [(each.path, each.shapes, each.split, each.detail) for each in reports] == [
+        ("eager", "[2, 4]", "tokens", "a cache is read"),
+        ("eager", "[3, 4]", "tokens", "a cache is read"),
+    ]
+    calls.paths.use_weights("a", dict(calls.module.named_parameters()))
+    calls.paths.note_eager({"input": torch.ones(2, 4), "mode": "read"}, "a cache is read")
+    assert len(calls.paths.take_reports()) == 1  # of other weights

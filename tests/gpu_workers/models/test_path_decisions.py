@@ -135,7 +135,7 @@ def test_a_job_that_fails_leaves_nothing_to_decide() -> None:
         models=SimpleNamespace(paths=[paths]), class_models=SimpleNamespace(paths=[paths])
     )
     executor._jobs = SimpleNamespace(run=fails)
-    channel: Any = SimpleNamespace(is_cancelled=None, report_step=None)
+    channel: Any = SimpleNamespace(is_cancelled=None, report_step=None, report_frames=None)
     with pytest.raises(BadRequest):
         executor.run(SimpleNamespace(job=None, exporter=None), channel)
     assert dropped == ["job", "runs", "runs"]

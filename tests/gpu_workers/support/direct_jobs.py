@@ -193,15 +193,17 @@ def decode(
     """
     operations: Any = model.operations
     scaling = scaling or operations.facts(model.config).latents.scaling
-    image: torch.Tensor = operations.decode(model, latents.to(model.device), scaling, is_shared=is_shared)
-    return image
+    chunks = list(operations.decode(model, latents.to(model.device), scaling, is_shared=is_shared))
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2)
 
 
-def encode(model: CachedModel, image: torch.Tensor, *, scaling: LatentScaling | None = None) -> torch.Tensor:
-    """Encode images to latents."""
+def encode(
+    model: CachedModel, image: torch.Tensor, *, scaling: LatentScaling | None = None, is_shared: bool = False
+) -> torch.Tensor:
+    """Encode images to latents, as :func:`decode` decodes."""
     operations: Any = model.operations
     scaling = scaling or operations.facts(model.config).latents.scaling
-    latents: torch.Tensor = operations.encode(model, image.to(model.device), scaling)
+    latents: torch.Tensor = operations.encode(model, image.to(model.device), scaling, is_shared=is_shared)
     return latents
 
 

@@ -15,8 +15,8 @@ from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.io_places import IoPlaces
 from xditd.client.lending import Offer, describe
 from xditd.gpu_workers.jobs.finished import Finished
-from xditd.gpu_workers.jobs.generate import Progress
 from xditd.gpu_workers.jobs.job_io import JobIo
+from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -75,6 +75,8 @@ class OneRank:
         self.runner = JobRunner(self.components, 0, CPU)
         self.steps: list[tuple[int, int]] = []
         """The reported steps of the latest job: steps done, and steps in all."""
+        self.frames: list[tuple[int, int]] = []
+        """The same of decoded frames of a video."""
         self._pool = IoPool()
         self._rooms: list[Room] = []
         self._offers: list[Offer] = []
@@ -101,6 +103,7 @@ class OneRank:
     ) -> Finished:
         """Run a job, for this process or for another client whose I/O block is this process' nevertheless."""
         self.steps.clear()
+        self.frames.clear()
 
         def tell(done: int, total: int, _: float) -> None:
             self.steps.append((done, total))
@@ -111,7 +114,7 @@ class OneRank:
             job,
             lambda: self.io.open(job.io, self.client),
             lambda size_bytes: self.io.provide(asks_for, size_bytes),
-            Progress(True, CPU, is_cancelled, tell),
+            Progress(True, CPU, is_cancelled, tell, lambda done, total, _: self.frames.append((done, total))),
             asks_for,
         )
 

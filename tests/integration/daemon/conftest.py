@@ -26,7 +26,7 @@ from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.arguments import Argument, InIo
 from xditd.ipc.codec import encode, reply_decoder
 from xditd.ipc.protocol import PROTOCOL_VERSION, Reply, Request
-from xditd.ipc.replies import AnyReply, Failed, Farewell, Lent, Queued, Status, StepDone, Welcome
+from xditd.ipc.replies import AnyEvent, AnyReply, Failed, Farewell, Lent, Status, Welcome
 from xditd.ipc.requests import Call, Generate, GetStatus, Goodbye, Hello, Lend, Part, Sampling
 from xditd.ipc.status import DaemonStatus, GroupState
 from xditd.ipc.tensors import (
@@ -129,7 +129,7 @@ class RawClient:
             for reply in self.others.pop(request_id, []):
                 return reply
             reply = self.receive(end - time.monotonic())
-            if isinstance(reply, (Queued, StepDone)):
+            if isinstance(reply, AnyEvent):
                 self.events.append(reply)
             else:
                 self.keep(reply)
@@ -144,8 +144,8 @@ class RawClient:
                 if event.request_id == request_id and isinstance(event, kind):
                     return event
             reply = self.receive()
-            assert reply.request_id != request_id or isinstance(reply, (Queued, StepDone)), reply
-            if isinstance(reply, (Queued, StepDone)):
+            assert reply.request_id != request_id or isinstance(reply, AnyEvent), reply
+            if isinstance(reply, AnyEvent):
                 self.events.append(reply)
             else:
                 self.keep(reply)

@@ -7,14 +7,25 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, InIo, ListOf, Repeated, Rows, TupleOf, Values
 from xditd.ipc.degrees import Degrees
-from xditd.ipc.replies import Called, Decoded, Generated, LogLines, MemoryChecked, Returned, StepDone
+from xditd.ipc.replies import Called, Decoded, FramesDecoded, Generated, LogLines, MemoryChecked, Returned, StepDone
 from xditd.ipc.requests import CheckMemory, Decode, GetLogs, ReturnLoan
 from xditd.ipc.status import GroupState, LeaseState
 from xditd.ipc.tensors import IoTensor
+
+
+def test_frames_of_a_video_are_told_after_the_steps(start_daemon: Any, memory: Any) -> None:
+    client = start_daemon().client()
+    lent = client.lend(memory.manifest())
+    job = memory.generate(lent.component_id, steps=2)
+    client.ask(replace(job, sampling=replace(job.sampling, frames=9)), Generated)
+    told = [each for each in client.events if isinstance(each, StepDone | FramesDecoded)]
+    assert [type(each) for each in told] == [StepDone, StepDone, FramesDecoded, FramesDecoded]
+    assert [(each.frames, each.total_frames) for each in told[2:]] == [(5, 9), (9, 9)]
 
 
 def test_lend_run_return(start_daemon: Any, memory: Any) -> None:

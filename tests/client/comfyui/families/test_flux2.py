@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from xditd.client import BadRequest
-from xditd.client.comfyui.families.flux2 import KNOWN_SIZES, Flux2Model
+from xditd.client.comfyui.families.base import KNOWN_SIZES
+from xditd.client.comfyui.families.flux2 import Flux2Model
 from xditd.client.comfyui.step_inputs import StepInputs
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
 

@@ -11,7 +11,7 @@ import wan_models
 import wan_vaes
 
 from xditd.gpu_workers.parallel.rank_sync import using_all_cores
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, Cancelled, NotFinite
 from xditd.ipc.requests import Generate, Sampling
 
 if TYPE_CHECKING:
@@ -116,9 +116,32 @@ def test_ti2v_and_its_vae_give_frames(rank: OneRank) -> None:
     room = rank.room()
     job = generate(room, {"transformer": "transformer", "vae": "vae"}, **changes)
     rank.run(job)
+    assert rank.frames == [(1, 5), (5, 5)]
     check_video(room, job, state, wan_vaes.SMALL_2_2)
     with pytest.raises(BadRequest, match="vae: its latents have 16 channels, the transformer's 48"):
         rank.run(generate(rank.room(), {"transformer": "transformer", "vae": "other"}, **changes))
+
+
+def test_a_cancel_takes_effect_at_a_chunk_of_frames(lent: OneRank) -> None:
+    lent.lend("vae", wan_vaes.state_dict())
+    room = lent.room()
+    changes: dict[str, Any] = {"latents": (1, 16, 3, 4, 6), "sampling": {"frames": 9}}
+    job = generate(room, {**PAIR, "vae": "vae"}, video=(1, 3, 9, 32, 48), **changes)
+    with pytest.raises(Cancelled, match="cancelled after frame 5 of 9"):
+        lent.run(job, is_cancelled=lambda: len(lent.frames) == 2)
+    assert lent.frames == [(1, 9), (5, 9)]
+    assert job.out_image is not None
+    assert (room.read(job.out_image)[:, :, :5].std(dim=(0, 1, 3, 4)) > 0.01).all()
+    lent.run(job)  # the next one decodes all frames
+    check_video(room, job, wan_vaes.state_dict(), wan_vaes.SMALL)
+
+
+def test_a_video_with_values_that_are_not_finite_is_refused(lent: OneRank) -> None:
+    state = wan_vaes.state_dict()
+    state["decoder.head.2.bias"][1] = torch.nan
+    lent.lend("vae", state)
+    with pytest.raises(NotFinite, match=r"vae .*: image: some values are NaN or infinite"):
+        lent.run(generate(lent.room(), {**PAIR, "vae": "vae"}, video=(1, 3, 5, 32, 48)))
 
 
 def check_video(room: Room, job: Generate, state: wan_vaes.State, config: WanVaeConfig) -> None:
