@@ -211,10 +211,13 @@ def check_latents(name: str, latents: torch.Tensor, facts: LatentFacts, *, batch
 
 
 def check_noise(noise: torch.Tensor, batch: int, height: int, width: int, facts: LatentFacts, frames: int = 1) -> None:
-    """Check the shape of given noise."""
+    """Check the shape of given noise. That of a video may have latent frames before it, which the workers count."""
     check_latents("noise", noise, facts, batch=batch)
     expected = facts.shape(batch, height, width, frames)
-    if tuple(noise.shape) != expected:
+    found = tuple(noise.shape)
+    if facts.frames and found[2] > expected[2]:
+        found = (*found[:2], expected[2], *found[3:])
+    if found != expected:
         raise BadRequest(f"noise: shape {shape_text(noise)} instead of {expected} for {width}x{height} pixels")
 
 

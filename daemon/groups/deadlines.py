@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from enum import Enum
 from typing import Final
 
@@ -13,7 +14,7 @@ from xditd.daemon.operations.event_loop import Deadline, EventLoop
 from xditd.ipc import arguments, limits
 from xditd.ipc.arguments import Argument
 from xditd.ipc.awake_clock import AwakeClock
-from xditd.ipc.requests import Call, Generate, InferenceRequest
+from xditd.ipc.requests import Call, Generate, InferenceRequest, LoraUse, LoraUses
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.worker_messages import AnyCommand, FramesReached, Plug, Prepare, Run, StepReached, Unmap
 
@@ -144,7 +145,7 @@ class LearnedDurations:
 
 
 def kind_of(job: InferenceRequest) -> Hashable:
-    """Return a key of what determines how long a job's steps take: components, shapes and sizes."""
+    """Return a key of what determines how long a job's steps take: components, LoRAs, shapes and sizes."""
     found: list[Hashable] = [type(job)]
     for name in job.__struct_fields__:  # msgspec.structs.fields would resolve the types again each time
         value = getattr(job, name)
@@ -152,6 +153,7 @@ def kind_of(job: InferenceRequest) -> Hashable:
             found.append((name, value.dtype, value.shape))
         elif name.endswith("_id") and name != "request_id":
             found.append((name, value))
+    found.append(tuple(sorted(use.component_id for use in _loras_of(job))))
     if isinstance(job, Generate):
         sampling = job.sampling
         found += sorted(job.components.items())
@@ -161,6 +163,11 @@ def kind_of(job: InferenceRequest) -> Hashable:
         for number, part in enumerate(job.parts):
             found += [number, *_shapes(part.arguments)]
     return tuple(found)
+
+
+def _loras_of(job: InferenceRequest) -> Iterable[LoraUse]:
+    loras: dict[str, LoraUses] | LoraUses = getattr(job, "loras", ())
+    return itertools.chain.from_iterable(loras.values()) if isinstance(loras, dict) else loras
 
 
 def _shapes(tree: dict[str, Argument]) -> Iterator[Hashable]:

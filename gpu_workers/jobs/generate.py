@@ -16,7 +16,7 @@ from xditd.gpu_workers.jobs.decode import Decoding, decode_into
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.generation_inputs import Given
 from xditd.gpu_workers.jobs.job_io import OpenIo
-from xditd.gpu_workers.jobs.pictures import encode_pictures, share_latents
+from xditd.gpu_workers.jobs.pictures import encode_pictures
 from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
@@ -63,10 +63,8 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             )  # fmt: skip
             io.check("out_image", job.out_image, image_shape)
             check_output("out_image", job.out_image.dtype)
-        if vae is not None and given.pictures and context.is_leader:
-            given.latents = encode_pictures(given.pictures, vae, context)
     if vae is not None and given.pictures:
-        given.latents = share_latents(given.latents, given.pictures, vae, context)
+        given.latents = encode_pictures(given.pictures, vae, context)
     with raise_on_all_ranks():
         loop = Loop.prepare(given, job, transformer, loras)
         del given  # pictures and videos, which are larger than their latents

@@ -1,4 +1,4 @@
-"""Pictures among the conditioning of a generation: rank 0 encodes them by the job's VAE, and all ranks get the latents.
+"""Pictures among the conditioning of a generation: the job's VAE encodes them, and all ranks get the latents.
 
 A family whose recipe is a :class:`~xditd.gpu_workers.models.operations.PictureRecipe` says which they are.
 """
@@ -15,7 +15,7 @@ from xditd.gpu_workers.jobs.context import JobContext
 from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.operations import PictureRecipe, Recipe, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
-from xditd.gpu_workers.parallel.rank_sync import using_all_cores
+from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc.errors import BadRequest
 
 Tensors = Mapping[str, torch.Tensor]
@@ -42,37 +42,41 @@ def noise_frames(recipe: Recipe[Any], wanted: Wanted, conditioning: Mapping[str,
 
 
 def encode_pictures(pictures: Tensors, vae: Component, context: JobContext) -> dict[str, torch.Tensor]:
-    """Encode the pictures on this rank, to float32 latents.
+    """Encode pictures, and return their float32 latents on all ranks.
+
+    Collective, as a decode: call it outside of ``raise_on_all_ranks``.
 
     Raises:
         BadRequest, Unsupported: a wrong size, or a VAE without an encoder.
         NotFinite, StaleSource: see :meth:`JobContext.check_finite`.
     """
-    model, scaling = vae.model, vae.vae_facts.latents.scaling
-    operations = model.operations_for("vae")
-    finite = FiniteCheck()
+    model, facts = vae.model, vae.vae_facts
+    operations, scaling = model.operations_for("vae"), facts.latents.scaling
     found: dict[str, torch.Tensor] = {}
-    with using_all_cores(context.device):
-        for name, picture in pictures.items():
-            found[name] = operations.encode(model, picture, scaling).to(LATENTS_DTYPE)
-            finite.note(f"latents of {name}", found[name])
-    context.check_finite(finite, vae)
-    context.components.check_unchanged(vae)
+    for name, picture in pictures.items():
+        with raise_on_all_ranks():
+            is_shared = operations.shares_encode(model, picture)
+            if not is_shared and context.is_leader:
+                with using_all_cores(context.device):
+                    found[name] = operations.encode(model, picture, scaling).to(LATENTS_DTYPE)
+        if is_shared:
+            found[name] = operations.encode(model, picture, scaling, is_shared=True).to(LATENTS_DTYPE)
+        else:
+            shape = facts.latents.shape_of(tuple(picture.shape))
+            found[name] = _broadcast(found.get(name), shape, context.device)
+    with raise_on_all_ranks():
+        if context.is_leader:
+            finite = FiniteCheck()
+            for name, latents in found.items():
+                finite.note(f"latents of {name}", latents)
+            context.check_finite(finite, vae)
+            context.components.check_unchanged(vae)
     return found
 
 
-def share_latents(latents: Tensors, pictures: Tensors, vae: Component, context: JobContext) -> dict[str, torch.Tensor]:
-    """Return rank 0's latents on all ranks. Collective: call it outside of ``raise_on_all_ranks``."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return dict(latents)
-    shared: dict[str, torch.Tensor] = {}
-    for name, picture in pictures.items():
-        shape = vae.vae_facts.latents.shape_of(tuple(picture.shape))
-        tensor = (
-            latents[name].contiguous()
-            if context.is_leader
-            else torch.empty(shape, dtype=LATENTS_DTYPE, device=context.device)
-        )
-        dist.broadcast(tensor, src=0)
-        shared[name] = tensor
-    return shared
+def _broadcast(mine: torch.Tensor | None, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return rank 0's latents on all ranks; others give none."""
+    latents = torch.empty(shape, dtype=LATENTS_DTYPE, device=device) if mine is None else mine.contiguous()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(latents, src=0)
+    return latents

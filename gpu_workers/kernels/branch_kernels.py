@@ -112,7 +112,7 @@ def can_multiply(
 
     A rule on shapes alone, so that a job has the same bits each time.
     """
-    if not rows.is_cuda or torch.cuda.get_device_capability(rows.device) != _HOPPER:
+    if not _has_kernel(rows.device):
         return False
     tensors = (rows, weight.t(), up, out)
     if rows.dtype not in HALF_DTYPES or any(each.dtype != rows.dtype for each in (*tensors, bias)):
@@ -129,6 +129,16 @@ def can_multiply(
     if triton.cdiv(tiles, programs) * programs > _MOST_WASTE * tiles:
         return False
     return _is_right(rows.dtype, rows.device)
+
+
+def prepare(dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the kernels for a dtype and a GPU, once. It takes seconds, which the steps of a job may not have."""
+    if _has_kernel(device) and dtype in HALF_DTYPES:
+        _is_right(dtype, device)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:

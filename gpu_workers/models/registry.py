@@ -42,6 +42,7 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.t5", "T5"),
     ("xditd.gpu_workers.families.t5", "UMT5"),
     ("xditd.gpu_workers.families.wan.checkpoint", "Wan"),
+    ("xditd.gpu_workers.families.wan.checkpoint", "WanVace"),
     ("xditd.gpu_workers.families.z_image.checkpoint", "ZImage"),
     ("xditd.gpu_workers.families.language_models.checkpoint", "Qwen3"),
     ("xditd.gpu_workers.families.language_models.checkpoint", "Mistral3"),

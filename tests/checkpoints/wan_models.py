@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xditd.gpu_workers.families.wan.checkpoint import Wan
-from xditd.gpu_workers.families.wan.config import WanConfig
+from xditd.gpu_workers.families.wan.checkpoint import Wan, WanVace
+from xditd.gpu_workers.families.wan.config import WanConfig, WanVaceConfig
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -24,19 +24,26 @@ CLIP_IMAGE = replace(IMAGE, image_channels=64)
 TWO_IMAGES = replace(CLIP_IMAGE, has_image_positions=True)
 """Of Wan 2.1 for a first and a last image."""
 TI2V = replace(TEXT, in_channels=48, out_channels=48)
+VACE = WanVaceConfig(**{each.name: getattr(TEXT, each.name) for each in fields(TEXT)}, control_blocks=1)
+TWO_CONTROLS = replace(VACE, blocks=4, control_blocks=2)
 CONFIGS = {
     "text": TEXT,
     "image": IMAGE,
     "image with CLIP": CLIP_IMAGE,
     "two images with CLIP": TWO_IMAGES,
     "TI2V": TI2V,
+    "VACE": TWO_CONTROLS,
 }
+
+
+def family_of(config: WanConfig) -> Wan:
+    return WanVace() if isinstance(config, WanVaceConfig) else Wan()
 
 
 def state_dict(seed: int, config: WanConfig = TEXT, *, dtype: torch.dtype = torch.float32, prefix: str = "") -> State:
     """Make a checkpoint in the layout of the configuration. Activations keep their size, and every tensor matters."""
     tensors = {}
-    for entry in Wan().entries(config, ()):
+    for entry in family_of(config).entries(config, ()):
         ((target, _),) = entry.targets
         # By the parameter, so that both namings have the same values.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{target}".encode()))
@@ -53,9 +60,14 @@ def state_dict(seed: int, config: WanConfig = TEXT, *, dtype: torch.dtype = torc
 
 def empty_reference(config: WanConfig) -> WanTransformer3DModel:
     """Build diffusers' own class in the sizes of a configuration, with nothing of ours."""
-    from diffusers import WanTransformer3DModel
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
-    return WanTransformer3DModel(
+    kind: Any = WanTransformer3DModel
+    control: dict[str, Any] = {}
+    if isinstance(config, WanVaceConfig):
+        kind, control = WanVACETransformer3DModel, {"vace_layers": list(config.control_layers)}
+    return kind(
+        **control,
         num_attention_heads=config.hidden // 128,
         attention_head_dim=128,
         in_channels=config.in_channels,
@@ -107,6 +119,9 @@ def inputs(
     if config.image_channels:
         images = rows * (2 if config.has_image_positions else 1)
         given["encoder_hidden_states_image"] = torch.randn(images, 257, config.image_channels, generator=generator)
+    if isinstance(config, WanVaceConfig):
+        given["control_hidden_states"] = torch.randn(rows, 96, *size, generator=generator)
+        given["control_hidden_states_scale"] = torch.linspace(1.0, 0.5, config.control_blocks)
     return given
 
 
@@ -190,6 +205,29 @@ def image_pipeline_latents(
         pipeline.encode_image = lambda *_: conditioning["image_embeds"]
     images = {name: (conditioning[name] + 1) / 2 for name in ("image", "last_image") if name in conditioning}
     return _sampled(pipeline, sample, module.dtype, **images)
+
+
+@torch.no_grad()
+def control_pipeline_latents(module: Any, vae: Any, sample: Any) -> torch.Tensor:
+    """Sample with diffusers' ``WanVACEPipeline``, from a control video and references on their canvases."""
+    from diffusers import WanVACEPipeline
+
+    conditioning, sides = sample.conditioning, sample.sides
+    pipeline = WanVACEPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=_scheduler(sample, sample.options.get("shift", 3.0)),
+        transformer=module,
+    )
+    references = list(conditioning.get("reference_images", ()))
+    zeros = torch.zeros(1, 3, sides["frames"], sides["height"], sides["width"])
+    video = conditioning.get("video", zeros)
+    prepared = video, conditioning.get("mask", torch.ones_like(video)), [references]
+    pipeline.preprocess_conditions = lambda *_: prepared
+    scales = conditioning.get("conditioning_scales", sample.options.get("conditioning_scale", 1.0))
+    found = _sampled(pipeline, sample, module.dtype, conditioning_scale=scales)
+    return found[:, :, len(references) :]
 
 
 def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:

@@ -57,6 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "image": wan_models.IMAGE,
         "clip_image": wan_models.CLIP_IMAGE,
         "ti2v": wan_models.TI2V,
+        "vace": wan_models.TWO_CONTROLS,
     }
     for name, config in models.items():
         save_file(wan_models.state_dict(0, config), folder / f"{name}.safetensors")
@@ -101,6 +102,41 @@ def test_a_picture_becomes_a_video(client, files, relative_error, name: str, con
     assert relative_error(result.latents, expected) <= BAR
     assert result.image.shape == (1, 3, 9, sides["height"], sides["width"])
     assert relative_error(result.image, client.decode(vae, result.latents).clamp(-1, 1)) <= 1e-5
+
+
+def controls() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        **conditioning(wan_models.TWO_CONTROLS),
+        "video": torch.rand(1, 3, 9, 32, 48, generator=generator) * 2 - 1,
+        "mask": torch.rand(1, 1, 9, 32, 48, generator=generator),
+        "reference_images": [torch.rand(3, 32, 48, generator=generator) * 2 - 1 for _ in range(2)],
+    }
+
+
+def test_a_video_a_mask_and_references_control_a_video(client, files, relative_error):
+    config = wan_models.TWO_CONTROLS
+    sample = Sample(config, controls())
+    sample.noise = torch.randn(1, 16, 5, 4, 6, generator=torch.Generator().manual_seed(1))
+    loan, vae = client.lend(files.vace), client.lend(files.vae)
+    assert (loan.family, loan.facts.class_name) == ("wan_vace", "WanVACETransformer3DModel")
+    result = client.generate(loan, sample.conditioning, vae=vae, noise=sample.noise, **SIDES, **STEPS).result()
+    module = wan_models.reference(wan_models.state_dict(0, config), config)
+    expected = wan_models.control_pipeline_latents(module, plain_vae(config), sample)
+    assert relative_error(result.latents, expected) <= BAR
+    assert result.image.shape == (1, 3, 9, 32, 48)
+    given = wan_models.inputs(2, 9, (3, 4, 6), config)
+    (found,) = client.call(loan, given)
+    with torch.no_grad():
+        assert relative_error(found, module(**given, return_dict=False)[0]) <= BAR
+    with pytest.raises(BadRequest, match=r"noise: shape is \[1, 16, 4, 4, 6\], use \[1, 16, 5, 4, 6\]"):
+        client.generate(loan, sample.conditioning, vae=vae, noise=sample.noise[:, :, 1:], **SIDES, **STEPS).result()
+    short = {"mask": torch.zeros(1, 1, 5, 32, 48)}
+    with pytest.raises(BadRequest, match="mask: frames 5, but video has frames 9"):
+        client.generate(loan, sample.conditioning | short, vae=vae, seed=1, **SIDES, **STEPS)
+    small = {"reference_images": [torch.zeros(3, 16, 16)]}
+    with pytest.raises(BadRequest, match=r"reference_images\[0\]: 16 x 16 pixels, but the video has 32 x 48"):
+        client.generate(loan, sample.conditioning | small, vae=vae, seed=1, **SIDES, **STEPS).result()
 
 
 def test_the_seed_draws_the_same_video_twice(client, files):

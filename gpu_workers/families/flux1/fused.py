@@ -30,7 +30,7 @@ from xditd.gpu_workers.families.flux1.checked_products import CheckedProducts, l
 from xditd.gpu_workers.families.flux1.control_residuals import UNCONTROLLED, ControlledBlocks, by_block
 from xditd.gpu_workers.families.flux1.fused_loras import ActiveLoras, FusedLoras, key_of
 from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
-from xditd.gpu_workers.kernels import triton_kernels
+from xditd.gpu_workers.kernels import branch_kernels, triton_kernels
 from xditd.gpu_workers.kernels.branched_products import with_branches
 from xditd.gpu_workers.kernels.branches import Branch, Branches
 from xditd.gpu_workers.kernels.products import EIGHT, EightBit, Products, SixteenBit, TensorRows
@@ -134,6 +134,8 @@ class FusedFlux1:
 
     def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
         """Return the places of a LoRA's branches in fused blocks, from those of the module's layers."""
+        if self.takes_loras:
+            branch_kernels.prepare(self._dtype, self._layout.device)
         return self.loras.slots(by_layer)
 
     def take_checks(self) -> tuple[FusedCheck, ...]:

@@ -1,4 +1,4 @@
-"""The transformers of Wan 2.1 and 2.2, in the naming of the original and ComfyUI's files, and in that of diffusers.
+"""The transformers of Wan 2.1, 2.2 and VACE, in the naming of the original and ComfyUI's files, and in diffusers'.
 
 Every tensor is one parameter, renamed. The norms of a block have other numbers in both: the original's ``norm3`` is
 diffusers' ``norm2``. Everything is read from shapes but the head size, which all released models share.
@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from xditd.gpu_workers.families.wan.config import (
+    CONTROL_CHANNELS,
     HEAD_SIZE,
     IMAGE_TOKENS,
     MODULATIONS,
     OUT_CHANNELS,
     PATCH,
     WanConfig,
+    WanVaceConfig,
 )
 from xditd.gpu_workers.models.entries import Entry, Shape, layer_entries, tensor_entry
 from xditd.gpu_workers.models.family import Kind
@@ -28,6 +31,7 @@ from xditd.ipc.errors import BadCheckpoint, Unsupported
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.wan.operations import WanOperations
+    from xditd.gpu_workers.families.wan.vace import WanVaceOperations
 
 MAX_BLOCKS: Final = 256
 
@@ -36,7 +40,6 @@ _DIFFUSERS: Final = ("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q
 _PLAIN: Final = "lend Wan 2.1 or 2.2 for text or a first image, or run another as its class of diffusers (as_class)"
 
 _OTHERS: Final = (
-    ("vace_", "Wan VACE"),
     ("control_adapter.", "Wan with a camera's path"),
     ("casual_audio_encoder.", "Wan S2V"),
     ("audio_proj.", "HuMo"),
@@ -65,8 +68,18 @@ _IMAGE_LAYERS: Final = (
     ("img_emb.proj.3", "ff.net.2"),
     ("img_emb.proj.4", "norm2"),
 )
+_IMAGE_PARTS: Final = ("img_emb.", "condition_embedder.image_embedder.")
+_IMAGE_KEYS: Final = re.compile(r"\.(?:k_img|v_img|norm_k_img|add_k_proj|add_v_proj|norm_added_k)\.")
+"""Tensors that only models with CLIP's vision model have, in both namings."""
 _POSITIONS: Final = ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")
 """Of the tokens of a first and a last image, in both namings."""
+_PLAIN_CHANNELS: Final = 16
+_CONTROL: Final = "vace_"
+"""How names begin that VACE alone has."""
+_CONTROL_PATCHES: Final = "vace_patch_embedding"
+_CONTROL_BLOCKS: Final = "vace_blocks"
+_CONTROL_LAYERS: Final = (("before_proj", "proj_in"), ("after_proj", "proj_out"))
+"""Of control blocks, in both namings; the first block alone has the first."""
 _ATTENTIONS: Final = (("self_attn", "attn1"), ("cross_attn", "attn2"))
 _PROJECTIONS: Final = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
 
@@ -83,7 +96,7 @@ class Wan:
     swapped_halves: frozenset[str] = frozenset()
 
     def claims(self, names: Collection[str]) -> bool:
-        return _ORIGINAL in names or all(name in names for name in _DIFFUSERS)
+        return _is_wan(names) and not has_control(names)
 
     def canonical(self, name: str) -> str:
         return name
@@ -91,11 +104,13 @@ class Wan:
     def configure(self, shapes: Mapping[str, Shape]) -> WanConfig:
         for beginning, model in _OTHERS:
             if found := min((name for name in shapes if name.startswith(beginning)), default=None):
-                raise Unsupported(f"wan: {found} is a tensor of {model}, which this family does not run; {_PLAIN}")
+                raise Unsupported(
+                    f"{self.name}: {found} is a tensor of {model}, which this family does not run; {_PLAIN}"
+                )
         is_original = _ORIGINAL in shapes
         blocks = count_blocks(self.name, shapes, "blocks", MAX_BLOCKS)
         if blocks == 0:
-            raise BadCheckpoint("wan: no tensor of blocks.0: a Wan transformer has blocks")
+            raise BadCheckpoint(f"{self.name}: no tensor of blocks.0: a Wan transformer has blocks")
         names = {original: original if is_original else other for original, other in _LAYERS}
         own, cross = (pair[0] if is_original else pair[1] for pair in _ATTENTIONS)
         query, first = ("q", "ffn.0") if is_original else ("to_q", "ffn.net.0.proj")
@@ -106,20 +121,22 @@ class Wan:
         ]
         hidden = vote(self.name, "hidden size", shapes, [(name, 0) for name in wide])
         if hidden % HEAD_SIZE:
-            raise Unsupported(f"wan: {hidden} channels are no multiple of its heads' {HEAD_SIZE}; {_PLAIN}")
+            raise Unsupported(f"{self.name}: {hidden} channels are no multiple of its heads' {HEAD_SIZE}; {_PLAIN}")
         channels = vote(self.name, "input channels", shapes, [(f"{names['patch_embedding']}.weight", 1)])
         patch = PATCH[0] * PATCH[1] * PATCH[2]
         out = vote(self.name, "output channels", shapes, [(f"{names['head.head']}.{part}", 0) for part in _PARTS])
         if OUT_CHANNELS.get(channels) != out // patch:
             raise Unsupported(
-                f"wan: {channels} channels to {out // patch}: known are 16 to 16 (text), 36 to 16 (a first image) and "
-                f"48 to 48 (TI2V); {_PLAIN}"
+                f"{self.name}: {channels} channels to {out // patch}: known are 16 to 16 (text), 36 to 16 (a first "
+                f"image) and 48 to 48 (TI2V); {_PLAIN}"
             )
-        added = "k_img" if is_original else "add_k_proj"
+        of_image = [name for name in shapes if name.startswith(_IMAGE_PARTS) or _IMAGE_KEYS.search(name)]
+        if of_image and channels == out // patch:
+            raise BadCheckpoint(
+                f"{self.name}: {min(of_image)} is a tensor of Wan 2.1 for a first image, but this transformer reads "
+                f"{channels} channels, those of text alone: the file mixes two models"
+            )
         image = _IMAGE_LAYERS[0][0] if is_original else "condition_embedder.image_embedder.norm1"
-        has_image = any(name.startswith(image.rpartition(".")[0] + ".") for name in shapes) or any(
-            f"{block}.{cross}.{added}.weight" in shapes for block in each
-        )
         return WanConfig(
             hidden=hidden,
             blocks=blocks,
@@ -129,14 +146,18 @@ class Wan:
             text_channels=vote(self.name, "text channels", shapes, [(f"{names['text_embedding.0']}.weight", 1)]),
             time_channels=vote(self.name, "time channels", shapes, [(f"{names['time_embedding.0']}.weight", 1)]),
             image_channels=vote(self.name, "image channels", shapes, [(f"{image}.{part}", 0) for part in _PARTS])
-            if has_image
+            if of_image
             else 0,
             has_image_positions=_POSITIONS[0 if is_original else 1] in shapes,
             is_original=is_original,
         )
 
     def entries(self, config: WanConfig, names: Collection[str]) -> Iterator[Entry]:
-        yield from _entries(config, is_original=config.is_original)
+        yield from self.entries_in(config, is_original=config.is_original)
+
+    def entries_in(self, config: WanConfig, *, is_original: bool) -> Iterator[Entry]:
+        """List the tensors in one of the two namings."""
+        yield from _entries(config, is_original=is_original)
 
     @property
     def smallest(self) -> WanConfig:
@@ -146,7 +167,7 @@ class Wan:
         # Both namings have the layers outside of blocks and the parameters that are spelled alike: those once.
         seen: set[str] = set()
         for is_original in (config.is_original, not config.is_original):
-            for entry in _entries(config, is_original=is_original):
+            for entry in self.entries_in(config, is_original=is_original):
                 if entry.source not in seen and not _NORM.search(entry.source):
                     seen.add(entry.source)
                     yield entry
@@ -160,6 +181,66 @@ class Wan:
         from xditd.gpu_workers.families.wan.operations import WanOperations
 
         return WanOperations()
+
+
+class WanVace(Wan):
+    """The family of Wan VACE: a Wan transformer whose control blocks read a control video, masks and references."""
+
+    name = "wan_vace"
+    title = "Wan VACE (wan2.1_vace_14B_fp16.safetensors)"
+
+    def claims(self, names: Collection[str]) -> bool:
+        return _is_wan(names) and has_control(names)
+
+    def configure(self, shapes: Mapping[str, Shape]) -> WanVaceConfig:
+        found = super().configure({name: shape for name, shape in shapes.items() if not name.startswith(_CONTROL)})
+        if found.in_channels != _PLAIN_CHANNELS or found.image_channels:
+            raise Unsupported(
+                f"{self.name}: control blocks of a transformer of {found.in_channels} channels, or with CLIP's vision "
+                f"model; known is one of {_PLAIN_CHANNELS}, for text; {_PLAIN}"
+            )
+        blocks = count_blocks(self.name, shapes, _CONTROL_BLOCKS, MAX_BLOCKS)
+        if blocks == 0 or found.blocks % blocks:
+            raise BadCheckpoint(
+                f"{self.name}: {blocks} control blocks ({_CONTROL_BLOCKS}) beside {found.blocks} blocks, whose number "
+                "they have to divide"
+            )
+        name = f"{_CONTROL_PATCHES}.weight"
+        channels = vote(self.name, "control channels", shapes, [(name, 1)], CONTROL_CHANNELS)
+        if channels != CONTROL_CHANNELS:
+            raise Unsupported(f"{self.name}: {name} reads {channels} channels, known are {CONTROL_CHANNELS}; {_PLAIN}")
+        base = {each.name: getattr(found, each.name) for each in fields(found)}
+        return WanVaceConfig(**base, control_blocks=blocks)
+
+    def entries_in(self, config: WanConfig, *, is_original: bool) -> Iterator[Entry]:
+        assert isinstance(config, WanVaceConfig)
+        yield from super().entries_in(config, is_original=is_original)
+        yield from layer_entries(_CONTROL_PATCHES, (config.hidden, CONTROL_CHANNELS, *PATCH), _CONTROL_PATCHES)
+        for number in range(config.control_blocks):
+            block = f"{_CONTROL_BLOCKS}.{number}"
+            yield from _block(block, config, is_original=is_original)
+            for original, target in _CONTROL_LAYERS if number == 0 else _CONTROL_LAYERS[1:]:
+                source = f"{block}.{original if is_original else target}"
+                yield from layer_entries(source, (config.hidden, config.hidden), f"{block}.{target}")
+
+    @property
+    def smallest(self) -> WanVaceConfig:
+        return WanVaceConfig(hidden=HEAD_SIZE, blocks=1, ffn=HEAD_SIZE, control_blocks=1)
+
+    @cached_property
+    def operations(self) -> WanVaceOperations:
+        from xditd.gpu_workers.families.wan.vace import WanVaceOperations
+
+        return WanVaceOperations()
+
+
+def _is_wan(names: Collection[str]) -> bool:
+    return _ORIGINAL in names or all(name in names for name in _DIFFUSERS)
+
+
+def has_control(names: Collection[str]) -> bool:
+    """Whether these are tensors of VACE, complete or not."""
+    return any(name.startswith(_CONTROL) for name in names)
 
 
 _PARTS: Final = ("weight", "bias")

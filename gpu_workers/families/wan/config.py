@@ -23,6 +23,8 @@ IMAGE_TOKENS: Final = 257
 """Of a first image: those of CLIP's vision model, with the class token."""
 FRAMES: Final = 4
 """Of a video, for each latent frame after the first."""
+CONTROL_CHANNELS: Final = 96
+"""Of VACE's control: 16 of what is kept, 16 of what is made anew, and 64 pixels of a mask for each latent."""
 TIMESTEPS: Final = 1000
 OUT_CHANNELS: Final[Mapping[int, int]] = {16: 16, 36: 16, 48: 48}
 """The channels of latents, by those of the input: 36 are 16 of noise, 4 of a mask and 16 of a first image; 48 are those
@@ -82,3 +84,15 @@ class WanConfig:
     def pixels(self) -> int:
         """Pixels on a side for each latent: those of Wan 2.1's VAE, or of TI2V's."""
         return 16 if self.out_channels == 48 else 8
+
+
+@dataclass(frozen=True, slots=True)
+class WanVaceConfig(WanConfig):
+    """The sizes of a Wan VACE transformer: 1.3B has 15 control blocks, 14B 8."""
+
+    control_blocks: int = 1
+
+    @property
+    def control_layers(self) -> tuple[int, ...]:
+        """The blocks after which the results of control blocks are added: every so many, from the first."""
+        return tuple(range(0, self.blocks, self.blocks // self.control_blocks))

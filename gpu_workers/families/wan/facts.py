@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from xditd.gpu_workers.families.wan.config import FRAMES, IMAGE_TOKENS, WanConfig
+import msgspec
+
+from xditd.gpu_workers.families.wan.config import (
+    CONTROL_CHANNELS,
+    FRAMES,
+    IMAGE_TOKENS,
+    WanConfig,
+    WanVaceConfig,
+)
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
@@ -20,6 +28,16 @@ IMAGE: Final = "image"
 LAST_IMAGE: Final = "last_image"
 IMAGE_EMBEDS: Final = "image_embeds"
 """The states of CLIP's vision model before its last layer: of the first image, and of the last of models for two."""
+
+VIDEO: Final = "video"
+"""VACE's control video, in [-1, 1]."""
+MASK: Final = "mask"
+"""Of the control video, 0 to 1: what is made anew is above 0.5."""
+REFERENCES: Final = "reference_images"
+CONTROL_SCALES: Final = "conditioning_scales"
+"""A weight for each control block."""
+CONTROL_SCALE: Final = "conditioning_scale"
+"""One weight for all control blocks, 1 unless given."""
 
 SHIFT: Final = "shift"
 """Of the schedule: 3 unless given, 5 of TI2V."""
@@ -81,3 +99,27 @@ def _pictures(config: WanConfig) -> Iterator[ArgumentFacts]:
         yield ArgumentFacts(name=LAST_IMAGE, shape=("images", 3, "height", "width"), is_needed=two)
     if config.image_channels:
         yield ArgumentFacts(name=IMAGE_EMBEDS, shape=("image_states", IMAGE_TOKENS, config.image_channels))
+
+
+def vace_facts(config: WanVaceConfig, layout: ParallelLayout) -> TransformerFacts:
+    """Return those of VACE. Defaults are those of diffusers' ``WanVACEPipeline``."""
+    plain = transformer_facts(config, layout)
+    control = ("rows", CONTROL_CHANNELS, "control_frames", "latent_rows", "latent_columns")
+    video = ("height", "width")
+    return msgspec.structs.replace(
+        plain,
+        arguments=(
+            *plain.arguments,
+            ArgumentFacts(name="control_hidden_states", shape=control),
+            ArgumentFacts(name="control_hidden_states_scale", shape=(config.control_blocks,), is_needed=False),
+        ),
+        variants=("class",),
+        conditioning=(
+            *plain.conditioning,
+            ArgumentFacts(name=VIDEO, shape=("videos", 3, "frames", *video), is_needed=False),
+            ArgumentFacts(name=MASK, shape=("videos", 1, "frames", *video), is_needed=False),
+            ArgumentFacts(name=REFERENCES, shape=(3, *video), is_list=True, is_shared=True, is_needed=False),
+            ArgumentFacts(name=CONTROL_SCALES, shape=(config.control_blocks,), is_needed=False),
+        ),
+        options=(*plain.options, CONTROL_SCALE),
+    )

@@ -1,4 +1,4 @@
-"""Wan's class of diffusers with real tables of positions, and with ComfyUI's embedding of the time as a variant."""
+"""Wan's classes of diffusers with real tables of positions, and with ComfyUI's embedding of the time as a variant."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 from xditd.gpu_workers.families.wan.config import (
+    CONTROL_CHANNELS,
     EPSILON,
     HEAD_SIZE,
     IMAGE_TOKENS,
     MOST_POSITIONS,
     PATCH,
     WanConfig,
+    WanVaceConfig,
 )
 
 _PERIOD = 10000
@@ -47,27 +49,36 @@ class _Time(Timesteps):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def _sizes(config: WanConfig) -> dict[str, Any]:
+    """Return the arguments of the classes."""
+    return {
+        "patch_size": PATCH,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": HEAD_SIZE,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_channels,
+        "freq_dim": config.time_channels,
+        "ffn_dim": config.ffn,
+        "num_layers": config.blocks,
+        "eps": EPSILON,
+        "image_dim": config.image_channels or None,
+        "added_kv_proj_dim": config.hidden if config.image_channels else None,
+        "pos_embed_seq_len": config.images * IMAGE_TOKENS if config.has_image_positions else None,
+    }
+
+
+def _positions() -> _Positions:
+    with torch.device("cpu"):  # tables of positions are no parameters
+        return _Positions(HEAD_SIZE, PATCH, MOST_POSITIONS)
+
+
 class WanModule(WanTransformer3DModel):
     """The class, built for a configuration, with real tables of positions. Its forward is that of :meth:`use`."""
 
     def __init__(self, config: WanConfig) -> None:
-        super().__init__(
-            patch_size=PATCH,
-            num_attention_heads=config.heads,
-            attention_head_dim=HEAD_SIZE,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            text_dim=config.text_channels,
-            freq_dim=config.time_channels,
-            ffn_dim=config.ffn,
-            num_layers=config.blocks,
-            eps=EPSILON,
-            image_dim=config.image_channels or None,
-            added_kv_proj_dim=config.hidden if config.image_channels else None,
-            pos_embed_seq_len=config.images * IMAGE_TOKENS if config.has_image_positions else None,
-        )
-        with torch.device("cpu"):  # tables of positions are no parameters
-            self.rope = _Positions(HEAD_SIZE, PATCH, MOST_POSITIONS)
+        super().__init__(**_sizes(config))
+        self.rope = _positions()
         self._time = self.condition_embedder.timesteps_proj = _Time(
             config.time_channels, flip_sin_to_cos=True, downscale_freq_shift=0
         )
@@ -75,3 +86,12 @@ class WanModule(WanTransformer3DModel):
     def use(self, *, is_comfyuis: bool) -> None:
         """Choose the forward: with diffusers' or with ComfyUI's embedding of the time."""
         self._time.is_comfyuis = is_comfyuis
+
+
+class WanVaceModule(WanVACETransformer3DModel):
+    """The class of VACE, built for a configuration, with real tables of positions."""
+
+    def __init__(self, config: WanVaceConfig) -> None:
+        layers = {"vace_layers": list(config.control_layers), "vace_in_channels": CONTROL_CHANNELS}
+        super().__init__(**_sizes(config), **layers)
+        self.rope = _positions()

@@ -133,7 +133,20 @@ class FirstFrame:
         return self.mask[0, 0, :, :: PATCH[1], :: PATCH[2]].flatten()
 
 
-Condition = ImageChannels | FirstFrame
+@dataclass(frozen=True, eq=False)
+class FramesBefore:
+    """Latent frames before those of the video, which are denoised with it and left out of the result."""
+
+    count: int
+
+    def joined(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def finished(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[:, :, self.count :]
+
+
+Condition = ImageChannels | FirstFrame | FramesBefore
 
 
 def condition_of(config: WanConfig, conditioning: Mapping[str, Any], noise: torch.Tensor) -> Condition | None:

@@ -45,14 +45,17 @@ _UNIPC: Final[Mapping[str, Any]] = {
 }
 """The scheduler beside the weights of every release."""
 _IMAGE: Final = "encoder_hidden_states_image"
-_LIMITS: Final = {SHIFT: (0.01, 100.0), BOUNDARY: (0.0, 1.0), SECOND_SCALE: (0.0, 1000.0)}
+LIMITS: Final = {SHIFT: (0.01, 100.0), BOUNDARY: (0.0, 1.0), SECOND_SCALE: (0.0, 1000.0)}
 
 
 class WanRecipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
+    limits: Mapping[str, tuple[float, float]] = LIMITS
+    """The least and the greatest value of each option that is a number."""
+
     def check(self, config: WanConfig, wanted: Wanted) -> None:
-        for name, (low, high) in _LIMITS.items():
+        for name, (low, high) in self.limits.items():
             value = wanted.options.get(name)
             if value is not None and (isinstance(value, bool) or not low <= value <= high):
                 raise BadRequest(f"options: {name}={value!r} is not a number from {low:g} to {high:g}")
@@ -75,6 +78,21 @@ class WanRecipe:
     def noise_frames(self, wanted: Wanted, conditioning: Mapping[str, Any]) -> int:
         return wanted.frames
 
+    def conditions(
+        self, model: Model[WanConfig], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], Condition | None]:
+        """Return the arguments of all forwards besides texts, and how steps take latents of pictures.
+
+        Raises:
+            BadRequest: a wrong shape; names it and what is accepted.
+        """
+        config = model.config
+        fixed: dict[str, torch.Tensor] = {}
+        if states := image_states(config, conditioning, wanted.batch):
+            (prepared,) = prepare(model, **states)
+            fixed[_IMAGE] = of_each_row(prepared, config.images, wanted.batch)
+        return fixed, condition_of(config, conditioning, noise)
+
     def start(
         self, model: Model[WanConfig], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
     ) -> WanRun:
@@ -84,12 +102,8 @@ class WanRecipe:
         for name, each in texts.items():
             check_texts(name, each, wanted.batch, config, None)
         check_split(model.layout, tokens)
-        states = image_states(config, conditioning, wanted.batch)
-        prepared = prepare(model, **texts, **states)
-        fixed: dict[str, torch.Tensor] = {}
-        if states:
-            fixed[_IMAGE] = of_each_row(prepared[-1], config.images, wanted.batch)
-        condition = condition_of(config, conditioning, noise)
+        fixed, condition = self.conditions(model, wanted, conditioning, noise)
+        embeds = prepare(model, **texts)
         scheduler = _scheduled(config, wanted, model.device)
         boundary = wanted.options.get(BOUNDARY, config.default_boundary) * TIMESTEPS
         known = tuple(float(each) for each in scheduler.timesteps.tolist())
@@ -99,7 +113,7 @@ class WanRecipe:
             scheduler=scheduler,
             latents=noise,
             foreseen={"timestep": known},
-            texts=prepared[: len(texts)],
+            texts=embeds,
             fixed=fixed,
             condition=condition,
             stages=stages,

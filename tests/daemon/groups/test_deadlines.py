@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ from xditd.daemon.operations.event_loop import EventLoop
 from xditd.ipc import limits
 from xditd.ipc.arguments import InIo, Kept
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, Decode, Generate, Part, Sampling
+from xditd.ipc.requests import Call, Decode, Generate, LoraUse, Part, Sampling
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 from xditd.ipc.worker_messages import ForgetClient, Plug, Prepare, Run, StepReached, Unmap
 
@@ -109,6 +109,15 @@ def test_kind_does_not_depend_on_what_costs_nothing() -> None:
     longer = {"prompt_embeds": msgspec.structs.replace(TEXT, shape=(2, 4))}
     assert kind_of(msgspec.structs.replace(GENERATE, conditioning=longer)) != kind_of(GENERATE)
     assert kind_of(msgspec.structs.replace(GENERATE, components={"transformer": "u"})) != kind_of(GENERATE)
+
+
+def test_the_first_job_of_a_lora_is_given_time_and_its_strength_costs_nothing() -> None:
+    def with_lora(component_id: str, strength: float) -> Hashable:
+        use = LoraUse(component_id=component_id, strength=strength)
+        return kind_of(msgspec.structs.replace(GENERATE, loras={"transformer": (use,)}))
+
+    assert len({kind_of(GENERATE), with_lora("a", 0.5), with_lora("b", 0.5)}) == 3
+    assert with_lora("a", 0.5) == with_lora("a", 1.0)
 
 
 def test_calls_of_other_shapes_are_of_another_kind() -> None:

@@ -148,7 +148,7 @@ def test_our_own_families_do_what_their_kind_does(family: Any) -> None:
 @pytest.mark.parametrize(
     ("members", "says"),
     [
-        ("kind = 'vae'", r"lacks decode, encode, shares; .* VaeOperations protocol"),
+        ("kind = 'vae'", r"lacks decode, encode, shares, shares_encode; .* VaeOperations protocol"),
         ("kind = 'text_encoder'", r"lacks encode, vocabulary; .* TextEncoderOperations protocol"),
         (
             "operations = object()",

@@ -1,4 +1,4 @@
-"""Write ``docs/models.md``: the classes and pipelines of diffusers that the tests run in the workers.
+"""Write ``docs/models.md``: the registered families, and the classes and pipelines that the tests run in the workers.
 
     python tests/models/support/record_models.py
 
@@ -8,17 +8,21 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
 import diffusers
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "checkpoints"))
+
+import family_tables
 from class_entries import ENTRIES
 from pipeline_entries import PIPELINES
 from pipeline_entry import Feature
 from refusals import LOCAL_MODELS, REFUSED_CALLS, REFUSED_PIPELINES
 
-from xditd.gpu_workers.models.registry import own_families
 from xditd.gpu_workers.models.token_plans import find_plan
 from xditd.gpu_workers.plans import NOT_WRITTEN
 from xditd.ipc.transports.module_walk import method_signature
@@ -49,12 +53,35 @@ arguments that its own pipeline gives it (`tests/models/test_every_class.py`).
 
 """
 
-_FAST = """
-## Families with a fast way
+_FAMILIES = """
+## Families
 
-A family has a denoising loop, and in some cases fused kernels.
-`client.lend` of a file, a state dict or an unchanged module uses it, with [`generate` and `call`](client.md#jobs).
-`accelerate` does not: it runs every model as its class does.
+A family has a denoising loop, and in some cases fused kernels. `client.lend` of a file, a state dict or an unchanged
+module uses it, with [`generate` and `call`](client.md#jobs). `accelerate` does not: it runs every model as its class
+does. Variants are those of the released sizes; a test finds each in the names and shapes of each layout
+(`tests/models/test_family_entries.py`). All may be half precision, float32, or packed ([formats](formats.md)).
+
+- *layouts of files*: whose names a file may have.
+- *`generate` takes*: names of the conditioning, those that are needed in italics, then the family's `options`.
+- *VAE* and *text encoders*: the families below whose latents and states it takes.
+- *LoRAs*: as branches, in the names of seven programs ([LoRAs](lora.md)).
+- *fused kernels*: on GPUs; the others run compiled and captured ([acceleration](acceleration.md)).
+
+"""
+
+_COMFYUI = """
+[In ComfyUI](comfyui.md) the nodes run {titles}.
+
+### VAEs
+
+`decode` and `encode` are diffusers' in the pipelines of these models.
+
+"""
+
+_ENCODERS = """
+### Text encoders
+
+`encode_text` gives the states of transformers' classes, in float32.
 
 """
 
@@ -72,7 +99,16 @@ def render() -> str:
     """Return the page."""
     names = {entry.name for entry in ENTRIES.values()}
     head = _HEAD.format(version=diffusers.__version__, classes=len(names), shown=SHOWN_ARGUMENTS)
-    return head + _table(_classes()) + _FAST + _table(_families()) + _PIPELINES + _table(_pipelines())
+    titles = "; ".join(family_tables.in_comfyui())
+    of_families = [
+        _FAMILIES,
+        _table(family_tables.transformers()),
+        _COMFYUI.format(titles=titles),
+        _table(family_tables.vaes()),
+        _ENCODERS,
+        _table(family_tables.encoders()),
+    ]
+    return head + _table(_classes()) + "".join(of_families) + _PIPELINES + _table(_pipelines())
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> str:
@@ -112,13 +148,6 @@ def _exactness(name: str, keys: list[str]) -> str:
         if key in REFUSED_CALLS
     ]
     return "the same bits" + (f"; also {', '.join(kinds)}" if kinds else "") + "".join(refused)
-
-
-def _families() -> Iterator[tuple[str, ...]]:
-    yield "family", "models", "fused kernels on GPUs"
-    for family in own_families():
-        if family.kind == "transformer":
-            yield f"`{family.name}`", family.title, "yes" if family.fused_widths else "no"
 
 
 def _pipelines() -> Iterator[tuple[str, ...]]:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import wan_models
+from wan_models import family_of
 
 from xditd.gpu_workers.families.wan.checkpoint import Wan
-from xditd.gpu_workers.families.wan.config import WanConfig
+from xditd.gpu_workers.families.wan.config import WanConfig, WanVaceConfig
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.lora_targets import targets_of
 from xditd.gpu_workers.models.registry import detect
@@ -23,15 +24,29 @@ FULL = {
     "t2v 14B": WanConfig(5120, 40, 13824),
     "i2v 14B, 2.1": WanConfig(5120, 40, 13824, in_channels=36, image_channels=1280),
     "i2v A14B, 2.2": WanConfig(5120, 40, 13824, in_channels=36),
+    "i2v 14B, two images": WanConfig(5120, 40, 13824, in_channels=36, image_channels=1280, has_image_positions=True),
     "TI2V 5B": WanConfig(3072, 30, 14336, in_channels=48, out_channels=48),
+    "VACE 1.3B": WanVaceConfig(1536, 30, 8960, control_blocks=15),
+    "VACE 14B": WanVaceConfig(5120, 40, 13824, control_blocks=8),
 }
-BILLIONS = {"t2v 1.3B": 1.42, "t2v 14B": 14.29, "i2v 14B, 2.1": 16.39, "i2v A14B, 2.2": 14.29, "TI2V 5B": 5.00}
+BILLIONS = {
+    "t2v 1.3B": 1.42,
+    "t2v 14B": 14.29,
+    "i2v 14B, 2.1": 16.39,
+    "i2v A14B, 2.2": 14.29,
+    "i2v 14B, two images": 16.40,
+    "TI2V 5B": 5.00,
+    "VACE 1.3B": 2.15,
+    "VACE 14B": 17.34,
+}
 LAYOUTS = [True, False]
 NAMES = ["original", "diffusers"]
 
 
 def infos(config: WanConfig = wan_models.TEXT, prefix: str = "") -> Infos:
-    return {prefix + entry.source: TensorInfo("bfloat16", entry.shape) for entry in Wan().entries(config, ())}
+    return {
+        prefix + entry.source: TensorInfo("bfloat16", entry.shape) for entry in family_of(config).entries(config, ())
+    }
 
 
 def fitted(given: Infos) -> Resolution:
@@ -45,7 +60,7 @@ def test_each_layout_is_recognised_as_its_configuration(config: WanConfig, is_or
     config = replace(config, is_original=is_original)
     given = infos(config, prefix)
     found = fitted(given)
-    assert found.family.name == "wan"
+    assert found.family.name == ("wan_vace" if isinstance(config, WanVaceConfig) else "wan")
     assert found.config == config
     assert {part.source for part in found.key_map.values()} == set(given)
 
@@ -58,7 +73,9 @@ def test_full_sizes_have_the_known_counts(model: str) -> None:
     elements = sum(torch.Size(info.shape).numel() for info in infos(config).values())
     assert elements == sum(each.numel() for each in module.parameters())
     assert round(elements / 1e9, 2) == BILLIONS[model]
-    check_targets(Wan(), Wan().entries(config, ()), {name: tuple(p.shape) for name, p in module.named_parameters()})
+    check_targets(
+        Wan(), family_of(config).entries(config, ()), {name: tuple(p.shape) for name, p in module.named_parameters()}
+    )
 
 
 @pytest.mark.parametrize("config", list(wan_models.CONFIGS.values()), ids=list(wan_models.CONFIGS))
@@ -68,7 +85,7 @@ def test_key_map_equals_diffusers_converter_for_every_element(config: WanConfig,
     # Random bits, compared as bits: every element differs from its neighbours, and nothing is rounded.
     state = {
         prefix + entry.source: torch.empty(entry.shape, dtype=torch.int16).random_(generator=generator)
-        for entry in Wan().entries(config, ())
+        for entry in family_of(config).entries(config, ())
     }
     found = fitted({name: TensorInfo("bfloat16", tuple(tensor.shape)) for name, tensor in state.items()})
     expected = wan_models.to_diffusers(state)
@@ -128,10 +145,38 @@ def test_lost_blocks_are_named() -> None:
         fitted({**infos(), "blocks.256.ffn.0.weight": TensorInfo("bfloat16", (320, 256))})
 
 
+def test_control_blocks_of_vace_are_whole_and_divide_its_blocks() -> None:
+    given = infos(wan_models.TWO_CONTROLS)
+    lost = "vace_blocks.1.after_proj.weight"
+    with pytest.raises(BadCheckpoint, match=f"does not fit wan_vace.*1 missing: {lost}"):
+        fitted({name: info for name, info in given.items() if name != lost})
+    for names, says in (
+        (("blocks.3.",), "2 control blocks .* beside 3 blocks, whose number they have to divide"),
+        (("vace_blocks.",), "0 control blocks"),
+    ):
+        with pytest.raises(BadCheckpoint, match=says):
+            fitted({name: info for name, info in given.items() if not name.startswith(names)})
+    narrow = {"vace_patch_embedding.weight": TensorInfo("bfloat16", (256, 52, 1, 2, 2))}
+    with pytest.raises(Unsupported, match=r"vace_patch_embedding\.weight reads 52 channels, known are 96"):
+        fitted(given | narrow)
+
+
+def test_a_tensor_of_another_variant_is_named() -> None:
+    image, text = infos(wan_models.CLIP_IMAGE), infos()
+    added = "blocks.0.cross_attn.k_img.weight"
+    with pytest.raises(BadCheckpoint, match=f"wan: {added} is a tensor of Wan 2.1 for a first image"):
+        fitted(text | {added: image[added]})
+    with pytest.raises(Unsupported, match="36 channels to 48"):
+        fitted(infos(wan_models.TI2V) | {"patch_embedding.weight": infos(wan_models.IMAGE)["patch_embedding.weight"]})
+    control = infos(wan_models.TWO_CONTROLS)
+    stray = "vace_blocks.0.norm3.weight"
+    with pytest.raises(BadCheckpoint, match=r"does not fit wan_vace.*32 missing: vace_blocks\.0\.after_proj\.bias"):
+        fitted(text | {stray: control[stray]})
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"vace_patch_embedding.weight": (256, 96, 1, 2, 2)}, "vace_patch_embedding.weight is a tensor of Wan VACE"),
         ({"face_adapter.fuser_blocks.0.k_norm.weight": (128,)}, "a tensor of Wan Animate"),
         ({"ref_conv.weight": (256, 16, 2, 2)}, "Wan Fun with a reference image"),
         ({"patch_embedding.weight": (256, 52, 1, 2, 2)}, "52 channels to 16: known are 16 to 16"),

@@ -119,9 +119,10 @@ def test_compiled_blocks_are_those_of_the_class(layout: ParallelLayout, plug: Pl
     assert paths[-1] == ("WanTransformer3DModel", "compiled", "")
 
 
-def test_rows_are_taken_as_views(shared_cache: ModelCache, plug: Plugger) -> None:
-    model, _ = plugged(shared_cache, plug, CLIP_IMAGE)
-    given = wan_models.inputs(3, 9, (2, 4, 6), CLIP_IMAGE)
+@pytest.mark.parametrize("config", [CLIP_IMAGE, wan_models.TWO_IMAGES, wan_models.VACE], ids=["CLIP", "two", "VACE"])
+def test_rows_are_taken_as_views(shared_cache: ModelCache, plug: Plugger, config: Any) -> None:
+    model, _ = plugged(shared_cache, plug, config)
+    given = wan_models.inputs(3, 9, (2, 4, 6), config)
     whole = run(model, given)
     assert model.operations.rows(Inputs(given)) == (tuple(whole.shape[1:]),) * 3
     taken = model.operations.take_rows(Inputs(given, {"timestep": (0.7, 0.45, 0.2)}), slice(1, 3))
