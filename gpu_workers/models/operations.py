@@ -330,7 +330,7 @@ class TakesControls(Protocol[ConfigT_contra]):
         """Return the inputs of a forward with residuals.
 
         Raises:
-            BadRequest: they have more tokens than the image.
+            BadRequest: they have more tokens than the image, or another number of rows.
         """
 
 

@@ -75,6 +75,13 @@ def test_a_generation_with_two_has_the_latents_of_the_pipeline(
     assert torch.equal(again.latents, found.latents)
 
 
+def _rows_of(given: dict[str, Any], rows: int) -> dict[str, Any]:
+    return {
+        name: each if name.endswith("_ids") else each.repeat(rows, *[1] * (each.ndim - 1))
+        for name, each in given.items()
+    }
+
+
 def test_a_call_gives_what_the_classes_give(
     client: Client, lent: Any, files: SimpleNamespace, states: Any, relative_error: Callable[..., float]
 ) -> None:
@@ -102,7 +109,8 @@ def test_a_call_gives_what_the_classes_give(
     for wrong, message in (
         ({"controlnet_mode": torch.tensor([[MODES]])}, f"mode {MODES}: this ControlNet has the modes 0 to 3"),
         ({"controlnet_cond": picture[:, :4]}, r"controlnet_cond: shape is \[1, 4, 64\], use \[1, 24, 64\]"),
-        ({"hidden_states": drawn(8, 1, 40, 64)}, "img_ids"),
+        ({"hidden_states": drawn(8, 1, 40, 64)}, r"controlnet_cond: shape is \[1, 24, 64\], use \[1, 40, 64\]"),
+        (_rows_of(of_control, 2), "residuals of 2 rows of 24 tokens for 1 of 30; give the ControlNet the rows"),
         ({"extra": 1}, r"controls\[0\].arguments: extra cannot be given"),
     ):
         with pytest.raises(BadRequest, match=message):

@@ -15,15 +15,15 @@ from xditd.ipc.errors import BadRequest
 NAMES = (DOUBLE_RESIDUALS, SINGLE_RESIDUALS)
 
 
-def padded_residuals(name: str, residuals: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+def padded_residuals(name: str, residuals: Sequence[torch.Tensor], rows: int, tokens: int) -> list[torch.Tensor]:
     """Return residuals for all ``tokens`` of the image stream: those of references, which follow, get zeros.
 
     Residuals that several blocks share stay one tensor.
 
     Raises:
-        BadRequest: they have more tokens.
+        BadRequest: they have another number of rows, or more tokens.
     """
-    return _each_once(residuals, lambda each: _padded(name, each, tokens))
+    return _each_once(residuals, lambda each: _padded(name, each, rows, tokens))
 
 
 def own_residuals(arguments: Mapping[str, Any], own: RankTokens) -> dict[str, list[torch.Tensor]]:
@@ -75,10 +75,13 @@ def has_residuals(arguments: Mapping[str, Any]) -> bool:
     return any(arguments.get(name) is not None for name in NAMES)
 
 
-def _padded(name: str, residual: torch.Tensor, tokens: int) -> torch.Tensor:
+def _padded(name: str, residual: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
     missing = tokens - residual.shape[1]
-    if missing < 0:
-        raise BadRequest(f"{name}: residuals of {residual.shape[1]} tokens for an image of {tokens}")
+    if residual.shape[0] != rows or missing < 0:
+        raise BadRequest(
+            f"{name}: residuals of {residual.shape[0]} rows of {residual.shape[1]} tokens for {rows} of {tokens}; give "
+            "the ControlNet the rows and the image of the transformer"
+        )
     return pad_rows(residual, missing, dim=1)
 
 

@@ -152,8 +152,8 @@ class Flux1Operations:
             )
 
     def with_residuals(self, inputs: Inputs, residuals: Mapping[str, Sequence[torch.Tensor]]) -> Inputs:
-        tokens = inputs.arguments["hidden_states"].shape[1]
-        given = {name: padded_residuals(name, each, tokens) for name, each in residuals.items() if each}
+        rows, tokens, _ = inputs.arguments["hidden_states"].shape
+        given = {name: padded_residuals(name, each, rows, tokens) for name, each in residuals.items() if each}
         return replace(inputs, arguments={**inputs.arguments, **given})
 
     def tree(self, rows: RowResults) -> tuple[torch.Tensor]:
