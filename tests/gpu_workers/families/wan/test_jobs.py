@@ -172,17 +172,9 @@ def test_a_picture_is_encoded_without_a_decode_and_its_memory_is_freed(rank: One
     assert videos
     assert not any(living)
     module = wan_models.reference(wan_models.state_dict(0, wan_models.IMAGE), wan_models.IMAGE)
-    sample = Sample()
-    conditioning = sample.conditioning | {"image": image}
-    whole = SimpleNamespace(
-        config=wan_models.IMAGE,
-        scale=5.0,
-        steps=6,
-        sides=SIDES,
-        options={},
-        noise=sample.noise,
-        conditioning=conditioning,
-    )
+    sample = {name: getattr(Sample(), name) for name in ("scale", "steps", "sides", "noise")}
+    pictured = Sample().conditioning | {"image": image}
+    whole = SimpleNamespace(**sample, config=wan_models.IMAGE, options={}, conditioning=pictured)
     with using_all_cores(torch.device("cpu")):
         expected = wan_models.image_pipeline_latents(module, None, wan_vaes.reference(wan_vaes.state_dict()), whole)
     assert wan_models.relative_error(room.read(job.out_latents), expected) <= 1e-6
