@@ -65,7 +65,7 @@ def run(job: Call, context: JobContext) -> Finished:
     writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, DeviceRoom.of(job, device_io))
     described = writer.begin(trees)
     clock.end_phase("forward")
-    context.check_finite(finite, transformer)
+    context.check_finite(finite, transformer, loras=job.loras)
     context.components.check_unchanged(transformer, job.loras)
     clock.end_phase("outputs", waits=False)
     return Finished(clock.marks_ms, results=described)
