@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,27 @@ def check_target(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:
         try_writing(folder, size_bytes)
     except (OSError, ValueError) as error:
         raise _output_failed(f"output file {target}", error) from error
+    return target
+
+
+def check_folder_target(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:
+    """Check that a folder can be made at a path, with files of ``size_bytes`` in total. Leaves no file or folder.
+
+    Returns the path with ``~`` expanded.
+
+    Raises:
+        BadRequest: there is something else at the path.
+        OutputFailed: the folder cannot be written or created, or the disk has no room.
+    """
+    target = user_path(path)
+    try:
+        real = Path(os.path.realpath(target))
+        if real.exists() and not real.is_dir():
+            raise BadRequest(f"output folder {target}: is a file; name a folder, or one that is not there yet")
+        folder = next(each for each in (real, *real.parents) if os.path.lexists(each))
+        try_writing(folder, size_bytes)
+    except (OSError, ValueError) as error:
+        raise _output_failed(f"output folder {target}", error) from error
     return target
 
 
@@ -123,13 +145,18 @@ def write_or_keep(path: str | os.PathLike[str], what: str, *parts: bytes) -> Pat
         raise found from error
 
 
+def spare_folders() -> Iterator[Path]:
+    """Yield the folders for content that could not be written to its place; in shared ones, make names exclusively."""
+    for folder in (os.environ.get("TMPDIR"), "/tmp", "~", "/var/tmp", "."):  # noqa: S108
+        if folder:
+            yield user_path(folder).absolute()
+
+
 def _write_elsewhere(suffix: str, parts: tuple[bytes, ...]) -> Path | None:
-    for folder in (os.environ.get("TMPDIR"), "/tmp", "~", "/var/tmp", "."):  # noqa: S108 - made exclusively, below
-        if not folder:
-            continue
+    for folder in spare_folders():
         try:
             # mkstemp: only the owner may read it, because temporary folders are shared.
-            fd, name = tempfile.mkstemp(suffix=suffix, prefix="xditd-", dir=user_path(folder).absolute())
+            fd, name = tempfile.mkstemp(suffix=suffix, prefix="xditd-", dir=folder)
         except OSError:
             continue
         try:

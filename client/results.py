@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xditd.client.image_files import image_to_pil
@@ -11,8 +12,6 @@ from xditd.client.tensor_text import tensor_text
 from xditd.ipc.errors import BadRequest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from PIL import Image
 
@@ -35,13 +34,21 @@ class GenerationResult:
     seed: int | None
     reused_steps: int = 0
 
+    @property
+    def is_video(self) -> bool:
+        """Whether there are several frames."""
+        return self.image is not None and self.image.ndim == 5 and self.image.shape[2] > 1
+
     def to_pil(self, index: int = 0) -> Image.Image:
         """Convert one image of the batch to 8-bit RGB.
 
         Raises:
-            BadRequest: the job had no VAE, so there is no image; ``index`` is out of range; or it is a video.
+            BadRequest: the job had no VAE, so there is no image; ``index`` is out of range; or it is a video of
+                several frames.
         """
         image = self._of(index)
+        if image.ndim == 4 and image.shape[1] == 1:
+            return image_to_pil(image[:, 0])
         if image.ndim == 4:
             raise BadRequest(f"image: it is a video of {image.shape[1]} frames; take its frames by to_frames()")
         return image_to_pil(image)
@@ -68,13 +75,14 @@ class GenerationResult:
 
         Creates the folder, and returns the path with ``~`` expanded. A video is written to a file that ends in
         ``.mp4``, by PyAV (``pip install xditd[video]``), with ``fps`` frames a second; or to a path without a suffix,
-        which becomes a folder with ``frame_00000.png`` and so on, and needs no package.
+        which becomes a folder with ``frame_00000.png`` and so on, and needs no package. A video of one frame may also
+        be written as an image.
 
         Raises:
             BadRequest: as :meth:`to_pil`; the suffix names no format that can hold it; or PyAV is not installed.
             OutputFailed: the path cannot be written, or the disk has no room; save the image elsewhere.
         """
-        if self._of(index).ndim == 4:
+        if self.is_video or (self._of(index).ndim == 4 and Path(path).suffix.lower() in ("", ".mp4")):
             from xditd.client.video_files import write_video
 
             return write_video(path, self._of(index), fps)

@@ -7,47 +7,135 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.image_files import encode_image, image_to_pil
-from xditd.client.output_files import write_file
+from xditd.client.output_files import check_folder_target, check_target, spare_folders, write_file
+from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, OutputFailed
 
 if TYPE_CHECKING:
     import torch
 
-MAX_FPS = 1_000
+MAX_FPS: Final = 1_000
+
+_SUFFIX: Final = ".mp4"
+_FOLDER: Final = "save it to a path without a suffix, which becomes a folder of PNG files"
+_FRAME: Final = re.compile(r"^frame_(\d{5,})\.png$")
+_PIXEL_BYTES: Final = 3
+
+
+def check_video_target(path: str | os.PathLike[str], frames: int, height: int, width: int, fps: int) -> Path:
+    """Check, before a video is generated, that it can be written to a path: an ``.mp4``, or a folder without a suffix.
+
+    Returns the path with ``~`` expanded.
+
+    Raises:
+        BadRequest: another suffix, a number of frames a second that is none, sides that an .mp4 cannot have, PyAV is
+            needed and not installed, or the folder has frames of a longer video.
+        OutputFailed: the path cannot be written, or the disk has no room for the uncompressed frames of a folder.
+    """
+    target = user_path(path)
+    if not target.suffix:
+        check_folder_target(target, _PIXEL_BYTES * frames * height * width)
+        _check_longer(target, frames)
+        return target
+    _check_settings(target, height, width, fps)
+    _import_av(target)
+    return check_target(target)
 
 
 def write_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int) -> Path:
     """Write a video (3, frames, height, width) in [-1, 1] to an ``.mp4``, or to a folder if there is no suffix.
 
-    Files are written atomically; returns the path with ``~`` expanded.
+    Files are written atomically; returns the path with ``~`` expanded. Frames are converted one by one.
 
     Raises:
-        BadRequest: another suffix, a number of frames a second that is none, or PyAV is needed and not installed.
+        BadRequest: as :func:`check_video_target`.
         OutputFailed: the path cannot be written, or the encoder failed.
     """
-    target = Path(path).expanduser()
-    if not target.suffix:
-        for number, image in enumerate(video.unbind(1)):
-            write_file(target / f"frame_{number:05}.png", encode_image(image_to_pil(image), "PNG"))
-        return target
-    if target.suffix.lower() != ".mp4":
+    target = user_path(path)
+    if target.suffix:
+        return write_file(target, encode_video(target, video, fps))
+    _check_longer(target, video.shape[1])
+    _write_frames(target, video)
+    return target
+
+
+def write_or_keep_frames(path: str | os.PathLike[str], video: torch.Tensor) -> Path:
+    """Write a video to a folder as :func:`write_video` does; if that fails, write it to another one.
+
+    Raises:
+        BadRequest: as :func:`check_video_target`.
+        OutputFailed: it was not written. ``kept`` names the folder that has all frames instead, if there is one.
+    """
+    try:
+        return write_video(path, video, 1)
+    except OutputFailed as error:
+        for folder in spare_folders():
+            try:
+                kept = Path(tempfile.mkdtemp(prefix="xditd-", dir=folder))
+            except OSError:
+                continue
+            try:
+                _write_frames(kept, video)
+            except OutputFailed:
+                shutil.rmtree(kept, ignore_errors=True)
+                continue
+            found = OutputFailed(f"{error.detail}; the video was saved as {kept}")
+            found.kept = (str(kept),)
+            raise found from error
+        raise OutputFailed(f"{error.detail}; no other folder has room either; the video is lost") from error
+
+
+def _write_frames(folder: Path, video: torch.Tensor) -> None:
+    for number, image in enumerate(video.unbind(1)):
+        write_file(folder / f"frame_{number:05}.png", encode_image(image_to_pil(image), "PNG"))
+
+
+def encode_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int) -> bytes:
+    """Encode a video (3, frames, height, width) in [-1, 1] for an ``.mp4`` at this path.
+
+    Raises:
+        BadRequest: as :func:`check_video_target`.
+        OutputFailed: the encoder failed.
+    """
+    target = user_path(path)
+    height, width = video.shape[2:]
+    _check_settings(target, height, width, fps)
+    av = _import_av(target)
+    buffer = io.BytesIO()
+    try:
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = container.add_stream("h264", rate=fps)
+            stream.height, stream.width = height, width
+            stream.pix_fmt = "yuv420p"
+            for image in video.unbind(1):
+                container.mux(stream.encode(av.VideoFrame.from_image(image_to_pil(image))))
+            container.mux(stream.encode())
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise OutputFailed(f"video file {target}: {error}; {_FOLDER}") from error
+    return buffer.getvalue()
+
+
+def _check_settings(target: Path, height: int, width: int, fps: int) -> None:
+    if target.suffix.lower() != _SUFFIX:
         raise BadRequest(
-            f"video file {target}: {target.suffix} is not written; use .mp4, or a path without a suffix for a folder "
-            "of PNG files"
+            f"video file {target}: {target.suffix} is not written; use {_SUFFIX}, or a path without a suffix for a "
+            "folder of PNG files"
         )
     if isinstance(fps, bool) or not isinstance(fps, int) or not 1 <= fps <= MAX_FPS:
         raise BadRequest(f"fps: {fps!r} is not a whole number from 1 to {MAX_FPS}")
-    height, width = video.shape[2:]
     if height % 2 or width % 2:
         raise BadRequest(f"video file {target}: {width}x{height} pixels are not even; save it to a folder of PNG files")
-    return write_file(target, _encoded(target, video, fps))
 
 
-def _encoded(target: Path, video: torch.Tensor, fps: int) -> bytes:
+def _import_av(target: Path) -> Any:
     try:
         import av
     except ImportError as error:
@@ -55,18 +143,24 @@ def _encoded(target: Path, video: torch.Tensor, fps: int) -> bytes:
             f"video file {target}: PyAV is not installed; pip install 'xditd[video]', or save to a path without a "
             "suffix, which becomes a folder of PNG files"
         ) from error
-    buffer = io.BytesIO()
+    return av
+
+
+def _check_longer(folder: Path, frames: int) -> None:
+    """Refuse a folder with later frames of another video: the two would be taken for one."""
+    later = sorted(number for number in _numbers(folder) if number >= frames)
+    if later:
+        raise BadRequest(
+            f"output folder {folder}: has frame_{later[0]:05}.png of a video of more than {frames} frames; empty it, "
+            "or name another folder"
+        )
+
+
+def _numbers(folder: Path) -> Iterator[int]:
     try:
-        with av.open(buffer, "w", format="mp4") as container:
-            stream = container.add_stream("h264", rate=fps)
-            stream.height, stream.width = video.shape[2:]
-            stream.pix_fmt = "yuv420p"
-            for image in video.unbind(1):
-                frame = av.VideoFrame.from_image(image_to_pil(image))  # type: ignore[no-untyped-call]
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise OutputFailed(
-            f"video file {target}: {error}; save it to a path without a suffix, which becomes a folder of PNG files"
-        ) from error
-    return buffer.getvalue()
+        names = os.listdir(folder)
+    except OSError:  # it is not there, or cannot be read: writing says so
+        return
+    for found in map(_FRAME.match, names):
+        if found:
+            yield int(found[1])

@@ -87,6 +87,14 @@ def test_wheel_holds_the_systemd_data(unpacked: Path) -> None:
         assert (unpacked / "xditd" / "systemd" / name).read_bytes() == (ROOT / "systemd" / name).read_bytes()
 
 
+def test_wheel_holds_the_licence_and_the_notice_of_what_it_may_run_beside(unpacked: Path) -> None:
+    (folder,) = unpacked.glob("xditd-*.dist-info")
+    for name in ("LICENSE", "NOTICE"):
+        assert (folder / "licenses" / name).read_bytes() == (ROOT / name).read_bytes()
+    requirements = metadata(unpacked).get_all("Requires-Dist", [])
+    assert [line.endswith("extra == 'video'") for line in requirements if distribution_name(line) == "av"] == [True]
+
+
 def test_wheel_from_the_source_archive_equals_the_wheel_from_the_tree(wheel: Path, tmp_path: Path) -> None:
     build(tmp_path, "--wheel")
     (direct,) = tmp_path.glob("*.whl")

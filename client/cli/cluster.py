@@ -146,6 +146,9 @@ def _submit(parsed: argparse.Namespace) -> int:
         ("--random-embeds", parsed.random_embeds),
         ("--device", parsed.device),
         ("--lora", parsed.lora),
+        ("--transformer-2", parsed.transformer_2),
+        ("--frames", parsed.frames),
+        ("--fps", parsed.fps),
     ):
         if other is not None:
             parsed.refuse(f"submit: {flag} is for `xditd generate` on one host; leave it out")

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 
-SUMMARY = "lend checkpoint files and generate images"
+SUMMARY = "lend checkpoint files and generate images and videos"
 DESCRIPTION = """\
-Lend a transformer and a VAE by their files, and generate images from text embeddings. A transformer may also be a GGUF
-file, such as flux1-dev-Q4_K_M.gguf; packed weights are multiplied in --compute-dtype.
+Lend a transformer and a VAE by their files, and generate images or videos from text embeddings. A transformer may also
+be a GGUF file, such as flux1-dev-Q4_K_M.gguf; packed weights are multiplied in --compute-dtype.
 
 This command takes no prompt and runs no text encoder: --embeds names a safetensors file with the embeddings of a
 prompt, under the names that the transformer takes:
@@ -31,6 +31,7 @@ prompt, under the names that the transformer takes:
   FLUX.2   prompt_embeds (batch, text tokens, context); for klein with --guidance above 1 also negative_prompt_embeds
   Qwen-Image  prompt_embeds (batch, text tokens, context); with --guidance above 1 also negative_prompt_embeds; for
            padded texts also prompt_embeds_mask and negative_prompt_embeds_mask, floating, 1 where a token counts
+  Wan      prompt_embeds and, with --guidance above 1, negative_prompt_embeds (batch, 512, context)
 
 For one image, the batch dimension may be left out, and so may the number of a list's only tensor. If the file lacks a
 tensor, the error names it. Any program with the encoders can write such files, and the Python library runs CLIP-L and
@@ -43,6 +44,10 @@ examples:
   xditd generate --transformer flux2-dev.safetensors --vae flux2-vae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer qwen_image_bf16.safetensors --vae qwen_image_vae.safetensors --embeds cat.safetensors \\
       --guidance 4 -o cat.png
+  xditd generate --transformer wan2.2_t2v_high_noise_14B_fp16.safetensors \\
+      --transformer-2 wan2.2_t2v_low_noise_14B_fp16.safetensors --vae wan_2.1_vae.safetensors \\
+      --embeds cat.safetensors --size 1280x720 --frames 81 --guidance 4 \\
+      --option guidance_scale_2=3,shift=12 -o cat.mp4
   xditd generate --transformer flux1-dev-Q8_0.gguf --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer flux1-dev.safetensors --lora style.safetensors=0.8 --lora detail.safetensors=-0.3 \\
       --vae ae.safetensors --embeds cat.safetensors -o cat.png
@@ -60,7 +65,8 @@ for Z-Image:
   tensors = {f"{name}.{number}": each for name, found in lists.items() for number, each in enumerate(found)}
   safetensors.torch.save_file(tensors, "cat.safetensors")
 
-Several images are written as cat-0.png, cat-1.png and so on.
+Several images are written as cat-0.png, cat-1.png and so on, and several videos as cat-0.mp4. For a video, a path
+without a suffix is a folder of PNG files; an .mp4 needs PyAV: pip install 'xditd[video]'.
 """
 
 
@@ -78,6 +84,8 @@ def run(parsed: argparse.Namespace) -> int:
         parsed.refuse("one of --embeds FILE and --random-embeds SEED is needed")
     if parsed.vae is None and parsed.save_latents is None:
         parsed.refuse("--vae FILE or --save-latents FILE is needed: without both nothing is written")
+    if parsed.fps is not None and (parsed.frames or 1) == 1:
+        parsed.refuse("--fps is of a video; give --frames COUNT, or leave it out")
     exits.configure_logging(parsed.log_level)
 
     from xditd.client.cli.progress import watch
@@ -94,6 +102,9 @@ def run(parsed: argparse.Namespace) -> int:
         transformer = client.lend(
             parsed.transformer, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype
         )
+        second = parsed.transformer_2 and client.lend(
+            parsed.transformer_2, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype
+        )
         vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
         loras = {path: client.lend_lora(path, device=parsed.device) for path in parsed.lora or {}}
         lend_s = time.perf_counter() - started
@@ -106,22 +117,25 @@ def run(parsed: argparse.Namespace) -> int:
             transformer.with_loras([(loras[path], strength) for path, strength in (parsed.lora or {}).items()]),
             conditioning,
             vae=vae,
+            transformer_2=second or None,
+            frames=parsed.frames or 1,
             **sampling_of(parsed),
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
         outputs.write(result)
-        loans = [loan for loan in (transformer, vae, *loras.values()) if loan is not None]
+        loans = [loan for loan in (transformer, second, vae, *loras.values()) if loan is not None]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
         if parsed.json:
             assert transformer.facts.transformer is not None
             default_guidance = transformer.facts.transformer.default_guidance_scale
             report = {
-                "images": [str(path) for path in outputs.images],
+                "videos" if outputs.is_video else "images": [str(path) for path in outputs.images],
                 "latents": None if outputs.latents is None else str(outputs.latents),
                 "seed": result.seed,
                 "sampling": {
                     "width": parsed.size[0],
                     "height": parsed.size[1],
+                    "frames": parsed.frames or 1,
                     "steps": job.total_steps,
                     "guidance_scale": default_guidance if parsed.guidance is None else parsed.guidance,
                     "step_cache": parsed.step_cache,

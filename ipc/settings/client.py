@@ -15,6 +15,7 @@ from xditd.ipc.tensors import ComputeDType
 DEMO_SIDE_MULTIPLE: Final = 16
 """Height and width in pixels of the demo's images are multiples of it."""
 
+_Interval = Annotated[float, Meta(ge=0.1, le=3600)]
 _Seconds = Annotated[int, Meta(ge=1, le=86_400)]
 _Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Steps = Annotated[int, Meta(ge=1, le=limits.MAX_STEPS)]
@@ -46,6 +47,9 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
     transformer: Annotated[str | None, about("transformer checkpoint, one safetensors or GGUF file", kind="path")] = (
         None
     )
+    transformer_2: Annotated[
+        str | None, about("second transformer, for the steps at low noise, such as that of Wan 2.2 A14B", kind="path")
+    ] = None
     vae: Annotated[
         str | None, about("VAE checkpoint; without it only latents are computed (--save-latents)", kind="path")
     ] = None
@@ -53,6 +57,14 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
     random_embeds: Annotated[_Seed | None, about("use random embeddings instead", metavar="SEED")] = None
     text_tokens: Annotated[int, Meta(ge=1, le=65_536), about("text tokens of --random-embeds", metavar="COUNT")] = 512
     size: Annotated[str, about("image size in pixels", kind="size")] = "1024x1024"
+    frames: Annotated[
+        Annotated[int, Meta(ge=1, le=limits.MAX_FRAMES)] | None,
+        about("frames of a video (default: one, an image)", metavar="COUNT"),
+    ] = None
+    fps: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000)] | None,
+        about("frames a second of an .mp4 (default: 16)", metavar="COUNT"),
+    ] = None
     steps: Annotated[_Steps | None, about("denoising steps (default: the model's own)", metavar="COUNT")] = None
     seed: Annotated[_Seed | None, about("seed of the noise (default: random, and reported)", metavar="SEED")] = None
     guidance: Annotated[
@@ -98,9 +110,14 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
             metavar="DTYPE",
         ),
     ] = None
-    out: Annotated[str, about("image file; several images become out-0.png and so on", kind="path", short="-o")] = (
-        "out.png"
-    )
+    out: Annotated[
+        str,
+        about(
+            "image file, or of a video an .mp4, or a folder without a suffix; several become out-0.png and so on",
+            kind="path",
+            short="-o",
+        ),
+    ] = "out.png"
     save_latents: Annotated[str | None, about("also write the latents to a safetensors file", kind="path")] = None
 
 
@@ -174,6 +191,16 @@ class StatusFlags(DaemonFlags, frozen=True, kw_only=True):
     check: Annotated[
         bool, about("exit with 1, with the reason on stderr, if no workers are ready: starting, lost or given up")
     ] = False
+    watch: Annotated[
+        _Interval | None, about("show it again every so many seconds, until Ctrl-C", metavar="SECONDS")
+    ] = None
+
+
+class TopFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """Flags of ``top``."""
+
+    runtime_dir: Annotated[str | None, _RUNTIME_DIR] = None
+    every: Annotated[_Interval, about("seconds from one look to the next", variable="XDITD_TOP_EVERY")] = 1.0
 
 
 class LogsFlags(DaemonFlags, frozen=True, kw_only=True):
@@ -243,6 +270,7 @@ class ClusterFlags(GenerateFlags, frozen=True, kw_only=True):
 VERB_FLAGS: Final[dict[str, type[msgspec.Struct]]] = {
     "wait": WaitFlags,
     "status": StatusFlags,
+    "top": TopFlags,
     "generate": GenerateFlags,
     "demo": DemoFlags,
     "comfyui": JsonFlags,

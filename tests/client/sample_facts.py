@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from xditd.ipc.facts import (
     ArgumentFacts,
     ComponentFacts,
@@ -96,6 +98,15 @@ TEXT_ENCODER = ComponentFacts(
     bytes_by_dtype={"float32": 64},
     text_encoder=TextEncoderFacts(width=WIDTH, max_tokens=77, has_pooled=True),
 )
+
+
+VIDEO_LATENTS = replace(LATENTS, frames=4, scaling=LatentScaling(factor=1.0, shift=0.0))
+assert TRANSFORMER.transformer is not None
+VIDEO = replace(TRANSFORMER, transformer=replace(TRANSFORMER.transformer, latents=VIDEO_LATENTS, stages=2))
+"""A transformer of videos, of which a second one may run the steps at low noise."""
+
+assert VAE.vae is not None
+VIDEO_VAE = replace(VAE, vae=replace(VAE.vae, latents=replace(VIDEO_LATENTS, multiple=1)))
 
 
 def of(manifest: Manifest) -> ComponentFacts:

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import save_file  # noqa: E402
+import sample_facts  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from xditd.client.cli import exits  # noqa: E402
 from xditd.client.cli.main import build_parser, main  # noqa: E402
@@ -147,7 +149,8 @@ def test_options_reach_the_request_and_the_report_says_what_was_used(generate, d
     assert daemon.requests(Generate)[0].sampling.options == {"shift": 3}
     found = json.loads(capsys.readouterr().out)
     assert found["sampling"] == {
-        "width": 32, "height": 32, "steps": 1, "guidance_scale": 2.0, "step_cache": 0.0, "options": {"shift": 3},
+        "width": 32, "height": 32, "frames": 1, "steps": 1,
+        "guidance_scale": 2.0, "step_cache": 0.0, "options": {"shift": 3},
     }  # fmt: skip
     assert found["conditioning"] == {"prompt_embeds": [1, 4, 8], "pooled_prompt_embeds": [1, 4]}
     assert generate("--out", out, "--json") == exits.DONE
@@ -241,3 +244,91 @@ def test_an_empty_variable_is_ignored(monkeypatch):
     monkeypatch.setenv("XDITD_OUT", "")
     parsed = build_parser().parse_args(["generate"])
     assert (parsed.runtime_dir, parsed.out) == (None, Path("out.png"))
+
+
+@pytest.fixture
+def video_model(monkeypatch):
+    """Let the daemon take the files for those of a model of videos."""
+    monkeypatch.setattr(sample_facts, "TRANSFORMER", sample_facts.VIDEO)
+    monkeypatch.setattr(sample_facts, "VAE", sample_facts.VIDEO_VAE)
+
+
+def test_frames_become_a_folder_of_pngs_or_an_mp4(generate, daemon, files, tmp_path, capsys, video_model):
+    out, low = tmp_path / "new" / "clip", str(files / "t.safetensors")
+    assert generate("--frames", "5", "--out", str(out), "--transformer-2", low, "--json") == exits.DONE
+    found = json.loads(capsys.readouterr().out)
+    assert (found["videos"], found["sampling"]["frames"]) == ([str(out)], 5)
+    assert sorted(os.listdir(out)) == [f"frame_0000{number}.png" for number in range(5)]
+    (request,) = daemon.requests(Generate)
+    assert request.sampling.frames == 5
+    assert request.out_image.shape == (1, 3, 5, 32, 32)
+    assert request.components == {"transformer": "c1", "transformer_2": "c2", "vae": "c3"}
+    av = pytest.importorskip("av")
+    latents = tmp_path / "l.safetensors"
+    path = tmp_path / "clip.mp4"
+    assert generate("--frames", "5", "--fps", "24", "--out", str(path), "--save-latents", str(latents)) == exits.DONE
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        assert (stream.frames, stream.average_rate) == (5, 24)
+    assert load_file(latents)["latents"].shape == (1, 16, 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (("--frames", "5", "--out", "out.png"), exits.MISUSE, ".png is not written; use .mp4, or a path without"),
+        (("--frames", "5", "--out", "file"), exits.MISUSE, "is a file; name a folder"),
+        (("--frames", "5", "--out", "file/clip"), exits.FAILED, "Not a directory"),
+        (("--frames", "5", "--out", "long"), exits.MISUSE, "has frame_00007.png of a video of more than 5 frames"),
+        (("--frames", "5", "--out", "clip.mp4"), exits.MISUSE, "PyAV is not installed; pip install 'xditd[video]'"),
+        (
+            (
+                "--frames",
+                "2000",
+            ),
+            exits.MISUSE,
+            "use a whole number from 1 to 1025",
+        ),
+        (("--out", "clip.mp4"), exits.MISUSE, "a video has several frames; give --frames COUNT"),
+        (("--fps", "24"), exits.MISUSE, "--fps is of a video; give --frames COUNT"),
+    ],
+)
+def test_videos_that_cannot_be_written_are_refused_before_anything_is_lent(
+    generate, daemon, tmp_path, capsys, monkeypatch, more, code, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "frame_00007.png").write_text("")
+    try:
+        status = generate(*more)
+    except SystemExit as end:  # a value that the parser refuses
+        status = end.code
+    assert status == code
+    assert says in capsys.readouterr().err
+    assert daemon.requests(Hello) == []
+
+
+def test_frames_that_the_model_cannot_have_are_refused(generate, daemon, tmp_path, capsys, video_model):
+    assert generate("--frames", "6", "--out", str(tmp_path / "clip")) == exits.MISUSE
+    assert "frames: 6 is not 1 more than a multiple of 4, up to 1025; 5 is near" in capsys.readouterr().err
+    assert daemon.requests(Generate) == []
+
+
+def test_frames_that_cannot_be_written_after_all_are_kept_and_named(
+    generate, daemon, tmp_path, capsys, monkeypatch, video_model
+):
+    out, spare = tmp_path / "out", tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setenv("TMPDIR", str(spare))
+
+    def answer(request):
+        out.write_text("")  # while the job runs, a file gets the folder's name
+        return [Generated(request_id=request.request_id, timings_ms={})]
+
+    daemon.answers[Generate] = answer
+    assert generate("--frames", "5", "--out", str(out), "--json") == exits.FAILED
+    (kept,) = json.loads(capsys.readouterr().out)["error"]["kept"]
+    assert len(os.listdir(kept)) == 5
+    assert Path(kept).parent == spare

@@ -94,3 +94,22 @@ def test_an_encoder_s_error_is_typed(result, tmp_path, monkeypatch):
     monkeypatch.setattr(av, "open", fails)
     with pytest.raises(OutputFailed, match="no such encoder; save it to a path without a suffix"):
         result.save(tmp_path / "cat.mp4")
+
+
+def test_a_video_of_one_frame_is_an_image_too(tmp_path):
+    from PIL import Image
+
+    one = GenerationResult(torch.zeros(1), torch.ones(1, 3, 1, 8, 16), {}, 7)
+    assert not one.is_video
+    assert one.to_pil().size == (16, 8)
+    with Image.open(one.save(tmp_path / "cat.png")) as found:
+        assert found.size == (16, 8)
+    assert (one.save(tmp_path / "cat") / "frame_00000.png").is_file()
+
+
+def test_a_folder_with_later_frames_of_another_video_is_refused(result, tmp_path):
+    longer = GenerationResult(torch.zeros(1), torch.zeros(1, 3, 9, 32, 48), {}, 7)
+    longer.save(tmp_path / "cat")
+    with pytest.raises(BadRequest, match=r"cat: has frame_00005\.png of a video of more than 5 frames; empty it"):
+        result.save(tmp_path / "cat")
+    assert longer.save(tmp_path / "cat") == tmp_path / "cat"

@@ -48,4 +48,4 @@ def test_every_variable_that_help_names_is_known_and_no_other(capsys, monkeypatc
         with pytest.raises(SystemExit):
             main([verb, "--help"])
     text = build_daemon_parser().format_help() + capsys.readouterr().out
-    assert set(re.findall(r"\[(XDITD_[A-Z_]+)\]", text)) == known_variables()
+    assert set(re.findall(r"\[(XDITD_[A-Z_0-9]+)\]", text)) == known_variables()
