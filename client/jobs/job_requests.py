@@ -370,7 +370,10 @@ def _scaling_of(vae: Component, transformer: Component | None) -> LatentScaling 
 def _has_channels_last(image: torch.Tensor) -> bool:
     """Whether the image, or the larger one that it is a slice of, has channels-last strides.
 
-    Convolutions then compute in that memory format and round differently, so the workers must use the same.
+    Convolutions then compute in that memory format and round differently, so the workers must use the same. Videos are
+    sent with channels first.
     """
+    if image.ndim != 4:
+        return False
     _, channels, _, width = image.shape
     return image.stride(1) == 1 and image.stride(3) >= channels > 1 and image.stride(2) >= image.stride(3) * width

@@ -9,13 +9,14 @@ first component is lent: only these may import xfuser and diffusers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, cast
 
+from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.operations import (
     Operations,
@@ -28,6 +29,7 @@ from xditd.ipc.errors import BadRequest, UnknownFamily, Unsupported
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import one_of
 from xditd.ipc.tensor_names import by_prefix
+from xditd.ipc.tensors import ModuleDescription
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,9 @@ FAMILIES: Final = (
     ("xditd.gpu_workers.families.qwen2_5_vl.checkpoint", "Qwen25Vl"),
 )
 """Module and class of each of our families, in the order of :func:`detect`."""
+
+DESCRIBED: Final = ("xditd.gpu_workers.families.clip_vision",)
+"""Modules that describe files of a model which runs as its class, although the client gave no configuration."""
 
 ENTRY_POINTS: Final = "xditd.families"
 """The group of entry points of other packages' families. All ranks load them in the order of their names."""
@@ -96,6 +101,15 @@ def other_families() -> OtherFamilies:
                 entry.name, entry.value, package, exc_info=error,
             )  # fmt: skip
     return OtherFamilies(tuple(found), tuple(faults))
+
+
+def describe(shapes: Mapping[str, Shape]) -> ModuleDescription | None:
+    """Return the class and the configuration of a file whose model runs as its class; ``None`` for other files."""
+    for module in DESCRIBED:
+        found: ModuleDescription | None = import_module(module).describe(shapes)
+        if found is not None:
+            return found
+    return None
 
 
 def titles() -> tuple[str, ...]:
