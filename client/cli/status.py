@@ -193,8 +193,9 @@ def _layout_text(facts: ComponentFacts | None) -> str:
         return "-"
     if facts.module is not None:
         return facts.module.layout
-    if facts.transformer is not None:
-        return f"ulysses={facts.transformer.ulysses},ring={facts.transformer.ring}"
+    split = facts.transformer or facts.controlnet
+    if split is not None:
+        return f"ulysses={split.ulysses},ring={split.ring}"
     return "-"
 
 

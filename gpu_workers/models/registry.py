@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.operations import (
+    ControlNetOperations,
     Operations,
     Recipe,
     TextEncoderOperations,
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: Final = (
     ("xditd.gpu_workers.families.flux1.checkpoint", "Flux1"),
+    ("xditd.gpu_workers.families.flux1.controlnet_checkpoint", "Flux1ControlNet"),
     ("xditd.gpu_workers.families.flux2.checkpoint", "Flux2"),
     ("xditd.gpu_workers.families.flux_vae.checkpoint", "FluxVae"),
     ("xditd.gpu_workers.families.flux2_vae.checkpoint", "Flux2Vae"),
@@ -62,6 +64,7 @@ OPERATIONS: Final[dict[Kind, type]] = {
     "transformer": TransformerOperations,
     "vae": VaeOperations,
     "text_encoder": TextEncoderOperations,
+    "controlnet": ControlNetOperations,
 }
 """The protocol of each kind."""
 

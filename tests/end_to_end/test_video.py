@@ -17,8 +17,8 @@ SIDES = {"frames": 5, "height": 512, "width": 512}
 """The smallest that all ranks decode together."""
 STEPS = {"steps": 2, "guidance_scale": 1.0, "seed": 7}
 BAR = 5e-6
-"""The largest difference of a million pixels in [-1, 1]. Of one frame, diffusers itself differs by 1.8e-6 from a run with
-another number of threads."""
+"""The largest difference of a million pixels in [-1, 1]. Of one frame, diffusers itself differs by 1.8e-6 from a run
+with another number of threads."""
 
 
 @pytest.fixture(scope="module")
