@@ -169,6 +169,25 @@ def test_with_a_reference_of_kontext(
     assert relative_error(ksample(remote, *given, dict(latent)), expected) <= TOLERANCE
 
 
+def test_beside_the_channels_of_canny(
+    comfy: Any, connected: None, controlnets: Any, stock_whole: Any, conditioning: Any, ksample: Any, applied: Any,
+    relative_error: Callable[..., float], tmp_path: Path,
+) -> None:  # fmt: skip
+    from flux1_variants import state_of
+    from node_helpers import conditioning_set_values
+
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    save_file(state_of(128), tmp_path / "canny.safetensors")
+    values = {"concat_latent_image": torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))}
+    texts = [conditioning_set_values(conditioning(seed), values) for seed in (1, 2)]
+    given = applied(*texts, stock_whole, (typed(controlnets["union"], 1), 3, {}))
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    expected = ksample(comfy.comfy.sd.load_diffusion_model(str(tmp_path / "canny.safetensors")), *given, dict(latent))
+    remote = load_unet(str(tmp_path / "canny.safetensors"))
+    assert relative_error(ksample(remote, *given, dict(latent)), expected) <= TOLERANCE
+
+
 def test_xdit_ksampler_runs_step_by_step(
     comfy: Any, remote: Any, local: Any, controlnets: Any, conditioning: Any, ksample: Any, xsample: Any,
     relative_error: Callable[..., float], stock_whole: Any,
