@@ -21,10 +21,12 @@ from xditd.client.loans import Loan
 from xditd.client.packed_markers import MARKER, is_old_marker
 from xditd.ipc import limits
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.facts import LatentScaling
+from xditd.ipc.facts import LatentFacts, LatentScaling
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind
+
+_Run = Callable[[Client, Loan, torch.Tensor], torch.Tensor]
 
 _COUNTER: Final = ".num_batches_tracked"
 """How torch's batch norms name the number of batches that they were trained with, on which no image depends."""
@@ -33,7 +35,7 @@ _SCALES: Final = (MARKER, ".weight_scale", ".scale_weight")
 """Name endings beside packed weights."""
 
 _WITH_FRAMES: Final = 3
-"""Dimensions of latents with frames, of which the workers decode one."""
+"""Dimensions of latents with frames."""
 
 
 class RemoteStage(torch.nn.Module):
@@ -61,14 +63,10 @@ class RemoteStage(torch.nn.Module):
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
         """Decode to (batch, 3, height, width), about in [-1, 1]: ComfyUI clips after it has joined the tiles.
 
-        Latents with one frame become (batch, 3, 1, height, width).
-
-        Raises:
-            Unsupported: several frames.
+        Latents with frames become (batch, 3, frames, height, width).
         """
         if self._format is not None:
-            latents = self._format.process_in(_checked_frames(z, "latents").float())[:, :, 0]
-            return self._in_batches(_decode, latents).unsqueeze(2).to(z.dtype)
+            return self._with_frames(_decode, self._format.process_in(z.float())).to(z.dtype)
         scaling = self._scaling()
         latents = (z.float() - scaling.shift) * scaling.factor
         return self._in_batches(_decode, latents).to(z.dtype)
@@ -76,45 +74,38 @@ class RemoteStage(torch.nn.Module):
     def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
         """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode.
 
-        Of a VAE with frames, ``pixels`` are (batch, 3, 1, height, width).
-
-        Raises:
-            Unsupported: several frames.
+        Of a VAE with frames, ``pixels`` are (batch, 3, frames, height, width); as in ComfyUI, frames behind the last
+        whole latent are left out.
         """
         if self._format is not None:
-            latents = self._in_batches(Client.encode, _checked_frames(pixels, "images").float()[:, :, 0])
-            z: torch.Tensor = self._format.process_out(latents.unsqueeze(2))
+            step = self._latents().frames
+            whole = pixels[:, :, : 1 + (pixels.shape[2] - 1) // step * step]
+            z: torch.Tensor = self._format.process_out(self._with_frames(Client.encode, whole.float()))
             return z.to(pixels.dtype)
         latents = self._in_batches(Client.encode, pixels.float())
         scaling = self._scaling()
         return (latents / scaling.factor + scaling.shift).to(pixels.dtype)
 
-    def _scaling(self) -> LatentScaling:
+    def _latents(self) -> LatentFacts:
         facts = self._weights.loan.facts.vae
         assert facts is not None
-        return facts.latents.scaling
+        return facts.latents
 
-    def _in_batches(self, run: Callable[[Client, Loan, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def _scaling(self) -> LatentScaling:
+        return self._latents().scaling
+
+    def _with_frames(self, run: _Run, x: torch.Tensor) -> torch.Tensor:
+        """Run with (batch, channels, frames, height, width); of one frame, as an image."""
+        if x.shape[2] == 1:
+            return self._in_batches(run, x[:, :, 0]).unsqueeze(2)
+        return self._in_batches(run, x)
+
+    def _in_batches(self, run: _Run, x: torch.Tensor) -> torch.Tensor:
         parts = []
         for part in torch.split(x, limits.MAX_BATCH):
             comfy.model_management.throw_exception_if_processing_interrupted()
             parts.append(run(self._weights.connect(), self._weights.loan, part))
         return torch.cat(parts)
-
-
-def _checked_frames(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """Return (batch, channels, frames, height, width) if it has one frame.
-
-    Raises:
-        Unsupported: several frames.
-    """
-    if tensor.ndim != 5 or tensor.shape[2] != 1:
-        frames = tensor.shape[2] if tensor.ndim == 5 else "no"
-        raise Unsupported(
-            f"XDiT: {what} of {frames} frames: this VAE runs single images in the workers; use Load VAE for a video, "
-            "and encode pictures one at a time"
-        )
-    return tensor
 
 
 def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:

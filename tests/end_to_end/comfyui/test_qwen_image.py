@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from comfyui_families import VARIANTS
-from safetensors.torch import save_file
 
-from xditd.gpu_workers.families.wan_vae.checkpoint import WanVae
-from xditd.gpu_workers.families.wan_vae.config import WanVaeConfig
 from xditd.ipc.errors import Unsupported
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
@@ -122,35 +118,3 @@ def test_layered_is_refused_by_name(comfy, stock):
     changed = config.unet_config | {"use_additional_t_cond": True}
     with pytest.raises(Unsupported, match="a file: it is Qwen-Image-Layered"):
         family.check_config(SimpleNamespace(unet_config=changed), "a file")
-
-
-@pytest.fixture(scope="module")
-def vae_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("qwen_image") / "vae.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for entry in WanVae().entries(WanVaeConfig(width=8), ("decoder.middle.0.residual.0.gamma",)):
-        values = torch.randn(entry.shape, generator=generator)
-        is_norm = entry.source.endswith("gamma")
-        tensors[entry.source] = 1 + 0.1 * values if is_norm else values / max(1, values[0].numel()) ** 0.5
-    save_file(tensors, path)
-    return path
-
-
-@torch.inference_mode()
-def test_its_vae_decodes_and_encodes_as_stock_does(comfy, connected, vae_file, relative_error):
-    from xditd.client.comfyui.nodes.vae_loader import load_vae
-
-    stock, ours = comfy.comfy.sd.VAE(sd=comfy.comfy.utils.load_torch_file(str(vae_file))), load_vae(str(vae_file))
-    for shape in ((1, 16, 1, 9, 7), (3, 16, 1, 2, 4)):
-        z = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        assert relative_error(ours.decode(z), stock.decode(z)) <= 1e-5
-    for sides in ((72, 64), (75, 91)):
-        pixels = torch.rand(1, *sides, 3, generator=torch.Generator().manual_seed(2))
-        expected, found = stock.encode(pixels), ours.encode(pixels)
-        assert found.shape == expected.shape == (1, 16, 1, *(side // 8 for side in sides))
-        assert relative_error(found, expected) <= 1e-5
-    with pytest.raises(Unsupported, match="latents of 2 frames: this VAE runs single images in the workers"):
-        ours.decode(torch.zeros(1, 16, 2, 4, 4))
-    with pytest.raises(Unsupported, match="images of 5 frames"):
-        ours.encode(torch.rand(5, 32, 32, 3))
