@@ -1,4 +1,4 @@
-"""Qwen-Image in ComfyUI: masks, the VAE and refusals; stock's samplers are in ``test_family_parity``."""
+"""Qwen-Image in ComfyUI: masks, the workers' loop and refusals; stock's samplers are in ``test_family_parity``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import wan_vaes
 from comfyui_families import VARIANTS
+from safetensors.torch import save_file
 
 from xditd.ipc.errors import Unsupported
 
@@ -51,12 +53,14 @@ def test_the_workers_loop_is_comfyuis(name, given, weightless, stock, ksample, x
 
 
 def test_the_loop_decodes_and_shows_previews(
-    comfy, weightless, stock, vae_file, xsample, ksample, monkeypatch, relative_error
+    comfy, weightless, stock, tmp_path, xsample, ksample, monkeypatch, relative_error
 ):
     import latent_preview
 
     from xditd.client.comfyui.nodes.vae_loader import load_vae
 
+    vae_file = tmp_path / "vae.safetensors"
+    save_file(wan_vaes.state_dict(config=wan_vaes.SMALL), vae_file)
     shapes = []
     monkeypatch.setattr(latent_preview, "get_previewer", lambda *_: object())
     monkeypatch.setattr(
