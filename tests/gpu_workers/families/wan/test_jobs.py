@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,7 +47,8 @@ class Sample:
 
 
 def generate(room: Room, components: dict[str, str], **changes: Any) -> Generate:
-    conditioning: dict[str, Any] = {name: room.argument(each) for name, each in Sample().conditioning.items()}
+    given = Sample().conditioning | changes.pop("pictures", {})
+    conditioning: dict[str, Any] = {name: room.argument(each) for name, each in given.items()}
     latents = changes.pop("latents", (1, 16, 2, 4, 6))
     values = torch.randn(latents, generator=torch.Generator().manual_seed(1))  # that of Sample
     noise, out = room.input(values), room.output(*latents)
@@ -142,6 +144,48 @@ def test_a_video_with_values_that_are_not_finite_is_refused(lent: OneRank) -> No
     lent.lend("vae", state)
     with pytest.raises(NotFinite, match=r"vae .*: image: some values are NaN or infinite"):
         lent.run(generate(lent.room(), {**PAIR, "vae": "vae"}, video=(1, 3, 5, 32, 48)))
+
+
+def test_a_picture_is_encoded_without_a_decode_and_its_memory_is_freed(rank: OneRank) -> None:
+    import weakref
+
+    from xditd.gpu_workers.jobs import generate as job_module
+
+    rank.lend("transformer", wan_models.state_dict(0, wan_models.IMAGE))
+    rank.lend("vae", wan_vaes.state_dict())
+    rank.lend("broken", wan_vaes.state_dict() | {"conv1.bias": torch.full((32,), torch.nan)})
+    image = torch.randint(0, 257, (1, 3, 32, 48), generator=torch.Generator().manual_seed(3)) / 128 - 1
+    changes: dict[str, Any] = {"pictures": {"image": image}, "sampling": {"options": {}}}
+    videos: list[weakref.ref[torch.Tensor]] = []
+    living: list[bool] = []
+
+    def encode(pictures: Any, *given: Any) -> Any:
+        videos.extend(weakref.ref(each) for each in pictures.values())
+        return encoded(pictures, *given)
+
+    encoded = job_module.encode_pictures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module, "encode_pictures", encode)
+        room = rank.room()
+        job = generate(room, {"transformer": "transformer", "vae": "vae"}, **changes)
+        rank.run(job, on_step=lambda *_: living.append(any(each() is not None for each in videos)))
+    assert videos
+    assert not any(living)
+    module = wan_models.reference(wan_models.state_dict(0, wan_models.IMAGE), wan_models.IMAGE)
+    sample = {name: getattr(Sample(), name) for name in ("scale", "steps", "sides", "noise")}
+    pictured = Sample().conditioning | {"image": image}
+    whole = SimpleNamespace(**sample, config=wan_models.IMAGE, options={}, conditioning=pictured)
+    with using_all_cores(torch.device("cpu")):
+        expected = wan_models.image_pipeline_latents(module, None, wan_vaes.reference(wan_vaes.state_dict()), whole)
+    assert wan_models.relative_error(room.read(job.out_latents), expected) <= 1e-6
+    with pytest.raises(NotFinite, match=r"vae broken .*: latents of image: some values are NaN or infinite"):
+        rank.run(generate(rank.room(), {"transformer": "transformer", "vae": "broken"}, **changes))
+    text = rank.room()
+    rank.lend("text", wan_models.state_dict(0))
+    with pytest.raises(BadRequest, match="a vae without out_image or a picture would have no effect"):
+        rank.run(generate(text, {"transformer": "text", "vae": "vae"}, sampling={"options": {}}))
+    with pytest.raises(BadRequest, match="image: the workers encode it, but the job has no vae"):
+        rank.run(generate(rank.room(), {"transformer": "transformer"}, **changes))
 
 
 def check_video(room: Room, job: Generate, state: wan_vaes.State, config: WanVaeConfig) -> None:
