@@ -79,6 +79,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     clock.end_phase("steps")
     with raise_on_all_ranks():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.match.dtype])]
+        loop.controls.check(context, finite.first())
         every = [use for uses in job.loras.values() for use in uses]
         context.check_finite(finite, transformer, *into, loras=every)
     if vae is not None and job.out_image is not None:

@@ -47,20 +47,27 @@ class FiniteCheck:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def fault(self, component: Component, *into: torch.dtype, loras: Sequence[str] = ()) -> NotFinite | None:
-        """Wait for the copy; return the error for the first result that is not finite, or ``None``.
-
-        ``into`` are the dtypes to which the last result will be converted. ``loras`` describe those of the job.
-        """
+    def first(self) -> int | None:
+        """Wait for the copy; return the number of the first result that is not finite, from 0, or ``None``."""
+        if not self._names:
+            return None
         if self._read is None:
             self.fetch()
         assert self._read is not None
         if self._arrived is not None:
             self._arrived.synchronize()
-        for name, found in zip(self._names, self._read.tolist(), strict=True):
-            if not math.isfinite(found):
-                return _fault(component, name, "", loras)
+        return next((number for number, found in enumerate(self._read.tolist()) if not math.isfinite(found)), None)
+
+    def fault(self, component: Component, *into: torch.dtype, loras: Sequence[str] = ()) -> NotFinite | None:
+        """Wait for the copy; return the error for the first result that is not finite, or ``None``.
+
+        ``into`` are the dtypes to which the last result will be converted. ``loras`` describe those of the job.
+        """
+        first = self.first()
+        if first is not None:
+            return _fault(component, self._names[first], "", loras)
         for dtype in into:
+            assert self._read is not None
             # If any value overflows, the largest one does.
             if not self._read[-1].to(dtype).isfinite():
                 return _fault(component, self._names[-1], f" in {str(dtype).removeprefix('torch.')}", loras)
