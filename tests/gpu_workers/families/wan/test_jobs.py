@@ -54,6 +54,8 @@ def generate(room: Room, components: dict[str, str], **changes: Any) -> Generate
     noise, out = room.input(values), room.output(*latents)
     if video := changes.pop("video", None):
         changes["out_image"] = room.output(*video)
+    for name, shape in changes.pop("previews", {}).items():
+        changes[name] = room.output(*shape)
     sampling = {**SIDES, "steps": 6, "guidance_scale": 5.0, "options": OPTIONS, **changes.pop("sampling", {})}
     return Generate(
         request_id="r",
@@ -136,6 +138,39 @@ def test_a_cancel_takes_effect_at_a_chunk_of_frames(lent: OneRank) -> None:
     assert (room.read(job.out_image)[:, :, :5].std(dim=(0, 1, 3, 4)) > 0.01).all()
     lent.run(job)  # the next one decodes all frames
     check_video(room, job, wan_vaes.state_dict(), wan_vaes.SMALL)
+
+
+def test_the_preview_is_the_middle_frame_of_the_prediction(lent: OneRank) -> None:
+    state = wan_vaes.state_dict()
+    lent.lend("vae", state)
+    room = lent.room()
+    changes: dict[str, Any] = {"latents": (1, 16, 3, 4, 6), "sampling": {"frames": 9}, "video": (1, 3, 9, 32, 48)}
+    changes["previews"] = {"out_denoised": (1, 16, 3, 4, 6), "out_preview": (1, 3, 32, 48)}
+    job = generate(room, {**PAIR, "vae": "vae"}, **changes)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    assert job.out_denoised is not None
+    assert job.out_preview is not None
+    places = job.out_denoised, job.out_preview
+    lent.run(job, on_step=lambda *_: seen.append((room.read(places[0]).clone(), room.read(places[1]).clone())))
+    assert len(seen) == 6
+    module = wan_vaes.reference(state)
+    with using_all_cores(torch.device("cpu")):
+        for denoised, preview in seen:
+            expected = wan_vaes.reference_decode(module, wan_vaes.SMALL, denoised[:, :, 1:2])[:, :, 0]
+            assert (preview - expected).abs().max() <= 2e-6
+    assert (seen[0][1] - seen[-1][1]).abs().max() > 1e-3
+    check_video(room, job, state, wan_vaes.SMALL)
+
+
+def test_previews_that_cannot_be_are_refused(lent: OneRank) -> None:
+    room = lent.room()
+    with pytest.raises(BadRequest, match="out_preview without a vae"):
+        lent.run(generate(room, PAIR, previews={"out_preview": (1, 3, 32, 48)}))
+    lent.lend("vae", wan_vaes.state_dict())
+    video = lent.room()
+    changes: dict[str, Any] = {"video": (1, 3, 5, 32, 48), "previews": {"out_preview": (1, 3, 5, 32, 48)}}
+    with pytest.raises(BadRequest, match=r"out_preview: the place for it is \[1, 3, 5, 32, 48\]"):
+        lent.run(generate(video, {**PAIR, "vae": "vae"}, **changes))
 
 
 def test_a_video_with_values_that_are_not_finite_is_refused(lent: OneRank) -> None:
