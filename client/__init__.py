@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from xditd.client.client import Client
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
+from xditd.client.jobs.controls import CallControl, Control
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.loans import Loan, LoanWithLoras
 from xditd.client.results import GenerationResult, TextEncoding
@@ -64,11 +65,13 @@ __all__ = [
     "BadMessage",
     "BadRequest",
     "Busy",
+    "CallControl",
     "Cancelled",
     "Client",
     "Closed",
     "ComponentFacts",
     "ComponentKind",
+    "Control",
     "CopiedBytes",
     "DaemonStatus",
     "DaemonStopping",

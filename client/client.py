@@ -12,6 +12,7 @@ from xditd.client.daemon_methods import DaemonMethods
 from xditd.client.io_blocks import IoPool
 from xditd.client.jobs.arguments import KeptTensor
 from xditd.client.jobs.component import Component
+from xditd.client.jobs.controls import CallControl, Control
 from xditd.client.jobs.generation import GenerationJob, draw_seed
 from xditd.client.jobs.job_requests import (
     decode_request,
@@ -127,6 +128,7 @@ class Client(LoanMethods, DaemonMethods):
         step_cache: float = 0.0,
         variant: str = "class",
         options: Mapping[str, bool | int | float] | None = None,
+        controls: Sequence[Control] = (),
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and return the job without waiting for it.
@@ -139,8 +141,8 @@ class Client(LoanMethods, DaemonMethods):
         values in (0, 1]. Without ``steps`` or ``guidance_scale``, the family's default is used. A ``vae`` adds the
         image to the result. ``previews`` enables ``job.denoised()``, the predicted clean latents after each step.
         A video has ``frames``, and may have a ``transformer_2`` for the steps at low noise, such as that of Wan 2.2.
-        ``options`` are the family's own, as its facts name them. Components may be named by id, as
-        ``xditd status`` shows them.
+        ``options`` are the family's own, as its facts name them. ``controls`` are ControlNets with their pictures,
+        whose residuals are added up. Components may be named by id, as ``xditd status`` shows them.
 
         ``step_cache``, from 0 to 1, trades precision for time: if the first block's residual differs relatively by less
         than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;
@@ -174,6 +176,7 @@ class Client(LoanMethods, DaemonMethods):
             step_cache=step_cache,
             variant=variant,
             options=options,
+            controls=[(self._component(each.controlnet, ComponentKind.CONTROLNET), each) for each in controls],
         )
         return self._runner.generate(job, deadline_s, self)
 
@@ -192,6 +195,7 @@ class Client(LoanMethods, DaemonMethods):
         method: str = "forward",
         foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None = None,
         variant: str = "class",
+        controls: Sequence[CallControl] = (),
         deadline_s: float | None = None,
     ) -> Any:
         """Run a transformer's ``forward`` once in the workers; returns what it returns with ``return_dict=False``.
@@ -206,6 +210,8 @@ class Client(LoanMethods, DaemonMethods):
         compute at once for all of them what depends on them alone, with the same bits. ``variant``: as in
         :meth:`generate`.
 
+        ``controls`` are ControlNets that run before the forward, which gets the sum of their residuals.
+
         A module that runs as its class takes any argument of its class, also objects of diffusers such as KV caches,
         and returns what its method returns, in the same classes. ``method`` is another one than ``forward``: a VAE's
         ``decode`` or ``encode``.
@@ -215,7 +221,13 @@ class Client(LoanMethods, DaemonMethods):
             LeaseLost: the loan has ended.
         """
         return self.call_parts(
-            component, [arguments], method=method, foreseen=foreseen, variant=variant, deadline_s=deadline_s
+            component,
+            [arguments],
+            method=method,
+            foreseen=foreseen,
+            variant=variant,
+            controls=[controls] if controls else (),
+            deadline_s=deadline_s,
         )[0]
 
     def call_parts(
@@ -226,21 +238,28 @@ class Client(LoanMethods, DaemonMethods):
         method: str = "forward",
         foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None = None,
         variant: str = "class",
+        controls: Sequence[Sequence[CallControl]] = (),
         deadline_s: float | None = None,
     ) -> list[Any]:
         """Run one forward for each of ``parts``, such as the conditional and the unconditional half of one step.
 
         Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
-        parallel on different GPUs; a tensor that several parts use is sent once.
+        parallel on different GPUs; a tensor that several parts use is sent once. ``controls`` are those of each part.
         """
         facts = component.facts if isinstance(component, LoanWithLoras) else self.facts(component)
         if facts.kind is not ComponentKind.MODULE:
             if method != "forward":
                 raise BadRequest(f"method {method!r}: only modules that run as their class have others than forward")
+            if controls and len(controls) != len(parts):
+                raise BadRequest(f"controls: {len(controls)} lists for {len(parts)} parts; give one for each part")
             named = self._component(component, ComponentKind.TRANSFORMER)
-            return self._runner.call(named, parts, foreseen, variant, deadline_s)
-        if foreseen or variant != "class":
-            raise BadRequest("foreseen and variant: a module that runs as its class has none; leave them out")
+            with_ids = [
+                [(component_id_of(each.controlnet, ComponentKind.CONTROLNET), each) for each in theirs]
+                for theirs in controls
+            ]
+            return self._runner.call(named, parts, foreseen, variant, deadline_s, with_ids)
+        if foreseen or variant != "class" or controls:
+            raise BadRequest("foreseen, variant and controls: a module that runs as its class has none; leave them out")
         named = self._component(component, ComponentKind.MODULE)
         return self._runner.call_class(named, parts, method=method, numerics=None, device=None, deadline_s=deadline_s)
 

@@ -158,6 +158,24 @@ class TextEncoderFacts(Described, frozen=True, kw_only=True):
     images: Annotated[tuple[ArgumentFacts, ...], msgspec.Meta(max_length=limits.MAX_IMAGE_ARGUMENTS)] = ()
 
 
+class ControlNetFacts(Described, frozen=True, kw_only=True):
+    """Facts of a ControlNet. ``ulysses`` and ``ring`` are its degrees in this group."""
+
+    controls: Name
+    """The family of the transformers that its residuals are for."""
+    heads: Count
+    ulysses: Count
+    ring: Count
+    arguments: Listed
+    """Arguments of its forward in a ``Call``, named as in the class's."""
+    modes: Count
+    """How many kinds of pictures it tells apart by a mode; 0: it takes no mode."""
+    residuals: Annotated[dict[Name, Count], msgspec.Meta(max_length=8)]
+    """How many residuals it gives, by the name of the transformer's argument."""
+    latents: LatentFacts
+    """Those of its picture."""
+
+
 METHODS: Final = ("forward", "encode", "decode")
 """The methods of a module that runs as its class which ``Call`` can run, where the class has them."""
 
@@ -196,7 +214,7 @@ class LoraFacts(Described, frozen=True, kw_only=True):
 
 
 class ComponentFacts(Described, frozen=True, kw_only=True):
-    """Facts of any component; of the last five fields, the one of its ``kind`` is set."""
+    """Facts of any component; of the last six fields, the one of its ``kind`` is set."""
 
     family: Name
     class_name: Name
@@ -213,5 +231,6 @@ class ComponentFacts(Described, frozen=True, kw_only=True):
     transformer: TransformerFacts | None = None
     vae: VaeFacts | None = None
     text_encoder: TextEncoderFacts | None = None
+    controlnet: ControlNetFacts | None = None
     module: ModuleFacts | None = None
     lora: LoraFacts | None = None

@@ -79,6 +79,15 @@ smaller ones from host memory without a copy between two GPUs."""
 MAX_DROPPED_BLOCKS: Final = 64
 """Blocks of device memory that one call asks the workers to unmap."""
 
+MAX_CONTROLS: Final = 16
+"""ControlNets in one forward, or in one generation."""
+
+MAX_CONTROL_MODES: Final = 1_024
+"""Kinds of pictures that one ControlNet tells apart."""
+
+MAX_CONTROLLED_BLOCKS: Final = 1_024
+"""Blocks of a transformer that residuals are given to."""
+
 MAX_LORAS: Final = 64
 """LoRAs of one component in one job."""
 

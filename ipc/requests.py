@@ -106,10 +106,34 @@ class LoraUse(Described, frozen=True, kw_only=True):
 LoraUses = Annotated[tuple[LoraUse, ...], msgspec.Meta(max_length=limits.MAX_LORAS)]
 
 
+BlockResiduals = Annotated[
+    tuple[Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_CONTROLLED_BLOCKS)], ...],
+    msgspec.Meta(max_length=limits.MAX_CONTROLLED_BLOCKS),
+]
+"""For each block of a transformer in turn, the number of the residual that it gets."""
+
+
+class PartControl(Described, frozen=True, kw_only=True):
+    """A lent ControlNet that runs before a forward, whose results get its residuals, times ``scale``.
+
+    ``arguments`` are named as in the signature of its class. ``blocks`` are, by the name of the transformer's argument,
+    which blocks get which residuals; without them, the transformer's class decides.
+    """
+
+    component_id: ComponentId
+    arguments: Arguments
+    scale: Scale = 1.0
+    blocks: Annotated[dict[Name, BlockResiduals], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=dict)
+
+
 class Part(Described, frozen=True, kw_only=True):
-    """One forward: its arguments, named as in the signature of the component's class."""
+    """One forward: its arguments, named as in the signature of the component's class.
+
+    The residuals of several ``controls`` are added up in their order.
+    """
 
     arguments: Arguments
+    controls: Annotated[tuple[PartControl, ...], msgspec.Meta(max_length=limits.MAX_CONTROLS)] = ()
 
 
 class Numerics(Described, frozen=True, kw_only=True):
@@ -210,6 +234,23 @@ class Sampling(Described, frozen=True, kw_only=True):
     )
 
 
+class Control(Described, frozen=True, kw_only=True):
+    """A lent ControlNet of a generation, in the steps from the share ``start`` to the share ``end`` of all steps.
+
+    Its residuals are multiplied by ``scale``. Either ``image``, (batch or 1, channels, height, width) in [-1, 1], which
+    the generation's VAE encodes, or ``latents`` of one, shaped as those of the generation, are given. ``mode`` is the
+    kind of the picture for a ControlNet of several kinds.
+    """
+
+    component_id: ComponentId
+    scale: Scale = 1.0
+    start: Unit = 0.0
+    end: Unit = 1.0
+    mode: Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_CONTROL_MODES)] | None = None
+    image: IoTensor | None = None
+    latents: IoTensor | None = None
+
+
 class Generate(Request, tag="generate", frozen=True, kw_only=True):
     """Run the whole denoising loop in the workers. Events ``Queued``, ``StepDone``; reply ``Generated``.
 
@@ -224,6 +265,8 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     components: Annotated[dict[Role, ComponentId], msgspec.Meta(max_length=8)]
     loras: Annotated[dict[Role, LoraUses], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=dict)
     """LoRAs of the transformers, for this job alone."""
+    controls: Annotated[tuple[Control, ...], msgspec.Meta(max_length=limits.MAX_CONTROLS)] = ()
+    """ControlNets of the transformer, whose residuals are added up in this order."""
     io: HostShmBlock
     conditioning: Arguments
     sampling: Sampling

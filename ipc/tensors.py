@@ -33,6 +33,8 @@ class ComponentKind(Enum):
     TRANSFORMER = "transformer"
     VAE = "vae"
     TEXT_ENCODER = "text_encoder"
+    CONTROLNET = "controlnet"
+    """A model whose residuals are added to those of a transformer."""
     MODULE = "module"
     """A module of diffusers or transformers, run as its own class does."""
     LORA = "lora"

@@ -15,6 +15,7 @@ from xditd.client.cli import (
     adopt,
     cluster,
     comfyui,
+    completion,
     demo,
     doctor,
     exits,
@@ -26,6 +27,7 @@ from xditd.client.cli import (
     serve,
     status,
     stop,
+    top,
     wait,
 )
 from xditd.client.cli.printing import flush_streams, prepare_streams, print_error, print_json_error, stdout_error
@@ -38,6 +40,7 @@ VERBS: dict[str, ModuleType] = {
     "serve": serve,
     "wait": wait,
     "status": status,
+    "top": top,
     "generate": generate,
     "demo": demo,
     "comfyui": comfyui,
@@ -48,6 +51,7 @@ VERBS: dict[str, ModuleType] = {
     "stop": stop,
     "install-service": install_service,
     "doctor": doctor,
+    "completion": completion,
 }
 
 _DESCRIPTION = "Lend model weights to warm multi-GPU xDiT workers, and generate images with them."
@@ -59,6 +63,7 @@ first steps:
   xditd serve                          keep workers warm (or: systemctl --user enable --now xditd)
   xditd wait                           until the workers are ready
   xditd status                         workers, lent components, queue
+  xditd top                            GPUs, jobs and rates, again and again
   xditd comfyui install ~/ComfyUI      the nodes for ComfyUI
   xditd generate --help                images from checkpoint files: an example for each model family
 
@@ -115,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         reset_signals()  # a parent may have ignored SIGCHLD, and waiting for child processes would then fail
+        completion.answer(build_parser())
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["serve"]:
         return serve.replace_process(given[1:])  # the daemon parses its own flags, --help too

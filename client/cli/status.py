@@ -10,6 +10,8 @@ import msgspec
 from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
+from xditd.client.cli.watching import watch
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.settings.client import StatusFlags
 from xditd.ipc.status import ComponentStatus, DaemonStatus, PackedProducts
@@ -26,6 +28,7 @@ examples:
   xditd status
   xditd status --json | jq .group_state
   xditd status --check >/dev/null && echo ready
+  xditd status --watch 2                   until Ctrl-C; with --json a document on each line
 """
 
 _DETAIL_CHARS: Final = 100
@@ -39,6 +42,8 @@ def run(parsed: argparse.Namespace) -> int:
     from xditd.client.client import Client
     from xditd.client.waiting import why_not_serving
 
+    if parsed.watch is not None:
+        return _watch(parsed)
     with Client(parsed.runtime_dir, name="xditd status") as client:
         found = client.status()
     print(json_text(msgspec.to_builtins(found), indent=2) if parsed.json else describe(found))
@@ -46,6 +51,20 @@ def run(parsed: argparse.Namespace) -> int:
     if why:
         print_error(f"xditd status: {why}")
     return exits.FAILED if why else exits.DONE
+
+
+def _watch(parsed: argparse.Namespace) -> int:
+    if parsed.check:
+        raise BadRequest("--check: is for one look; leave out --watch, or wait with xditd wait")
+
+    def show(found: DaemonStatus) -> str:
+        return json_text(msgspec.to_builtins(found)) if parsed.json else describe(found)
+
+    try:
+        watch(parsed.runtime_dir, "xditd status", parsed.watch, show)
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED  # the normal end of --watch
+    return exits.DONE
 
 
 def describe(found: DaemonStatus) -> str:
@@ -174,8 +193,9 @@ def _layout_text(facts: ComponentFacts | None) -> str:
         return "-"
     if facts.module is not None:
         return facts.module.layout
-    if facts.transformer is not None:
-        return f"ulysses={facts.transformer.ulysses},ring={facts.transformer.ring}"
+    split = facts.transformer or facts.controlnet
+    if split is not None:
+        return f"ulysses={split.ulysses},ring={split.ring}"
     return "-"
 
 

@@ -7,7 +7,7 @@ other. The adapter of the model's family translates the arguments.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import comfy.model_management
 import torch
@@ -20,7 +20,7 @@ from xditd.ipc.limits import MAX_BATCH
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 if TYPE_CHECKING:
-    from xditd.client.comfyui.families.adapter import ModelAdapter
+    from xditd.client.comfyui.families.adapter import ControlledCall, ForwardCall, ModelAdapter
 
 
 class RemoteForward:
@@ -68,7 +68,10 @@ class RemoteForward:
             rows = slice(first, first + MAX_BATCH)
             theirs = {name: values[rows] for name, values in numbers.items()}
             forwards = call.arguments(rows, theirs, kept[rows], client.keep, dtype)
-            results = client.call_parts(loan, forwards, foreseen=foreseen, variant=self._family.variant)
+            controls = call.controls(rows, theirs, kept[rows], client.keep) if _has_controls(call) else []
+            results = client.call_parts(
+                loan, forwards, foreseen=foreseen, variant=self._family.variant, controls=controls
+            )
             predicted.append(call.prediction(rows, results))
         return predicted[0] if len(predicted) == 1 else torch.cat(predicted)
 
@@ -78,3 +81,7 @@ class RemoteForward:
             values = [] if sigmas is None else sigmas.reshape(-1).double().tolist()
             self._schedule = (sigmas, self._family.schedule_values(values) if values else {})
         return self._schedule[1]
+
+
+def _has_controls(call: ForwardCall) -> TypeGuard[ControlledCall]:
+    return hasattr(call, "controls")

@@ -18,8 +18,9 @@ import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 
 from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.controlnets import RemoteControlModel
 from xditd.client.comfyui.families import adapter_of_config, titles
-from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
+from xditd.client.comfyui.families.adapter import Adapter, ControlSource, ModelAdapter
 from xditd.client.comfyui.forward import RemoteForward
 from xditd.client.comfyui.lora_patches import Factors, read_bypass, read_patches
 from xditd.client.comfyui.merging import edit_of, quantised_tensor
@@ -318,7 +319,7 @@ def make_transformer_patcher(model: Any, weights: RemoteWeights, family: Adapter
     )
     patcher.add_wrapper_with_key(adapted.wrapper, WRAPPER_KEY, RemoteForward(weights, adapted, patcher.understood))
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, place_conditioning)
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, RunChecks(adapted))
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, RunChecks(adapted, make_control))
     return patcher
 
 
@@ -346,6 +347,13 @@ def make_weights(
         connect=connect,
         compute_dtype=cast("ComputeDType", dtype_name(dtype)) if has_packed and dtype is not None else None,
     )
+
+
+def make_control(source: ControlSource, load_device: Any) -> tuple[RemoteControlModel, RemotePatcher]:
+    """Make what replaces the model of a stock ControlNet, and its patcher. It is lent when ComfyUI loads it."""
+    weights = make_weights(source.tensors, ComponentKind.CONTROLNET, source.label, is_whole=False)
+    model = RemoteControlModel(weights, source)
+    return model, make_patcher(model, weights, load_device, comfy.model_management.unet_offload_device())
 
 
 def make_patcher(model: Any, weights: Any, load_device: Any, offload_device: Any) -> RemotePatcher:

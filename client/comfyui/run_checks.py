@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy.patcher_extension import WrappersMP
 
+from xditd.client.comfyui.controlnets import Make, place_controls
 from xditd.client.comfyui.understood import COMPILE_KEY
 from xditd.client.comfyui.unsupported import condition_faults, model_option_faults, refuse
 
@@ -19,11 +20,12 @@ logger = logging.getLogger(__name__)
 class RunChecks:
     """Refuses a run that needs, in any of its steps, what the workers cannot run. A wrapper of ``outer_sample``."""
 
-    def __init__(self, family: ModelAdapter) -> None:
+    def __init__(self, family: ModelAdapter, make_control: Make) -> None:
         self._family = family
+        self._make_control = make_control
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Check the model, its options and all conditioning, then run.
+        """Check the model, its options and all conditioning, let ControlNets run in the workers, then run.
 
         Raises:
             Unsupported: names everything that the workers cannot run.
@@ -35,6 +37,7 @@ class RunChecks:
             *patcher.understood.faults(patcher),
             *model_option_faults(guider.model_options),
             *condition_faults(guider.conds, self._family),
+            *place_controls(guider.conds, self._family, self._make_control),
         ])  # fmt: skip
         return executor(*args, **kwargs)
 

@@ -53,7 +53,6 @@ _BLOCK_CHANGES: Final = frozenset(
 """Names in the code of functions that run the model once more with changed blocks."""
 
 _CONDITIONS: Final = {
-    "control": "ControlNet",
     "gligen": "GLIGEN",
 }
 """Keys of conditioning that no model in the workers can use; a family's adapter adds its own."""

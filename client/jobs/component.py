@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.facts import ComponentFacts, TextEncoderFacts, TransformerFacts, VaeFacts
+from xditd.ipc.facts import ComponentFacts, ControlNetFacts, TextEncoderFacts, TransformerFacts, VaeFacts
 from xditd.ipc.requests import LoraUse
 from xditd.ipc.tensors import ComponentKind
 
-F = TypeVar("F", TransformerFacts, VaeFacts, TextEncoderFacts)
+F = TypeVar("F", TransformerFacts, VaeFacts, TextEncoderFacts, ControlNetFacts)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Component:
     @property
     def text_encoder(self) -> TextEncoderFacts:
         return self._of_kind(ComponentKind.TEXT_ENCODER, self.facts.text_encoder)
+
+    @property
+    def controlnet(self) -> ControlNetFacts:
+        return self._of_kind(ComponentKind.CONTROLNET, self.facts.controlnet)
 
     def _of_kind(self, kind: ComponentKind, found: F | None) -> F:
         if found is None:

@@ -11,6 +11,7 @@ from xditd.client.io_places import DevicePlaces, IoPlaces
 from xditd.client.jobs import checks
 from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, check_text, result_room
 from xditd.client.jobs.component import Component
+from xditd.client.jobs.controls import CallControl, Control, check_controls, write_controls, write_part_controls
 from xditd.client.jobs.device_use import Room
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
@@ -123,10 +124,13 @@ def call_request(
     parts: Sequence[Mapping[str, Any]],
     foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None,
     variant: str,
+    controls: Sequence[Sequence[tuple[str, CallControl]]],
     is_kept: Callable[[KeptTensor], bool],
     room: Room,
 ) -> CallRequest:
     """Build a request for one forward for each of ``parts``, with ``room`` for results.
+
+    ``controls`` are the ControlNets of each part with their ids, or are empty.
 
     Kept tensors for which ``is_kept`` returns true are sent by id.
     """
@@ -151,6 +155,7 @@ def call_request(
         (places, device_places),
         room,
         sample_of,
+        controls=controls,
         foreseen=checked_foreseen,
         variant=checked_variant,
     )
@@ -170,6 +175,7 @@ def write_call(
     room: Room,
     sample_of: Callable[[Mapping[str, Any]], Any],
     *,
+    controls: Sequence[Sequence[tuple[str, CallControl]]] = (),
     device: torch.device | None = None,
     **fields: Any,
 ) -> CallRequest:
@@ -186,8 +192,11 @@ def write_call(
     for number, arguments in enumerate(parts):
         if not isinstance(arguments, Mapping):
             raise BadRequest(f"arguments: a dict by name is needed, not {type(arguments).__name__}")
-        written.append(Part(arguments=writer.write(arguments, f"parts[{number}]." if len(parts) > 1 else "")))
+        where = f"parts[{number}]." if len(parts) > 1 else ""
+        part = writer.write(arguments, where)
         devices.append(device or writer.device or torch.device("cpu"))
+        theirs = write_part_controls(writer, controls[number], where) if controls else ()
+        written.append(Part(arguments=part, controls=theirs))
     item_bytes = ITEM_BYTES[component.facts.dtype]
     guess_bytes = sum(result_room(sample_of(arguments), item_bytes) for arguments in parts)
     at, size_bytes, device_at, device_size_bytes = room_for_results(
@@ -240,6 +249,7 @@ def generate_request(
     step_cache: float,
     variant: str,
     options: Mapping[str, bool | int | float] | None,
+    controls: Sequence[tuple[Component, Control]] = (),
 ) -> GenerationRequest:
     """Build the request for a generation. Exactly one of ``seed`` and ``noise`` is given."""
     import torch
@@ -274,6 +284,8 @@ def generate_request(
         components["transformer_2"] = second.component_id
         loras |= {"transformer_2": second.loras} if second.loras else {}
 
+    check_controls(controls, facts.latents, height, width, has_vae=vae is not None)
+
     places = IoPlaces()
     writer = ArgumentWriter(places, max_values=0)
     names = [each.name for each in facts.conditioning if conditioning.get(each.name) is not None]
@@ -284,6 +296,7 @@ def generate_request(
     if noise is not None:
         noise_at = places.add_input(noise)
         inputs.append((noise_at, noise))
+    used = write_controls(controls, places, inputs)
     first = ordered[names[0]]
     like = noise if noise is not None else first[0] if isinstance(first, (list, tuple)) else first
     outputs = {"latents": places.add_output(like.dtype, facts.latents.shape(batch, height, width, frames))}
@@ -300,6 +313,7 @@ def generate_request(
             request_id=request_id,
             components=components,
             loras=loras,
+            controls=used,
             io=io,
             conditioning=written,
             sampling=sampling,

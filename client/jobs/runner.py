@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.jobs.arguments import KeptTensor, read_results
 from xditd.client.jobs.component import Component
+from xditd.client.jobs.controls import CallControl
 from xditd.client.jobs.device_use import DeviceUse, Key, Room
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_requests import CallRequest, GenerationRequest, JobRequest, call_request
@@ -116,9 +117,10 @@ class Runner:
         foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None,
         variant: str,
         deadline_s: float | None,
+        controls: Sequence[Sequence[tuple[str, CallControl]]] = (),
     ) -> list[Any]:
-        """Run a call of a family's transformer."""
-        request = partial(call_request, component, parts, foreseen, variant)
+        """Run a call of a family's transformer. ``controls`` are the ControlNets of each part, with their ids."""
+        request = partial(call_request, component, parts, foreseen, variant, controls)
         return self._call(self._current(), (component.component_id, "forward"), request, deadline_s)
 
     def call_class(

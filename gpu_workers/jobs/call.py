@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
+from xditd.gpu_workers.jobs.controls import read_part_controls
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.reading import check_names
 from xditd.gpu_workers.jobs.writing import DeviceRoom, ResultWriter, describe_tree
@@ -41,7 +43,8 @@ def run(job: Call, context: JobContext) -> Finished:
         for number, part in enumerate(job.parts):
             where = f"parts[{number}]." if len(job.parts) > 1 else ""
             check_names(part.arguments, transformer.transformer_facts.arguments, f"{where}arguments")
-            parts.append(reader.read(part.arguments, where))
+            controls = read_part_controls(transformer, part.controls, context, reader, where)
+            parts.append(replace(reader.read(part.arguments, where), controls=controls))
             try:
                 operations.check(model, parts[-1])
             except RequestError as error:
@@ -67,6 +70,7 @@ def run(job: Call, context: JobContext) -> Finished:
     clock.end_phase("forward")
     context.check_finite(finite, transformer)
     context.components.check_unchanged(transformer, job.loras)
+    context.components.check_all_unchanged(each.component_id for part in job.parts for each in part.controls)
     clock.end_phase("outputs", waits=False)
     return Finished(clock.marks_ms, results=described)
 

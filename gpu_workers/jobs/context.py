@@ -51,7 +51,8 @@ class JobContext:
         self.client_blocks.unmap(self.client, job.dropped_device_io)
         if job.device_io is None:
             return None
-        leaves = (leaf for part in job.parts for _, leaf in tensors(part.arguments))
+        trees = [tree for part in job.parts for tree in (part.arguments, *(each.arguments for each in part.controls))]
+        leaves = (leaf for tree in trees for _, leaf in tensors(tree))
         ends = [
             leaf.offset_bytes + leaf.place.size_bytes for leaf in leaves if isinstance(leaf, InIo) and leaf.in_device_io
         ]

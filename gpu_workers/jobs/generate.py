@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 
 from xditd.gpu_workers.jobs.context import JobContext, PhaseClock
+from xditd.gpu_workers.jobs.controls import GenerationControls
 from xditd.gpu_workers.jobs.decode import Decoding, decode_into
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.generation_inputs import Given
@@ -50,10 +51,10 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         clock.end_phase("plug")
         io = context.open_io()
         loras = context.components.variant(transformer, job.loras.get("transformer", ()))
-        given = Given.read(job, context, transformer, io, None if vae is None else vae.match.dtype)
+        given = Given.read(job, context, transformer, io, vae)
         if job.out_image is not None and vae is None:
             raise BadRequest("generate: out_image without a vae: name one among the components")
-        if vae is not None and job.out_image is None and not given.pictures:
+        if vae is not None and job.out_image is None and not (given.pictures or given.controls.has_images):
             raise BadRequest("generate: a vae without out_image or a picture would have no effect: leave it out")
         if vae is not None and job.out_image is not None:
             frames = (job.sampling.frames,) if latent_facts.frames else ()
@@ -89,6 +90,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             context.components.check_unchanged(transformer, job.loras.get("transformer", ()))
             if second is not None:
                 context.components.check_unchanged(second, job.loras.get("transformer_2", ()))
+            context.components.check_all_unchanged(each.component_id for each in job.controls)
             io.write("out_latents", job.out_latents, latents)
             clock.end_phase("outputs")
     return Finished({**clock.marks_ms, "first_step": progress.first_step_ms}, loop.reused_steps)
@@ -116,6 +118,7 @@ class Loop:
     loras: LoraVariant | None = None
     reused_steps: int = 0
     second: SecondStage | None = None
+    controls: GenerationControls = field(default_factory=GenerationControls)
 
     @classmethod
     def prepare(cls, given: Given, job: Generate, transformer: Component, loras: LoraVariant) -> Loop:
@@ -133,7 +136,7 @@ class Loop:
         threshold = job.sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
         options = CallOptions(wanted.variant, started.foreseen, cache)
-        return cls(model, operations, started, options, wanted.batch, wanted.steps, loras)
+        return cls(model, operations, started, options, wanted.batch, wanted.steps, loras, controls=given.controls)
 
     @torch.inference_mode()
     def run(
@@ -160,7 +163,7 @@ class Loop:
                 options = self.options
                 if loras is not None and loras.changes:
                     options = replace(options, loras=loras.begin_step(step))
-                rows = run_parts(model, self.operations, started.parts(latents, step), options)
+                rows = run_parts(model, self.operations, self.controls.add(started.parts(latents, step), step), options)
                 predicted = started.predicted(rows, latents, step)
                 if on_denoised is not None:
                     on_denoised(started.unpacked(latents.float() - scheduler.sigmas[step] * predicted.float()))

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from xditd.gpu_workers.jobs.call import check_variant
 from xditd.gpu_workers.jobs.context import JobContext
+from xditd.gpu_workers.jobs.controls import GenerationControls, read_controls
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.pictures import noise_frames, pictures_of
 from xditd.gpu_workers.jobs.reading import ArgumentReader, check_names
@@ -34,6 +35,7 @@ class Given:
     reader: ArgumentReader
     pictures: Mapping[str, torch.Tensor]
     """What the VAE encodes, by name."""
+    controls: GenerationControls
     latents: dict[str, torch.Tensor] = field(default_factory=dict)
     """The latents of the pictures, by the same names."""
 
@@ -44,9 +46,9 @@ class Given:
         context: JobContext,
         transformer: Component,
         io: OpenIo,
-        vae_dtype: torch.dtype | None,
+        vae: Component | None,
     ) -> Given:
-        """Read and check all inputs.
+        """Read and check all inputs, and encode the pictures of ControlNets.
 
         Raises:
             BadRequest: wrong sizes, shapes, steps, sigmas or options, or values that are not finite.
@@ -61,10 +63,14 @@ class Given:
             raise BadRequest(f"options: {listed(unknown)} cannot be given to {transformer.match.family.name}; {taken}")
         if sampling.step_cache_threshold > 0.0 and not facts.has_step_cache:
             raise Unsupported(f"step_cache: {transformer.match.family.name} has none; leave it at 0")
+        if sampling.step_cache_threshold > 0.0 and job.controls:
+            raise Unsupported("step_cache: it skips the blocks that the residuals of controls are for; leave it at 0")
+        if "transformer_2" in job.components and job.controls:
+            raise Unsupported("controls: a generation with two transformers takes none; leave them out")
         wanted = replace(
             to_wanted(sampling, job.out_latents.shape[0] if job.out_latents.shape else 0, facts),
             stages=2 if "transformer_2" in job.components else 1,
-            vae_dtype=vae_dtype,
+            vae_dtype=None if vae is None else vae.match.dtype,
         )
         recipe.check(config, wanted)
         shape = facts.latents.shape(wanted.batch, wanted.height, wanted.width, wanted.frames)
@@ -79,16 +85,18 @@ class Given:
         frames = noise_frames(recipe, wanted, conditioning)
         of_noise = facts.latents.shape(wanted.batch, wanted.height, wanted.width, frames)
         dtype = recipe.noise_dtype(transformer.match.dtype, sampling.variant)
+        draw = None if sampling.seed is None or job.noise is not None else SeededNoise(sampling.seed)
+        controls = read_controls(transformer, vae, job.controls, wanted, sorted(conditioning), context, io, draw)
         if job.noise is not None:
             given = io.read("noise", job.noise, context.device)
             check_tensor("noise", given, of_noise)
             noise = given.to(dtype)
             check_finite({"noise": noise})
-        elif sampling.seed is not None:
-            noise = seeded_noise(sampling.seed, of_noise, dtype).to(context.device)
+        elif draw is not None:
+            noise = draw(of_noise, dtype).to(context.device)
         else:
             raise BadRequest("generate: neither noise nor a seed; give one of them")
-        return cls(wanted, conditioning, noise, reader, pictures)
+        return cls(wanted, conditioning, noise, reader, pictures, controls)
 
 
 def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted:
@@ -115,10 +123,20 @@ def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted
     )
 
 
-def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return the noise that a diffusers pipeline draws for ``torch.Generator("cpu").manual_seed(seed)``, unpacked.
+class SeededNoise:
+    """Draws, one after the other, what a diffusers pipeline draws for ``torch.Generator("cpu").manual_seed(seed)``.
 
     On the CPU; the same on every machine.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return cast(torch.Tensor, randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=dtype))
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        drawn = randn_tensor(shape, generator=self._generator, device=torch.device("cpu"), dtype=dtype)
+        return cast(torch.Tensor, drawn)
+
+
+def seeded_noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return the first noise that a diffusers pipeline draws for a seed, unpacked."""
+    return SeededNoise(seed)(shape, dtype)

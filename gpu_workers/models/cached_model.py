@@ -13,6 +13,7 @@ from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.operations import (
     BranchMemory,
+    ControlNetOperations,
     Operations,
     TextEncoderOperations,
     TransformerOperations,
@@ -83,6 +84,8 @@ class CachedModel:
     def operations_for(self, kind: Literal["vae"]) -> VaeOperations[Any]: ...
     @overload
     def operations_for(self, kind: Literal["text_encoder"]) -> TextEncoderOperations[Any]: ...
+    @overload
+    def operations_for(self, kind: Literal["controlnet"]) -> ControlNetOperations[Any]: ...
     def operations_for(self, kind: Kind) -> Any:
         """Return the family's operations, typed by kind; ``registry.operations_of`` has checked them."""
         assert self.family.kind == kind, f"{self.family.name} is a {self.family.kind}, not a {kind}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from xditd.gpu_workers.models.cached_model import CachedModel
+from xditd.gpu_workers.models.controls import with_controls
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, RowResults, TransformerOperations
 from xditd.gpu_workers.parallel import component_layouts
@@ -27,7 +29,7 @@ def run_parts(
     shapes = [operations.rows(part) for part in parts]
     total = sum(map(len, shapes))
     if halves() == 1 or total < halves():
-        return [operations.run(model, part, options) for part in parts]
+        return [_run(model, operations, part, options) for part in parts]
     mine = own_rows(total)
     done: list[torch.Tensor] = []
     start = 0
@@ -35,9 +37,18 @@ def run_parts(
         share = slice(max(mine.start - start, 0), min(mine.stop - start, len(rows)))
         if share.start < share.stop:
             is_whole = share.stop - share.start == len(rows)
-            done += operations.run(model, part if is_whole else operations.take_rows(part, share), options)
+            done += _run(model, operations, part if is_whole else _take_rows(operations, part, share), options)
         start += len(rows)
     return _group_by_part(_gather_rows(done, [shape for rows in shapes for shape in rows]), shapes)
+
+
+def _run(model: CachedModel, operations: TransformerOperations[Any], part: Inputs, options: CallOptions) -> RowResults:
+    return operations.run(model, with_controls(model, operations, part) if part.controls else part, options)
+
+
+def _take_rows(operations: TransformerOperations[Any], part: Inputs, rows: slice) -> Inputs:
+    taken = operations.take_rows(part, rows)
+    return replace(taken, controls=tuple(each.take_rows(rows) for each in part.controls)) if part.controls else taken
 
 
 def _gather_rows(mine: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> list[torch.Tensor]:

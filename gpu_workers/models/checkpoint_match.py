@@ -123,11 +123,13 @@ class CheckpointMatch:
             tensors=tuple(spec for spec in manifest.tensors if spec.name in read),
             packed=tuple(self.packed.values()),
         )
-        transformer = vae = text_encoder = None
+        transformer = vae = text_encoder = controlnet = None
         if kind == "transformer":
             transformer = model.operations_for(kind).facts(self.config, model.layout)
         elif kind == "vae":
             vae = model.operations_for(kind).facts(self.config)
+        elif kind == "controlnet":
+            controlnet = model.operations_for(kind).facts(self.config, model.layout)
         else:
             text_encoder = model.operations_for(kind).facts(self.config)
         return ComponentFacts(
@@ -141,6 +143,7 @@ class CheckpointMatch:
             transformer=transformer,
             vae=vae,
             text_encoder=text_encoder,
+            controlnet=controlnet,
         )
 
 

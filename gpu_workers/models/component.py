@@ -16,7 +16,7 @@ from xditd.gpu_workers.models.lora_match import LoraMatch
 from xditd.gpu_workers.models.matching import AnyMatch
 from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.weights.blocks import OpenBlock
-from xditd.ipc.facts import ComponentFacts, TransformerFacts, VaeFacts
+from xditd.ipc.facts import ComponentFacts, ControlNetFacts, TransformerFacts, VaeFacts
 from xditd.ipc.tensors import CopiedBytes, Manifest
 
 
@@ -73,6 +73,11 @@ class Component:
     def vae_facts(self) -> VaeFacts:
         assert self.facts.vae is not None
         return self.facts.vae
+
+    @property
+    def controlnet_facts(self) -> ControlNetFacts:
+        assert self.facts.controlnet is not None
+        return self.facts.controlnet
 
     @property
     def is_loaded(self) -> bool:

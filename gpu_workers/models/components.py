@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -163,6 +163,18 @@ class Components:
             self._plug(component)
         return component
 
+    def plug_again(self, component: Component) -> None:
+        """Plug a component's weights if another one of the same model has taken their place since :meth:`get`.
+
+        All ranks call this together.
+
+        Raises:
+            OutOfMemory, OtherRankFailed: no memory for what a plug needs besides the lent tensors.
+        """
+        if not component.is_loaded:
+            with raise_on_all_ranks():
+                self._plug(component)
+
     def get_lora(self, component_id: str) -> LentLora:
         """Return a lent LoRA.
 
@@ -199,6 +211,11 @@ class Components:
         self.files.check(component.opened)
         for use in loras:
             self.files.check(self._plugged[use.component_id].opened)
+
+    def check_all_unchanged(self, component_ids: Iterable[str]) -> None:
+        """Check the weights of other components of a job, as :meth:`check_unchanged` does."""
+        for component_id in dict.fromkeys(component_ids):
+            self.check_unchanged(self._plugged[component_id])
 
     def copy_component(self, component_id: str) -> tuple[CopiedBytes, dict[str, float]]:
         """Copy the mapped tensors of a component into this rank's own memory, and unmap them. All ranks fail together.

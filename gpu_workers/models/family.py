@@ -9,7 +9,7 @@ from typing import Literal, Protocol, TypeVar
 from xditd.gpu_workers.models.entries import Entry, Shape
 from xditd.gpu_workers.models.operations import Operations
 
-Kind = Literal["transformer", "vae", "text_encoder"]
+Kind = Literal["transformer", "vae", "text_encoder", "controlnet"]
 ConfigT = TypeVar("ConfigT", bound=Hashable)
 
 

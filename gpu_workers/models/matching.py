@@ -12,6 +12,7 @@ from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.lora_match import LoraMatch, match_lora
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
+from xditd.gpu_workers.models.registry import describe
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
 from xditd.ipc.transports.tensor_views import torch_dtype
@@ -39,6 +40,10 @@ def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassMo
             return _match_class(manifest.module, tensors, models, class_models, compute_dtype)
         if manifest.kind is ComponentKind.MODULE:
             raise BadRequest("a module is lent without the description of its class; lend the module itself")
+        if manifest.kind is None:
+            described = describe({name: info.shape for name, info in tensors.items()})
+            if described is not None:
+                return class_models.match(described, tensors, compute_dtype)
         return models.match(tensors, None if manifest.kind is None else manifest.kind.value, compute_dtype)
     except RequestError as error:
         raise named(manifest.label, error) from error

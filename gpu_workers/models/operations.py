@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.models.step_cache import StepCache
     from xditd.gpu_workers.packed.tensors import PackedTensor
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
-    from xditd.ipc.facts import LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
+    from xditd.ipc.facts import ControlNetFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
     from xditd.ipc.status import FusedCheck
 
 RowResults = torch.Tensor | list[torch.Tensor]
 """The result of a forward by row: the first dimension of a tensor, or a list if shapes may differ."""
+
+Residuals = Mapping[str, Sequence[torch.Tensor]]
+"""What a ControlNet gives a transformer's blocks, (rows, tokens, channels) each, by the transformer's argument."""
 
 ConfigT_co = TypeVar("ConfigT_co", bound=Hashable, covariant=True)
 ConfigT_contra = TypeVar("ConfigT_contra", bound=Hashable, contravariant=True)
@@ -37,6 +40,9 @@ class Inputs:
 
     arguments: Mapping[str, Any]
     known: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    controls: tuple[Any, ...] = ()
+    """ControlNets that run before the forward (``models.controls.Control``), whose residuals the engine adds to the
+    arguments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -272,6 +278,59 @@ class TextEncoderOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]
 
         Raises:
             BadRequest: images that do not fit each other or the tokens; names the argument.
+        """
+
+
+class ControlNetOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra]):
+    """The operations of a ControlNet, whose residuals a transformer of :class:`TakesControls` gets."""
+
+    def facts(self, config: ConfigT_contra, layout: ParallelLayout) -> ControlNetFacts:
+        """Return the facts that clients need."""
+
+    def check(self, model: Model[ConfigT_contra], inputs: Inputs) -> None:
+        """Check the arguments of one forward, as ``TransformerOperations.check`` does."""
+
+    def check_mode(self, config: ConfigT_contra, mode: int | None) -> None:
+        """Check the kind of picture of a generation; ``None`` is none given.
+
+        Raises:
+            BadRequest: it has none of this number, or needs one.
+        """
+
+    def picture(self, model: Model[ConfigT_contra], latents: torch.Tensor, mode: int | None) -> Mapping[str, Any]:
+        """Return the arguments of a generation's forwards that its picture gives; they do not change between steps.
+
+        ``latents`` (batch, channels, height, width) are those of the picture, on the model's device, finite.
+        """
+
+    def beside(self, config: ConfigT_contra, forward: Inputs, picture: Mapping[str, Any]) -> Inputs:
+        """Return the inputs of the forward that goes with a ``forward`` of the transformer."""
+
+    def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
+        """Return the inputs of these rows alone, as views."""
+
+    def residuals(self, model: Model[ConfigT_contra], inputs: Inputs) -> Residuals:
+        """Run one forward; every rank of the sequence returns all tokens, in the dtype of the weights, not scaled."""
+
+
+class TakesControls(Protocol[ConfigT_contra]):
+    """What a transformer's operations have besides, if ControlNets exist for its family."""
+
+    def check_control(self, config: ConfigT_contra, control: Any, *, generates: bool, names: Sequence[str]) -> None:
+        """Check that a ControlNet of the configuration ``control`` fits this transformer.
+
+        ``generates``: the forwards are those of the recipe, whose conditioning has ``names``.
+
+        Raises:
+            BadRequest: it has other sizes.
+            Unsupported: this variant runs with ControlNets in no pipeline, or not with this conditioning.
+        """
+
+    def with_residuals(self, inputs: Inputs, residuals: Mapping[str, Sequence[torch.Tensor]]) -> Inputs:
+        """Return the inputs of a forward with residuals.
+
+        Raises:
+            BadRequest: they have more tokens than the image, or another number of rows.
         """
 
 

@@ -9,15 +9,17 @@ first component is lent: only these may import xfuser and diffusers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, cast
 
+from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.family import Family, Kind
 from xditd.gpu_workers.models.operations import (
+    ControlNetOperations,
     Operations,
     Recipe,
     TextEncoderOperations,
@@ -28,11 +30,13 @@ from xditd.ipc.errors import BadRequest, UnknownFamily, Unsupported
 from xditd.ipc.name_lists import listed
 from xditd.ipc.recognition import one_of
 from xditd.ipc.tensor_names import by_prefix
+from xditd.ipc.tensors import ModuleDescription
 
 logger = logging.getLogger(__name__)
 
 FAMILIES: Final = (
     ("xditd.gpu_workers.families.flux1.checkpoint", "Flux1"),
+    ("xditd.gpu_workers.families.flux1.controlnet_checkpoint", "Flux1ControlNet"),
     ("xditd.gpu_workers.families.flux2.checkpoint", "Flux2"),
     ("xditd.gpu_workers.families.flux_vae.checkpoint", "FluxVae"),
     ("xditd.gpu_workers.families.flux2_vae.checkpoint", "Flux2Vae"),
@@ -50,6 +54,9 @@ FAMILIES: Final = (
 )
 """Module and class of each of our families, in the order of :func:`detect`."""
 
+DESCRIBED: Final = ("xditd.gpu_workers.families.clip_vision",)
+"""Modules that describe files of a model which runs as its class, although the client gave no configuration."""
+
 ENTRY_POINTS: Final = "xditd.families"
 """The group of entry points of other packages' families. All ranks load them in the order of their names."""
 
@@ -57,6 +64,7 @@ OPERATIONS: Final[dict[Kind, type]] = {
     "transformer": TransformerOperations,
     "vae": VaeOperations,
     "text_encoder": TextEncoderOperations,
+    "controlnet": ControlNetOperations,
 }
 """The protocol of each kind."""
 
@@ -96,6 +104,15 @@ def other_families() -> OtherFamilies:
                 entry.name, entry.value, package, exc_info=error,
             )  # fmt: skip
     return OtherFamilies(tuple(found), tuple(faults))
+
+
+def describe(shapes: Mapping[str, Shape]) -> ModuleDescription | None:
+    """Return the class and the configuration of a file whose model runs as its class; ``None`` for other files."""
+    for module in DESCRIBED:
+        found: ModuleDescription | None = import_module(module).describe(shapes)
+        if found is not None:
+            return found
+    return None
 
 
 def titles() -> tuple[str, ...]:

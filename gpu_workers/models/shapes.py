@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from xditd.gpu_workers.models.entries import Shape
 from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.name_lists import listed
 
 
 def count_blocks(family: str, shapes: Mapping[str, Shape], blocks: str, limit: int) -> int:
@@ -50,10 +51,14 @@ def vote(
     Raises:
         BadCheckpoint: no candidate has a size, and there is no default.
     """
-    sides = ((shapes.get(name, ()), dimension) for name, dimension in candidates)
+    asked = list(candidates)
+    sides = ((shapes.get(name, ()), dimension) for name, dimension in asked)
     votes = Counter(shape[dimension] for shape, dimension in sides if len(shape) > dimension and shape[dimension])
     if votes:
         return votes.most_common(1)[0][0]
     if default is None:
-        raise BadCheckpoint(f"{family}: {what} cannot be read from any tensor: the checkpoint lacks most of them")
+        lacking = listed([name for name, _ in asked])
+        raise BadCheckpoint(
+            f"{family}: {what} cannot be read from any tensor: the file lacks {lacking}; lend a whole file of one model"
+        )
     return default

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
-from xditd.gpu_workers.models.token_plans import Attention, Cache, CachedTokens, Length, Split, TokenPlan
+from xditd.gpu_workers.models.token_plans import Attention, Cache, CachedTokens, Length, Split, TokenPlan, is_given
 
 _JOINT: Final = Attention(queries=("text", "image"), keys=("text", "image"))
 
@@ -35,6 +35,21 @@ JOINT_WITH_ADAPTERS: Final = JOINT | {
 
 FLUX: Final = TokenPlan(splits={"": TOKENS | RESIDUALS}, gathers=GATHERED, attentions=JOINT_WITH_ADAPTERS)
 
+
+def _has_pixels(picture: Any) -> bool:
+    """Return whether a ControlNet makes tokens of a picture itself, (rows, 3, height, width)."""
+    return bool(picture.ndim == 4)
+
+
+# A mode becomes a token of the text inside the forward, on every rank.
+FLUX_CONTROLNET: Final = TokenPlan(
+    splits={"": TOKENS | {"controlnet_cond": Split("image")}},
+    gathers={name: {0: Split("image")} for name in ("controlnet_blocks.*", "controlnet_single_blocks.*")},
+    attentions=JOINT,
+    optional=("single_transformer_blocks.*.attn", "controlnet_single_blocks.*"),
+    refused={"controlnet_mode": is_given, "controlnet_cond": _has_pixels},
+)
+
 # The text and the image attend to all, also to reference tokens: of the call, which then attend to each other alone, or
 # in the cache.
 _WITH_REFERENCES: Final = Attention(
@@ -64,4 +79,8 @@ FLUX_2: Final = TokenPlan(
     ),
 )
 
-PLANS: Final = {"FluxTransformer2DModel": FLUX, "Flux2Transformer2DModel": FLUX_2}
+PLANS: Final = {
+    "FluxTransformer2DModel": FLUX,
+    "FluxControlNetModel": FLUX_CONTROLNET,
+    "Flux2Transformer2DModel": FLUX_2,
+}

@@ -15,6 +15,7 @@ from xditd.ipc.tensors import ComputeDType
 DEMO_SIDE_MULTIPLE: Final = 16
 """Height and width in pixels of the demo's images are multiples of it."""
 
+_Interval = Annotated[float, Meta(ge=0.1, le=3600)]
 _Seconds = Annotated[int, Meta(ge=1, le=86_400)]
 _Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Steps = Annotated[int, Meta(ge=1, le=limits.MAX_STEPS)]
@@ -190,6 +191,16 @@ class StatusFlags(DaemonFlags, frozen=True, kw_only=True):
     check: Annotated[
         bool, about("exit with 1, with the reason on stderr, if no workers are ready: starting, lost or given up")
     ] = False
+    watch: Annotated[
+        _Interval | None, about("show it again every so many seconds, until Ctrl-C", metavar="SECONDS")
+    ] = None
+
+
+class TopFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """Flags of ``top``."""
+
+    runtime_dir: Annotated[str | None, _RUNTIME_DIR] = None
+    every: Annotated[_Interval, about("seconds from one look to the next", variable="XDITD_TOP_EVERY")] = 1.0
 
 
 class LogsFlags(DaemonFlags, frozen=True, kw_only=True):
@@ -259,6 +270,7 @@ class ClusterFlags(GenerateFlags, frozen=True, kw_only=True):
 VERB_FLAGS: Final[dict[str, type[msgspec.Struct]]] = {
     "wait": WaitFlags,
     "status": StatusFlags,
+    "top": TopFlags,
     "generate": GenerateFlags,
     "demo": DemoFlags,
     "comfyui": JsonFlags,

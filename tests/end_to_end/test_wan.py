@@ -178,17 +178,32 @@ def test_a_picture_without_a_vae_is_refused(client, files):
         client.generate(client.lend(files.image), given, seed=5, **SIDES, **STEPS).result()
 
 
-def test_the_states_of_clips_vision_model_are_those_of_the_class(client, tmp_path, relative_error):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+@pytest.mark.parametrize("source", ["folder", "file", "file with a projection"])
+def test_the_states_of_clips_vision_model_are_those_of_the_class(client, tmp_path, relative_error, source: str):
+    """A file as ComfyUI has it, ``clip_vision_h.safetensors``, and a folder of transformers."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
-    module = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=2, hidden_act="gelu")).eval()
-    module.save_pretrained(tmp_path / "image_encoder")
+    sizes = {"hidden_size": 160, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=2, hidden_act="gelu", projection_dim=24)
+    module = CLIPVisionModelWithProjection(config).eval()
+    state = module.state_dict()
+    assert {name.split(".")[0] for name in state} == {"vision_model", "visual_projection"}
+    if source == "folder":
+        module.vision_model.save_pretrained(tmp_path / "image_encoder")
+        loan = client.lend(tmp_path / "image_encoder")
+    else:
+        kept = {name: each for name, each in state.items() if "projection." in name or name.startswith("vision_model.")}
+        if source == "file":
+            del kept["visual_projection.weight"]
+        kept["vision_model.embeddings.position_ids"] = torch.arange(257)[None]
+        save_file(kept, tmp_path / "clip_vision_h.safetensors")
+        loan = client.lend(tmp_path / "clip_vision_h.safetensors")
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    loan = client.lend(tmp_path / "image_encoder")
     found = client.call(loan, {"pixel_values": pixels, "output_hidden_states": True})
     with torch.no_grad():
-        expected = module(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-    assert expected.shape == (2, 257, 64)
-    assert relative_error(found["hidden_states"][-2], expected) <= BAR
+        expected = module(pixel_values=pixels, output_hidden_states=True)
+    assert expected.hidden_states[-2].shape == (2, 257, 160)
+    assert relative_error(found["hidden_states"][-2], expected.hidden_states[-2]) <= BAR
+    if source == "file with a projection":
+        assert relative_error(found["image_embeds"], expected.image_embeds) <= BAR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import family_entries
 import family_tables
@@ -10,9 +11,11 @@ import pytest
 from family_entries import FamilyEntry
 
 from xditd.client.comfyui import families as comfyui
+from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.models.registry import detect, own_families
-from xditd.gpu_workers.models.resolution import resolve
-from xditd.ipc.errors import BadCheckpoint
+from xditd.gpu_workers.models.resolution import Resolution, resolve
+from xditd.ipc.errors import BadCheckpoint, Unsupported
 
 ENTRIES = family_entries.ENTRIES
 LAYOUTS = [(entry, layout) for entry in ENTRIES for layout in entry.layouts]
@@ -63,3 +66,45 @@ def test_a_file_without_one_of_its_tensors_is_refused_and_the_tensor_named(entry
     del tensors[name]
     with pytest.raises(BadCheckpoint, match=re.escape(name)):
         resolve(family, tensors)
+
+
+def mixed() -> list[tuple[FamilyEntry, FamilyEntry, str]]:
+    """Return pairs of variants of one family that have a layout in common."""
+    return [
+        (one, other, layout)
+        for one in ENTRIES
+        for other in ENTRIES
+        if one.family == other.family and one != other
+        for layout in one.layouts
+        if layout in other.layouts
+    ]
+
+
+@pytest.mark.parametrize(("one", "other", "layout"), mixed(), ids=lambda each: getattr(each, "variant", each))
+def test_a_tensor_of_another_variant_is_refused_and_named(one: FamilyEntry, other: FamilyEntry, layout: str) -> None:
+    _, tensors = one.tensors(layout)
+    _, others = other.tensors(layout)
+    more = sorted(others.keys() - tensors.keys())
+    unlike = sorted(name for name in tensors.keys() & others.keys() if tensors[name].shape != others[name].shape)
+    assert more or unlike or tensors.keys() - others.keys()
+    known = [each.tensors(layout)[1] for each in ENTRIES if each.family == one.family and layout in each.layouts]
+    for names in filter(None, (more, unlike)):
+        name = names[len(names) // 2]  # at the ends are first and last layers
+        given = {**tensors, name: others[name]}
+        found = outcome(given, detect(tensors))
+        if isinstance(found, str):
+            parts = {name, *others, *tensors} | {each.partition(".")[0] for each in given}
+            assert any(part in found for part in parts), found
+            assert found.startswith((one.family, "checkpoint does not fit")), found
+        else:  # one tensor is all by which some variants differ: it is a whole model of that one
+            assert found.config != one.config
+            assert name in ("img_in.weight", "patch_embedding.weight") or given in known
+            assert {part.source for part in found.key_map.values()} == set(given)
+
+
+def outcome(tensors: dict[str, TensorInfo], family: Family[Any]) -> Resolution | str:
+    """Return what the tensors are read as, or why they are refused."""
+    try:
+        return resolve(family, tensors)
+    except (BadCheckpoint, Unsupported) as refused:
+        return refused.detail

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from xditd.client.comfyui.weights import RemoteWeights
     from xditd.client.jobs.arguments import KeptTensor
+    from xditd.client.jobs.controls import CallControl
 
 Keep = Callable[["torch.Tensor"], "KeptTensor"]
 """``Client.keep``: the tensor is sent with the first call that uses it, and stays in the workers."""
@@ -115,6 +117,67 @@ class ModelAdapter(Protocol):
 
         Tensors may have any number of rows, which are repeated to ``rows``; lists have ``rows`` entries.
         """
+
+
+@dataclass(frozen=True)
+class ControlSource:
+    """How a stock ControlNet is lent. ``tensors`` are in ``dtype``, in which stock computes.
+
+    ``numbers`` are ComfyUI's lists of residuals, by the kind of blocks (``input``, ``output``): for each of its places
+    the number of the residual that ComfyUI puts there.
+    """
+
+    label: str
+    tensors: Mapping[str, torch.Tensor]
+    dtype: torch.dtype
+    numbers: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class ControlCall:
+    """A call of a stock ControlNet's model that its lent copy has noted: ``given`` are its arguments by name."""
+
+    weights: RemoteWeights
+    given: Mapping[str, Any]
+
+
+class Residual:
+    """Stands for one residual, or a sum of several, while ComfyUI scales and adds them.
+
+    Multiplied in place, as ComfyUI does with a tensor that several blocks share; a sum is a new one.
+    """
+
+    def __init__(self, call: ControlCall, kind: str, number: int) -> None:
+        self.terms: tuple[tuple[ControlCall, str, int, float], ...] = ((call, kind, number, 1.0),)
+        """The call, the kind of blocks, the residual's number, and its scale."""
+        self.shape = call.given["x"].shape
+
+    def __imul__(self, scale: float) -> Residual:
+        self.terms = tuple((call, kind, number, before * float(scale)) for call, kind, number, before in self.terms)
+        return self
+
+    def __add__(self, other: object) -> Residual:
+        if not isinstance(other, Residual):
+            return NotImplemented
+        made = copy.copy(self)
+        made.terms = (*self.terms, *other.terms)
+        return made
+
+
+class ControlledModelAdapter(ModelAdapter, Protocol):
+    """A model that runs with ControlNets in the workers."""
+
+    def control_source(self, control: Any) -> ControlSource | str:
+        """Return how a stock ControlNet is lent, or what of it the workers cannot run, for an error."""
+
+
+class ControlledCall(ForwardCall, Protocol):
+    """A call that may have ControlNets."""
+
+    def controls(
+        self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep
+    ) -> list[list[CallControl]]:
+        """Return the ControlNets of each of the forwards of :meth:`ForwardCall.arguments`; empty if there are none."""
 
 
 class Adapter(Protocol):

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
+from xditd.client.comfyui.families.adapter import Arguments, ControlSource, Keep, Kept
 from xditd.client.comfyui.families.base import (
     BaseAdapter,
     BaseCall,
     BaseModelAdapter,
     KeptPositions,
-    control_faults,
     text_of,
 )
+from xditd.client.comfyui.families.flux1_controlnets import KeptPictures, UsedControl, control_source, read_controls
 from xditd.client.comfyui.families.rows import join_rows, pad_to_patch
 from xditd.client.families.flux1 import PATCH, Place, image_positions, pack, text_positions, unpack
 from xditd.ipc.errors import Unsupported
@@ -24,6 +24,7 @@ from xditd.ipc.errors import Unsupported
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
     from xditd.client.comfyui.weights import RemoteWeights
+    from xditd.client.jobs.controls import CallControl
 
 LATENT_CHANNELS: Final = 16
 KNOWN_CHANNELS: Final = frozenset({LATENT_CHANNELS, 32, 96})
@@ -54,7 +55,19 @@ class Flux1Model(BaseModelAdapter):
     takes_sigmas = True
     refused = _REFUSED
 
-    def __init__(self, pooled_channels: int, has_guidance: bool, reference_method: str = "offset") -> None:
+    def __init__(
+        self,
+        pooled_channels: int,
+        has_guidance: bool,
+        reference_method: str = "offset",
+        *,
+        hidden: int = 0,
+        blocks: tuple[int, int] = (0, 0),
+    ) -> None:
+        """``hidden`` and ``blocks`` (double, single) are what residuals of ControlNets are for."""
+        self._hidden = hidden
+        self._blocks = blocks
+        self.pictures = KeptPictures()
         self._pooled_channels = pooled_channels
         self.has_guidance = has_guidance
         self._reference_method = reference_method
@@ -80,22 +93,40 @@ class Flux1Model(BaseModelAdapter):
             BadRequest: no text embeddings.
         """
         context = text_of(context)
-        faults = control_faults(control)
+        faults: list[str] = []
+        used = read_controls(control, self._blocks, faults)
         references = References(tuple(ref_latents or ()), more.get("ref_latents_method", self._reference_method))
         if references.latents:
             faults += self.method_faults(references.method)
         if more.get("attention_mask") is not None:
             faults.append(_MASK)
+        numbers = self.numbers(timestep, x.shape[0], guidance)
         texts = {EMBEDS: context, POOLED: pooled_of(y, context, self._pooled_channels)}
+        for each in used:
+            numbers |= each.numbers(x.shape[0])
+            texts |= each.texts(self._pooled_channels)
         return Flux1Call(
             model=self,
             x=x,
-            numbers=self.numbers(timestep, x.shape[0], guidance),
+            numbers=numbers,
             texts=texts,
             references=references,
+            used=used,
             options=transformer_options or {},
             faults=faults,
         )
+
+    def control_source(self, control: Any) -> ControlSource | str:
+        return control_source(control, self._hidden)
+
+    def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
+        own = {name: texts[name].to(dtype) for name in (EMBEDS, POOLED)}
+        kept = {name: keep(tensor) for name, tensor in own.items()}
+        for name, tensor in texts.items():
+            if name not in kept:  # of a ControlNet, in its own dtype; mostly the same text
+                same = [each for each in own if own[each].dtype == tensor.dtype and torch.equal(own[each], tensor)]
+                kept[name] = kept[same[0]] if same else keep(tensor)
+        return kept
 
     def method_faults(self, method: str | None) -> Iterator[str]:
         if (method or self._reference_method) not in METHODS:
@@ -150,6 +181,7 @@ class Flux1Call(BaseCall):
 
     model: Flux1Model
     references: References
+    used: Sequence[UsedControl] = ()
 
     def arguments(
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
@@ -168,6 +200,18 @@ class Flux1Call(BaseCall):
         if "guidance" in numbers:
             found["guidance"] = torch.tensor(numbers["guidance"], dtype=torch.float32)
         return [found]
+
+    def controls(
+        self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep
+    ) -> list[list[CallControl]]:
+        """Return those of the one forward."""
+        image, model = self._image, self.model
+
+        def ids(tokens: int) -> tuple[Any, Any]:
+            return model.ids(keep, image), model.text_ids(keep, tokens)
+
+        found = [each.call_control(rows, numbers, kept, model.pictures, keep, ids) for each in self.used]
+        return [found] if found else []
 
     def prediction(self, rows: slice, results: Sequence[Any]) -> torch.Tensor:
         ((packed,),) = results
@@ -211,7 +255,13 @@ class Flux1(BaseAdapter):
 
     def adapt(self, model: Any) -> ModelAdapter:
         params = model.diffusion_model.params
-        return Flux1Model(params.vec_in_dim, params.guidance_embed, params.default_ref_method)
+        return Flux1Model(
+            params.vec_in_dim,
+            params.guidance_embed,
+            params.default_ref_method,
+            hidden=params.hidden_size,
+            blocks=(params.depth, params.depth_single_blocks),
+        )
 
     def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
         from xditd.client.comfyui.families.flux1_text import stock_encoder

@@ -98,7 +98,8 @@ def _check_components(service: Service, request: InferenceRequest) -> tuple[str,
 def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]:
     """List the components that a job names, each with the kind that the job needs."""
     if isinstance(request, Call):
-        return [(request.component_id, ComponentKind.TRANSFORMER), *_loras_of(request.loras)]
+        controls = [(each.component_id, ComponentKind.CONTROLNET) for part in request.parts for each in part.controls]
+        return [(request.component_id, ComponentKind.TRANSFORMER), *controls, *_loras_of(request.loras)]
     if isinstance(request, Generate):
         if "transformer" not in request.components:
             raise BadRequest("components: a transformer is required; name one")
@@ -107,7 +108,7 @@ def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]
             if _KINDS[role] is not ComponentKind.TRANSFORMER:
                 raise BadRequest(f"loras: of the {role}: a generation takes LoRAs of its transformers alone")
             named += _loras_of(uses, request.sampling.steps)
-        return named
+        return [*named, *((each.component_id, ComponentKind.CONTROLNET) for each in request.controls)]
     if isinstance(request, EncodeText):
         return [(request.encoder_id, ComponentKind.TEXT_ENCODER), *_loras_of(request.loras)]
     if isinstance(request, ReadTensors):
@@ -139,6 +140,11 @@ def _check_tensors(request: InferenceRequest) -> None:
         value = getattr(request, name)
         if isinstance(value, IoTensor):
             _check_end(name, value.offset_bytes + value.size_bytes, size_bytes)
+    if isinstance(request, Generate):
+        for number, control in enumerate(request.controls):
+            for part, place in (("image", control.image), ("latents", control.latents)):
+                if place is not None:
+                    _check_end(f"controls[{number}].{part}", place.offset_bytes + place.size_bytes, size_bytes)
     if isinstance(request, ReadTensors):
         for held_id, place in request.places.items():
             _check_end(held_id, place.offset_bytes + place.size_bytes, size_bytes)
@@ -165,6 +171,8 @@ def _trees_of(request: InferenceRequest) -> Iterator[tuple[str, dict[str, argume
     if isinstance(request, Call):
         for number, part in enumerate(request.parts):
             yield f"parts[{number}].", part.arguments
+            for index, control in enumerate(part.controls):
+                yield f"parts[{number}].controls[{index}].", control.arguments
     elif isinstance(request, Generate):
         yield "conditioning.", request.conditioning
 

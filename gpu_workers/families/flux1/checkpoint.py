@@ -39,7 +39,7 @@ KNOWN_INPUTS = {
     FILL_CHANNELS: "Fill",
 }
 
-_NORM_ALIAS = re.compile(r"(\.(?:query|key)_norm)\.weight$")
+NORM_ALIAS = re.compile(r"(\.(?:query|key)_norm)\.weight$")
 _MARKS = re.compile(r"^(double_blocks\.\d+\.img_attn\.qkv|single_blocks\.\d+\.linear1)\.weight$")
 # Prefixes of other models whose names match _MARKS: FLUX.2, FLUX.3, Chroma, HunyuanVideo, ControlNets.
 _FOREIGN = (
@@ -67,7 +67,7 @@ class Flux1:
         return any(map(_MARKS.match, bare)) and not any(name.startswith(_FOREIGN) for name in bare)
 
     def canonical(self, name: str) -> str:
-        return _NORM_ALIAS.sub(r"\1.scale", name)
+        return NORM_ALIAS.sub(r"\1.scale", name)
 
     def configure(self, shapes: Mapping[str, Shape]) -> Flux1Config:
         double = count_blocks(self.name, shapes, "double_blocks", MAX_BLOCKS)
@@ -105,14 +105,14 @@ class Flux1:
         h = config.hidden
         yield from layer_entries("img_in", (h, config.in_channels), "x_embedder")
         yield from layer_entries("txt_in", (h, config.context_channels), "context_embedder")
-        yield from _embedder("time_in", h, TIMESTEP_CHANNELS, "timestep_embedder")
-        yield from _embedder("vector_in", h, config.pooled_channels, "text_embedder")
+        yield from embedder("time_in", h, TIMESTEP_CHANNELS, "timestep_embedder")
+        yield from embedder("vector_in", h, config.pooled_channels, "text_embedder")
         if config.has_guidance:
-            yield from _embedder("guidance_in", h, TIMESTEP_CHANNELS, "guidance_embedder")
+            yield from embedder("guidance_in", h, TIMESTEP_CHANNELS, "guidance_embedder")
         for i in range(config.double_blocks):
-            yield from _double_block(f"double_blocks.{i}", h, f"transformer_blocks.{i}")
+            yield from double_block(f"double_blocks.{i}", h, f"transformer_blocks.{i}")
         for i in range(config.single_blocks):
-            yield from _single_block(f"single_blocks.{i}", h, f"single_transformer_blocks.{i}")
+            yield from single_block(f"single_blocks.{i}", h, f"single_transformer_blocks.{i}")
         # Checkpoints order this projection (shift, scale), diffusers (scale, shift). The module's norm_out reads it in
         # checkpoint order (models/checkpoint_order.py), so nothing is copied.
         yield from layer_entries("final_layer.adaLN_modulation.1", (2 * h, h), "norm_out.linear")
@@ -166,7 +166,7 @@ def xlabs_entries(config: Flux1Config) -> Iterator[Entry]:
         yield tensor_entry(f"{source}.proj_lora.weight", (h, h + mlp), f"{target}.proj_out.weight")
 
 
-def _embedder(source: str, hidden: int, channels: int, target: str) -> Iterator[Entry]:
+def embedder(source: str, hidden: int, channels: int, target: str) -> Iterator[Entry]:
     yield from layer_entries(f"{source}.in_layer", (hidden, channels), f"time_text_embed.{target}.linear_1")
     yield from layer_entries(f"{source}.out_layer", (hidden, hidden), f"time_text_embed.{target}.linear_2")
 
@@ -176,7 +176,7 @@ def _norms(source: str, target: str, query: str, key: str) -> Iterator[Entry]:
     yield tensor_entry(f"{source}.key_norm.scale", (HEAD_SIZE,), f"{target}.{key}.weight")
 
 
-def _double_block(source: str, h: int, target: str) -> Iterator[Entry]:
+def double_block(source: str, h: int, target: str) -> Iterator[Entry]:
     attention = f"{target}.attn"
     for stream, qkv, norms, projection, modulation, mlp in (
         ("img", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "norm1", "ff"),
@@ -199,7 +199,7 @@ def _double_block(source: str, h: int, target: str) -> Iterator[Entry]:
         yield from layer_entries(f"{source}.{stream}_mlp.2", (h, MLP_RATIO * h), f"{target}.{mlp}.net.2")
 
 
-def _single_block(source: str, h: int, target: str) -> Iterator[Entry]:
+def single_block(source: str, h: int, target: str) -> Iterator[Entry]:
     mlp = MLP_RATIO * h
     yield from layer_entries(f"{source}.modulation.lin", (MODULATIONS_SINGLE * h, h), f"{target}.norm.linear")
     yield from layer_entries(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from xfuser.core.distributed import get_sp_group
@@ -26,6 +26,8 @@ from xditd.gpu_workers.families.flux1.block_weights import (
     norms_of,
     product_shapes,
 )
+from xditd.gpu_workers.families.flux1.checked_products import CheckedProducts, label_of
+from xditd.gpu_workers.families.flux1.control_residuals import UNCONTROLLED, ControlledBlocks, by_block
 from xditd.gpu_workers.families.flux1.fused_loras import ActiveLoras, FusedLoras, key_of
 from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
 from xditd.gpu_workers.kernels import branch_kernels, triton_kernels
@@ -61,23 +63,6 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 PLAIN_CALL = CallOptions()
 
 
-class _CheckedProducts(NamedTuple):
-    """Products, and the checks of blocks with them: without LoRAs and with LoRAs, which may not end the others."""
-
-    products: Products[Any, Any]
-    check: FastPathCheck
-    lora_check: FastPathCheck
-
-    @classmethod
-    def of(cls, products: Products[Any, Any], module: torch.nn.Module) -> _CheckedProducts:
-        label = _label(products)
-        return cls(
-            products,
-            FastPathCheck(label, products.tolerance, module),
-            FastPathCheck(f"{label} with LoRAs", products.tolerance, module),
-        )
-
-
 class FusedFlux1:
     """The fused forward of one model. The model calls ``plug`` and ``unplug``; callers compare results by ``check``."""
 
@@ -90,17 +75,17 @@ class FusedFlux1:
         self._dtype = dtype
         packed = packed_layers(module)
         self._dequantiser = Dequantiser(packed[0].memory, dtype) if packed else None
-        self._float8: _CheckedProducts | None = None
+        self._float8: CheckedProducts | None = None
         products: Products[Any, Any]
         if self._dequantiser is not None:
             largest = 6 * config.hidden**2  # those of modulations
             products = PackedWeightProducts(self._dequantiser, largest)
-            self._float8 = _CheckedProducts.of(Float8Products(self._dequantiser, largest), module)
+            self._float8 = CheckedProducts.of(Float8Products(self._dequantiser, largest), module)
         elif layout.precision == EIGHT:
             products = EightBit(product_shapes(config), layout.device)
         else:
             products = SixteenBit()
-        self._usual = self._current = _CheckedProducts.of(products, module)
+        self._usual = self._current = CheckedProducts.of(products, module)
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Weights = {}
@@ -110,7 +95,7 @@ class FusedFlux1:
         self._modulator = Modulator(module.time_text_embed, config.hidden)
         self.paths = ForwardPaths(
             module,
-            _label(products),
+            label_of(products),
             layout.device,
             layout.acceleration,
             is_leader=layout.rank == 0,
@@ -134,6 +119,11 @@ class FusedFlux1:
         return self._current.lora_check
 
     @property
+    def control_check(self) -> FastPathCheck:
+        """The same for forwards with residuals of ControlNets."""
+        return self._current.control_check
+
+    @property
     def _products(self) -> Products[Any, Any]:
         return self._current.products
 
@@ -150,11 +140,11 @@ class FusedFlux1:
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""
-        checks = [check for known in self._all_products for check in (known.check, known.lora_check)]
+        checks = [check for known in self._all_products for check in known[1:]]
         return tuple(each for check in checks for each in check.take_checks())
 
     @property
-    def _all_products(self) -> list[_CheckedProducts]:
+    def _all_products(self) -> list[CheckedProducts]:
         return [each for each in (self._usual, self._float8) if each is not None]
 
     def reserve(self) -> int:
@@ -205,6 +195,8 @@ class FusedFlux1:
         guidance: torch.Tensor | None = None,
         times: Times | None = None,
         options: CallOptions = PLAIN_CALL,
+        controlnet_block_samples: Sequence[torch.Tensor] = (),
+        controlnet_single_block_samples: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``.
 
@@ -225,6 +217,12 @@ class FusedFlux1:
         angles = self._rotations(txt_ids, img_ids, own)
         step_cache = options.step_cache
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
+        config = self._config
+        added, controlled = by_block(
+            (controlnet_block_samples, controlnet_single_block_samples),
+            (config.double_blocks, config.single_blocks),
+            own,
+        )
         done = []
         for number in range(hidden_states.shape[0]):
             given: dict[str, Any] = {
@@ -234,15 +232,18 @@ class FusedFlux1:
                 "singles": modulations.single[number],
                 "angles": angles,
             }
+            if added:
+                given["residuals"] = tuple(each[number] for each in added)
             if loras is not None:  # embedders have branches of their own, which no graph has
                 given["text"], given["image"] = self._embedded(given["text"], given["image"])
-            sample, launched = partial(self._sample_of, valid, loras), self.paths.launched
+            sample, launched = partial(self._sample_of, valid, loras, controlled), self.paths.launched
             if step_cache is not None:  # the host decides within the forward
                 done.append(self._sample(**given, valid=valid, cache=ImageCache(step_cache, number), loras=loras))
             elif loras is not None and loras.layout is None:  # the host has their strengths
                 done.append(sample(given))
             else:
-                key = key_of(("blocks", valid, None if self._exchange is None else self._exchange.capacity), loras)
+                capacity = None if self._exchange is None else self._exchange.capacity
+                key = key_of(("blocks", valid, capacity, *controlled), loras)
                 note = "" if loras is None else loras.title
                 done.append(self.paths.run(key, given, sample, sample, on_all_ranks=True, note=note))
             self.loras.count(loras, self.paths.launched - launched)
@@ -250,7 +251,7 @@ class FusedFlux1:
         tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
         return gather(tokens, shares)
 
-    def _products_for(self, checkpoint: Weights) -> _CheckedProducts:
+    def _products_for(self, checkpoint: Weights) -> CheckedProducts:
         """Return the products of these weights: the quickest that all of them have."""
         weights = [checkpoint[f"{name}.weight"] for name in product_shapes(self._config)]
         return self._float8 if self._float8 is not None and Float8Products.fits(weights, self._dtype) else self._usual
@@ -264,8 +265,10 @@ class FusedFlux1:
             kept = self._rotated = (txt_ids, img_ids, (cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
         return kept[2]
 
-    def _sample_of(self, valid: int, loras: ActiveLoras | None, given: Mapping[str, Any]) -> torch.Tensor:
-        return self._sample(**given, valid=valid, cache=None, loras=loras)
+    def _sample_of(
+        self, valid: int, loras: ActiveLoras | None, controlled: ControlledBlocks, given: Mapping[str, Any]
+    ) -> torch.Tensor:
+        return self._sample(**given, valid=valid, cache=None, loras=loras, controlled=controlled)
 
     def _embedded(self, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._module.context_embedder(text), self._module.x_embedder(image)
@@ -280,6 +283,8 @@ class FusedFlux1:
         valid: int,
         cache: ImageCache | None,
         loras: ActiveLoras | None,
+        residuals: Sequence[torch.Tensor] = (),
+        controlled: ControlledBlocks = UNCONTROLLED,
     ) -> torch.Tensor:
         """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden).
 
@@ -321,6 +326,8 @@ class FusedFlux1:
             )
             for stream, half, out in zip(streams, products.halves(normed, at), y_halves, strict=True):
                 products.mlp(half, stream.up, stream.down, out)
+            if controlled.double:
+                x[at:] += residuals[controlled.double[number]]  # before the next kernel, which adds y and norms
             gate, following = (modulation, 5 * width), number + 1
             normed = products.modulate(x, firsts[following], text_rows=at, added=y, gate=gate, shift=starts[following])
             if number == 0 and cache is not None and cache.try_reuse(x[at:]):
@@ -329,6 +336,8 @@ class FusedFlux1:
             products.multiply(normed, block.qkv, qkv)
             attended = self._attend(qkv, (block.query_norm, block.key_norm) * 2, angles, at, valid)
             products.mlp_and_attention(attended, normed, block.up, block.second, y)
+            if controlled.single:
+                x[at:] += residuals[controlled.single[number]]
             gate, following = (singles[number], 2 * width), len(double) + number + 1
             if following < len(starts):
                 normed = products.modulate(
@@ -391,7 +400,3 @@ class FusedFlux1:
             parts.append(torch.tensor(addresses, dtype=torch.int64).to(self._layout.device))
         weights, biases = parts
         return lambda vectors, rows: triton_kernels.multiply_vectors(weights, biases, vectors, rows)
-
-
-def _label(products: Products[Any, Any]) -> str:
-    return f"{products.label} FLUX.1 blocks"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import torch
 
 from xditd.gpu_workers.families.flux1.config import HEAD_SIZE, PACKED_CHANNELS, Flux1Config
-from xditd.gpu_workers.families.flux1.facts import facts_of
+from xditd.gpu_workers.families.flux1.control_residuals import padded_residuals
+from xditd.gpu_workers.families.flux1.controlnet_config import Flux1ControlNetConfig
+from xditd.gpu_workers.families.flux1.facts import REFERENCES, facts_of
 from xditd.gpu_workers.families.flux1.fused import FusedFlux1
 from xditd.gpu_workers.families.flux1.modulations import Times
 from xditd.gpu_workers.families.flux1.recipe import Flux1Recipe
@@ -20,7 +23,7 @@ from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowR
 from xditd.gpu_workers.packed.linear import packed_layers
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.token_partition import partition_tokens
-from xditd.ipc.errors import Unsupported
+from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
 
 logger = logging.getLogger(__name__)
@@ -127,6 +130,31 @@ class Flux1Operations:
             arguments.pop("guidance", None)  # the class does not read it
         module = cast(SequenceParallelFlux1, model.module)
         return module.forward_rows(**arguments, times=_times(inputs, options), options=options)
+
+    def check_control(
+        self, config: Flux1Config, control: Flux1ControlNetConfig, *, generates: bool, names: Sequence[str]
+    ) -> None:
+        if control.hidden != config.hidden:
+            raise BadRequest(
+                f"the ControlNet's residuals have {control.hidden} channels, the transformer's blocks {config.hidden}; "
+                "lend a ControlNet of this model"
+            )
+        if not generates:
+            return
+        if config.in_channels != PACKED_CHANNELS:
+            raise Unsupported(
+                f"flux1: a transformer of {config.in_channels} input channels (Fill, Canny, Depth) with ControlNets is "
+                "in no pipeline of diffusers; lend FLUX.1 dev"
+            )
+        if REFERENCES in names:
+            raise Unsupported(
+                f"flux1: {REFERENCES} with ControlNets are in no pipeline of diffusers; leave one of them out"
+            )
+
+    def with_residuals(self, inputs: Inputs, residuals: Mapping[str, Sequence[torch.Tensor]]) -> Inputs:
+        rows, tokens, _ = inputs.arguments["hidden_states"].shape
+        given = {name: padded_residuals(name, each, rows, tokens) for name, each in residuals.items() if each}
+        return replace(inputs, arguments={**inputs.arguments, **given})
 
     def tree(self, rows: RowResults) -> tuple[torch.Tensor]:
         return (rows if isinstance(rows, torch.Tensor) else torch.stack(rows),)

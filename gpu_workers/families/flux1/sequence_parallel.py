@@ -23,6 +23,7 @@ from xfuser.model_executor.models.transformers.transformer_flux import (
 )
 
 from xditd.gpu_workers.families.flux1.cached_blocks import CachedBlocks
+from xditd.gpu_workers.families.flux1.control_residuals import has_residuals, own_residuals
 from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
 from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 from xditd.gpu_workers.models.operations import CallOptions
@@ -128,7 +129,8 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         fused = self.fused
         if fused is None or not fused.is_loaded or (options.loras and not fused.takes_loras):
             return plain(cache)
-        check = fused.lora_check if options.loras else fused.check
+        is_controlled = has_residuals(others)
+        check = fused.control_check if is_controlled else fused.lora_check if options.loras else fused.check
         if check.is_refused:
             return plain(cache)
         case = TokenCounts(encoder_hidden_states.shape[1], hidden_states.shape[1])
@@ -181,7 +183,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
                 txt_ids=txt_ids[own.text],
                 joint_attention_kwargs=valid,
                 return_dict=False,
-                **others,
+                **{**others, **own_residuals(others, own)},
             )[0]
         return gather(sample, shares)
 

@@ -5,9 +5,9 @@ Latents are (batch, 16, height / 8, width / 8), scaled as transformers take them
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -94,10 +94,26 @@ class FluxVaeOperations:
     def encode(
         self, model: Model[FluxVaeConfig], image: torch.Tensor, scaling: LatentScaling, *, is_shared: bool = False
     ) -> torch.Tensor:
+        return cast(torch.Tensor, (self._distribution(model, image).mode() - scaling.shift) * scaling.factor)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        model: Model[FluxVaeConfig],
+        image: torch.Tensor,
+        scaling: LatentScaling,
+        draw: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
+    ) -> torch.Tensor:
+        """Encode images as :meth:`encode` does, to a sample of the posterior with the noise that ``draw`` gives."""
+        found = self._distribution(model, image)
+        noise = draw(tuple(found.mean.shape), found.mean.dtype).to(found.mean.device)
+        return cast(torch.Tensor, (found.mean + found.std * noise - scaling.shift) * scaling.factor)
+
+    def _distribution(self, model: Model[FluxVaeConfig], image: torch.Tensor) -> Any:
         vae = cast(AutoencoderKL, model.module)
         check_has_encoder(model.config.has_encoder)
         if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
             raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
         check_sides(image.shape[2], image.shape[3], PIXELS_PER_LATENT)
         (image,) = prepare(model, image=image)
-        return cast(torch.Tensor, (vae.encode(image).latent_dist.mode() - scaling.shift) * scaling.factor)
+        return vae.encode(image).latent_dist

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenTimestepProjEmbeddings
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
 from xditd.gpu_workers.families.qwen_image.config import (
     AXES,
@@ -21,6 +23,9 @@ from xditd.gpu_workers.families.qwen_image.config import (
 
 Size = tuple[int, int, int]
 """Frames, rows and columns of an image, in tokens."""
+
+MAX_KEPT: Final = 16
+"""Sizes of images and references for which the numbers of their tokens stay on the device; 16 KiB for one megapixel."""
 
 
 class _Rope(QwenEmbedRope):
@@ -62,15 +67,6 @@ class _Rope(QwenEmbedRope):
         return torch.cat(wide, dim=-1).flatten(0, 2)
 
 
-class _TimeEmbeddings(QwenTimestepProjEmbeddings):
-    exact: torch.Tensor | None = None
-    """The timesteps in float32, in place of the rounded ones, while a forward of that variant runs."""
-
-    def forward(self, timestep: torch.Tensor, hidden_states: torch.Tensor, addition_t_cond: Any = None) -> torch.Tensor:
-        given = timestep if self.exact is None else self.exact
-        return cast(torch.Tensor, super().forward(given, hidden_states, addition_t_cond))
-
-
 class QwenImageModule(QwenImageTransformer2DModel):
     """The class, built for a configuration, with real tables of positions. Its forward is that of :meth:`use`."""
 
@@ -88,8 +84,8 @@ class QwenImageModule(QwenImageTransformer2DModel):
         )
         with torch.device("cpu"):  # its tables are no parameters: they have values
             self.pos_embed = _Rope(ROPE_THETA, list(AXES), scale_rope=True)
-        self.time_text_embed = _TimeEmbeddings(embedding_dim=config.hidden)
         self._has_exact_time = False
+        self._references: OrderedDict[tuple[int, tuple[Size, ...]], torch.Tensor] = OrderedDict()
 
     def use(self, *, is_comfyuis: bool, zero_cond_t: bool) -> None:
         """Choose the forward: with ComfyUI's positions and its time, which is not rounded; with references, which are
@@ -99,12 +95,60 @@ class QwenImageModule(QwenImageTransformer2DModel):
             for each in (self, *self.transformer_blocks):
                 cast(Any, each).zero_cond_t = zero_cond_t
 
-    def forward(self, *args: Any, timestep: torch.Tensor, **kwargs: Any) -> Any:
-        if not self._has_exact_time:
-            return super().forward(*args, timestep=timestep, **kwargs)
-        exact = timestep.float()
-        self.time_text_embed.exact = torch.cat([exact, exact * 0]) if self.zero_cond_t else exact
-        try:
-            return super().forward(*args, timestep=timestep, **kwargs)
-        finally:
-            del self.time_text_embed.exact
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        img_shapes: Sequence[Sequence[Size]],
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        controlnet_block_samples: None = None,
+        *,
+        return_dict: bool,
+    ) -> tuple[torch.Tensor]:
+        """Return what the class returns for these arguments with ``return_dict=False``, with the same bits.
+
+        The class makes tensors of numbers of the host in every forward: which tokens are references (``zero_cond_t``),
+        and the length of a text with a mask. Each is a copy to the GPU, for which the host waits.
+        """
+        assert not return_dict
+        assert controlnet_block_samples is None  # the class's plan names it, and this family takes none
+        image = self.img_in(hidden_states)
+        time = timestep.float() if self._has_exact_time else timestep.to(image.dtype)
+        is_reference = None
+        if self.zero_cond_t:
+            time = torch.cat([time, time * 0])
+            is_reference = self._is_reference(len(image), img_shapes[0], image.device)
+        text = self.txt_in(self.txt_norm(encoder_hidden_states))
+        mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.to(torch.bool)
+        modulation = self.time_text_embed(time, image)
+        rotations = self.pos_embed(img_shapes, max_txt_seq_len=text.shape[1], device=image.device)
+        for block in self.transformer_blocks:
+            text, image = block(
+                hidden_states=image,
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=mask,
+                temb=modulation,
+                image_rotary_emb=rotations,
+                joint_attention_kwargs=None,
+                modulate_index=is_reference,
+            )
+        if self.zero_cond_t:
+            modulation = modulation.chunk(2, dim=0)[0]
+        return (self.proj_out(self.norm_out(image, modulation)),)
+
+    def _is_reference(self, rows: int, images: Sequence[Size], device: torch.device) -> torch.Tensor:
+        """Return 0 for tokens of the first image and 1 for those of all others, (rows, tokens), int32.
+
+        It is kept for the sizes that were used last: forwards of equal sizes copy nothing from the host.
+        """
+        sizes = (rows, tuple(images))
+        found = self._references.pop(sizes, None)
+        if found is None or found.device != device:
+            counts = [math.prod(size) for size in images]
+            numbers = (torch.arange(sum(counts)) >= counts[0]).expand(rows, -1)
+            found = numbers.to(device, torch.int32).contiguous()
+        self._references[sizes] = found
+        while len(self._references) > MAX_KEPT:
+            self._references.popitem(last=False)
+        return found

@@ -70,7 +70,6 @@ def test_a_model_option_that_is_not_understood(options, said):
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ({"control": object()}, "ControlNet"),
         ({"gligen": ("position", object(), [])}, "GLIGEN"),
         ({"hooks": object()}, "hooks of the kind 'object'"),
         ({"reference_latents": [object()], "reference_latents_method": "other"}, "by the method 'other'"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from xditd.daemon.front.handlers import jobs
 from xditd.ipc.arguments import InIo
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.requests import Call, Generate, LoraUse, Part, Sampling, StepStrength
+from xditd.ipc.requests import Call, Control, Generate, LoraUse, Part, PartControl, Sampling, StepStrength
 from xditd.ipc.tensors import ComponentKind, CudaIpcBlock, Fingerprint, HostShmBlock, IoTensor
 
 FINGERPRINT = Fingerprint(length_bytes=4096, digest=bytes(16))
@@ -97,3 +98,16 @@ def test_loras_of_other_roles_and_steps_that_are_none_are_refused() -> None:
             jobs._components_of(generation(transformer=use(*steps)))
     with pytest.raises(BadRequest, match="l has strengths by step: only a generation has steps"):
         jobs._components_of(call(leaf(0, in_device_io=True), loras=use(1)))
+
+
+def test_controlnets_are_components_of_their_job_and_their_tensors_are_checked() -> None:
+    control = Control(component_id="cn", latents=IoTensor(offset_bytes=0, dtype="float32", shape=(1, 4)))
+    job = msgspec.structs.replace(generation(), controls=(control,))
+    assert ("cn", ComponentKind.CONTROLNET) in jobs._components_of(job)
+    outside = msgspec.structs.replace(control, latents=IoTensor(offset_bytes=2**40, dtype="float32", shape=(1,)))
+    with pytest.raises(BadRequest, match=r"controls\[0\].latents ends at byte"):
+        jobs._check_tensors(msgspec.structs.replace(job, controls=(outside,)))
+    beyond = PartControl(component_id="cn", arguments={"x": leaf(2**40, in_device_io=False)})
+    part = Part(arguments={}, controls=(beyond,))
+    with pytest.raises(BadRequest, match=r"parts\[0\].controls\[0\].x ends at byte"):
+        jobs._check_tensors(msgspec.structs.replace(call(leaf(0, in_device_io=False)), parts=(part,)))

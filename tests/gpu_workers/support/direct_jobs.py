@@ -6,9 +6,9 @@ once the group is started: until then there is no xfuser to import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from diffusers import FluxPipeline
@@ -19,6 +19,7 @@ from xditd.gpu_workers.jobs.generation_inputs import to_wanted
 from xditd.gpu_workers.jobs.pictures import pictures_of
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
+from xditd.gpu_workers.models.controls import Control
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.lora_variants import LoraVariant
 from xditd.gpu_workers.models.model_cache import ModelCache
@@ -34,6 +35,30 @@ def plugged(cache: ModelCache, state: Mapping[str, torch.Tensor]) -> CachedModel
     match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
     match.model.plug(match.bind(state))
     return match.model
+
+
+@dataclass(frozen=True)
+class DirectControls:
+    """ControlNets that run in every step: each model with its picture's arguments, its scale, and how it is plugged."""
+
+    given: Sequence[tuple[CachedModel, Mapping[str, Any], float, Callable[[], object]]] = ()
+
+    @classmethod
+    def of(cls, *given: tuple[CachedModel, torch.Tensor, int | None, float, Callable[[], object]]) -> DirectControls:
+        """Take latents (batch, 16, height, width) of pictures and their modes."""
+        return cls(
+            [
+                (model, model.operations_for("controlnet").picture(model, latents, mode), scale, plug)
+                for model, latents, mode, scale, plug in given
+            ]
+        )
+
+    def add(self, parts: Sequence[Inputs], _: int) -> list[Inputs]:
+        return [replace(part, controls=tuple(self._beside(part))) for part in parts]
+
+    def _beside(self, part: Inputs) -> Iterator[Control]:
+        for model, picture, scale, plug in self.given:
+            yield Control(model, model.operations_for("controlnet").beside(model.config, part, picture), scale, plug)
 
 
 @torch.inference_mode()
@@ -52,6 +77,7 @@ def generate_from(
     second: CachedModel | None = None,
     vae: CachedModel | None = None,
     switched_on: LoraVariant | None = None,
+    controls: DirectControls = DirectControls(),
     **sampling: Any,
 ) -> torch.Tensor:
     """Run the loop of ``Generate`` on a model of any family; arguments are those of ``Sampling``.
@@ -75,6 +101,7 @@ def generate_from(
     options = CallOptions(variant, started.foreseen if is_foreseen else {}, step_cache, loras)
     then = None if second is None else SecondStage(second)
     loop = Loop(model, operations, started, options, wanted.batch, wanted.steps, switched_on, second=then)
+    loop.controls = cast(Any, controls)
     result = loop.run(finite or FiniteCheck(), on_step, on_denoised)
     if step_cache is not None:
         step_cache.reused = loop.reused_steps

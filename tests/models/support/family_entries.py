@@ -13,6 +13,7 @@ import text_checkpoints
 
 from xditd.gpu_workers.families.clip_l import ClipLConfig
 from xditd.gpu_workers.families.flux1.config import CONTROL_CHANNELS, FILL_CHANNELS, Flux1Config
+from xditd.gpu_workers.families.flux1.controlnet_config import Flux1ControlNetConfig
 from xditd.gpu_workers.families.flux2.config import Flux2Config
 from xditd.gpu_workers.families.flux2_vae.config import Flux2VaeConfig
 from xditd.gpu_workers.families.flux_vae.config import FluxVaeConfig
@@ -70,6 +71,12 @@ def _flux1(variant: str, **changes: Any) -> FamilyEntry:
     config = Flux1Config(3072, 19, 38, context_channels=4096, pooled_channels=768, has_guidance=True)
     encoders = (("T5 v1.1 XXL", 1), ("CLIP-L", 1))
     return FamilyEntry("flux1", variant, replace(config, **changes), vae="flux_vae", encoders=encoders)
+
+
+def _controlnet(variant: str, double: int, single: int, modes: int = 0) -> FamilyEntry:
+    config = Flux1ControlNetConfig(3072, double, single, 4096, 768, has_guidance=True, modes=modes)
+    layouts = {DIFFUSERS: config, COMFYUI: replace(config, is_original=True)}
+    return FamilyEntry("flux1_controlnet", variant, config, layouts)
 
 
 def _flux2(variant: str, config: Flux2Config, encoder: str) -> FamilyEntry:
@@ -170,4 +177,6 @@ ENTRIES: Final = (
     _wan("2.1 VACE 14B", 5120, 40, 13_824, control_blocks=8),
     *_vaes(),
     *_encoders(),
+    _controlnet("Union, Union Pro", 5, 10, modes=10),
+    _controlnet("Union Pro 2.0", 6, 0),
 )

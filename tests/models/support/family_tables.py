@@ -20,7 +20,7 @@ from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.process import xfuser_cpu
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.facts import ArgumentFacts, TransformerFacts
+from xditd.ipc.facts import ArgumentFacts, ControlNetFacts, TransformerFacts
 
 _LAYOUT = ParallelLayout(0, Degrees(), torch.device("cpu"), "SDPA")
 _GUIDANCE = {"none": "none", "embedded": "an input", "classifier_free": "classifier-free"}
@@ -106,6 +106,17 @@ def encoders() -> Iterator[tuple[str, ...]]:
             _yes(is_so=found.has_pooled),
             _yes(is_so=takes_loras(_family(entry.family)) is not None),
         )
+
+
+def controlnets() -> Iterator[tuple[str, ...]]:
+    yield "family", "variant", "parameters", "layouts of files", "of", "blocks", "modes"
+    for entry in of_kind("controlnet"):
+        found: ControlNetFacts = _operations(entry).facts(entry.config, _LAYOUT)
+        blocks = " + ".join(str(count) for count in found.residuals.values())
+        yield (
+            f"`{entry.family}`", entry.variant, _parameters(entry), "; ".join(entry.layouts), f"`{found.controls}`",
+            blocks, str(found.modes or "none"),
+        )  # fmt: skip
 
 
 def in_comfyui() -> Sequence[str]:

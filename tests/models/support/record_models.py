@@ -85,6 +85,14 @@ _ENCODERS = """
 
 """
 
+_CONTROLNETS = """
+### ControlNets
+
+`generate(controls=...)`, `call(controls=...)` and ComfyUI run them before a transformer of the family that is named
+([FLUX.1's](flux1.md#controlnets)).
+
+"""
+
 _PIPELINES = """
 ## Pipelines
 
@@ -107,6 +115,8 @@ def render() -> str:
         _table(family_tables.vaes()),
         _ENCODERS,
         _table(family_tables.encoders()),
+        _CONTROLNETS,
+        _table(family_tables.controlnets()),
     ]
     return head + _table(_classes()) + "".join(of_families) + _PIPELINES + _table(_pipelines())
 

@@ -116,7 +116,7 @@ def test_a_prediction_has_the_shape_and_dtype_of_comfyuis_latents(model, dtype):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"control": {"input": []}}, "ControlNet"),
+        ({"control": {"input": [drawn(1, 4, 8)]}}, "ControlNet whose residuals another node has changed"),
         ({"ref_latents": [drawn(1, 16, 4, 4)], "ref_latents_method": "index_timestep_zero"}, "index_timestep_zero"),
         ({"attention_mask": 1}, "attention mask"),
     ],

@@ -94,6 +94,21 @@ def test_two_ranks_agree_with_one_on_pictures(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", list(two_ranks.CONTROLLED))
+def test_two_ranks_agree_with_one_on_controlnets(
+    group: Any, cache: ModelCache, plug: Plugger, direct: ModuleType, case: str
+) -> None:
+    from xditd.client.demo import checkpoints
+
+    tokens, height, width, batch = two_ranks.CONTROLLED[case]
+    model = plug(cache, checkpoints.flux1_state_dict(two_ranks.SEED)).model
+    job = {**two_ranks.inputs(tokens, height, width, batch), "height": height, "width": width, "steps": two_ranks.STEPS}
+    expected = direct.generate(model, **job, controls=two_ranks.controls_of(cache, height, width, batch))
+    assert reference.relative_error(group[0][0][f"controls/{case}"], expected) <= BAR
+    assert reference.relative_error(direct.generate(model, **job), expected) > 0.01
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(two_ranks.CASES))
 def test_the_same_job_gives_the_same_bits(group: Any, case: str) -> None:
     results = group[0][0]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +42,31 @@ def inputs(tokens: int, height: int, width: int, batch: int) -> dict[str, torch.
         "pooled": torch.randn(batch, 768, generator=generator),
         "noise": torch.randn(batch, 16, height // 8, width // 8, generator=generator),
     }
+
+
+# A mode makes the text one token longer for the ControlNet alone, so ranks split its tokens elsewhere.
+CONTROLLED = {
+    "odd text and image": (15, 112, 112, 1),
+    "even text": (16, 64, 96, 1),
+    "batch of two": (33, 64, 96, 2),
+}
+
+
+def controls_of(cache: Any, height: int, width: int, batch: int) -> Any:
+    """Two unions of one architecture, which share a model, and a ControlNet of another."""
+    from direct_jobs import DirectControls
+    from flux1_controlnets import MODES, comfyui_state
+
+    from xditd.gpu_workers.models.entries import TensorInfo
+
+    given = []
+    for number, modes in enumerate((MODES, MODES, 0)):
+        state = comfyui_state(number, modes=modes)
+        match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
+        bindings = match.bind(state)
+        latents = torch.randn(batch, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(number))
+        given.append((match.model, latents, number if modes else None, 0.5, partial(match.model.plug, bindings)))
+    return DirectControls.of(*given)
 
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
@@ -113,6 +140,16 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         given = {**flux1_variants.text(1), **pictures}
         variant = plugged(cache, flux1_variants.state_of(channels))
         results[f"{channels} channels"] = generate_from(variant, given, noise, steps=STEPS, height=112, width=112)
+    transformer = plugged(cache, checkpoints.flux1_state_dict(SEED))
+    for case, (tokens, height, width, batch) in CONTROLLED.items():
+        results[f"controls/{case}"] = generate(
+            transformer,
+            **inputs(tokens, height, width, batch),
+            height=height,
+            width=width,
+            steps=STEPS,
+            controls=controls_of(cache, height, width, batch),
+        )
     odd_heads = plugged(cache, checkpoints.flux1_state_dict(SEED, **ODD_HEADS))
     facts["degrees of three heads"] = odd_heads.layout.degrees.named()
     tokens, height, width, batch = CASES["odd total, odd image"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from interpreted_graphs import InterpretedGraphs
 
 from xditd.gpu_workers.families.qwen_image.config import QwenImageConfig
+from xditd.gpu_workers.families.qwen_image.module import MAX_KEPT
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import TensorInfo
@@ -124,6 +127,57 @@ def test_the_variant_of_comfyui_does_not_round_time(
     assert torch.equal(found, of_class(reference, given))
     assert not torch.equal(found, plain)
     assert torch.equal(run(model, given), plain)
+
+
+@contextmanager
+def counted_host_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Count the tensors that are made of numbers of the host, which a GPU would wait to copy."""
+    found: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("tensor", "as_tensor", "from_numpy", "asarray"):
+            patch.setattr(torch, name, partial(_noted, found, name, getattr(torch, name)))
+        yield found
+
+
+def _noted(found: list[str], name: str, make: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    found.append(name)
+    return make(*args, **kwargs)
+
+
+@pytest.mark.parametrize("config", [BASE, EDIT_2511], ids=["base", "2511"])
+@pytest.mark.parametrize("variant", ["class", "comfyui", "zero_cond_t"])
+def test_a_forward_makes_no_tensor_of_numbers_of_the_host(
+    shared_cache: ModelCache, plug: Plugger, config: QwenImageConfig, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class makes two with a mask and references at timestep zero: one of the tokens, one of the text's length."""
+    model, _ = plugged(shared_cache, plug, config)
+    reference = qwen_image_models.reference(qwen_image_models.state_dict(0), zero_cond_t=True)
+    given = qwen_image_models.inputs(2, 9, (4, 6), ((3, 5),), (9, 4))
+    with counted_host_data(monkeypatch) as made:
+        of_class(reference, given)
+    assert sorted(made) == ["as_tensor", "tensor"]
+    run(model, given, variant=variant)
+    operations: Any = model.operations
+    with counted_host_data(monkeypatch) as made, torch.no_grad():
+        operations.run(model, Inputs(given), CallOptions(variant=variant))
+    assert made == []
+
+
+def test_which_tokens_are_references_is_kept_by_size(shared_cache: ModelCache, plug: Plugger) -> None:
+    """Other sizes of as many tokens, and more sizes than are kept."""
+    model, reference = plugged(shared_cache, plug, EDIT_2511)
+    sizes = [
+        ((4, 6), ((3, 4),)),
+        ((3, 4), ((4, 6),)),
+        ((6, 4), ((2, 6),)),
+        *(((2, n), ((2, 2),)) for n in range(1, 20)),
+    ]
+    for image, others in (*sizes, *sizes[:3]):
+        for rows in (1, 2):
+            given = qwen_image_models.inputs(rows, 9, image, others)
+            assert torch.equal(run(model, given), of_class(reference, given))
+    module: Any = model.module
+    assert len(module._references) == MAX_KEPT
 
 
 def test_compiled_blocks_are_those_of_the_class(layout: ParallelLayout, plug: Plugger) -> None:

@@ -65,6 +65,7 @@ def whole_model(store: str) -> dict[str, Any]:
                     found["unmoved"].append(name)
             found["cached"] = cached(lent, given)
             found["not finite"] = not_finite(lent, state)
+            found["controls"] = with_controls(cache, lent, state)
             found["loras"] = with_loras(lent, state)
             found["foreseen"] = foreseen(lent)
         found["check"][label] = {
@@ -84,6 +85,37 @@ def whole_model(store: str) -> dict[str, Any]:
         }
     found["half"] = half_precision(layout)
     xfuser_start.stop()
+    return found
+
+
+def with_controls(cache: Any, lent: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Run ControlNets on fused blocks, and compare with diffusers' classes; and on plain blocks, after a fault."""
+    from direct_jobs import DirectControls, generate
+    from flux1_controlnets import MODES, comfyui_state
+
+    from xditd.gpu_workers.families.flux1 import reference
+    from xditd.gpu_workers.models.entries import TensorInfo
+
+    given, found = job(3, 16, 32, 2), {"errors": {}, "moved": []}
+    alone = generate(lent, **given, steps=1)
+    check, others = lent.module.fused.control_check, dict(lent.module.fused.check._passed)
+    uses: list[Any] = []
+    for number, (modes, single) in enumerate(((MODES, 1), (0, 0))):
+        control = comfyui_state(number, modes=modes, double_blocks=1, single_blocks=single)
+        match = cache.match({name: TensorInfo.of(tensor) for name, tensor in control.items()})
+        match.model.plug(match.bind(control))
+        latents = torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(number))
+        uses.append((match.model, latents, 1 if modes else None, 0.5, lambda: None))
+    for label, each in (("union", uses[:1]), ("double blocks alone", uses[1:]), ("both", uses)):
+        result = generate(lent, **given, steps=1, controls=DirectControls.of(*each))
+        kept, lent.module.fused = lent.module.fused, None
+        plain = generate(lent, **given, steps=1, controls=DirectControls.of(*each))
+        lent.module.fused = kept
+        found["errors"][label] = reference.relative_error(result, plain)
+        found["moved"].append(reference.relative_error(result, alone))
+    found["checked"] = [[each.kernels, each.case, each.is_used] for each in check.take_checks()]
+    found["counted apart"] = others == lent.module.fused.check._passed
+    found["as before"] = torch.equal(generate(lent, **given, steps=1), alone)
     return found
 
 

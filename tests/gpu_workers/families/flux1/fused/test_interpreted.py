@@ -29,6 +29,16 @@ def test_every_tensor_of_the_checkpoint_is_read(found: Any) -> None:
     assert found["model"]["unmoved"] == []
 
 
+def test_residuals_of_controlnets_are_added_in_fused_blocks(found: Any) -> None:
+    controls = found["model"]["controls"]
+    assert controls["errors"].keys() == {"union", "double blocks alone", "both"}
+    assert all(error <= BAR for error in controls["errors"].values()), controls["errors"]
+    assert min(controls["moved"]) > 0.01
+    assert controls["checked"] == [["fused FLUX.1 blocks with ControlNets", "3 text + 2 image", True]]
+    assert controls["counted apart"] is True
+    assert controls["as before"] is True
+
+
 def test_loras_are_branches_of_fused_blocks(found: Any) -> None:
     loras = found["model"]["loras"]
     assert len(loras["errors"]) == 4

@@ -1,0 +1,40 @@
+"""``xditd completion``: print what lets a shell complete verbs, flags and files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Final
+
+from xditd.client.cli import exits
+
+SUMMARY = "print completions for bash, zsh or fish"
+DESCRIPTION = "Print the lines that let a shell complete verbs and flags of xditd, and files after them."
+EXAMPLES = """\
+examples:
+  eval "$(xditd completion bash)"                                       for this shell; in ~/.bashrc for all
+  eval "$(xditd completion zsh)"                                        in ~/.zshrc, after compinit
+  xditd completion fish > ~/.config/fish/completions/xditd.fish
+"""
+
+ASKED: Final = "_ARGCOMPLETE"
+"""The variable that is set while a shell asks for completions."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from argcomplete.shell_integration import shellcode
+
+    print(shellcode(["xditd"], shell=parsed.shell))
+    return exits.DONE
+
+
+def answer(parser: argparse.ArgumentParser) -> None:
+    """End this process with the completions that a shell asks for; return if none does."""
+    if ASKED in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
