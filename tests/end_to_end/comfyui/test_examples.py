@@ -131,7 +131,7 @@ def test_it_runs(name, connected, daemon, nodes, folder, prompt, monkeypatch):
         for each in ("TextEncodeQwenImageEditPlus", "FluxKontextImageScale")
     )
     monkeypatch.setitem(edit, "math", SimpleNamespace(sqrt=lambda value: math.sqrt(value) / 10))
-    monkeypatch.setitem(scale, "PREFERED_KONTEXT_RESOLUTIONS", [(96, 64)])
+    monkeypatch.setitem(scale, "PREFERRED_KONTEXT_RESOLUTIONS", [(96, 64)])
     made = prompt(name, **small)
     if name == "wan22_image_to_video":
         second = next(node for node in made.values() if node["inputs"].get("add_noise") == "disable")
