@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from xditd.client.daemon_methods import DaemonMethods
 from xditd.client.io_blocks import IoPool
@@ -124,7 +124,7 @@ class Client(LoanMethods, DaemonMethods):
         guidance_scale: float | None = None,
         seed: int | None = None,
         noise: torch.Tensor | None = None,
-        previews: bool = False,
+        previews: bool | Literal["image"] = False,
         step_cache: float = 0.0,
         variant: str = "class",
         options: Mapping[str, bool | int | float] | None = None,
@@ -139,7 +139,9 @@ class Client(LoanMethods, DaemonMethods):
         ``noise`` has the shape of the facts' latents; without it the noise is drawn from ``seed``, which is random
         unless given and is part of the result. ``sigmas`` replaces the family's own schedule: ``steps`` descending
         values in (0, 1]. Without ``steps`` or ``guidance_scale``, the family's default is used. A ``vae`` adds the
-        image to the result. ``previews`` enables ``job.denoised()``, the predicted clean latents after each step.
+        image to the result, and encodes pictures among the conditioning, such as Wan's first image. ``previews``
+        enables ``job.denoised()``, the predicted clean latents after each step; ``previews="image"``, with a VAE,
+        ``job.preview()``, an image of them, of a video its middle frame, which costs a decode of one image a step.
         A video has ``frames``, and may have a ``transformer_2`` for the steps at low noise, such as that of Wan 2.2.
         ``options`` are the family's own, as its facts name them. ``controls`` are ControlNets with their pictures,
         whose residuals are added up. Components may be named by id, as ``xditd status`` shows them.

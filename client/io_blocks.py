@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 _IDLE_BLOCKS_OF_A_SIZE: Final = 4
 
+_LARGE_BYTES: Final = 256 * 2**20
+"""From here on, blocks of videos: their sizes are multiples of 64 MiB, since a power of two may waste half of what a
+worker pins, and one stays idle in all, the last one."""
+
+_LARGE_STEP_BYTES: Final = 64 * 2**20
+
+_THREADED_FROM_BYTES: Final = 64 * 2**20
+"""From here on, torch's threads copy faster than one, and that they are woken takes a small part of the time."""
+
 
 class IoBlock:
     """The block of one job, and the block of device memory of a call with large tensors on a GPU."""
@@ -67,18 +76,27 @@ class IoBlock:
         return self.arena.block()
 
 
+def _rounded(size_bytes: int) -> int:
+    if size_bytes >= _LARGE_BYTES:
+        return -(-size_bytes // _LARGE_STEP_BYTES) * _LARGE_STEP_BYTES
+    return max(ALLOCATION_BYTES, 1 << (size_bytes - 1).bit_length())
+
+
 def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy contiguous host memory in this thread, not by torch.
+    """Copy contiguous host memory in this thread, not by torch, unless it is large.
 
     torch splits even a small copy over all its threads, and waking sixteen of them took 10 ms in a worker.
     """
     import ctypes
 
+    if source.nbytes >= _THREADED_FROM_BYTES:
+        target.copy_(source)
+        return
     ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
 
 
 class IoPool:
-    """Idle blocks by size, powers of two. Safe to use from several threads."""
+    """Idle blocks by size: powers of two, or multiples of 64 MiB. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self.devices = DevicePool()
@@ -88,7 +106,7 @@ class IoPool:
 
     def borrow(self, size_bytes: int) -> IoBlock:
         """Take a block of at least ``size_bytes``. Give it back when no worker uses it any more."""
-        rounded = max(ALLOCATION_BYTES, 1 << (size_bytes - 1).bit_length())
+        rounded = _rounded(size_bytes)
         with self._lock:
             idle = self._idle.get(rounded)
             if idle:
@@ -100,12 +118,20 @@ class IoPool:
     def give_back(self, block: IoBlock) -> None:
         """Put a block back for the next job. No worker may still write to it."""
         self._leave_device(block, self.devices.give_back)
+        size_bytes = block.arena.size_bytes
+        freed = [block.arena]
         with self._lock:
-            idle = self._idle.setdefault(block.arena.size_bytes, [])
-            if not self._is_closed and len(idle) < _IDLE_BLOCKS_OF_A_SIZE:
+            idle = self._idle.setdefault(size_bytes, [])
+            if not self._is_closed and size_bytes >= _LARGE_BYTES:
+                freed = [arena for size, each in self._idle.items() if size >= _LARGE_BYTES for arena in each]
+                for size in [size for size in self._idle if size >= _LARGE_BYTES]:
+                    del self._idle[size]
+                self._idle[size_bytes] = [block.arena]
+            elif not self._is_closed and len(idle) < _IDLE_BLOCKS_OF_A_SIZE:
                 idle.append(block.arena)
-                return
-        block.arena.close()
+                freed = []
+        for arena in freed:
+            arena.close()
 
     def drop(self, block: IoBlock) -> None:
         """Unmap a block that a worker may still write to. Workers notice that it is closed, and unmap it too."""

@@ -260,6 +260,8 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     as the facts' latents, ``out_image`` (batch, channels, height, width) in [-1, 1]. Either ``noise`` or the sampling's
     ``seed`` is given. ``out_denoised``, shaped as ``out_latents``, receives the predicted clean latents of each step
     before its ``StepDone``; the next step overwrites them.
+    ``out_preview`` (batch, channels, height, width) likewise receives an image that the VAE decodes from these latents
+    to [-1, 1]; of a video it is the middle frame.
     """
 
     components: Annotated[dict[Role, ComponentId], msgspec.Meta(max_length=8)]
@@ -274,6 +276,7 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     out_latents: IoTensor
     out_image: IoTensor | None = None
     out_denoised: IoTensor | None = None
+    out_preview: IoTensor | None = None
 
 
 class Decode(Request, tag="decode", frozen=True, kw_only=True):

@@ -31,7 +31,9 @@ prompt, under the names that the transformer takes:
   FLUX.2   prompt_embeds (batch, text tokens, context); for klein with --guidance above 1 also negative_prompt_embeds
   Qwen-Image  prompt_embeds (batch, text tokens, context); with --guidance above 1 also negative_prompt_embeds; for
            padded texts also prompt_embeds_mask and negative_prompt_embeds_mask, floating, 1 where a token counts
-  Wan      prompt_embeds and, with --guidance above 1, negative_prompt_embeds (batch, 512, context)
+  Wan      prompt_embeds and, with --guidance above 1, negative_prompt_embeds (batch, 512, context); from images image,
+           last_image (1, 3, height, width) in [-1, 1] and for Wan 2.1 image_embeds; for VACE video, mask,
+           reference_images.0 and so on
 
 For one image, the batch dimension may be left out, and so may the number of a list's only tensor. If the file lacks a
 tensor, the error names it. Any program with the encoders can write such files, and the Python library runs CLIP-L and

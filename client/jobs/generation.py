@@ -39,6 +39,7 @@ class GenerationJob:
         pending: PendingJob,
         read_outputs: Callable[[Generated], GenerationResult],
         read_denoised: Callable[[], torch.Tensor],
+        read_preview: Callable[[], torch.Tensor],
         total_steps: int,
         owner: object = None,
     ) -> None:
@@ -48,6 +49,7 @@ class GenerationJob:
         self._pending = pending
         self._read_outputs = read_outputs
         self._read_denoised = read_denoised
+        self._read_preview = read_preview
         self._started_s = time.perf_counter()
         self._reply: AnyReply | None = None
         self._result: GenerationResult | None = None
@@ -111,6 +113,19 @@ class GenerationJob:
         if self._pending.is_closed:
             raise BadRequest(f"generation {self.request_id} has ended: its result has the latents")
         return self._read_denoised()
+
+    def preview(self) -> torch.Tensor:
+        """Copy the image of what the last step predicted: call it between two events, after the first ``StepDone``.
+
+        (batch, 3, height, width), float32 in [-1, 1], on the device of the latents; of a video it is the middle frame,
+        decoded as an image of its own. It may contain parts of the next step, as :meth:`denoised`.
+
+        Raises:
+            BadRequest: the job was started without ``previews="image"``, or has ended.
+        """
+        if self._pending.is_closed:
+            raise BadRequest(f"generation {self.request_id} has ended: its result has the image")
+        return self._read_preview()
 
     def cancel(self) -> None:
         """Stop the job at its next step or chunk of frames, without waiting; ``result()`` then raises ``Cancelled``.

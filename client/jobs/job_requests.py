@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from xditd.client.io_blocks import IoBlock, IoPool
 from xditd.client.io_places import DevicePlaces, IoPlaces
@@ -60,7 +60,7 @@ class JobRequest:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GenerationRequest(JobRequest):
-    """A generation: its outputs are ``latents``, ``image`` with a VAE, and ``denoised`` with previews."""
+    """A generation: its outputs are ``latents``, ``image`` with a VAE, ``denoised`` or ``preview`` with previews."""
 
     sampling: Sampling
 
@@ -245,7 +245,7 @@ def generate_request(
     guidance_scale: float | None,
     seed: int | None,
     noise: torch.Tensor | None,
-    previews: bool,
+    previews: bool | Literal["image"],
     step_cache: float,
     variant: str,
     options: Mapping[str, bool | int | float] | None,
@@ -305,7 +305,13 @@ def generate_request(
         outputs["image"] = places.add_output(
             torch.float32, (batch, vae.vae.image_channels, *((frames,) if facts.latents.frames else ()), height, width)
         )
-    if previews:
+    if previews not in (True, False, "image"):
+        raise BadRequest(f"previews: {previews!r} is not True, False or 'image'")
+    if previews == "image":
+        if vae is None:
+            raise BadRequest("previews: an image needs vae=; give it, or previews=True for latents")
+        outputs["preview"] = places.add_output(torch.float32, (batch, vae.vae.image_channels, height, width))
+    elif previews:
         outputs["denoised"] = places.add_output(like.dtype, outputs["latents"].shape)
 
     def write(request_id: str, io: HostShmBlock) -> Generate:
@@ -321,6 +327,7 @@ def generate_request(
             out_latents=outputs["latents"],
             out_image=outputs.get("image"),
             out_denoised=outputs.get("denoised"),
+            out_preview=outputs.get("preview"),
         )
 
     return GenerationRequest(places, inputs, outputs, like.device, write, sampling)

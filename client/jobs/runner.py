@@ -107,8 +107,14 @@ class Runner:
                 raise BadRequest("denoised: the job was started without previews=True")
             return denoised
 
+        def read_preview() -> torch.Tensor:
+            preview = read("preview")
+            if preview is None:
+                raise BadRequest("preview: the job was started without previews='image'")
+            return preview
+
         pending = self.start(job, block, deadline_s)
-        return GenerationJob(pending, read_outputs, read_denoised, job.sampling.steps, owner)
+        return GenerationJob(pending, read_outputs, read_denoised, read_preview, job.sampling.steps, owner)
 
     def call(
         self,

@@ -145,7 +145,7 @@ class LearnedDurations:
 
 
 def kind_of(job: InferenceRequest) -> Hashable:
-    """Return a key of what determines how long a job's steps take: components, LoRAs, shapes and sizes."""
+    """Return a key of what determines how long a job's steps take: components, LoRAs, ControlNets, shapes and sizes."""
     found: list[Hashable] = [type(job)]
     for name in job.__struct_fields__:  # msgspec.structs.fields would resolve the types again each time
         value = getattr(job, name)
@@ -158,10 +158,11 @@ def kind_of(job: InferenceRequest) -> Hashable:
         sampling = job.sampling
         found += sorted(job.components.items())
         found.append((sampling.height, sampling.width, sampling.frames, sampling.step_cache_threshold > 0.0))
+        found.append(tuple(control.component_id for control in job.controls))
         found += _shapes(job.conditioning)
     elif isinstance(job, Call):
         for number, part in enumerate(job.parts):
-            found += [number, *_shapes(part.arguments)]
+            found += [number, *_shapes(part.arguments), *(control.component_id for control in part.controls)]
     return tuple(found)
 
 

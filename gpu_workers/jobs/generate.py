@@ -15,8 +15,8 @@ from xditd.gpu_workers.jobs.controls import GenerationControls
 from xditd.gpu_workers.jobs.decode import Decoding, decode_into
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.generation_inputs import Given
-from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.pictures import encode_pictures
+from xditd.gpu_workers.jobs.previews import OnDenoised, check_previews, preview_writer
 from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
@@ -31,8 +31,6 @@ from xditd.gpu_workers.parallel.row_partition import add_halves
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import Generate
 from xditd.ipc.transports.tensor_views import torch_dtype
-
-OnDenoised = Callable[[torch.Tensor], None]
 
 
 def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
@@ -63,6 +61,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             )  # fmt: skip
             io.check("out_image", job.out_image, image_shape)
             check_output("out_image", job.out_image.dtype)
+        check_previews(job, io, given.wanted.batch, vae)
     if vae is not None and given.pictures:
         given.latents = encode_pictures(given.pictures, vae, context)
     with raise_on_all_ranks():
@@ -75,12 +74,14 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             raise BadRequest("loras: transformer_2 has some, but the job has no such component; leave them out")
     clock.end_phase("inputs")
     finite = FiniteCheck()
-    latents = loop.run(finite, progress.step, _preview_writer(job, context, io))
+    latents = loop.run(finite, progress.step, preview_writer(job, context, io, transformer, vae))
     finite.fetch()
     clock.end_phase("steps")
     with raise_on_all_ranks():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.match.dtype])]
-        context.check_finite(finite, transformer, *into)
+        loop.controls.check(context, finite.first())
+        every = [use for uses in job.loras.values() for use in uses]
+        context.check_finite(finite, transformer, *into, loras=every)
     if vae is not None and job.out_image is not None:
         decoding = Decoding(vae, latents, latent_facts.scaling, io, job.out_image, is_clamped=True)
         decode_into(context, progress, decoding)
@@ -198,15 +199,3 @@ def _check_second(first: Component, second: Component) -> None:
             f"transformer_2: a {second.match.family.name} in {second.match.dtype} of other sizes or another dtype than "
             f"the transformer, a {first.match.family.name} in {first.match.dtype}; lend the pair of one model"
         )
-
-
-def _preview_writer(job: Generate, context: JobContext, io: OpenIo) -> OnDenoised | None:
-    """Return a function that writes each step's preview, or ``None`` if the client wants none.
-
-    Writing waits for the step, so the host no longer runs ahead of the GPU. Every rank gets a function; only rank 0's
-    writes.
-    """
-    where = job.out_denoised
-    if where is None:
-        return None
-    return lambda denoised: io.write("out_denoised", where, denoised) if context.is_leader else None

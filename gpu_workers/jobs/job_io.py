@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import OrderedDict, deque
 from dataclasses import dataclass
@@ -147,7 +148,12 @@ class OpenIo:
         The copy from a GPU is in the order of its stream, for which the caller has to wait.
         """
         view = self._view("", described).narrow(dimension, start, part.shape[dimension])
-        view.copy_(part.to(view.dtype) if part.is_cuda else part, non_blocking=True)
+        if part.is_cuda:
+            part = part.to(view.dtype).contiguous()
+        # Piece by piece, each of which is one range of memory: torch copies others from a GPU through memory that is
+        # not pinned, and the host waits.
+        for index in itertools.product(*map(range, part.shape[:dimension])):
+            view[index].copy_(part[index], non_blocking=True)
 
     def check(self, name: str, described: IoTensor, shape: tuple[int, ...]) -> None:
         """Check the place of an output before the job runs.

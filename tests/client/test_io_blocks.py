@@ -72,6 +72,30 @@ def test_sizes_are_powers_of_two(pool):
     pool.give_back(block)
 
 
+def test_blocks_of_videos_are_no_larger_than_needed_and_one_stays(pool, open_memfds):
+    frames = 81 * 3 * 720 * 1280 * 4
+    before = open_memfds()
+    first, second = pool.borrow(frames), pool.borrow(2 * frames)
+    assert frames <= first.describe().size_bytes < frames + 64 * 2**20
+    assert 2 * frames <= second.describe().size_bytes < 2 * frames + 64 * 2**20
+    kept = second.describe().inode
+    small = pool.borrow(10)
+    for block in (small, first, second):
+        pool.give_back(block)
+    assert open_memfds() - before == 2  # the small one, and the last large one
+    assert pool.borrow(2 * frames - 1000).describe().inode == kept
+
+
+def test_large_tensors_survive_the_round_trip(pool):
+    tensor = torch.randn(17 * 2**20)  # 68 MiB
+    layout = IoPlaces()
+    spec = layout.add_input(tensor)
+    block = pool.borrow(layout.size_bytes)
+    block.write(spec, tensor)
+    assert torch.equal(block.read(spec, torch.device("cpu")), tensor)
+    pool.give_back(block)
+
+
 def test_closing_frees_every_block(open_memfds):
     before = open_memfds()
     pool = IoPool()

@@ -104,6 +104,10 @@ def test_a_picture_becomes_a_video(client, files, relative_error, name: str, con
     assert relative_error(result.image, client.decode(vae, result.latents).clamp(-1, 1)) <= 1e-5
 
 
+def module_rows(config: Any, layer: str) -> int:
+    return config.ffn if layer.endswith("ffn.0") else config.hidden
+
+
 def controls() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     return {
@@ -129,6 +133,19 @@ def test_a_video_a_mask_and_references_control_a_video(client, files, relative_e
     (found,) = client.call(loan, given)
     with torch.no_grad():
         assert relative_error(found, module(**given, return_dict=False)[0]) <= BAR
+    # A LoRA of a text model fits, and one of control blocks.
+    factors = {}
+    for layer in ("blocks.1.self_attn.q", "vace_blocks.1.ffn.0"):
+        rows = module_rows(config, layer)
+        factors[f"{layer}.lora_A.weight"] = torch.randn(4, 256, generator=torch.Generator().manual_seed(4)) / 16
+        factors[f"{layer}.lora_B.weight"] = torch.randn(rows, 4, generator=torch.Generator().manual_seed(5)) / 2
+    state = wan_models.state_dict(0, config)
+    for layer in ("blocks.1.self_attn.q", "vace_blocks.1.ffn.0"):
+        product = factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"]
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] + 0.8 * product
+    (found,) = client.call(loan.with_loras([(client.lend_lora(factors), 0.8)]), given)
+    with torch.no_grad():
+        assert relative_error(found, wan_models.reference(state, config)(**given, return_dict=False)[0]) <= BAR
     with pytest.raises(BadRequest, match=r"noise: shape is \[1, 16, 4, 4, 6\], use \[1, 16, 5, 4, 6\]"):
         client.generate(loan, sample.conditioning, vae=vae, noise=sample.noise[:, :, 1:], **SIDES, **STEPS).result()
     short = {"mask": torch.zeros(1, 1, 5, 32, 48)}

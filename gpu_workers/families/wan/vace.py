@@ -19,6 +19,7 @@ from xditd.gpu_workers.families.wan.facts import (
     CONTROL_SCALE,
     CONTROL_SCALES,
     MASK,
+    PROMPT,
     REFERENCES,
     VIDEO,
     vace_facts,
@@ -61,7 +62,8 @@ class WanVaceRecipe(WanRecipe):
             raise BadRequest(f"options: {CONTROL_SCALE} beside {CONTROL_SCALES} would have no effect: give one of them")
         references = _references(conditioning, wanted)
         if video is None:
-            grey = torch.zeros(1, IMAGE_CHANNELS, wanted.frames, wanted.height, wanted.width)
+            shape = (1, IMAGE_CHANNELS, wanted.frames, wanted.height, wanted.width)
+            grey = torch.zeros(shape, device=conditioning[PROMPT].device)
             return {_KEPT: grey, **references}  # so is what is made anew
         _check_video(VIDEO, video, IMAGE_CHANNELS, wanted)
         check_range(VIDEO, video, -1.0)

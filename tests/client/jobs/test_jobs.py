@@ -120,6 +120,47 @@ def test_events_include_the_frames_of_a_video(client, daemon):
     assert job.result() is job.result()
 
 
+def test_a_preview_is_an_image_of_what_the_last_step_predicted(client, daemon):
+    def answer(request):
+        assert request.out_denoised is None
+        write(daemon, request.io, request.out_preview, 0.25)
+        return [step(request, 1, 1), Generated(request_id=request.request_id, timings_ms={}, reused_steps=0)]
+
+    daemon.answers[Generate] = answer
+    job = client.generate("c1", TEXT, vae="c2", height=16, width=32, steps=1, previews="image")
+    for _ in job:
+        preview = job.preview()
+        with pytest.raises(BadRequest, match="denoised: the job was started without previews=True"):
+            job.denoised()
+    assert preview.shape == (1, 3, 16, 32)
+    assert torch.all(preview == 0.25)
+    with pytest.raises(BadRequest, match="has ended: its result has the image"):
+        job.preview()
+
+
+def test_previews_that_cannot_be_are_refused(client, stalls):
+    with pytest.raises(BadRequest, match="previews: an image needs vae="):
+        client.generate("c1", TEXT, height=16, width=16, previews="image")
+    with pytest.raises(BadRequest, match="previews: 'frames' is not True, False or 'image'"):
+        client.generate("c1", TEXT, height=16, width=16, previews="frames")
+    job = client.generate("c1", TEXT, height=16, width=16)
+    with pytest.raises(BadRequest, match="preview: the job was started without previews='image'"):
+        job.preview()
+    job.cancel()
+
+
+def test_blocks_of_long_videos_fit_the_limits():
+    from xditd.client.io_places import IoPlaces
+    from xditd.ipc import limits
+    from xditd.ipc.settings.daemon import DaemonSettings
+
+    places, video = IoPlaces(), (1, 3, 161, 720, 1280)
+    places.add_output(torch.float32, (1, 16, 41, 90, 160))
+    place = places.add_output(torch.float32, video)
+    assert 2 * places.size_bytes < DaemonSettings().client_io_bytes
+    assert place.size_bytes * 4 / 3 < limits.MAX_ARGUMENT_BYTES  # such a video and its mask
+
+
 def test_inputs_are_sent_unchanged_and_results_have_the_noises_dtype(client, daemon, generates):
     noise = torch.randn(1, 16, 4, 4, dtype=torch.bfloat16)
     seen = {}

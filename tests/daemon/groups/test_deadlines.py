@@ -12,7 +12,7 @@ from xditd.daemon.operations.event_loop import EventLoop
 from xditd.ipc import limits
 from xditd.ipc.arguments import InIo, Kept
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, Decode, Generate, LoraUse, Part, Sampling
+from xditd.ipc.requests import Call, Control, Decode, Generate, LoraUse, Part, Sampling
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 from xditd.ipc.worker_messages import ForgetClient, Plug, Prepare, Run, StepReached, Unmap
 
@@ -118,6 +118,15 @@ def test_the_first_job_of_a_lora_is_given_time_and_its_strength_costs_nothing() 
 
     assert len({kind_of(GENERATE), with_lora("a", 0.5), with_lora("b", 0.5)}) == 3
     assert with_lora("a", 0.5) == with_lora("a", 1.0)
+
+
+def test_the_first_job_of_a_controlnet_is_given_time() -> None:
+    def with_control(component_id: str, scale: float) -> Hashable:
+        control = Control(component_id=component_id, scale=scale, latents=TENSOR)
+        return kind_of(msgspec.structs.replace(GENERATE, controls=(control,)))
+
+    assert len({kind_of(GENERATE), with_control("a", 1.0), with_control("b", 1.0)}) == 3
+    assert with_control("a", 1.0) == with_control("a", 0.5)
 
 
 def test_calls_of_other_shapes_are_of_another_kind() -> None:

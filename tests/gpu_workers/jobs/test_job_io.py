@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xditd.gpu_workers.jobs import job_io
 from xditd.gpu_workers.jobs.job_io import JobIo
@@ -61,6 +62,31 @@ def test_an_output_arrives_in_the_dtype_that_was_asked_for(io: JobIo, arena: Hos
     opened.write("y", place((2, 2), "float32", 4096), torch.arange(4.0).view(2, 2).T)
     assert arena.tensor(64, "float16", (3,)).tolist() == [1.5, -2.0, 65504.0]
     assert arena.tensor(4096, "float32", (2, 2)).tolist() == [[0, 2], [1, 3]]
+
+
+class Copies(TorchDispatchMode):
+    """Sees what is copied; ``is_whole`` says of each copy whether both sides are one range of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_whole: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "copy_":
+            self.is_whole.append(args[0].is_contiguous() and args[1].is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+def test_parts_of_a_video_are_copied_as_ranges_of_memory(io: JobIo, arena: HostArena, me: ProcessIdentity) -> None:
+    where, video = place((2, 3, 5, 4, 4), offset_bytes=64), torch.randn(2, 3, 5, 4, 4)
+    opened = io.open(arena.block(), me)
+    with Copies() as copies:
+        for start, frames in ((0, 1), (1, 4)):
+            opened.write_part(where, 2, start, video.narrow(2, start, frames).contiguous())
+        opened.write_part(place((2, 3), offset_bytes=2**20), 0, 0, torch.ones(2, 3))
+    assert copies.is_whole == [True] * (2 * 2 * 3 + 1)
+    assert torch.equal(arena.tensor(64, "float32", where.shape), video)
+    assert torch.equal(arena.tensor(2**20, "float32", (2, 3)), torch.ones(2, 3))
 
 
 def test_nothing_beside_an_output_is_touched(io: JobIo, arena: HostArena, me: ProcessIdentity) -> None:

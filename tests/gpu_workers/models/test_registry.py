@@ -82,7 +82,7 @@ def test_our_own_families_need_no_other_package(install: Install) -> None:
         ),
         (
             "from scale_family import ScaleFamily\nclass Made(ScaleFamily):\n    name, kind = 'mine', 'unet'",
-            r"bad of bad 2\.0 \(ValueError: mine is of kind 'unet': use one of transformer, vae, text_encoder\)",
+            r"bad of bad 2\.0 \(ValueError: mine is of kind 'unet': use one of transformer, vae, text_encoder, co",
         ),
         (
             "from scale_family import ScaleFamily\nclass Made(ScaleFamily):\n    name = 't5'",

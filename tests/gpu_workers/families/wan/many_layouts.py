@@ -21,26 +21,32 @@ import wan_models  # noqa: E402 - from one of these folders
 
 SEED = 0
 ROUNDS = 2
-CONFIG = replace(wan_models.CLIP_IMAGE, hidden=768)
+CONFIGS = {
+    "image": replace(wan_models.CLIP_IMAGE, hidden=768),
+    "two images": replace(wan_models.TWO_IMAGES, hidden=768, blocks=1),
+    "control": replace(wan_models.TWO_CONTROLS, hidden=768, blocks=2),
+}
 """Six heads: Ulysses may have degrees 2 and 3."""
 
 LAYOUTS = ("ulysses=2", "cfg=2", "ring=3", "cfg=2,ulysses=2")
 
-# name: rows, size of the latents, whether each token has a time
-CALLS: dict[str, tuple[int, tuple[int, int, int], bool]] = {
-    "all divide": (1, (2, 4, 8), False),
-    "odd frames and sides": (1, (3, 6, 10), False),
-    "batch of two": (2, (1, 6, 14), False),
-    "batch of three, a time for each token": (3, (3, 6, 10), True),
+# name: model, rows, size of the latents, whether each token has a time
+CALLS: dict[str, tuple[str, int, tuple[int, int, int], bool]] = {
+    "all divide": ("image", 1, (2, 4, 8), False),
+    "odd frames and sides": ("image", 1, (3, 6, 10), False),
+    "batch of two": ("image", 2, (1, 6, 14), False),
+    "batch of three, a time for each token": ("image", 3, (3, 6, 10), True),
+    "two images, batch of two": ("two images", 2, (1, 6, 10), False),
+    "control, batch of three": ("control", 3, (3, 6, 10), False),
 }
 
 
 def inputs(case: str) -> dict[str, Any]:
-    rows, size, is_per_token = CALLS[case]
-    return wan_models.inputs(rows, 512, size, CONFIG, is_per_token=is_per_token)
+    model, rows, size, is_per_token = CALLS[case]
+    return wan_models.inputs(rows, 512, size, CONFIGS[model], is_per_token=is_per_token)
 
 
-def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Path) -> None:
+def run_rank(rank: int, layout: str, folder: Path) -> None:
     import direct_jobs
     from safetensors.torch import save_file
 
@@ -52,11 +58,12 @@ def run_rank(rank: int, layout: str, state: dict[str, torch.Tensor], folder: Pat
     torch.set_num_threads(1)
     degrees = Degrees(**parse_layout(layout))
     started = xfuser_start.start(rank, degrees.world_size, str(folder / "store"), torch.device("cpu"), degrees)
-    model = direct_jobs.plugged(ModelCache(started), state)
+    cache = ModelCache(started)
+    models = {name: direct_jobs.plugged(cache, wan_models.state_dict(SEED, config)) for name, config in CONFIGS.items()}
     results: dict[str, torch.Tensor] = {}
     for attempt in range(ROUNDS):
         for case in CALLS:
-            ((tree,),) = direct_jobs.call(model, [Inputs(inputs(case))])
+            ((tree,),) = direct_jobs.call(models[CALLS[case][0]], [Inputs(inputs(case))])
             results |= {f"{case}/{attempt}/{row}": tensor for row, tensor in enumerate(tree)}
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, folder / f"rank{rank}.safetensors")
     xfuser_start.stop()
@@ -67,11 +74,10 @@ def main(out: Path, *layouts: str) -> None:
 
     from xditd.ipc.degrees import Degrees, parse_layout
 
-    state = wan_models.state_dict(SEED, CONFIG)
     for layout in layouts:
         folder = out / layout
         folder.mkdir()
-        fork_ranks(run_rank, Degrees(**parse_layout(layout)).world_size, layout, state, folder)
+        fork_ranks(run_rank, Degrees(**parse_layout(layout)).world_size, layout, folder)
 
 
 if __name__ == "__main__":

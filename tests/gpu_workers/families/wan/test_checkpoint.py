@@ -9,7 +9,7 @@ import torch
 import wan_models
 from wan_models import family_of
 
-from xditd.gpu_workers.families.wan.checkpoint import Wan
+from xditd.gpu_workers.families.wan.checkpoint import Wan, WanVace
 from xditd.gpu_workers.families.wan.config import WanConfig, WanVaceConfig
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.lora_targets import targets_of
@@ -201,3 +201,10 @@ def test_loras_name_layers_in_both_namings(is_original: bool) -> None:
         ("time_projection_1", "condition_embedder_time_proj"),
     ):
         assert found[original].parts == found[other].parts
+    control = targets_of(WanVace(), replace(wan_models.TWO_CONTROLS, is_original=is_original))
+    assert set(targets_of(Wan(), replace(wan_models.TEXT, is_original=is_original))) <= set(control)
+    for original, other in (
+        ("vace_blocks_0_before_proj", "vace_blocks_0_proj_in"),
+        ("vace_blocks_1_self_attn_q", "vace_blocks_1_attn1_to_q"),
+    ):
+        assert control[original].parts == control[other].parts

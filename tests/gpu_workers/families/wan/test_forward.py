@@ -104,11 +104,12 @@ def test_checkpoints_of_two_dtypes_compute_as_the_class_does(shared_cache: Model
     assert torch.equal(found, expected_of(reference, given))
 
 
-def test_compiled_blocks_are_those_of_the_class(layout: ParallelLayout, plug: Plugger) -> None:
+@pytest.mark.parametrize("config", [TEXT, wan_models.TWO_CONTROLS], ids=["text", "VACE"])
+def test_compiled_blocks_are_those_of_the_class(layout: ParallelLayout, plug: Plugger, config: Any) -> None:
     """A recorded block runs in place of the class's once it has been compared."""
-    model, reference = plugged(ModelCache(dataclasses.replace(layout, acceleration="compiled")), plug, TEXT)
+    model, reference = plugged(ModelCache(dataclasses.replace(layout, acceleration="compiled")), plug, config)
     model.planned.resources = ProcessResources(lambda: InterpretedGraphs())  # type: ignore[arg-type,return-value]
-    given = wan_models.inputs(2, 9, (2, 4, 6))
+    given = wan_models.inputs(2, 9, (2, 4, 6), config)
     expected = expected_of(reference, given)
     assert model.paths is not None
     paths = []
@@ -116,7 +117,7 @@ def test_compiled_blocks_are_those_of_the_class(layout: ParallelLayout, plug: Pl
         assert wan_models.relative_error(run(model, given), expected) <= 1e-6
         model.paths.decide()
         paths += [(each.class_name, each.path, each.detail) for each in model.paths.take_reports()]
-    assert paths[-1] == ("WanTransformer3DModel", "compiled", "")
+    assert paths[-1] == (type(reference).__name__, "compiled", "")
 
 
 @pytest.mark.parametrize("config", [CLIP_IMAGE, wan_models.TWO_IMAGES, wan_models.VACE], ids=["CLIP", "two", "VACE"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,12 +47,15 @@ class Sample:
 
 
 def generate(room: Room, components: dict[str, str], **changes: Any) -> Generate:
-    conditioning: dict[str, Any] = {name: room.argument(each) for name, each in Sample().conditioning.items()}
+    given = Sample().conditioning | changes.pop("pictures", {})
+    conditioning: dict[str, Any] = {name: room.argument(each) for name, each in given.items()}
     latents = changes.pop("latents", (1, 16, 2, 4, 6))
     values = torch.randn(latents, generator=torch.Generator().manual_seed(1))  # that of Sample
     noise, out = room.input(values), room.output(*latents)
     if video := changes.pop("video", None):
         changes["out_image"] = room.output(*video)
+    for name, shape in changes.pop("previews", {}).items():
+        changes[name] = room.output(*shape)
     sampling = {**SIDES, "steps": 6, "guidance_scale": 5.0, "options": OPTIONS, **changes.pop("sampling", {})}
     return Generate(
         request_id="r",
@@ -136,12 +140,87 @@ def test_a_cancel_takes_effect_at_a_chunk_of_frames(lent: OneRank) -> None:
     check_video(room, job, wan_vaes.state_dict(), wan_vaes.SMALL)
 
 
+def test_the_preview_is_the_middle_frame_of_the_prediction(lent: OneRank) -> None:
+    state = wan_vaes.state_dict()
+    lent.lend("vae", state)
+    room = lent.room()
+    changes: dict[str, Any] = {"latents": (1, 16, 3, 4, 6), "sampling": {"frames": 9}, "video": (1, 3, 9, 32, 48)}
+    changes["previews"] = {"out_denoised": (1, 16, 3, 4, 6), "out_preview": (1, 3, 32, 48)}
+    job = generate(room, {**PAIR, "vae": "vae"}, **changes)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    assert job.out_denoised is not None
+    assert job.out_preview is not None
+    places = job.out_denoised, job.out_preview
+    lent.run(job, on_step=lambda *_: seen.append((room.read(places[0]).clone(), room.read(places[1]).clone())))
+    assert len(seen) == 6
+    module = wan_vaes.reference(state)
+    with using_all_cores(torch.device("cpu")):
+        for denoised, preview in seen:
+            expected = wan_vaes.reference_decode(module, wan_vaes.SMALL, denoised[:, :, 1:2])[:, :, 0]
+            assert (preview - expected).abs().max() <= 2e-6
+    assert (seen[0][1] - seen[-1][1]).abs().max() > 1e-3
+    check_video(room, job, state, wan_vaes.SMALL)
+
+
+def test_previews_that_cannot_be_are_refused(lent: OneRank) -> None:
+    room = lent.room()
+    with pytest.raises(BadRequest, match="out_preview without a vae"):
+        lent.run(generate(room, PAIR, previews={"out_preview": (1, 3, 32, 48)}))
+    lent.lend("vae", wan_vaes.state_dict())
+    video = lent.room()
+    changes: dict[str, Any] = {"video": (1, 3, 5, 32, 48), "previews": {"out_preview": (1, 3, 5, 32, 48)}}
+    with pytest.raises(BadRequest, match=r"out_preview: the place for it is \[1, 3, 5, 32, 48\]"):
+        lent.run(generate(video, {**PAIR, "vae": "vae"}, **changes))
+
+
 def test_a_video_with_values_that_are_not_finite_is_refused(lent: OneRank) -> None:
     state = wan_vaes.state_dict()
     state["decoder.head.2.bias"][1] = torch.nan
     lent.lend("vae", state)
     with pytest.raises(NotFinite, match=r"vae .*: image: some values are NaN or infinite"):
         lent.run(generate(lent.room(), {**PAIR, "vae": "vae"}, video=(1, 3, 5, 32, 48)))
+
+
+def test_a_picture_is_encoded_without_a_decode_and_its_memory_is_freed(rank: OneRank) -> None:
+    import weakref
+
+    from xditd.gpu_workers.jobs import generate as job_module
+
+    rank.lend("transformer", wan_models.state_dict(0, wan_models.IMAGE))
+    rank.lend("vae", wan_vaes.state_dict())
+    rank.lend("broken", wan_vaes.state_dict() | {"conv1.bias": torch.full((32,), torch.nan)})
+    image = torch.randint(0, 257, (1, 3, 32, 48), generator=torch.Generator().manual_seed(3)) / 128 - 1
+    changes: dict[str, Any] = {"pictures": {"image": image}, "sampling": {"options": {}}}
+    videos: list[weakref.ref[torch.Tensor]] = []
+    living: list[bool] = []
+
+    def encode(pictures: Any, *given: Any) -> Any:
+        videos.extend(weakref.ref(each) for each in pictures.values())
+        return encoded(pictures, *given)
+
+    encoded = job_module.encode_pictures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module, "encode_pictures", encode)
+        room = rank.room()
+        job = generate(room, {"transformer": "transformer", "vae": "vae"}, **changes)
+        rank.run(job, on_step=lambda *_: living.append(any(each() is not None for each in videos)))
+    assert videos
+    assert not any(living)
+    module = wan_models.reference(wan_models.state_dict(0, wan_models.IMAGE), wan_models.IMAGE)
+    sample = {name: getattr(Sample(), name) for name in ("scale", "steps", "sides", "noise")}
+    pictured = Sample().conditioning | {"image": image}
+    whole = SimpleNamespace(**sample, config=wan_models.IMAGE, options={}, conditioning=pictured)
+    with using_all_cores(torch.device("cpu")):
+        expected = wan_models.image_pipeline_latents(module, None, wan_vaes.reference(wan_vaes.state_dict()), whole)
+    assert wan_models.relative_error(room.read(job.out_latents), expected) <= 1e-6
+    with pytest.raises(NotFinite, match=r"vae broken .*: latents of image: some values are NaN or infinite"):
+        rank.run(generate(rank.room(), {"transformer": "transformer", "vae": "broken"}, **changes))
+    text = rank.room()
+    rank.lend("text", wan_models.state_dict(0))
+    with pytest.raises(BadRequest, match="a vae without out_image or a picture would have no effect"):
+        rank.run(generate(text, {"transformer": "text", "vae": "vae"}, sampling={"options": {}}))
+    with pytest.raises(BadRequest, match="image: the workers encode it, but the job has no vae"):
+        rank.run(generate(rank.room(), {"transformer": "transformer"}, **changes))
 
 
 def check_video(room: Room, job: Generate, state: wan_vaes.State, config: WanVaeConfig) -> None:

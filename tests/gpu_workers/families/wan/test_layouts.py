@@ -56,12 +56,14 @@ def computed(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServ
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
     """What diffusers' own class gives, row by row."""
-    config = many_layouts.CONFIG
-    module = wan_models.reference(wan_models.state_dict(many_layouts.SEED, config), config)
+    modules = {
+        name: wan_models.reference(wan_models.state_dict(many_layouts.SEED, config), config)
+        for name, config in many_layouts.CONFIGS.items()
+    }
     found: dict[str, Any] = {}
-    for case in many_layouts.CALLS:
+    for case, (model, *_) in many_layouts.CALLS.items():
         with torch.no_grad():
-            found[case] = module(**many_layouts.inputs(case), return_dict=False)[0]
+            found[case] = modules[model](**many_layouts.inputs(case), return_dict=False)[0]
     return found
 
 
