@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Final, Protocol
 
 from xditd.client.loras.strengths import Strength, strengths_by_step
 from xditd.ipc import limits
@@ -119,8 +119,9 @@ class Loan:
         the LoRAs. This loan stays as it is.
 
         Raises:
-            BadRequest: a loan of no LoRA, or of one whose layers this family does not have, or a strength that is not
-                finite. A module that runs as its class is compared with the LoRA's names by the job.
+            BadRequest: a loan of no LoRA, or of one whose layers this family does not have, a component that takes
+                none, such as a VAE, or a strength that is not from -1e6 to 1e6. A module that runs as its class is
+                compared with the LoRA's names by the job.
             LeaseLost: a loan has ended.
         """
         return LoanWithLoras(self, loras)
@@ -159,6 +160,9 @@ class Loan:
         return f"<Loan {self.label} {self.component_id} {self.family} {tiers} {self.lent_bytes} bytes, {state}>"
 
 
+_TAKE_LORAS: Final = (ComponentKind.TRANSFORMER, ComponentKind.TEXT_ENCODER, ComponentKind.MODULE)
+
+
 class LoanWithLoras:
     """A lent component with LoRAs and their strengths: a light view, which holds no memory and needs no return.
 
@@ -168,6 +172,8 @@ class LoanWithLoras:
     def __init__(self, loan: Loan, loras: Sequence[tuple[Loan | str, Strength]]) -> None:
         self.loan = loan
         self.loras = tuple(_checked(loan, each) for each in loras)
+        if self.loras and loan.kind not in _TAKE_LORAS:
+            raise BadRequest(f"loras: {loan.label} is a {loan.kind.value}, which takes none; leave them out")
         if len(self.loras) > limits.MAX_LORAS:
             raise BadRequest(f"loras: {len(self.loras)}, at most {limits.MAX_LORAS} of one component")
 

@@ -78,7 +78,7 @@ def lora_faults(layers: Collection[LoraLayer], tensors: Mapping[str, TensorLike]
         if len(down.shape) != 2 or len(up.shape) != 2 or 0 in (*down.shape, *up.shape):
             found.append(
                 f"tensors {layer.down} {list(down.shape)} and {layer.up} {list(up.shape)} are not two matrices, "
-                "(rank, inputs) and (outputs, rank)"
+                "(rank, inputs) and (outputs, rank), of at least one number"
             )
         elif down.shape[0] != up.shape[1]:
             found.append(

@@ -53,6 +53,9 @@ class FusedEuler(comfy.samplers.Sampler):
         check_forward(extra_args["model_options"].get("transformer_options", {}))
         sampling = model_wrap.inner_model.model_sampling
         start = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
+        shape = start.shape
+        if self._family.has_frame_axis:  # of one frame, which the workers' loop does not have
+            start = start.squeeze(2)
         rows, _, height, width = start.shape
         (part,) = model_wrap.conds["positive"]
         conditioning, guidance_scale = self._family.loop_inputs(part["model_conds"], rows)
@@ -76,11 +79,12 @@ class FusedEuler(comfy.samplers.Sampler):
             for event in job:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 if callback is not None:
-                    callback(event.step - 1, job.denoised() if self._has_previews else start, start, event.total_steps)
+                    shown = job.denoised() if self._has_previews else start
+                    callback(event.step - 1, shown.reshape(shape), start.reshape(shape), event.total_steps)
             result = job.result()
         if result.image is not None:
             self.image = result.image.float().add(1.0).div(2.0).clamp(0.0, 1.0).movedim(1, -1)
-        samples: torch.Tensor = sampling.inverse_noise_scaling(sigmas[-1], result.latents)
+        samples: torch.Tensor = sampling.inverse_noise_scaling(sigmas[-1], result.latents.reshape(shape))
         return samples
 
 

@@ -46,7 +46,7 @@ def why_stepwise(
         return f"cfg {cfg:g} needs two predictions a step"
     if has_mask:
         return "the latent has a mask"
-    if len(latent_shape) != 4:
+    if tuple(latent_shape[2:-2]) != ((1,) if family.has_frame_axis else ()):
         return "the latent has frames"
     if any(side % family.multiple for side in latent_shape[-2:]):
         return f"the image's sides are not multiples of {family.multiple * pixels_per_latent}"
@@ -82,4 +82,4 @@ def _why_not_condition(
         return "the conditioning has a strength"
     if positive[0].get("cross_attn") is None:
         return "the conditioning has no text embeddings"
-    return next(family.condition_faults(positive[0]), None)
+    return next(itertools.chain(family.condition_faults(positive[0]), family.loop_faults(positive[0])), None)

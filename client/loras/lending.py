@@ -146,7 +146,11 @@ def _describe_state(
     def alpha_of(name: str) -> float:
         if state[name].numel() != 1:
             raise BadCheckpoint(f"{label}: tensor {name} {list(state[name].shape)} is no alpha, which is one number")
-        return float(state[name].item())
+        try:
+            return float(state[name].item())
+        except TypeError:
+            dtype = infos[name].dtype
+            raise BadCheckpoint(f"{label}: tensor {name} is {dtype}, which is no alpha: use a real number") from None
 
     layers = group_layers(infos, label, alpha_of, read_configs(metadata, label))
     return layers, describe_tensors(_as_matrices(state, layers.factors), device, memory)
@@ -161,7 +165,7 @@ def _describe_read(
     faults = lora_faults(read.layers, factors)
     if faults:
         raise BadCheckpoint(f"{label}: not a LoRA: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults)
-    layers = LoraLayers(LoraDescription(layers=tuple(read.layers)), factors, ())
+    layers = LoraLayers(LoraDescription(layers=tuple(read.layers)), factors)
     return layers, describe_tensors(read.factors, device, memory)
 
 

@@ -45,8 +45,14 @@ class PeftConfig:
         """
         if given.get("use_dora"):
             raise Unsupported(f"{where}: DoRA (use_dora) scales the weights: it cannot be a branch; merge and lend it")
+        for key in ("modules_to_save", "bias"):
+            if given.get(key) not in (None, [], "none"):
+                raise Unsupported(
+                    f"{where}: {key} is {given[key]!r:.100}: it trained whole tensors, too, which no branch adds; "
+                    "merge and lend it"
+                )
         start = given.get("init_lora_weights")
-        if isinstance(start, str) and re.match(r"pissa|olora|corda|loftq", start):
+        if isinstance(start, str) and re.match(r"pissa|olora|corda|loftq|lora_ga", start):
             raise Unsupported(
                 f"{where}: init_lora_weights is {start!r}, which changes the weights, too: merge and lend it"
             )
@@ -107,7 +113,7 @@ def parse_config(text: str, where: str) -> Mapping[str, Any]:
     """
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{where}: not JSON: {error}") from error
     if not isinstance(found, dict):
         raise BadCheckpoint(f"{where}: not a JSON object")
@@ -147,4 +153,7 @@ def decode_scalar(content: bytes, dtype: str, name: str) -> float:
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadCheckpoint(f"{what} is {value!r:.100}, not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise BadCheckpoint(f"{what} is an integer of {int(value).bit_length()} bits, which is no scale") from None

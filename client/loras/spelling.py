@@ -53,6 +53,8 @@ OTHER_FORMATS: Final[tuple[tuple[str, re.Pattern[str]], ...]] = (
     ("OFT or BOFT", re.compile(r"\.(?:oft_blocks|oft_diag|boft_blocks|rescale)$|\.(?:oft|boft)_[RSs](?:\.\w+)*$")),
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
     ("(IA)^3", re.compile(r"\.on_input$|\.ia3_l(?:\.\w+)*$")),
+    ("AdaLoRA", re.compile(r"\.lora_E(?:\.\w+)*$")),
+    ("LoRA of embeddings", re.compile(r"\.lora_embedding_[AB](?:\.\w+)*$")),
     ("LoRA of convolutions in three factors", re.compile(r"\.lora_mid(?:\.\w+)?\.weight$")),
     ("LoRA with biases", re.compile(r"\.lora_(?:A|B|up|down)(?:\.\w+)?\.bias$")),
     ("LoRA that reshapes weights", re.compile(r"\.reshape_weight$")),

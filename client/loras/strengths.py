@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ def strengths_by_step(given: Any) -> tuple[float, tuple[StepStrength, ...]]:
     """Return the strength of the first step, and the changes from later steps on.
 
     Raises:
-        BadRequest: what is no strength, or not finite; names it.
+        BadRequest: what is no strength, or beyond ``MAX_SCALE``; names it.
     """
     if not isinstance(given, list | tuple):
         return _number(given), ()
@@ -54,8 +53,10 @@ def _pair(given: Any) -> tuple[int, float]:
 
 
 def _number(given: Any) -> float:
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
-        raise BadRequest(f"loras: the strength {given!r:.100} is no finite number")
-    if abs(given) > MAX_SCALE:
-        raise BadRequest(f"loras: the strength {given:g} is beyond {MAX_SCALE:g}")
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise BadRequest(
+            f"loras: the strength {given!r:.100} is no number: give one, such as 0.8, or strengths by step"
+        )
+    if not -MAX_SCALE <= given <= MAX_SCALE:  # as NaN
+        raise BadRequest(f"loras: the strength {given!r:.100} is not from {-MAX_SCALE:g} to {MAX_SCALE:g}")
     return float(given)

@@ -68,7 +68,9 @@ def run(job: Call, context: JobContext) -> Finished:
     writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, DeviceRoom.of(job, device_io))
     described = writer.begin(trees)
     clock.end_phase("forward")
-    context.check_finite(finite, transformer)
+    for control in (each for inputs in parts for each in inputs.controls):
+        control.check()
+    context.check_finite(finite, transformer, loras=job.loras)
     context.components.check_unchanged(transformer, job.loras)
     context.components.check_all_unchanged(each.component_id for part in job.parts for each in part.controls)
     clock.end_phase("outputs", waits=False)

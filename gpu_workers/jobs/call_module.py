@@ -90,7 +90,7 @@ def _run(job: Call, context: JobContext) -> Finished:
             writer = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide, room)
             described = writer.begin(results, describer.describe, stateful, describer.describe_state)
             clock.end_phase("forward")
-            context.check_finite(finite, component)
+            context.check_finite(finite, component, loras=job.loras)
             context.components.check_unchanged(component, job.loras)
             clock.end_phase("outputs", waits=False)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.client_blocks import ClientBlocks, OpenClientBlock
 from xditd.ipc.arguments import InIo, tensors
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call
+from xditd.ipc.requests import Call, LoraUse
 from xditd.ipc.transports.host_shm import HostArena
 
 
@@ -58,16 +58,18 @@ class JobContext:
         ]
         return self.client_blocks.open(job.device_io, self.client, max(ends, default=0))
 
-    def check_finite(self, finite: FiniteCheck, component: Component, *into: torch.dtype) -> None:
-        """Check that results are finite.
+    def check_finite(
+        self, finite: FiniteCheck, component: Component, *into: torch.dtype, loras: Sequence[LoraUse] = ()
+    ) -> None:
+        """Check that results are finite. ``loras`` are those of the job.
 
         Raises:
-            StaleSource: they are not, and the component's weights have changed.
-            NotFinite: they are not, with unchanged weights.
+            StaleSource: they are not, and the component's weights or factors of its LoRAs have changed.
+            NotFinite: they are not, with unchanged weights; names the LoRAs with their strengths, too.
         """
-        fault = finite.fault(component, *into)
+        fault = finite.fault(component, *into, loras=self.components.titles_of(loras))
         if fault is not None:
-            self.components.check_unchanged(component)
+            self.components.check_unchanged(component, loras)
             raise fault
 
 

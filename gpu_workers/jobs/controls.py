@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -17,10 +17,13 @@ from xditd.gpu_workers.models.controls import Control, check_blocks, check_fits
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_shape
 from xditd.gpu_workers.models.operations import Inputs, Wanted
+from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.ipc.errors import BadRequest, RequestError, Unsupported, named
 from xditd.ipc.facts import LatentFacts, LatentScaling
 from xditd.ipc.requests import Control as WantedControl
 from xditd.ipc.requests import PartControl
+
+RESIDUALS: Final = "residuals"
 
 Noise = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 """Draws noise of a shape, on the CPU, from the generator of a job's seed."""
@@ -51,7 +54,18 @@ def read_part_controls(
             raise named(place, error) from error
         if not each.blocks:
             counts[place] = facts.residuals
-        found.append(Control(component.model, inputs, each.scale, _plug(context, component), each.blocks))
+        finite = FiniteCheck()
+        found.append(
+            Control(
+                component.model,
+                inputs,
+                each.scale,
+                _plug(context, component),
+                each.blocks,
+                partial(finite.note_part, RESIDUALS),
+                partial(context.check_finite, finite, component),
+            )
+        )
     _check_alike(counts)
     return tuple(found)
 
@@ -76,12 +90,32 @@ class GenerationControls:
     has_images: bool = False
     """Whether the VAE has encoded some of their pictures."""
 
+    _noted: list[tuple[int, Component, FiniteCheck]] = field(default_factory=list)
+    """Of each step and ControlNet in turn, the check of its residuals."""
+
+    def check(self, context: JobContext, step: int | None) -> None:
+        """Check the residuals up to a step, the first whose latents are not finite; ``None``: those of all steps are.
+
+        In later steps, residuals that are not finite are of such latents.
+
+        Raises:
+            NotFinite, StaleSource: see :meth:`JobContext.check_finite`.
+        """
+        for number, component, finite in self._noted:
+            if step is not None and number <= step:
+                context.check_finite(finite, component)
+
     def add(self, parts: Sequence[Inputs], step: int) -> list[Inputs]:
         """Return the forwards of a step with the ControlNets that run in it."""
         active = [each for each in self.pictures if each.steps[step] and each.scale != 0.0]
         if not active:
             return list(parts)
-        return [replace(part, controls=tuple(_beside(each, part) for each in active)) for part in parts]
+        checks = [FiniteCheck() for _ in active]
+        self._noted.extend((step, each.component, check) for each, check in zip(active, checks, strict=True))
+        return [
+            replace(part, controls=tuple(_beside(part, *each) for each in zip(active, checks, strict=True)))
+            for part in parts
+        ]
 
 
 def read_controls(
@@ -138,10 +172,11 @@ def read_controls(
     return GenerationControls(found, any(each.image is not None for each in given))
 
 
-def _beside(control: _Picture, part: Inputs) -> Control:
+def _beside(part: Inputs, control: _Picture, finite: FiniteCheck) -> Control:
     model = control.component.model
     inputs = model.operations_for("controlnet").beside(control.component.match.config, part, control.picture)
-    return Control(model, inputs, control.scale, control.plug)
+    note = partial(finite.note_part, RESIDUALS)
+    return Control(model, inputs, control.scale, control.plug, note=note)
 
 
 def _runs(step: int, steps: int, control: WantedControl) -> bool:

@@ -58,7 +58,7 @@ def run(job: EncodeText, context: JobContext) -> Finished:
             finite.fetch()
             clock.end_phase("encode_text")
             places = [job.out, *([] if job.out_pooled is None else [job.out_pooled])]
-            context.check_finite(finite, encoder, *(torch_dtype(where.dtype) for where in places))
+            context.check_finite(finite, encoder, *(torch_dtype(where.dtype) for where in places), loras=job.loras)
             context.components.check_unchanged(encoder, job.loras)
             io.write("out", job.out, hidden)
             if job.out_pooled is not None and pooled is not None:

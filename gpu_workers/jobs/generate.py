@@ -79,7 +79,9 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
     clock.end_phase("steps")
     with raise_on_all_ranks():
         into = [torch_dtype(job.out_latents.dtype), *([] if vae is None else [vae.match.dtype])]
-        context.check_finite(finite, transformer, *into)
+        loop.controls.check(context, finite.first())
+        every = [use for uses in job.loras.values() for use in uses]
+        context.check_finite(finite, transformer, *into, loras=every)
     if vae is not None and job.out_image is not None:
         decoding = Decoding(vae, latents, latent_facts.scaling, io, job.out_image, is_clamped=True)
         decode_into(context, progress, decoding)

@@ -25,7 +25,7 @@ from xditd.gpu_workers.models.component_loading import TensorLoader
 from xditd.gpu_workers.models.file_watch import FileWatch, stale_file_error
 from xditd.gpu_workers.models.lent_copies import LentCopies
 from xditd.gpu_workers.models.lora_binding import LentLora
-from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, prepare_variant
+from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, prepare_variant, strengths_of
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
@@ -190,6 +190,12 @@ class Components:
             UnknownComponent, BadRequest, Unsupported, StaleSource: see ``prepare_variant``.
         """
         return prepare_variant(component.runnable, uses, self.get_lora, self.loras)
+
+    def titles_of(self, uses: Sequence[LoraUse]) -> list[str]:
+        """Return the LoRAs of a job with their strengths, for messages."""
+        return [
+            f"LoRA {self._plugged[use.component_id].manifest.label} at strength {strengths_of(use)}" for use in uses
+        ]
 
     def lora_counts(self) -> LoraCounts:
         """Return what jobs did with LoRAs."""

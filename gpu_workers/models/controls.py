@@ -36,6 +36,10 @@ class Control:
     plug: Callable[[], object]
     blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """By the transformer's argument: for each block in turn, the number of its residual."""
+    note: Callable[[torch.Tensor], object] = lambda _: None
+    """Gets every residual, not scaled."""
+    check: Callable[[], object] = lambda: None
+    """Raises ``NotFinite`` if a residual that was noted is not finite; waits for the device."""
 
     def take_rows(self, rows: slice) -> Control:
         return replace(self, inputs=self.model.operations_for("controlnet").take_rows(self.inputs, rows))
@@ -74,6 +78,9 @@ def with_controls(model: CachedModel, operations: TransformerOperations[Any], in
         control.plug()
         component_layouts.use(control.model.layout)
         found = control.model.operations_for("controlnet").residuals(control.model, control.inputs)
+        for each in found.values():
+            for residual in each:
+                control.note(residual)
         _add(total, _of_blocks(found, control))
     component_layouts.use(model.layout)
     plain = replace(inputs, controls=())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -54,7 +55,7 @@ class LentLora:
         self.owner: str | None = None
         self._factors: Mapping[str, torch.Tensor | PackedTensor] = {}
         self._converted: dict[torch.dtype, dict[str, torch.Tensor]] = {}
-        self._bound: dict[AnyModel, BoundLora] = {}
+        self._bound: WeakKeyDictionary[AnyModel, BoundLora] = WeakKeyDictionary()  # models may go before their LoRAs
 
     @property
     def converted_bytes(self) -> int:

@@ -118,6 +118,12 @@ def _schedule_of(uses: Sequence[LoraUse]) -> Schedule:
     return tuple((step, sum(_strength_at(schedule, step) for schedule in each)) for step in steps)
 
 
+def strengths_of(use: LoraUse) -> str:
+    """Return the least and the largest strength of a LoRA in a job, for messages."""
+    every = [use.strength, *(later.strength for later in use.later)]
+    return f"{min(every):g} to {max(every):g}" if use.later else f"{use.strength:g}"
+
+
 def prepare_variant(
     model: AnyModel, uses: Sequence[LoraUse], get: Callable[[str], LentLora], counters: LoraCounters
 ) -> LoraVariant:

@@ -7,12 +7,14 @@ reduction on the device; the host reads all of them at once, when it waits for t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.finite import magnitude
 from xditd.ipc.errors import NotFinite
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import ComponentKind
 
 
@@ -45,35 +47,43 @@ class FiniteCheck:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def fault(self, component: Component, *into: torch.dtype) -> NotFinite | None:
-        """Wait for the copy; return the error for the first result that is not finite, or ``None``.
-
-        ``into`` are the dtypes to which the last result will be converted.
-        """
+    def first(self) -> int | None:
+        """Wait for the copy; return the number of the first result that is not finite, from 0, or ``None``."""
+        if not self._names:
+            return None
         if self._read is None:
             self.fetch()
         assert self._read is not None
         if self._arrived is not None:
             self._arrived.synchronize()
-        for name, found in zip(self._names, self._read.tolist(), strict=True):
-            if not math.isfinite(found):
-                return _fault(component, name, "")
+        return next((number for number, found in enumerate(self._read.tolist()) if not math.isfinite(found)), None)
+
+    def fault(self, component: Component, *into: torch.dtype, loras: Sequence[str] = ()) -> NotFinite | None:
+        """Wait for the copy; return the error for the first result that is not finite, or ``None``.
+
+        ``into`` are the dtypes to which the last result will be converted. ``loras`` describe those of the job.
+        """
+        first = self.first()
+        if first is not None:
+            return _fault(component, self._names[first], "", loras)
         for dtype in into:
+            assert self._read is not None
             # If any value overflows, the largest one does.
             if not self._read[-1].to(dtype).isfinite():
-                return _fault(component, self._names[-1], f" in {str(dtype).removeprefix('torch.')}")
+                return _fault(component, self._names[-1], f" in {str(dtype).removeprefix('torch.')}", loras)
         return None
 
 
-def _fault(component: Component, name: str, where: str) -> NotFinite:
+def _fault(component: Component, name: str, where: str, loras: Sequence[str]) -> NotFinite:
     manifest = component.manifest
     computed = str(component.match.dtype).removeprefix("torch.")
     # Arguments of a model class are not checked: some classes take infinity in a mask.
     where_to_look = (
         "the arguments and its weights" if component.match.family.kind == ComponentKind.MODULE.value else "its weights"
     )
+    with_loras = f" with {listed(loras)}: try it without, or with smaller strengths;" if loras else ""
     return NotFinite(
         f"{component.match.family.kind} {component.component_id} ({manifest.label}): {name}: some values are NaN or "
-        f"infinite{where}; look for such values in {where_to_look}, which are {computed}, and if there are none, lend "
-        "it in a dtype of more range (bfloat16, float32)"
+        f"infinite{where};{with_loras} look for such values in {where_to_look}, which are {computed}, and if there are "
+        "none, lend it in a dtype of more range (bfloat16, float32)"
     )

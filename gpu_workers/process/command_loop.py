@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections import deque
 from typing import Any
 
@@ -121,6 +122,7 @@ class CommandLoop:
                 executor.while_idle()
             except Exception as error:  # noqa: BLE001 - the outermost loop of the process
                 self._report_failure(command, error)
+                _clear_frames(error)
         executor.close()
         self._channel.close()
 
@@ -182,6 +184,16 @@ class CommandLoop:
         if is_fatal:
             self._channel.close()
             sys.exit(1)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Clear the frames of an error and of those that it followed: they view lent memory, which is unmapped next.
+
+    Without this they live until the garbage collector runs if one of them names the error itself.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class _JobChannel:

@@ -12,7 +12,7 @@ import torch
 from lora_files import matrices
 from lora_runs import called, latents_of
 
-from xditd.client import BadRequest, Closed, LeaseLost, StaleSource, UnknownComponent, Unsupported
+from xditd.client import BadRequest, Closed, LeaseLost, NotFinite, StaleSource, UnknownComponent, Unsupported
 
 
 def test_other_models_and_wrong_shapes_are_refused_by_name(client, transformer, state, of_class, leaves_nothing):
@@ -65,6 +65,8 @@ def test_bad_strengths_and_loans(client, daemon, transformer, vae, state, leaves
             transformer.with_loras([lent])
         with pytest.raises(BadRequest, match="is of flux1, and ae of flux_vae"):
             vae.with_loras([(lent, 1.0)])
+        with pytest.raises(BadRequest, match="loras: ae is a vae, which takes none; leave them out"):
+            vae.with_loras([(lent.component_id, 1.0)])
         with pytest.raises(UnknownComponent, match="lora-99-zzz: not on loan"):
             called(client, transformer.with_loras([("lora-99-zzz", 1.0)]))
         with pytest.raises(BadRequest, match="a transformer where a lora is needed"):
@@ -120,6 +122,35 @@ def test_a_rewritten_file_is_stale_and_an_adopted_lora_stays(
     other.close()
     assert torch.equal(called(client, transformer.with_loras([(adopted.component_id, 1.0)])), right)
     client.revoke(adopted.component_id)
+
+
+def test_results_that_are_not_finite_name_the_loras(client, transformer, state, of_class, inputs, leaves_nothing):
+    """And the LoRA can be returned at once: whoever has seen the error views its factors no more."""
+    right, starts = latents_of(client, transformer, inputs), client.status().counters.group_starts
+    broken = lora_files.make(matrices(state), "kohya", 1)
+    name = next(name for name in broken.tensors if name.endswith("lora_up.weight"))
+    broken.tensors[name][0, 0] = float("nan")
+    for strength, says in ((0.5, "at strength 0.5"), ([0.0, 2.0], "at strength 0 to 2")):
+        with client.lend_lora(broken.tensors, label="broken") as lent:
+            says = rf"some values are NaN or infinite; with LoRA broken {says}: try it without"
+            with pytest.raises(NotFinite, match=says):
+                latents_of(client, transformer.with_loras([(lent, strength)]), inputs)
+    with client.lend_lora(broken.tensors, label="broken") as lent, pytest.raises(NotFinite, match="with LoRA broken"):
+        called(client, transformer.with_loras([(lent, 0.5)]))
+    assert torch.equal(latents_of(client, transformer, inputs), right)
+    assert client.status().counters.group_starts == starts
+
+
+def test_a_stale_file_that_is_not_adopted_can_be_returned(client, state, tmp_path: Path, leaves_nothing):
+    starts = client.status().counters.group_starts
+    path = lora_files.make(matrices(state), "kohya", 1).save(tmp_path / "x.safetensors")
+    with client.lend_lora(path) as lent:
+        with path.open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"1234")
+        with pytest.raises(StaleSource):
+            lent.adopt()
+    assert client.status().counters.group_starts == starts
 
 
 @pytest.mark.long

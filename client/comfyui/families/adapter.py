@@ -86,6 +86,10 @@ class ModelAdapter(Protocol):
         """The workers' loop needs latent heights and widths that are multiples of this."""
 
     @property
+    def has_frame_axis(self) -> bool:
+        """Whether ComfyUI's latents of images have an axis of frames, (rows, channels, 1, height, width)."""
+
+    @property
     def loop_keys(self) -> frozenset[str]:
         """Keys of a CONDITIONING that :meth:`loop_inputs` uses; if there are others, ComfyUI's own loop runs."""
 
@@ -111,6 +115,9 @@ class ModelAdapter(Protocol):
 
     def condition_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
         """Name what one part of a CONDITIONING carries that this family cannot run in the workers."""
+
+    def loop_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
+        """Name what one part of a CONDITIONING carries that :meth:`loop_inputs` cannot pass on, but calls can."""
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
         """Return the conditioning and the guidance scale for ``Client.generate`` from ComfyUI's ``model_conds``.

@@ -38,6 +38,7 @@ class BaseModelAdapter:
     """See :class:`~xditd.client.comfyui.families.adapter.ModelAdapter`."""
 
     wrapper: str = "diffusion_model"
+    has_frame_axis: bool = False
     refused: Mapping[str, str] = {}
     """Keys of conditioning that change the model's input in a way that the workers cannot, with names for users."""
     has_guidance: bool = False
@@ -59,6 +60,9 @@ class BaseModelAdapter:
             yield from self.method_faults(part.get("reference_latents_method"))
         if self.has_guidance and part.get("guidance", 0.0) is None:
             yield "conditioning without guidance (FluxDisableGuidance)"
+
+    def loop_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
+        yield from ()
 
     def method_faults(self, method: str | None) -> Iterator[str]:
         """Name ComfyUI's method of placing reference latents if the workers do not have it; ``None`` is the model's."""

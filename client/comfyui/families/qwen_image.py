@@ -25,6 +25,7 @@ PATCH: Final = 2
 EMBEDS: Final = "encoder_hidden_states"
 MASK: Final = "encoder_hidden_states_mask"
 
+_WEIGHTED_MASK: Final = "an attention mask of weights"
 _LAYERED: Final = "conditioning of time (Qwen-Image-Layered)"
 
 
@@ -36,8 +37,11 @@ class QwenImageModel(BaseModelAdapter):
 
     variant: Final = "comfyui"
     multiple: Final = PATCH
-    loop_keys: Final = frozenset({"attention_mask", "cross_attn", "pooled_output"})
-    loop_conds: Final = frozenset({"attention_mask", "c_crossattn"})
+    has_frame_axis = True
+    loop_keys: Final = frozenset({
+        "attention_mask", "cross_attn", "pooled_output", "reference_latents", "reference_latents_method"
+    })  # fmt: skip
+    loop_conds: Final = frozenset({"attention_mask", "c_crossattn", "ref_latents", "ref_latents_method"})
 
     takes_sigmas = True
 
@@ -70,7 +74,7 @@ class QwenImageModel(BaseModelAdapter):
             faults.append("latents of several frames")
         if attention_mask is not None:
             if attention_mask.is_floating_point():
-                faults.append("an attention mask of weights")
+                faults.append(_WEIGHTED_MASK)
             texts[MASK] = (attention_mask != 0).expand(texts[EMBEDS].shape[0], -1)
         return QwenImageCall(
             x=x,
@@ -85,7 +89,19 @@ class QwenImageModel(BaseModelAdapter):
         found = {"prompt_embeds": conditions["c_crossattn"].cond}
         if "attention_mask" in conditions:
             found["prompt_embeds_mask"] = (conditions["attention_mask"].cond != 0).float()
+        if "ref_latents" in conditions:
+            references = conditions["ref_latents"].cond
+            found["reference_latents"] = [pad_to_patch(each[:, :, 0], PATCH)[0] for each in references]
         return found, 1.0
+
+    def loop_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
+        mask, references = part.get("attention_mask"), part.get("reference_latents") or ()
+        if isinstance(mask, torch.Tensor) and mask.is_floating_point():
+            yield _WEIGHTED_MASK
+        if any(each.shape[0] != 1 for each in references):
+            yield "references that differ from image to image"
+        if any(each.ndim != 5 or each.shape[2] != 1 for each in references):
+            yield "references of several frames"
 
     def method_faults(self, method: str | None) -> Iterator[str]:
         if method not in (None, self._method):

@@ -377,6 +377,18 @@ def test_decode_and_encode(client, daemon):
     assert torch.all(latents == 0.25)
 
 
+def test_a_video_is_encoded(client, daemon):
+    def encode(request):
+        write(daemon, request.io, request.out, 0.25)
+        return [Encoded(request_id=request.request_id, timings_ms={})]
+
+    daemon.answers[Encode] = encode
+    vae = daemon.facts["c2"].vae
+    latents = msgspec.structs.replace(vae.latents, frames=4)
+    daemon.facts["c2"] = msgspec.structs.replace(daemon.facts["c2"], vae=msgspec.structs.replace(vae, latents=latents))
+    assert client.encode("c2", torch.randn(1, 3, 5, 32, 48)).shape == (1, 16, 2, 4, 6)
+
+
 def test_latents_of_a_transformer_are_scaled_as_its_facts_say(client, daemon, monkeypatch):
     given = []
 

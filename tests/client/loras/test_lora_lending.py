@@ -105,18 +105,22 @@ def test_factors_of_1x1_convolutions_are_matrices() -> None:
     [
         ({f"{LAYER}.lora_B.weight": torch.ones(6, 3)}, BadCheckpoint, r"has rank 4, but .* \[6, 3\] has rank 3"),
         ({f"{LAYER}.lora_B.weight": torch.ones(6)}, BadCheckpoint, r"are not two matrices"),
-        ({f"{LAYER}.lora_B.weight": torch.ones(6, 4, 3, 3)}, BadCheckpoint, r"are not two matrices"),
-        ({f"{LAYER}.lora_B.weight": torch.ones(6, 4, dtype=torch.int8)}, BadCheckpoint, r"is int8, not float32, bfl"),
+        ({f"{LAYER}.lora_B.weight": torch.ones(6, 4, 3, 3)}, Unsupported, r"LoRA of convolutions cannot be a branch"),
+        ({f"{LAYER}.lora_B.weight": torch.ones(0, 4)}, BadCheckpoint, r"are not two matrices, .* at least one number"),
+        ({f"{LAYER}.lora_B.weight": torch.ones(6, 4, dtype=torch.int8)}, Unsupported, r"have to be float.*is int8"),
+        ({f"{LAYER}.lora_B.weight": torch.ones(6, 4).double()}, Unsupported, r"cast to one; 1 of 2 .* is float64"),
         (
             {f"{LAYER}.lora_B.weight": torch.ones(6, 4).to(torch.float8_e4m3fn)},
             Unsupported,
-            r"cannot be in fp8: lend its bfloat16 .* 1 of 2 factors: .*lora_B\.weight is float8_e4m3fn",
+            r"have to be float32, bfloat16, float16: .* 1 of 2 factors: .*lora_B\.weight is float8_e4m3fn",
         ),
         ({f"{LAYER}.lora_B.weight": None}, BadCheckpoint, r"has .*lora_A.weight and no up factor"),
         ({f"{LAYER}.alpha": torch.tensor(math.nan)}, BadCheckpoint, r"alpha nan with rank 4 is no scale"),
         ({f"{LAYER}.alpha": torch.tensor(math.inf)}, BadCheckpoint, r"alpha inf with rank 4 is no scale"),
         ({f"{LAYER}.alpha": torch.ones(2)}, BadCheckpoint, r"\[2\] is no alpha, which is one number"),
         ({"transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 8)}, BadCheckpoint, r"are of one layer"),
+        ({f"{LAYER}.lora_E.weight": torch.ones(4, 1)}, Unsupported, r"AdaLoRA cannot be a branch of a layer: merge it"),
+        ({f"{LAYER}.lora_embedding_A": torch.ones(4, 1)}, Unsupported, r"LoRA of embeddings cannot be a branch"),
         ({"a.hada_w1_a": torch.ones(2, 2)}, Unsupported, r"LoHa cannot be a branch of a layer: merge it"),
         ({"a.dora_scale": torch.ones(2), "a.diff": torch.ones(2)}, Unsupported, r"DoRA and full differences cannot be"),
     ],
@@ -138,6 +142,14 @@ def test_what_is_no_whole_lora_is_refused_by_name(
     [
         ({"use_dora": True}, Unsupported, "DoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, Unsupported, "changes the weights, too"),
+        ({"init_lora_weights": "lora_ga"}, Unsupported, "changes the weights, too"),
+        (
+            {"modules_to_save": ["proj_out"]},
+            Unsupported,
+            r"modules_to_save is \['proj_out'\]: it trained whole tensors",
+        ),
+        ({"bias": "lora_only"}, Unsupported, "bias is 'lora_only': it trained whole tensors, too"),
+        ({"lora_alpha": 10**400}, BadCheckpoint, "lora_alpha is an integer of 1329 bits, which is no scale"),
         ({"alpha_pattern": {"^x.*": 1}}, Unsupported, "regular expression"),
         ({"alpha_pattern": [1]}, BadCheckpoint, "not alphas by name"),
         ({"lora_alpha": "x"}, BadCheckpoint, "lora_alpha is 'x', not a number"),
@@ -147,6 +159,18 @@ def test_what_is_no_whole_lora_is_refused_by_name(
 def test_configurations_that_are_no_loras(config: Any, error: type[XditdError], says: str) -> None:
     with pytest.raises(error, match=says):
         describe_lora(pair(), metadata={"lora_adapter_metadata": json.dumps(config)})
+
+
+def test_configurations_that_say_what_is_usual_are_read() -> None:
+    usual = {"bias": "none", "modules_to_save": None, "init_lora_weights": True, "use_dora": False, "lora_alpha": 8}
+    assert scale_of(pair(), metadata={"lora_adapter_metadata": json.dumps(usual)}) == 2.0
+
+
+def test_an_alpha_and_metadata_of_other_types_are_refused_by_name() -> None:
+    with pytest.raises(BadCheckpoint, match="alpha is complex64, which is no alpha: use a real number"):
+        describe_lora(pair(**{f"{LAYER}.alpha": torch.tensor(1j)}))
+    with pytest.raises(BadCheckpoint, match="lora_adapter_metadata: not JSON"):
+        describe_lora(pair(), metadata={"lora_adapter_metadata": 7})  # type: ignore[dict-item]
 
 
 def test_checkpoints_folders_and_metadata_of_files(tmp_path: Path) -> None:

@@ -30,11 +30,13 @@ def test_strengths_by_step(given: Any, first: float, later: tuple[tuple[int, flo
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (float("nan"), "the strength nan is no finite number"),
+        (float("nan"), r"the strength nan is not from -1e\+06 to 1e\+06"),
         ([1.0, float("inf")], "the strength inf"),
         ("1", "the strength '1'"),
         (None, "the strength None"),
-        (1e7, "is beyond 1e"),
+        (1e7, r"the strength 10000000.0 is not from -1e\+06 to 1e\+06"),
+        pytest.param(10**400, r"the strength 10+ is not from", id="integer"),
+        pytest.param([10**400], r"the strength 10+ is not from", id="integers"),
         ([], "are empty"),
         ([(0, 1.0), 0.5], "numbers or pairs of a step and a number, not 0.5"),
         ([(2, 1.0), (1, 0.5)], r"the steps of strengths are \[2, 1\]; they have to ascend"),

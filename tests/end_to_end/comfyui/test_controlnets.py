@@ -142,6 +142,19 @@ def test_an_accelerated_model_and_the_workers_vae(
         assert not [each for each in client.status().components if each.kind is ComponentKind.CONTROLNET]
 
 
+def test_half_precision_is_cast_as_stock_casts_it(
+    comfy: Any, remote: Any, local: Any, stock_whole: Any, conditioning: Any, ksample: Any, applied: Any,
+    relative_error: Callable[..., float], tmp_path: Path,
+) -> None:  # fmt: skip
+    save_file(diffusers_state(comfyui_state(5, modes=MODES, dtype=torch.bfloat16)), tmp_path / "half.safetensors")
+    controlnet = comfy.comfy.controlnet.load_controlnet(str(tmp_path / "half.safetensors"))
+    given = applied(conditioning(1), conditioning(2), stock_whole, (typed(controlnet, 1), 3, {}))
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    expected = ksample(local, *given, dict(latent))
+    is_cast = controlnet.manual_cast_dtype is not None
+    assert relative_error(ksample(remote, *given, dict(latent)), expected) <= (TOLERANCE if is_cast else 2.5e-2)
+
+
 def test_with_a_reference_of_kontext(
     remote: Any, local: Any, controlnets: Any, stock_whole: Any, conditioning: Any, ksample: Any, applied: Any,
     relative_error: Callable[..., float],
@@ -156,7 +169,26 @@ def test_with_a_reference_of_kontext(
     assert relative_error(ksample(remote, *given, dict(latent)), expected) <= TOLERANCE
 
 
-def test_a_deprecated_apply_node_and_xdit_ksampler(
+def test_beside_the_channels_of_canny(
+    comfy: Any, connected: None, controlnets: Any, stock_whole: Any, conditioning: Any, ksample: Any, applied: Any,
+    relative_error: Callable[..., float], tmp_path: Path,
+) -> None:  # fmt: skip
+    from flux1_variants import state_of
+    from node_helpers import conditioning_set_values
+
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    save_file(state_of(128), tmp_path / "canny.safetensors")
+    values = {"concat_latent_image": torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))}
+    texts = [conditioning_set_values(conditioning(seed), values) for seed in (1, 2)]
+    given = applied(*texts, stock_whole, (typed(controlnets["union"], 1), 3, {}))
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    expected = ksample(comfy.comfy.sd.load_diffusion_model(str(tmp_path / "canny.safetensors")), *given, dict(latent))
+    remote = load_unet(str(tmp_path / "canny.safetensors"))
+    assert relative_error(ksample(remote, *given, dict(latent)), expected) <= TOLERANCE
+
+
+def test_xdit_ksampler_runs_step_by_step(
     comfy: Any, remote: Any, local: Any, controlnets: Any, conditioning: Any, ksample: Any, xsample: Any,
     relative_error: Callable[..., float], stock_whole: Any,
 ) -> None:  # fmt: skip

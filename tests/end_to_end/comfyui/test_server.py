@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from comfyui_workflows import EXAMPLES, prompt_of, read_example
 
-from xditd.client.cli import comfyui as pack
 from xditd.client.comfyui.families import adapters, search_words
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
-
-EXAMPLES = Path(pack.__file__).parents[1] / "comfyui" / "example_workflows"
 
 
 @pytest.fixture
@@ -26,34 +22,16 @@ def prompt(server) -> Callable[..., dict[str, Any]]:
     offered = server.ask("/object_info")
 
     def make(name: str, steps: int = 3, **more: Any) -> dict[str, Any]:
-        drawn = json.loads((EXAMPLES / f"{name}.json").read_text())
-        sources = {link[0]: [str(link[1]), link[2]] for link in drawn["links"]}
-        found = {}
-        for node in drawn["nodes"]:
-            inputs = {each["name"]: sources[each["link"]] for each in node["inputs"] if each["link"] is not None}
-            inputs |= _widgets(offered[node["type"]], set(inputs), list(node["widgets_values"]))
-            small = {"steps": steps, "width": 128, "height": 128, **more}
-            inputs |= {key: value for key, value in small.items() if key in inputs}
-            kind = node["type"]
-            if kind == "DualCLIPLoader":  # it takes text encoders of the real sizes only
-                kind, inputs = "XDiTDualCLIPLoader", {name: inputs[name] for name in ("clip_name1", "clip_name2")}
-            found[str(node["id"])] = {"class_type": kind, "inputs": inputs}
+        found = prompt_of(
+            read_example(name), lambda kind: offered[kind]["input"], steps=steps, width=128, height=128, **more
+        )
+        for node in found.values():
+            if node["class_type"] == "DualCLIPLoader":  # it takes text encoders of the real sizes only
+                node["class_type"] = "XDiTDualCLIPLoader"
+                node["inputs"] = {name: node["inputs"][name] for name in ("clip_name1", "clip_name2")}
         return found
 
     return make
-
-
-def _widgets(described: dict[str, Any], linked: set[str], values: list[Any]) -> dict[str, Any]:
-    """Return a node's widget values by name; the workflow has them in the order of the inputs."""
-    found = {}
-    for name, spec in {**described["input"].get("required", {}), **described["input"].get("optional", {})}.items():
-        is_widget = isinstance(spec[0], list) or spec[0] in ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
-        if is_widget and name not in linked:
-            found[name] = values.pop(0)
-            if len(spec) > 1 and spec[1].get("control_after_generate"):
-                values.pop(0)
-    assert not values
-    return found
 
 
 def test_nodes_help_translations_and_examples_are_offered(server):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from typing import Any
 
 import lora_files
@@ -18,6 +20,7 @@ from xditd.gpu_workers.kernels.branches import Branch, Branches, Strength
 from xditd.gpu_workers.models.lora_binding import LentLora
 from xditd.gpu_workers.models.lora_targets import Target, flat, takes_loras, targets_of
 from xditd.gpu_workers.models.lora_variants import LoraCounters, prepare_variant
+from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.models.registry import families
 from xditd.gpu_workers.packed.linear import BranchedLinear, add_branches_to
@@ -194,6 +197,18 @@ def test_factors_are_converted_once_and_freed(cache, plug, demo_transformer, len
     lent.unplug()
     assert lent.converted_bytes == 0
     assert not lent.is_bound_to(model)
+
+
+def test_a_lora_keeps_no_model(layout, plug, demo_transformer, lent: LentLora) -> None:
+    """Caches drop models that are lent no more; a LoRA may be lent longer."""
+    model = plug(ModelCache(layout), demo_transformer).model
+    lent.bind(model)
+    assert lent.is_bound_to(model)
+    model.unplug()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_rows_of_a_fused_layer_are_those_of_its_parts(shared_cache, plug, demo_transformer) -> None:

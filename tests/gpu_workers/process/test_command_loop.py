@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,10 @@ from xditd.ipc.worker_messages import (
 
 TOKEN = "token-of-a-group"
 CLIENT = ProcessIdentity(pid=1, start_ticks=2)
+
+
+class _View:
+    """Stands for a view of lent memory."""
 
 
 class RecordingExecutor:
@@ -171,6 +177,27 @@ def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace
     assert (failed.op_number, failed.code, failed.detail) == (1, "bad_request", "no such component")
     assert (failed.is_fatal, failed.names) == (False, ("a", "b"))
     assert isinstance(loop.ask(Plug(op_number=2, component_id="c1")), Plugged)
+
+
+def test_a_refusal_keeps_no_frames(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
+    """They view lent memory, which the next command may unmap before the garbage collector runs."""
+    seen: list[weakref.ref[Any]] = []
+
+    def refuse(*_: Any) -> None:
+        view = _View()
+        seen.append(weakref.ref(view))
+        error = BadRequest(f"this frame has the error and a {type(view).__name__}")
+        raise error from ValueError("a cause")
+
+    executor._record = refuse  # type: ignore[method-assign]
+    gc.disable()
+    try:
+        assert isinstance(loop.ask(Plug(op_number=1, component_id="c1")), RankFailed)
+        assert isinstance(loop.ask(Plug(op_number=2, component_id="c1")), RankFailed)  # the first is dealt with
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+        del executor._record
 
 
 def test_a_fatal_error_ends_the_rank(loop: SimpleNamespace, executor: RecordingExecutor) -> None:

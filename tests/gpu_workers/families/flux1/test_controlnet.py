@@ -13,7 +13,7 @@ from flux1_variants import HEIGHT, WIDTH, numbers, state_of, text
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.ipc.arguments import ListOf
-from xditd.ipc.errors import BadRequest, UnknownComponent, Unsupported
+from xditd.ipc.errors import BadRequest, NotFinite, UnknownComponent, Unsupported
 from xditd.ipc.requests import Control, Generate, Sampling
 
 if TYPE_CHECKING:
@@ -173,6 +173,29 @@ def test_several_controlnets_have_the_bits_of_the_pipeline(rank: OneRank) -> Non
         for n in range(3)
     ]
     assert torch.equal(generated(rank, controls, given=text(1), sampling={"seed": 7}, has_vae=True), unpacked(expected))
+
+
+@pytest.mark.parametrize("name", ["controlnet_blocks.0.weight", "single_blocks.1.linear2.bias"])
+def test_a_weight_that_is_not_finite_is_that_of_the_controlnet(rank: OneRank, name: str) -> None:
+    state = comfyui_state(3)
+    state[name].view(-1)[3] = torch.nan
+    rank.lend("transformer", flux1_state_dict(1))
+    rank.lend("broken", state)
+    rank.lend("sound", comfyui_state(4))
+    controls = [{"component_id": each, "latents": CONTROL} for each in ("sound", "broken")]
+    with pytest.raises(NotFinite, match=r"^controlnet broken .*: residuals: some values are NaN"):
+        generated(rank, controls, given=text(1), noise=numbers(3, 1, *LATENTS))
+    assert generated(rank, controls[:1], given=text(1), noise=numbers(3, 1, *LATENTS)).isfinite().all()
+
+
+def test_a_weight_of_the_transformer_that_is_not_finite_is_its_own(rank: OneRank) -> None:
+    state = flux1_state_dict(1)
+    state["final_layer.linear.bias"][3] = torch.nan
+    rank.lend("transformer", state)
+    rank.lend("sound", comfyui_state(4))
+    control = {"component_id": "sound", "latents": CONTROL}
+    with pytest.raises(NotFinite, match=r"^transformer transformer .*: latents after step 1 of 3"):
+        generated(rank, [control], given=text(1), noise=numbers(3, 1, *LATENTS))
 
 
 def test_a_controlnet_of_no_steps_or_scale_changes_nothing(rank: OneRank) -> None:
