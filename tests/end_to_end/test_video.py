@@ -15,7 +15,7 @@ from xditd.client import BadRequest, Cancelled, FramesDecoded, StepDone
 
 SIDES = {"frames": 5, "height": 512, "width": 512}
 """The smallest that all ranks decode together."""
-STEPS = {"steps": 2, "guidance_scale": 1.0, "seed": 7}
+STEPS = {"steps": 1, "guidance_scale": 1.0, "seed": 7}
 BAR = 5e-6
 """The largest difference of a million pixels in [-1, 1]. Of one frame, diffusers itself differs by 1.8e-6 from a run
 with another number of threads."""
@@ -38,6 +38,7 @@ def decoded(latents: torch.Tensor) -> torch.Tensor:
     return wan_vaes.reference_decode(module, wan_vaes.SMALL_2_2, latents)
 
 
+@pytest.mark.slow
 def test_ti2v_gives_frames_that_both_ranks_decode(client: Any, files: SimpleNamespace, tmp_path: Any) -> None:
     transformer, vae = client.lend(files.transformer), client.lend(files.vae)
     job = client.generate(transformer, texts(), vae=vae, previews="image", **SIDES, **STEPS)
