@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import family_pipelines
 import flux
 import torch
 from measuring import Report, add_device, add_ranks, need_gpus, print_table, repeat_ms, synchronize
@@ -208,7 +209,53 @@ def qwen_image(given: argparse.Namespace, device: torch.device, dtype: torch.dty
     )
 
 
-FAMILIES = {"z_image": z_image, "flux1": flux1, "qwen_image": qwen_image}
+def flux2(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
+    """Build FLUX.2-dev, in diffusers' names. Its guidance is an input: 4, or ``--guidance``."""
+    generation = family_pipelines.make("flux2", device, dtype, small=given.small)
+    module, pipeline = generation.pipeline.transformer, generation.pipeline
+    pipeline.vae = None
+    rows = given.pixels // 16
+    noise = torch.randn(1, 128, rows, rows, device=device, dtype=dtype)
+    scale = given.guidance or 4.0
+    (text,) = generation.conditioning.values()
+    text = torch.randn(1, given.tokens, text.shape[2], device=device, dtype=dtype)
+    arguments = {
+        "hidden_states": noise.flatten(2).transpose(1, 2).contiguous(),
+        "encoder_hidden_states": text,
+        "timestep": torch.tensor([0.7]),
+        "img_ids": pipeline._prepare_latent_ids(noise)[0].float(),
+        "txt_ids": pipeline._prepare_text_ids(text)[0].float(),
+        "guidance": torch.tensor([scale]),
+    }
+
+    def loop(steps: int) -> torch.Tensor:
+        clock = family_pipelines.StepClock(device)
+        pipeline(
+            prompt_embeds=text,
+            latents=noise,
+            height=given.pixels,
+            width=given.pixels,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            output_type="latent",
+            callback_on_step_end=clock.after_step,
+        )
+        assert clock.latents is not None
+        return clock.latents.transpose(1, 2).unflatten(2, noise.shape[2:])
+
+    return Subject(
+        state=module.state_dict(),
+        forward=lambda: module(**{name: each.to(device) for name, each in arguments.items()}, return_dict=False)[0],
+        arguments=arguments,
+        rows=lambda tree: tree[0],
+        loop=loop,
+        conditioning={"prompt_embeds": text},
+        noise=noise,
+        sampling={"guidance_scale": scale},
+    )
+
+
+FAMILIES = {"z_image": z_image, "flux1": flux1, "qwen_image": qwen_image, "flux2": flux2}
 
 
 def keep_text(client: Client, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.addresses import user_path
+from xditd.ipc.loras import MAX_SCALE
 from xditd.ipc.settings.setting import Setting, settings_of
 from xditd.ipc.suggestions import did_you_mean
 
@@ -45,14 +46,21 @@ def add_flag(
     )
 
 
-def add_named_values(parser: argparse.ArgumentParser, *names: str, variable: str, help: str) -> None:
+def add_named_values(
+    parser: argparse.ArgumentParser,
+    *names: str,
+    variable: str,
+    help: str,
+    type: Callable[[str], dict[str, Any]],
+    metavar: str,
+) -> None:
     """Add a flag of ``NAME=VALUE`` that may be repeated: a dict, or ``None``. Its variable is the default."""
     parser.add_argument(
         *names,
-        type=named_values,
+        type=type,
         action=_Merge,
         default=os.environ.get(variable) or None,
-        metavar="NAME=VALUE",
+        metavar=metavar,
         help=f"{help} [{variable}]",
     )
 
@@ -101,8 +109,11 @@ def add_settings(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) 
     for setting in settings_of(struct):
         if setting.default is False:
             add_switch(parser, *setting.flags, variable=setting.variable, help=setting.help)
-        elif setting.kind == "named values":
-            add_named_values(parser, *setting.flags, variable=setting.variable, help=setting.help)
+        elif setting.kind in _NAMED:
+            convert, metavar = _NAMED[setting.kind]
+            add_named_values(
+                parser, *setting.flags, variable=setting.variable, help=setting.help, type=convert, metavar=metavar
+            )
         else:
             add_flag(
                 parser,
@@ -153,6 +164,34 @@ def named_values(text: str) -> dict[str, bool | int | float]:
             raise argparse.ArgumentTypeError(_given_twice(name, found[name], value))
         found[name] = value
     return found
+
+
+def strengths(text: str) -> dict[str, float]:
+    """Parse comma-separated ``FILE=STRENGTH`` items; names of files may have ``=`` and commas."""
+    found: dict[str, float] = {}
+    item = ""
+    for part in text.split(","):
+        item = f"{item},{part}" if item else part
+        name, _, word = (each.strip() for each in item.rpartition("="))
+        value = _value(word)
+        if value is None:
+            continue  # a part of a name
+        if not name or isinstance(value, bool) or abs(value) > MAX_SCALE:
+            break
+        if name in found:
+            raise argparse.ArgumentTypeError(_given_twice(name, found[name], value))
+        found[name] = value
+        item = ""
+    if item or not found:
+        raise argparse.ArgumentTypeError(
+            f"{item!r}: use FILE=STRENGTH, such as style.safetensors=0.8, with a number from {-MAX_SCALE:g} to "
+            f"{MAX_SCALE:g}"
+        )
+    return found
+
+
+_NAMED: Final = {"named values": (named_values, "NAME=VALUE"), "strengths": (strengths, "FILE=STRENGTH")}
+"""Flags of names with values, by the kind of their setting: how they are read and shown."""
 
 
 def _value(word: str) -> bool | int | float | None:

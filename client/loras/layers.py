@@ -6,12 +6,11 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from xditd.client.loras.scales import PeftConfig, scale_of
 from xditd.client.loras.spelling import LoraName, other_formats, read_name
 from xditd.ipc.errors import BadCheckpoint, Unsupported
-from xditd.ipc.loras import FACTOR_DTYPES, LoraDescription, LoraLayer, LoraPart, lora_faults
+from xditd.ipc.loras import FACTOR_DTYPES, LoraDescription, LoraLayer, LoraPart, TensorLike, lora_faults
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 
 logger = logging.getLogger(__name__)
@@ -20,16 +19,6 @@ BAKE = (
     "merge it into the weights (PEFT: merge_and_unload; diffusers: fuse_lora; ComfyUI: Load LoRA on the MODEL) and "
     "lend these; a branch is the product of two factors"
 )
-
-
-class TensorLike(Protocol):
-    """A tensor without its bytes."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +44,10 @@ class _Found:
 
 @dataclass(frozen=True)
 class LoraLayers:
-    """The layers of a LoRA, and the names of tensors that are none of them."""
+    """The layers of a LoRA, and their factors by name."""
 
     description: LoraDescription
     factors: Mapping[str, Matrix]
-    others: tuple[str, ...]
 
 
 def group_layers(
@@ -69,6 +57,8 @@ def group_layers(
     configs: Mapping[LoraPart, PeftConfig],
 ) -> LoraLayers:
     """Group the tensors of a LoRA. ``alpha_of`` reads the only element of the tensor of this name.
+
+    Tensors that are of no layer are left out, and named in the log.
 
     Raises:
         Unsupported: another adapter than LoRA, no adapter, or factors of convolutions or in another dtype.
@@ -139,7 +129,7 @@ def group_layers(
     _raise_faults(label, faults + lora_faults(layers, factors))
     if others:
         logger.warning("tensors of no LoRA are left out label=%s count=%d names=%s", label, len(others), listed(others))
-    return LoraLayers(LoraDescription(layers=tuple(layers)), factors, tuple(others))
+    return LoraLayers(LoraDescription(layers=tuple(layers)), factors)
 
 
 def _raise_faults(label: str, faults: list[str]) -> None:

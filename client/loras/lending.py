@@ -165,7 +165,7 @@ def _describe_read(
     faults = lora_faults(read.layers, factors)
     if faults:
         raise BadCheckpoint(f"{label}: not a LoRA: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults)
-    layers = LoraLayers(LoraDescription(layers=tuple(read.layers)), factors, ())
+    layers = LoraLayers(LoraDescription(layers=tuple(read.layers)), factors)
     return layers, describe_tensors(read.factors, device, memory)
 
 

@@ -90,7 +90,7 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
         about(
             "file or folder of a LoRA of the transformer, and its strength, such as style.safetensors=0.8; may be "
             "repeated; the variable takes several, separated by commas",
-            kind="named values",
+            kind="strengths",
             variable="XDITD_LORAS",
         ),
     ] = None

@@ -22,8 +22,9 @@ def about(help: str, **more: Any) -> msgspec.Meta:
 
     ``section`` and ``key``: its place in the file. ``flag`` and ``variable``: "" if it has none. ``short``: the flag of
     one letter. ``metavar``: the name of the flag's value. ``kind`` of a text: "path", "size" (in pixels, divisible by
-    ``multiple``) or "named values". ``values``: the allowed values in words. ``check`` raises ``ValueError`` for values
-    that the type allows but the setting does not. ``default``: the default in words. ``reload``: a reload applies it.
+    ``multiple``), "named values", or "strengths" by file. ``values``: the allowed values in words. ``check`` raises
+    ``ValueError`` for values that the type allows but the setting does not. ``default``: the default in words.
+    ``reload``: a reload applies it.
     """
     return msgspec.Meta(description=help, extra=more)
 
@@ -61,7 +62,7 @@ class Setting:
 
     @property
     def kind(self) -> str:
-        """The meaning of a text: "path", "size", "named values", or empty."""
+        """The meaning of a text: "path", "size", "named values", "strengths", or empty."""
         return str(self.more.get("kind", ""))
 
     @property

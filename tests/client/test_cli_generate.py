@@ -184,6 +184,32 @@ def test_options_that_cannot_be_read_are_refused(given, says, capsys):
     assert f"argument --option: {says}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["style.safetensors"], "'style.safetensors': use FILE=STRENGTH, such as style.safetensors=0.8"),
+        (["a=true"], "'a=true': use FILE=STRENGTH"),
+        (["a=nan"], "'a=nan': use FILE=STRENGTH"),
+        (["a=1e30"], "'a=1e30': use FILE=STRENGTH, such as style.safetensors=0.8, with a number from -1e+06 to 1e+06"),
+        (["=1"], "'=1': use FILE=STRENGTH"),
+        (["a=0,0.5"], "'0.5': use FILE=STRENGTH"),
+        ([""], "'': use FILE=STRENGTH"),
+        (["a=1", "a=2"], "a is given twice, as 1 and as 2; leave one out"),
+    ],
+)
+def test_strengths_of_loras_that_cannot_be_read_are_refused(given, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(["generate", *(part for each in given for part in ("--lora", each))])
+    assert ended.value.code == exits.MISUSE
+    assert f"argument --lora: {says}" in capsys.readouterr().err
+
+
+def test_files_of_loras_may_have_commas_and_equals_signs_in_their_names():
+    given = ("--lora", "a,b=1.safetensors=0.8", "--lora", "~/c=d.safetensors=-1,e.safetensors=2")
+    expected = {"a,b=1.safetensors": 0.8, "~/c=d.safetensors": -1, "e.safetensors": 2}
+    assert build_parser().parse_args(["generate", *given]).lora == expected
+
+
 def test_options_come_from_flags_or_else_from_the_variable(monkeypatch, capsys):
     def parsed(*given):
         return build_parser().parse_args(["generate", *given]).option

@@ -56,9 +56,11 @@ def test_names_that_the_terminal_does_not_have_are_escaped():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "verb", sorted(set(VERBS) - {"serve", "doctor", "demo", "install-service", "comfyui", "generate", "cluster"})
-)
+OTHERS = {"serve", "doctor", "demo", "install-service", "comfyui", "generate", "cluster", "completion", "top"}
+"""Verbs that need no daemon, have verbs of their own, or are tested elsewhere; ``top`` has no ``--json``."""
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - OTHERS))
 def test_a_verb_that_fails_says_so_in_json(verb, folder, capsys):
     needed = {"adopt": ["c1"], "revoke": ["c1"], "wait": ["--wait-s", "0"]}.get(verb, [])
     assert main([verb, *needed, "--runtime-dir", str(folder), "--json"]) == exits.UNREACHABLE

@@ -17,6 +17,7 @@ from xditd.client.comfyui.families.base import (
     text_of,
 )
 from xditd.client.comfyui.families.flux1_controlnets import KeptPictures, UsedControl, control_source, read_controls
+from xditd.client.comfyui.families.reference_places import METHODS, reference_places
 from xditd.client.comfyui.families.rows import join_rows, pad_to_patch
 from xditd.client.families.flux1 import PATCH, Place, image_positions, pack, text_positions, unpack
 from xditd.ipc.errors import Unsupported
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 LATENT_CHANNELS: Final = 16
 KNOWN_CHANNELS: Final = frozenset({LATENT_CHANNELS, 32, 96})
 """Of the inputs: Canny and Depth have the latents of an image beside their own, Fill also the pixels of a mask."""
-METHODS: Final = ("offset", "index", "uxo")
 """Where the tokens of reference latents are; ComfyUI's other one modulates them apart."""
 
 EMBEDS: Final = "encoder_hidden_states"
@@ -154,24 +154,10 @@ class References:
     method: str
 
     def places(self, image: Place) -> Iterator[Place]:
-        """Yield where the tokens of each are, beside an ``image``.
-
-        ``offset`` puts them side by side on the plane 1, along the shorter side of what is there; ``index`` each on a
-        plane of its own; ``uxo`` behind the image, on its plane.
-        """
-        down = across = 0
-        for number, each in enumerate(self.latents):
-            height, width = each.shape[2:]
-            first, top, left = 0, 0, 0
-            if self.method == "index":
-                first = number + 1
-            elif self.method == "uxo":
-                top, left = image.rows * PATCH + down, image.columns * PATCH + across
-                down, across = down + height, across + width
-            else:
-                first = 1
-                top, left = (0, across) if height + down > width + across else (down, 0)
-                down, across = max(down, height + top), max(across, width + left)
+        """Yield where the tokens of each are, beside an ``image``."""
+        sizes = [(each.shape[2], each.shape[3]) for each in self.latents]
+        found = reference_places(self.method, (image.rows * PATCH, image.columns * PATCH), sizes, 1)
+        for (height, width), (first, top, left) in zip(sizes, found, strict=True):
             yield Place(_tokens(height), _tokens(width), first, _tokens(top), _tokens(left))
 
 

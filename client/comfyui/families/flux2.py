@@ -21,18 +21,20 @@ from xditd.client.comfyui.families.base import (
     control_faults,
     text_of,
 )
+from xditd.client.comfyui.families.reference_places import METHODS, reference_places
 from xditd.client.comfyui.families.rows import join_rows
 from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
 
+Size = tuple[int, int]
 CHANNELS: Final = 128
 ID_AXES: Final = 4
 REFERENCE_STEP: Final = 10
 """Between the first coordinates of the image and its references."""
 METHOD: Final = "index"
-"""ComfyUI's name for such references; the others place them beside the image, or modulate them at timestep 0."""
+"""ComfyUI's name for how the model places references by itself."""
 
 EMBEDS: Final = "encoder_hidden_states"
 
@@ -51,9 +53,10 @@ class Flux2Model(BaseModelAdapter):
     """In half precision ComfyUI rounds neither the timestep before it is embedded, nor latents between steps."""
     multiple: Final = 1
     loop_keys: Final = frozenset({
-        "attention_mask", "cross_attn", "guidance", "pooled_output", "reference_latents", "reference_latents_method"
+        "attention_mask", "cross_attn", "guidance", "pooled_output", "reference_latents"
     })  # fmt: skip
-    loop_conds: Final = frozenset({"c_crossattn", "guidance", "ref_latents", "ref_latents_method", "y"})
+    loop_conds: Final = frozenset({"c_crossattn", "guidance", "ref_latents", "y"})
+    """The loop places references as the model does by itself; with a method that is named, forwards are called."""
 
     takes_sigmas = True
     refused = _REFUSED
@@ -81,9 +84,9 @@ class Flux2Model(BaseModelAdapter):
         """
         texts = {EMBEDS: text_of(context)}
         faults = control_faults(control)
-        references = tuple(ref_latents or ())
+        references, method = tuple(ref_latents or ()), more.get("ref_latents_method") or METHOD
         if references:
-            faults += self.method_faults(more.get("ref_latents_method"))
+            faults += self.method_faults(method)
         if more.get("attention_mask") is not None:
             faults.append(_MASK)
         return Flux2Call(
@@ -92,13 +95,14 @@ class Flux2Model(BaseModelAdapter):
             numbers=self.numbers(timestep, x.shape[0], guidance),
             texts=texts,
             references=references,
+            method=method,
             options=transformer_options or {},
             faults=faults,
         )
 
     def method_faults(self, method: str | None) -> Iterator[str]:
-        if method not in (None, METHOD):
-            yield f"reference latents by the method {method!r} (use {METHOD!r})"
+        if (method or METHOD) not in METHODS:
+            yield f"reference latents by the method {method!r} (use one of {', '.join(METHODS)})"
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
         scale = 1.0
@@ -109,11 +113,14 @@ class Flux2Model(BaseModelAdapter):
             found["reference_latents"] = [each[0] for each in conditions["ref_latents"].cond]
         return found, scale
 
-    def ids(self, keep: Keep, *sizes: tuple[int, ...]) -> Any:
-        """Return positions, kept: of an image and its references for pairs of rows and columns, of a text for one
-        number of tokens."""
+    def text_ids(self, keep: Keep, tokens: int) -> Any:
+        """Return the positions of a text of so many tokens, kept."""
+        return self._positions.get(tokens, keep, lambda: _text_positions(tokens))
+
+    def ids(self, keep: Keep, image: Size, references: Sequence[Size] = (), method: str = METHOD) -> Any:
+        """Return the positions of an image and its references, kept; sizes are (rows, columns)."""
         return self._positions.get(
-            sizes, keep, lambda: torch.cat([_positions(at, size) for at, size in enumerate(sizes)])
+            (image, *references, method), keep, lambda: _all_positions(image, references, method)
         )
 
 
@@ -121,11 +128,12 @@ class Flux2Model(BaseModelAdapter):
 class Flux2Call(BaseCall):
     """One call of ComfyUI's ``Flux``; see :class:`~xditd.client.comfyui.families.adapter.ForwardCall`.
 
-    ``references`` are (rows, 128, height/16, width/16) each.
+    ``references`` are (rows, 128, height/16, width/16) each, ``method`` is ComfyUI's name for where they are.
     """
 
     model: Flux2Model
     references: Sequence[torch.Tensor]
+    method: str = METHOD
 
     def arguments(
         self, rows: slice, numbers: Mapping[str, list[float]], kept: Sequence[Kept], keep: Keep, dtype: torch.dtype
@@ -136,12 +144,17 @@ class Flux2Call(BaseCall):
             "hidden_states": torch.cat([each.flatten(2).transpose(1, 2).to(dtype) for each in images], dim=1),
             EMBEDS: join_rows([row[EMBEDS] for row in kept]),
             "timestep": torch.tensor(numbers["timestep"], dtype=torch.float32),
-            "img_ids": self.model.ids(keep, *(tuple(each.shape[2:]) for each in images)),
-            "txt_ids": self.model.ids(keep, (self.texts[EMBEDS].shape[1],)),
+            "img_ids": self.model.ids(keep, *self._sizes, self.method),
+            "txt_ids": self.model.text_ids(keep, self.texts[EMBEDS].shape[1]),
         }
         if "guidance" in numbers:
             found["guidance"] = torch.tensor(numbers["guidance"], dtype=torch.float32)
         return [found]
+
+    @property
+    def _sizes(self) -> tuple[Size, list[Size]]:
+        image, *references = ((each.shape[2], each.shape[3]) for each in (self.x, *self.references))
+        return image, references
 
     def prediction(self, rows: slice, results: Sequence[Any]) -> torch.Tensor:
         ((tokens,),) = results
@@ -185,18 +198,22 @@ class Flux2(BaseAdapter):
 ADAPTER: Final[Adapter] = Flux2()
 
 
-def _positions(number: int, size: tuple[int, ...]) -> torch.Tensor:
-    """Return positions, (tokens, 4), float32: of a text its tokens, else an image's rows and columns.
+def _all_positions(image: Size, references: Sequence[Size], method: str) -> torch.Tensor:
+    """Return the positions of an image and its references, (tokens, 4), float32."""
+    places = [(0, 0, 0), *reference_places(method, image, references, REFERENCE_STEP)]
+    return torch.cat([_positions(size, *place) for size, place in zip((image, *references), places, strict=True)])
 
-    ``number`` is 0 for the image itself, then counts its references.
-    """
-    if len(size) == 1:
-        ids = torch.zeros(*size, ID_AXES)
-        ids[:, 3] = torch.arange(*size)
-        return ids
+
+def _positions(size: Size, first: int, top: int, left: int) -> torch.Tensor:
     rows, columns = size
     ids = torch.zeros(rows, columns, ID_AXES)
-    ids[..., 0] = REFERENCE_STEP * number
-    ids[..., 1] += torch.arange(rows)[:, None]
-    ids[..., 2] += torch.arange(columns)[None, :]
+    ids[..., 0] = first
+    ids[..., 1] += torch.arange(top, top + rows)[:, None]
+    ids[..., 2] += torch.arange(left, left + columns)[None, :]
     return ids.reshape(-1, ID_AXES)
+
+
+def _text_positions(tokens: int) -> torch.Tensor:
+    ids = torch.zeros(tokens, ID_AXES)
+    ids[:, 3] = torch.arange(tokens)
+    return ids

@@ -75,7 +75,7 @@ def test_references(name, sizes, cfg, weightless, stock, ksample, relative_error
 METHODS = ("offset", "index", "uxo/uno", "index_timestep_zero")
 OBEYED = {
     "flux1_dev": ("offset", "index", "uxo/uno"),
-    "flux2_dev": ("index",),
+    "flux2_dev": ("offset", "index", "uxo/uno"),
     "qwen_image": ("index",),
     "qwen_image_edit_2511": ("index_timestep_zero",),
 }

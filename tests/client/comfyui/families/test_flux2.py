@@ -54,6 +54,24 @@ def test_references_are_tokens_after_the_image_with_coordinates_of_their_own():
         assert torch.equal(tokens.transpose(1, 2), image.flatten(2))
 
 
+@pytest.mark.parametrize(
+    ("method", "places"),
+    [
+        ("index", [(10, 0, 0), (20, 0, 0)]),
+        ("offset", [(1, 0, 0), (1, 2, 0)]),
+        ("uxo", [(0, 3, 4), (0, 5, 9)]),
+    ],
+)
+def test_methods_place_references_where_comfyui_does(method, places):
+    x, references = drawn(1, 128, 3, 4), [drawn(1, 128, 2, 5), drawn(1, 128, 4, 4)]
+    more = {"ref_latents": references, "ref_latents_method": method}
+    found = arguments_of(Flux2Model(False), x, SIGMA, drawn(1, 5, 32), **more)["img_ids"].tensor
+    first, second = found[12:22], found[22:]
+    assert [tuple(ids[0, :3].int().tolist()) for ids in (first, second)] == places
+    assert torch.equal(first[-1, 1:3] - first[0, 1:3], torch.tensor([1.0, 4.0]))
+    assert "ref_latents_method" not in Flux2Model.loop_conds  # Generate has one way
+
+
 def test_klein_is_given_no_guidance():
     assert "guidance" not in arguments_of(
         Flux2Model(False), drawn(1, 128, 2, 2), SIGMA, drawn(1, 5, 32), guidance=torch.tensor([3.5])
@@ -97,10 +115,9 @@ def test_the_loop_takes_text_guidance_and_references():
         ({"control": {"input": []}}, "ControlNet"),
         ({"attention_mask": torch.ones(1, 5)}, "an attention mask"),
         (
-            {"ref_latents": [drawn(1, 128, 4, 4)], "ref_latents_method": "offset"},
-            "reference latents by the method 'offset' (use 'index')",
+            {"ref_latents": [drawn(1, 128, 4, 4)], "ref_latents_method": "index_timestep_zero"},
+            "reference latents by the method 'index_timestep_zero' (use one of offset, index, uxo)",
         ),
-        ({"ref_latents": [drawn(1, 128, 4, 4)], "ref_latents_method": "index_timestep_zero"}, "'index_timestep_zero'"),
     ],
 )
 def test_what_cannot_be_run_is_named(more, said):
@@ -111,8 +128,10 @@ def test_what_cannot_be_run_is_named(more, said):
 def test_conditioning_that_cannot_be_run_is_named():
     model = Flux2Model(True)
     assert list(model.condition_faults({"reference_latents": [drawn(1, 128, 4, 4)], "guidance": 3.0})) == []
-    (fault,) = model.condition_faults({"reference_latents": [drawn(1, 128, 4, 4)], "reference_latents_method": "uxo"})
-    assert "'uxo'" in fault
+    given = {"reference_latents": [drawn(1, 128, 4, 4)]}
+    assert list(model.condition_faults({**given, "reference_latents_method": "uxo"})) == []
+    (fault,) = model.condition_faults({**given, "reference_latents_method": "index_timestep_zero"})
+    assert "'index_timestep_zero'" in fault
     (fault,) = model.condition_faults({"guidance": None})
     assert "FluxDisableGuidance" in fault
     assert list(Flux2Model(False).condition_faults({"guidance": None})) == []
