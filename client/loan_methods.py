@@ -111,8 +111,8 @@ class LoanMethods:
         by name, as diffusers and PEFT spell them.
 
         Raises:
-            Unsupported: LoHa, LoKr, DoRA and other adapters that are no product of two factors; a LoRA of a model that
-                no family runs.
+            Unsupported: LoHa, LoKr, DoRA and other adapters that are no product of two factors; factors in other dtypes
+                than float32, bfloat16 and float16; a LoRA of a model that no family runs.
             BadCheckpoint: the file is invalid, or the LoRA is not whole; every fault is named.
             StaleSource, OutOfMemory: as :meth:`lend`.
         """

@@ -61,7 +61,7 @@ def describe_lora(
     With ``as_class`` its names are those of layers of a module that runs as its class.
 
     Raises:
-        Unsupported: another adapter than LoRA, no adapter, or packed factors.
+        Unsupported: another adapter than LoRA, no adapter, or factors that are packed or in another dtype.
         BadCheckpoint: the file is invalid, or the LoRA not whole; every fault is named.
         BadRequest: a tensor has no memory that can be shared, or ``metadata`` is given with a file, which has its own.
         StaleSource, OutOfMemory: see :func:`xditd.client.lending.describe`.
