@@ -159,10 +159,7 @@ def raise_on_all_ranks(among: RankSet = RankSet.GROUP) -> Iterator[None]:
     if agree(fault is None, among):
         return
     if fault is not None:
-        try:
-            raise fault
-        finally:
-            del fault  # this frame is in its traceback: as a cycle it would keep the block's frames, with lent memory
+        raise fault
     raise OtherRankFailed("another rank refused; its error says why")
 
 
