@@ -56,7 +56,7 @@ def run_rank(rank: int, ranks: int, store: str, given: argparse.Namespace) -> di
     def decode_by(model: Any, latents: torch.Tensor, *, is_shared: bool = False) -> torch.Tensor:
         operations = model.operations
         scaling = operations.facts(model.config).latents.scaling
-        image: torch.Tensor = operations.decode(model, latents, scaling, is_shared=is_shared)
+        image: torch.Tensor = next(operations.decode(model, latents, scaling, is_shared=is_shared))
         return image
 
     exact = decode_by(plugged(torch.float32), latents.float())
