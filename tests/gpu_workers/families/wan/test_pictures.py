@@ -10,6 +10,7 @@ import pytest
 import torch
 import wan_models
 import wan_vaes
+from wan_samples import VideoSample, generate
 
 from xditd.gpu_workers.families.wan.config import WanConfig
 from xditd.gpu_workers.models.cached_model import CachedModel
@@ -26,16 +27,11 @@ IMAGE, CLIP_IMAGE, TWO_IMAGES, TI2V = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """A generation from images; ``size`` is that of the latents."""
+class Sample(VideoSample):
+    """A generation from images."""
 
     config: WanConfig = IMAGE
-    scale: float = 5.0
-    size: tuple[int, int, int] = (3, 4, 6)
-    batch: int = 1
     has_last: bool = False
-    steps: int = 3
-    options: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def conditioning(self) -> dict[str, torch.Tensor]:
@@ -51,17 +47,6 @@ class Sample:
             images = 2 if self.config.has_image_positions else 1
             found["image_embeds"] = torch.randn(images, 257, self.config.image_channels, generator=generator)
         return found
-
-    @property
-    def noise(self) -> torch.Tensor:
-        shape = (self.batch, self.config.out_channels, *self.size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-    @property
-    def sides(self) -> dict[str, int]:
-        frames, height, width = self.size
-        pixels = self.config.pixels
-        return {"frames": (frames - 1) * 4 + 1, "height": height * pixels, "width": width * pixels}
 
 
 SAMPLES = {
@@ -93,22 +78,6 @@ def models(
         plug(ModelCache(layout), state).model, wan_models.reference(state, sample.config),
         plug(ModelCache(layout), of_vae).model, vae,
     )  # fmt: skip
-
-
-def generate(model: CachedModel, vae: CachedModel, sample: Sample, **more: Any) -> torch.Tensor:
-    import direct_jobs  # not before the group is started
-
-    return direct_jobs.generate_from(
-        model,
-        sample.conditioning | more.pop("conditioning", {}),
-        more.pop("noise", sample.noise),
-        vae=vae,
-        steps=sample.steps,
-        guidance_scale=sample.scale,
-        options=sample.options,
-        **sample.sides,
-        **more,
-    )
 
 
 @pytest.mark.parametrize("case", list(SAMPLES))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import wan_models
+from wan_samples import VideoSample
 
-from xditd.gpu_workers.families.wan.config import WanConfig
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.model_cache import ModelCache
@@ -24,17 +24,13 @@ TEXT, TI2V = wan_models.TEXT, wan_models.TI2V
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """A generation: ``negatives`` are the tokens of the negative prompts, ``size`` that of the latents."""
+class Sample(VideoSample):
+    """A generation: ``negatives`` are the tokens of the negative prompts."""
 
-    config: WanConfig = TEXT
-    scale: float = 5.0
     size: tuple[int, int, int] = (3, 6, 10)
-    tokens: int = 20
-    batch: int = 1
-    negatives: int | None = 20
     steps: int = 4
-    options: dict[str, float] = dataclasses.field(default_factory=dict)
+    tokens: int = 20
+    negatives: int | None = 20
 
     @property
     def conditioning(self) -> dict[str, torch.Tensor]:
@@ -45,17 +41,6 @@ class Sample:
             for name, tokens in lengths.items()
             if tokens is not None
         }
-
-    @property
-    def noise(self) -> torch.Tensor:
-        shape = (self.batch, self.config.out_channels, *self.size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-    @property
-    def sides(self) -> dict[str, int]:
-        frames, height, width = self.size
-        pixels = self.config.pixels
-        return {"frames": (frames - 1) * 4 + 1, "height": height * pixels, "width": width * pixels}
 
 
 SAMPLES = {

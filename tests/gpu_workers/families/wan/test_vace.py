@@ -10,6 +10,7 @@ import pytest
 import torch
 import wan_models
 import wan_vaes
+from wan_samples import VideoSample, generate
 
 from xditd.gpu_workers.families.wan.config import WanVaceConfig
 from xditd.gpu_workers.models.cached_model import CachedModel
@@ -24,17 +25,12 @@ CONFIG = wan_models.TWO_CONTROLS
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """A generation; ``size`` is that of the video's latents, ``given`` names what controls it."""
+class Sample(VideoSample):
+    """A generation; ``given`` names what controls it."""
 
+    config: WanVaceConfig = CONFIG
     given: tuple[str, ...] = ("video", "mask")
     references: int = 0
-    scale: float = 5.0
-    size: tuple[int, int, int] = (3, 4, 6)
-    batch: int = 1
-    steps: int = 3
-    options: dict[str, float] = dataclasses.field(default_factory=dict)
-    config: WanVaceConfig = CONFIG
 
     @property
     def conditioning(self) -> dict[str, Any]:
@@ -54,15 +50,9 @@ class Sample:
         return found
 
     @property
-    def noise(self) -> torch.Tensor:
-        frames, *sides = self.size
-        shape = (self.batch, 16, frames + self.references, *sides)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-    @property
-    def sides(self) -> dict[str, int]:
+    def noise_size(self) -> tuple[int, int, int]:
         frames, height, width = self.size
-        return {"frames": (frames - 1) * 4 + 1, "height": height * 8, "width": width * 8}
+        return frames + self.references, height, width
 
 
 SAMPLES = {
@@ -87,22 +77,6 @@ def models(
         plug(ModelCache(layout), state).model, wan_models.reference(state, CONFIG),
         plug(ModelCache(layout), of_vae).model, plain,
     )  # fmt: skip
-
-
-def generate(model: CachedModel, vae: CachedModel, sample: Sample, **more: Any) -> torch.Tensor:
-    import direct_jobs  # not before the group is started
-
-    return direct_jobs.generate_from(
-        model,
-        sample.conditioning | more.pop("conditioning", {}),
-        more.pop("noise", sample.noise),
-        vae=vae,
-        steps=sample.steps,
-        guidance_scale=sample.scale,
-        options=sample.options,
-        **sample.sides,
-        **more,
-    )
 
 
 @pytest.mark.parametrize("case", list(SAMPLES))

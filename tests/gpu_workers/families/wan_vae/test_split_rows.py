@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from forked_programs import ProgramServer
-from safetensors.torch import load_file
+from split_programs import RANKS, Results, cases, run_split
 
 from xditd.gpu_workers.families.flux1.reference import relative_error
 
@@ -17,34 +15,13 @@ PROGRAM = Path(__file__).with_name("split_ranks.py")
 BAR = 2e-6
 """The largest difference over the largest value. It was 1.1e-6 with two ranks and three: sums in another order."""
 
-Results = list[dict[str, torch.Tensor]]
 
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param((2, "cpu"), id="2 on the CPU"),
-        pytest.param((3, "cpu"), id="3 on the CPU", marks=(pytest.mark.slow, pytest.mark.long)),
-        pytest.param((2, "cuda"), id="2 GPUs", marks=pytest.mark.multigpu),
-    ],
-)
+@pytest.fixture(scope="module", params=RANKS)
 def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServer
 ) -> Results:
     """What each rank wrote."""
-    ranks, kind = request.param
-    folder = tmp_path_factory.mktemp("split")
-    if kind == "cpu":
-        done = fork_program(PROGRAM, folder, ranks, kind)
-    else:  # a process that was forked can use no GPU
-        command = [sys.executable, str(PROGRAM), str(folder), str(ranks), kind]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)]
-
-
-def cases(made: Results) -> list[str]:
-    return [name.removesuffix("/whole") for name in made[0] if name.endswith("/whole")]
+    return run_split(PROGRAM, tmp_path_factory.mktemp("split"), *request.param, fork_program)
 
 
 def test_in_float32_it_differs_by_the_order_of_sums(made: Results) -> None:
