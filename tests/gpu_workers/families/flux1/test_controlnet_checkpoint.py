@@ -105,9 +105,15 @@ def _with(**tensors: tuple[int, ...]) -> Callable[[State], State]:
         (_with(controlnet_x_embedder__weight=(256, 32)), Unsupported, r"32 channels, those of another picture"),
     ],
     ids=[
-        "a weight of a residual is missing", "a bias is missing", "a projection is missing", "one too many",
-        "another shape", "XLabs'", "with a mask", "another picture",
-    ],  # fmt: skip
+        "a weight of a residual is missing",
+        "a bias is missing",
+        "a projection is missing",
+        "one too many",
+        "another shape",
+        "XLabs'",
+        "with a mask",
+        "another picture",
+    ],
 )
 def test_files_that_do_not_fit_are_refused_by_name(
     cache: ModelCache, describe: Describe, change: Callable[[State], State], error: type[RequestError], message: str
