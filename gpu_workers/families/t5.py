@@ -145,7 +145,7 @@ class UMT5(T5):
     """The family of UMT5: see the module's docstring."""
 
     name = "umt5"
-    title = "UMT5, the text encoder of Wan (umt5_xxl_fp16.safetensors)"
+    title = "UMT5 of Wan (umt5_xxl_fp16.safetensors)"
     has_tables = True
 
     def claims(self, names: Collection[str]) -> bool:

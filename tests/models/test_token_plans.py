@@ -51,7 +51,8 @@ def test_every_class_has_a_plan_or_a_reason() -> None:
 
 
 def test_every_plan_is_of_a_class() -> None:
-    assert set(plans()) - {entry.name for entry in ENTRIES.values()} == set()
+    others = set(plans()) - {entry.name for entry in ENTRIES.values()}
+    assert others == {"FluxControlNetModel"}  # of a family, whose tests run it on two ranks
 
 
 def test_every_reason_is_a_sentence() -> None:

@@ -48,7 +48,7 @@ class Flux1ControlNet:
     """The family of ControlNets for FLUX.1: see the module's docstring."""
 
     name = "flux1_controlnet"
-    title = "ControlNets for FLUX.1 (FLUX.1-dev-ControlNet-Union-Pro.safetensors)"
+    title = "a ControlNet for FLUX.1 (such as Union-Pro)"
     kind: Kind = "controlnet"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None

@@ -49,7 +49,7 @@ class Qwen25Vl:
     """The family of Qwen2.5-VL's language model: see the module's docstring."""
 
     name = "qwen2_5_vl"
-    title = "the text encoder of Qwen-Image, Qwen2.5-VL (qwen_2.5_vl_7b.safetensors)"
+    title = "Qwen2.5-VL of Qwen-Image (qwen_2.5_vl_7b.safetensors)"
     kind: Kind = "text_encoder"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = re.compile(r"^(?:lm_head\.|language_model\.lm_head\.)")

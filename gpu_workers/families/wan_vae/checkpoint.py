@@ -34,9 +34,7 @@ class WanVae:
     """The family of this VAE: see the module's docstring."""
 
     name = "wan_vae"
-    title = (
-        "the VAE of Qwen-Image and Wan (qwen_image_vae.safetensors, wan_2.1_vae.safetensors, wan2.2_vae.safetensors)"
-    )
+    title = "the VAE of Qwen-Image or Wan (wan_2.1_vae.safetensors)"
     kind: Kind = "vae"
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None

@@ -264,11 +264,11 @@ FACTS = (
 
 
 def test_what_arguments_take_is_bounded_before_it_is_taken(jobs: Jobs) -> None:
-    jobs.kept.keep(ALICE, "k1", torch.zeros(1, 2**25))  # 128 MiB, which one row may stand for 64 times
-    many = rows((kept("k1", 1, 2**25), 8), (kept("k1", 1, 2**25), 9))
-    with pytest.raises(LimitExceeded, match=r"^x: with it, the arguments of one job take 2281701376 bytes, at most"):
+    jobs.kept.keep(ALICE, "k1", torch.zeros(1, 2**26))  # 256 MiB, which one row may stand for 64 times
+    many = rows((kept("k1", 1, 2**26), 8), (kept("k1", 1, 2**26), 9))
+    with pytest.raises(LimitExceeded, match=r"^x: with it, the arguments of one job take 4563402752 bytes, at most"):
         jobs.read(many)
-    assert jobs.read(rows((kept("k1", 1, 2**25), 64))).shape == (64, 2**25)  # as a view
+    assert jobs.read(rows((kept("k1", 1, 2**26), 64))).shape == (64, 2**26)  # as a view
 
 
 def test_values_with_fractions_are_no_whole_numbers(jobs: Jobs) -> None:

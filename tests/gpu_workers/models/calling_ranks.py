@@ -55,7 +55,7 @@ class Doubling:
         return tuple(tuple(row.shape) for row in inputs.arguments["x"])
 
     def take_rows(self, inputs: Any, rows: slice) -> Any:
-        return SimpleNamespace(arguments={"x": inputs.arguments["x"][rows]})
+        return SimpleNamespace(arguments={"x": inputs.arguments["x"][rows]}, controls=())
 
     def run(self, model: Any, inputs: Any, options: Any) -> list[torch.Tensor]:
         self.ran.append([float(row.flatten()[0]) for row in inputs.arguments["x"]])
@@ -69,7 +69,7 @@ def run(case: str, layout: ParallelLayout) -> tuple[list[Any], list[list[float]]
 
     operations: Any = Doubling()
     model: Any = SimpleNamespace(layout=layout)
-    parts: Any = [SimpleNamespace(arguments={"x": rows}) for rows in rows_of(case)]
+    parts: Any = [SimpleNamespace(arguments={"x": rows}, controls=()) for rows in rows_of(case)]
     return run_parts(model, operations, parts, CallOptions()), operations.ran
 
 
