@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 HEAD_SIZE = 128
 HIDDEN = 3072
@@ -35,12 +36,8 @@ SCHNELL_SCHEDULER: Mapping[str, object] = {**DEV_SCHEDULER, "shift": 1.0, "use_d
 
 
 @dataclass(frozen=True, slots=True)
-class Flux1Config:
-    """The sizes of a FLUX.1 transformer.
-
-    A timestep is a sigma in [0, 1]; the model multiplies it by 1000. Guidance is the distilled guidance scale (usually
-    3.5), an input of the model, not classifier-free guidance.
-    """
+class Flux1Sizes:
+    """What a FLUX.1 transformer and a ControlNet for it both have."""
 
     hidden: int
     double_blocks: int
@@ -48,12 +45,35 @@ class Flux1Config:
     context_channels: int
     pooled_channels: int
     has_guidance: bool
-    in_channels: int = PACKED_CHANNELS
-    """Of a token: those of the latents, and for Fill, Canny and Depth those of what the image is made from."""
 
     @property
     def heads(self) -> int:
         return self.hidden // HEAD_SIZE
+
+    @property
+    def class_arguments(self) -> dict[str, Any]:
+        """Arguments of diffusers' classes."""
+        return {
+            "num_layers": self.double_blocks,
+            "num_single_layers": self.single_blocks,
+            "attention_head_dim": HEAD_SIZE,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": self.context_channels,
+            "pooled_projection_dim": self.pooled_channels,
+            "guidance_embeds": self.has_guidance,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Flux1Config(Flux1Sizes):
+    """The sizes of a FLUX.1 transformer.
+
+    A timestep is a sigma in [0, 1]; the model multiplies it by 1000. Guidance is the distilled guidance scale (usually
+    3.5), an input of the model, not classifier-free guidance.
+    """
+
+    in_channels: int = PACKED_CHANNELS
+    """Of a token: those of the latents, and for Fill, Canny and Depth those of what the image is made from."""
 
     @property
     def scheduler(self) -> Mapping[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xditd.gpu_workers.families.flux1.config import HEAD_SIZE
+from xditd.gpu_workers.families.flux1.config import Flux1Sizes
 
 DOUBLE_RESIDUALS = "controlnet_block_samples"
 SINGLE_RESIDUALS = "controlnet_single_block_samples"
@@ -12,23 +12,13 @@ SINGLE_RESIDUALS = "controlnet_single_block_samples"
 
 
 @dataclass(frozen=True, slots=True)
-class Flux1ControlNetConfig:
+class Flux1ControlNetConfig(Flux1Sizes):
     """The sizes of a ControlNet: blocks as those of the transformer, and a residual after each of them."""
 
-    hidden: int
-    double_blocks: int
-    single_blocks: int
-    context_channels: int
-    pooled_channels: int
-    has_guidance: bool
     modes: int = 0
     """Kinds of pictures that a union ControlNet tells apart; 0: it is for one kind."""
     is_original: bool = False
     """Whether the tensors are named as in ComfyUI's module, and not as in diffusers' class."""
-
-    @property
-    def heads(self) -> int:
-        return self.hidden // HEAD_SIZE
 
     @property
     def residuals(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from diffusers import FluxControlNetModel
 
-from xditd.gpu_workers.families.flux1.config import HEAD_SIZE, PACKED_CHANNELS
+from xditd.gpu_workers.families.flux1.config import PACKED_CHANNELS
 from xditd.gpu_workers.families.flux1.controlnet_config import Flux1ControlNetConfig
 from xditd.gpu_workers.families.flux1.timesteps import SCALE
 
@@ -22,14 +22,8 @@ class Flux1ControlNetModule(FluxControlNetModel):
     def __init__(self, config: Flux1ControlNetConfig) -> None:
         super().__init__(
             in_channels=PACKED_CHANNELS,
-            num_layers=config.double_blocks,
-            num_single_layers=config.single_blocks,
-            attention_head_dim=HEAD_SIZE,
-            num_attention_heads=config.heads,
-            joint_attention_dim=config.context_channels,
-            pooled_projection_dim=config.pooled_channels,
-            guidance_embeds=config.has_guidance,
             num_mode=config.modes or None,
+            **config.class_arguments,
         )
 
     def embed_text(

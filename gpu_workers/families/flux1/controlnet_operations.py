@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 import torch
 from diffusers import FluxPipeline
 
+from xditd.gpu_workers.families.flux1.class_arguments import check_arguments, rows_of
 from xditd.gpu_workers.families.flux1.config import LATENT_CHANNELS, PACKED_CHANNELS
 from xditd.gpu_workers.families.flux1.controlnet_config import (
     DOUBLE_RESIDUALS,
@@ -16,7 +17,7 @@ from xditd.gpu_workers.families.flux1.controlnet_config import (
 )
 from xditd.gpu_workers.families.flux1.controlnet_module import Flux1ControlNetModule
 from xditd.gpu_workers.families.flux1.facts import LATENTS
-from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_shape, check_tensor
+from xditd.gpu_workers.models.job_checks import check_shape, check_tensor
 from xditd.gpu_workers.models.operations import Inputs, Model, Residuals
 from xditd.gpu_workers.models.planned_path import PlannedPath
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -26,7 +27,6 @@ from xditd.ipc.facts import ArgumentFacts, ControlNetFacts
 
 PICTURE: Final = "controlnet_cond"
 MODE: Final = "controlnet_mode"
-_OF_ALL_ROWS: Final = frozenset({"img_ids", "txt_ids"})
 _OF_TRANSFORMER: Final = (
     "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance",
 )  # fmt: skip
@@ -74,19 +74,8 @@ class Flux1ControlNetOperations:
 
     def check(self, model: Model[Flux1ControlNetConfig], inputs: Inputs) -> None:
         given, config = inputs.arguments, model.config
-        image, text = given["hidden_states"], given["encoder_hidden_states"]
-        check_tensor("hidden_states", image, (None, None, PACKED_CHANNELS), model.dtype)
-        rows, tokens = image.shape[:2]
-        check_batch("hidden_states", rows)
+        rows, text_tokens, tokens = check_arguments(model, inputs, PACKED_CHANNELS)
         check_tensor(PICTURE, given[PICTURE], (rows, tokens, PACKED_CHANNELS), model.dtype)
-        check_tensor("encoder_hidden_states", text, (rows, None, config.context_channels), model.dtype)
-        check_tensor("pooled_projections", given["pooled_projections"], (rows, config.pooled_channels), model.dtype)
-        check_tensor("img_ids", given["img_ids"], (tokens, 3))
-        check_tensor("txt_ids", given["txt_ids"], (text.shape[1], 3))
-        check_tensor("timestep", given["timestep"], (rows,))
-        check_known("timestep", inputs.known, 0.0, 1.0, "give sigmas, not the 0 to 1000 of a scheduler")
-        if config.has_guidance or given.get("guidance") is not None:
-            check_tensor("guidance", given.get("guidance"), (rows,))
         mode = given.get(MODE)
         if mode is not None:
             check_shape(MODE, mode, (rows, 1))
@@ -94,7 +83,7 @@ class Flux1ControlNetOperations:
                 raise BadRequest(f"{MODE}: dtype is {str(mode.dtype).removeprefix('torch.')}, use int64")
             for value in inputs.known.get(MODE, tuple(mode.reshape(-1).tolist())):
                 self.check_mode(config, int(value))
-        partition_tokens(text.shape[1] + (mode is not None), tokens, model.layout.degrees.sequence)
+        partition_tokens(text_tokens + (mode is not None), tokens, model.layout.degrees.sequence)
 
     def check_mode(self, config: Flux1ControlNetConfig, mode: int | None) -> None:
         if not config.modes:
@@ -124,13 +113,7 @@ class Flux1ControlNetOperations:
         return Inputs({**shared, **picture}, {k: v for k, v in forward.known.items() if k in _OF_TRANSFORMER})
 
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
-        return Inputs(
-            {
-                name: each if name in _OF_ALL_ROWS or each is None else each[rows]
-                for name, each in inputs.arguments.items()
-            },
-            {name: each if name in _OF_ALL_ROWS else each[rows] for name, each in inputs.known.items()},
-        )
+        return rows_of(inputs, rows)
 
     def residuals(self, model: Model[Flux1ControlNetConfig], inputs: Inputs) -> Residuals:
         given = dict(inputs.arguments)

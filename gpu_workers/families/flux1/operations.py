@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 
-from xditd.gpu_workers.families.flux1.config import HEAD_SIZE, PACKED_CHANNELS, Flux1Config
+from xditd.gpu_workers.families.flux1.class_arguments import check_arguments, rows_of
+from xditd.gpu_workers.families.flux1.config import PACKED_CHANNELS, Flux1Config
 from xditd.gpu_workers.families.flux1.control_residuals import padded_residuals
 from xditd.gpu_workers.families.flux1.controlnet_config import Flux1ControlNetConfig
 from xditd.gpu_workers.families.flux1.facts import REFERENCES, facts_of
@@ -18,7 +19,6 @@ from xditd.gpu_workers.families.flux1.modulations import Times
 from xditd.gpu_workers.families.flux1.recipe import Flux1Recipe
 from xditd.gpu_workers.families.flux1.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.models.entries import Shape
-from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
 from xditd.gpu_workers.packed.linear import packed_layers
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -27,9 +27,6 @@ from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
 
 logger = logging.getLogger(__name__)
-
-OF_ALL_ROWS: Final = ("img_ids", "txt_ids")
-"""Arguments that all rows share."""
 
 
 class Flux1Operations:
@@ -41,13 +38,7 @@ class Flux1Operations:
         return SequenceParallelFlux1(
             in_channels=config.in_channels,
             out_channels=PACKED_CHANNELS,
-            num_layers=config.double_blocks,
-            num_single_layers=config.single_blocks,
-            attention_head_dim=HEAD_SIZE,
-            num_attention_heads=config.heads,
-            joint_attention_dim=config.context_channels,
-            pooled_projection_dim=config.pooled_channels,
-            guidance_embeds=config.has_guidance,
+            **config.class_arguments,
         )
 
     def fuse(
@@ -96,33 +87,15 @@ class Flux1Operations:
         return facts_of(config, layout)
 
     def check(self, model: Model[Flux1Config], inputs: Inputs) -> None:
-        given, config = inputs.arguments, model.config
-        image, text = given["hidden_states"], given["encoder_hidden_states"]
-        check_tensor("hidden_states", image, (None, None, config.in_channels), model.dtype)
-        rows, image_tokens = image.shape[:2]
-        check_batch("hidden_states", rows)
-        check_tensor("encoder_hidden_states", text, (rows, None, config.context_channels), model.dtype)
-        check_tensor("pooled_projections", given["pooled_projections"], (rows, config.pooled_channels), model.dtype)
-        check_tensor("img_ids", given["img_ids"], (image_tokens, 3))
-        check_tensor("txt_ids", given["txt_ids"], (text.shape[1], 3))
-        check_tensor("timestep", given["timestep"], (rows,))
-        check_known("timestep", inputs.known, 0.0, 1.0, "give sigmas, not the 0 to 1000 of a scheduler")
-        if config.has_guidance or given.get("guidance") is not None:
-            check_tensor("guidance", given.get("guidance"), (rows,))
-        partition_tokens(text.shape[1], image_tokens, model.layout.degrees.sequence)
+        _, text_tokens, image_tokens = check_arguments(model, inputs, model.config.in_channels)
+        partition_tokens(text_tokens, image_tokens, model.layout.degrees.sequence)
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
         rows, tokens, _ = inputs.arguments["hidden_states"].shape
         return ((tokens, PACKED_CHANNELS),) * rows
 
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
-        return Inputs(
-            {
-                name: each if name in OF_ALL_ROWS or each is None else each[rows]
-                for name, each in inputs.arguments.items()
-            },
-            {name: each if name in OF_ALL_ROWS else each[rows] for name, each in inputs.known.items()},
-        )
+        return rows_of(inputs, rows)
 
     def run(self, model: Model[Flux1Config], inputs: Inputs, options: CallOptions) -> RowResults:
         arguments = dict(inputs.arguments)
