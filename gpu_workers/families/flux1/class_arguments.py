@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from xditd.gpu_workers.families.flux1.config import Flux1Sizes
@@ -12,10 +13,12 @@ _OF_ALL_ROWS: Final = ("img_ids", "txt_ids")
 """Arguments that all rows share."""
 
 
-def check_arguments(model: Model[Flux1Sizes], inputs: Inputs, channels: int) -> tuple[int, int, int]:
+def check_arguments(
+    model: Model[Flux1Sizes], inputs: Inputs, channels: int, alike: Sequence[str] = ()
+) -> tuple[int, int, int]:
     """Check the arguments of both; return the rows, and the tokens of the text and of the image.
 
-    ``channels`` are those of an image token.
+    ``channels`` are those of an image token. ``alike`` are further arguments of the shape of ``hidden_states``.
 
     Raises:
         BadRequest: names the argument, its value and the remedy.
@@ -25,6 +28,8 @@ def check_arguments(model: Model[Flux1Sizes], inputs: Inputs, channels: int) -> 
     check_tensor("hidden_states", image, (None, None, channels), model.dtype)
     rows, image_tokens = image.shape[:2]
     check_batch("hidden_states", rows)
+    for name in alike:
+        check_tensor(name, given[name], (rows, image_tokens, channels), model.dtype)
     check_tensor("encoder_hidden_states", text, (rows, None, config.context_channels), model.dtype)
     check_tensor("pooled_projections", given["pooled_projections"], (rows, config.pooled_channels), model.dtype)
     check_tensor("img_ids", given["img_ids"], (image_tokens, 3))

@@ -17,7 +17,7 @@ from xditd.gpu_workers.families.flux1.controlnet_config import (
 )
 from xditd.gpu_workers.families.flux1.controlnet_module import Flux1ControlNetModule
 from xditd.gpu_workers.families.flux1.facts import LATENTS
-from xditd.gpu_workers.models.job_checks import check_shape, check_tensor
+from xditd.gpu_workers.models.job_checks import check_shape
 from xditd.gpu_workers.models.operations import Inputs, Model, Residuals
 from xditd.gpu_workers.models.planned_path import PlannedPath
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -74,8 +74,7 @@ class Flux1ControlNetOperations:
 
     def check(self, model: Model[Flux1ControlNetConfig], inputs: Inputs) -> None:
         given, config = inputs.arguments, model.config
-        rows, text_tokens, tokens = check_arguments(model, inputs, PACKED_CHANNELS)
-        check_tensor(PICTURE, given[PICTURE], (rows, tokens, PACKED_CHANNELS), model.dtype)
+        rows, text_tokens, tokens = check_arguments(model, inputs, PACKED_CHANNELS, alike=[PICTURE])
         mode = given.get(MODE)
         if mode is not None:
             check_shape(MODE, mode, (rows, 1))
