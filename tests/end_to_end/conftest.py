@@ -74,9 +74,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
-    """Two workers. Tests that kill a worker leave it rebuilt."""
-    started = start_daemon(2)
+def daemon(start_daemon: Callable[..., RunningDaemon], pytestconfig: pytest.Config) -> RunningDaemon:
+    """Two workers, or on a machine with one GPU one. Tests that kill a worker leave it rebuilt."""
+    device = pytestconfig.getoption("daemon_device")
+    started = start_daemon(2 if device == "cpu" else min(2, torch.cuda.device_count()), device)
     started.wait_ready()
     return started
 
