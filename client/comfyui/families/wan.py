@@ -1,12 +1,13 @@
-"""Wan 2.1 and 2.2 (text and first image): ComfyUI's ``WanModel`` as calls of diffusers' ``WanTransformer3DModel``.
+"""Wan 2.1, 2.2 and VACE: ComfyUI's ``WanModel`` as calls of diffusers' ``WanTransformer3DModel``.
 
-Both take 1000 times sigma, and both predict the velocity. A first image is in channels of ``x``, which ComfyUI joins;
-of Wan 2.1, CLIP's vision model sees it, too. Wan 2.2 TI2V has it as the first frame of its latents, at the time 0.
+Both take 1000 times sigma, and both predict the velocity. A first and a last image are in channels of ``x``, which
+ComfyUI joins; of Wan 2.1, CLIP's vision model sees them, too. Wan 2.2 TI2V has a first image as the first frame of its
+latents, at the time 0. VACE has controls (``wan_vace``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,12 +15,14 @@ import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
 from xditd.client.comfyui.families.base import BaseAdapter, BaseCall, BaseModelAdapter, text_of
-from xditd.client.comfyui.families.rows import join_rows
+from xditd.client.comfyui.families.rows import join_rows, join_several
+from xditd.client.comfyui.families.wan_relatives import RELATIVES, name_relative
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
+    from xditd.client.jobs.arguments import KeptTensor, RowsOf
 
 PATCH: Final = (1, 2, 2)
 """Frames, rows and columns of latents in a token."""
@@ -28,6 +31,8 @@ TEXT: Final = "encoder_hidden_states"
 IMAGE: Final = "encoder_hidden_states_image"
 TEXT_TOKENS: Final = 512
 """Of models with CLIP's vision model: the class finds the text by this number."""
+IMAGE_TOKENS: Final = 257
+"""Of an image, by CLIP's vision model."""
 
 _REFUSED: Final = {
     "time_dim_concat": "latents behind those of the video (time_dim_concat)",
@@ -47,9 +52,13 @@ class WanModel(BaseModelAdapter):
     loop_conds: Final[frozenset[str]] = frozenset()
     refused = _REFUSED
 
-    def __init__(self, *, has_image: bool = False, has_frame_times: bool = False) -> None:
-        """``has_image``: it reads what CLIP's vision model sees. ``has_frame_times``: a frame may have its own time."""
+    def __init__(self, *, has_image: bool = False, has_positions: bool = False, has_frame_times: bool = False) -> None:
+        """``has_image``: it reads what CLIP's vision model sees, and with ``has_positions`` of two images.
+
+        ``has_frame_times``: a frame may have its own time.
+        """
         self._has_image = has_image
+        self._has_positions = has_positions
         self._has_frame_times = has_frame_times
 
     def read(
@@ -83,20 +92,30 @@ class WanModel(BaseModelAdapter):
             # For the host, any of them: the workers get those of all frames.
             times, timestep = timestep, timestep[:, -1]
         texts = {TEXT: context}
-        if self._has_image:
+        if self._has_image:  # ComfyUI's own models drop what a CLIP vision model saw where they cannot read it
             if clip_fea is None:
                 faults.append("no output of a CLIP vision model, which this model reads")
-            elif clip_fea.shape[1] != 257:
-                faults.append(f"{clip_fea.shape[1]} tokens of a CLIP vision model, not the 257 of one image")
+            elif clip_fea.shape[1] not in (IMAGE_TOKENS, 2 * IMAGE_TOKENS):
+                faults.append(
+                    f"{clip_fea.shape[1]} tokens of a CLIP vision model, not the {IMAGE_TOKENS} of one image or the "
+                    f"{2 * IMAGE_TOKENS} of two"
+                )
             else:
                 texts[IMAGE] = clip_fea
             if context.shape[1] != TEXT_TOKENS:
                 faults.append(f"a text of {context.shape[1]} tokens, not {TEXT_TOKENS}, beside an image")
-        elif clip_fea is not None:
-            faults.append("the output of a CLIP vision model, which this model does not read")
         texts = {name: each.expand(rows, *each.shape[1:]) for name, each in texts.items()}
         numbers = self.numbers(timestep, rows)
         return WanCall(x=x, numbers=numbers, texts=texts, options=options, faults=faults, times=times)
+
+    def keep_row(self, texts: Mapping[str, torch.Tensor], keep: Keep, dtype: torch.dtype) -> Kept:
+        return super().keep_row({name: self._of_class(name, each) for name, each in texts.items()}, keep, dtype)
+
+    def _of_class(self, name: str, row: torch.Tensor) -> torch.Tensor:
+        """Return a row of conditioning as the class takes it: with positions, two images one after another."""
+        if name == IMAGE and self._has_positions and row.shape[1] > IMAGE_TOKENS:
+            return row.reshape(-1, IMAGE_TOKENS, row.shape[2])
+        return row
 
     def loop_inputs(self, conditions: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], float | None]:
         raise Unsupported("XDiT: videos are sampled by ComfyUI's own loop; use a KSampler")
@@ -128,9 +147,12 @@ class WanCall(BaseCall):
             {
                 "hidden_states": video,
                 "timestep": timestep,
-                **{name: join_rows([row[name] for row in kept]) for name in self.texts},
+                **{name: self._join(name)([row[name] for row in kept]) for name in self.texts},
             }
         ]
+
+    def _join(self, name: str) -> Callable[[Sequence[KeptTensor]], KeptTensor | RowsOf]:
+        return join_rows if name == TEXT else join_several
 
     def prediction(self, rows: slice, results: Sequence[Any]) -> torch.Tensor:
         ((predicted,),) = results
@@ -152,42 +174,46 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
 class Wan(BaseAdapter):
     """The family; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
 
-    title: Final = "Wan 2.1 and 2.2 (text and first image)"
+    title: Final = "Wan 2.1 and 2.2 (text, first and last image, VACE)"
 
     def model_classes(self) -> tuple[type, ...]:
         import comfy.model_base
 
-        return comfy.model_base.WAN21, comfy.model_base.WAN22
+        return comfy.model_base.WAN21, comfy.model_base.WAN22, comfy.model_base.WAN21_Vace
 
     def config_classes(self) -> tuple[type, ...]:
         import comfy.supported_models as known
 
-        return known.WAN21_T2V, known.WAN21_I2V, known.WAN22_T2V
+        relatives = (getattr(known, name, None) for name in RELATIVES)  # those that this ComfyUI knows
+        return (
+            known.WAN21_T2V, known.WAN21_I2V, known.WAN22_T2V, known.WAN21_Vace, *filter(None, relatives),
+        )  # fmt: skip
 
     def check_config(self, config: Any, label: str) -> None:
-        """Refuse related models that ComfyUI runs with the same class.
+        """Refuse related models, of which ComfyUI runs some with the same class.
 
         Raises:
-            Unsupported: a model with a first and a last image, with a reference image, or with other channels.
+            Unsupported: names the relative, or what the model reads besides what Wan does.
         """
-        read = config.unet_config
-        found = None
-        if read.get("flf_pos_embed_token_number") is not None:
-            found = "it reads a first and a last image"
-        elif read.get("in_dim_ref_conv") is not None:
-            found = "it reads a reference image (Wan Fun)"
-        elif (read.get("in_dim"), read.get("out_dim")) not in ((16, 16), (36, 16), (48, 48)):
-            found = f"it has {read.get('in_dim')} channels, to {read.get('out_dim')}"
+        found = name_relative(type(config).__name__, config.unet_config)
         if found is not None:
-            raise Unsupported(
-                f"{label}: {found}; XDiT runs Wan 2.1 and 2.2 for text and a first image, use the stock loader"
-            )
+            raise Unsupported(f"{label}: {found}; XDiT runs {self.title}, use the stock loader")
 
     def adapt(self, model: Any) -> ModelAdapter:
         import comfy.model_base
 
-        has_image = model.diffusion_model.img_emb is not None
-        return WanModel(has_image=has_image, has_frame_times=isinstance(model, comfy.model_base.WAN22))
+        transformer = model.diffusion_model
+        if isinstance(model, comfy.model_base.WAN21_Vace):
+            # Not at the top of this module, from which that one derives.
+            from xditd.client.comfyui.families.wan_vace import VaceModel
+
+            return VaceModel(transformer.vace_layers)
+        images = transformer.img_emb
+        return WanModel(
+            has_image=images is not None,
+            has_positions=images is not None and images.emb_pos is not None,
+            has_frame_times=isinstance(model, comfy.model_base.WAN22),
+        )
 
 
 ADAPTER: Final[Adapter] = Wan()
