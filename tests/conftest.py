@@ -37,6 +37,16 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a machine with GPUs run the tests that share a daemon on them: ``pytest --daemon-device cuda tests/...``."""
+    parser.addoption(
+        "--daemon-device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the two workers of the daemon that end-to-end tests share run; with one GPU there is one",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests for GPUs that this machine does not have; import torch only if there are such tests."""
     for item in items:
