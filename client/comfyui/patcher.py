@@ -284,7 +284,7 @@ def config_of(
 ) -> tuple[Any, Adapter]:
     """Return ComfyUI's configuration of a transformer with these tensors, and the family that runs it.
 
-    ``metadata`` is that of the file's header: relatives of Wan differ from it in nothing else.
+    ``metadata`` is that of the file's header: some models differ in nothing else.
 
     Raises:
         Unsupported: a model family that the workers do not run.

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from xditd.client.comfyui.families.adapter import Arguments, Keep, Kept
-from xditd.client.comfyui.families.wan import PATCH, WanCall, WanModel
+from xditd.client.comfyui.families.wan_calls import PATCH, WanCall, WanModel
 
 CONTROL: Final = "control_hidden_states"
 SCALE: Final = "control_hidden_states_scale"

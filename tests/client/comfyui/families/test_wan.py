@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xditd.client import BadRequest
-from xditd.client.comfyui.families.wan import WanModel
+from xditd.client.comfyui.families.wan_calls import WanModel
 from xditd.client.comfyui.families.wan_relatives import RELATIVES, name_relative
 from xditd.client.comfyui.families.wan_vace import VaceModel
 from xditd.client.comfyui.step_inputs import StepInputs
