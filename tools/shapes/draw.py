@@ -21,6 +21,8 @@ from shapes.words import sample_request
 
 PIXELS: Final = 256
 STRIPES: Final = 8
+OUTLINE: Final = 0.24
+"""The width of lines in radii, where outlines are drawn in place of forms."""
 _NAMES: Final = tuple(COLOURS)
 _BACKGROUND_NAMES: Final = tuple(BACKGROUNDS)
 _FIELDS: Final = 5
