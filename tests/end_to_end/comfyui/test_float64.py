@@ -23,10 +23,10 @@ PROGRAM = Path(__file__).with_name("float64_forwards.py")
 
 SAME_FUNCTION = 1e-13
 """In float64; found: up to 1.3e-15. An epsilon of 1e-6 in place of 1.2e-7 makes 1.2e-6."""
-NO_WORSE = 1.1
-"""The workers' distance to float64 over stock's; found: 0.96 to 1.01."""
-LAST_BITS = 2.0
-"""The distance of the two over that of stock to itself, if the last bits of its inputs change; found: 0.8 to 1.2."""
+NO_WORSE = 1.25
+"""The workers' distance to float64 over stock's; found: 0.95 to 1.06."""
+LAST_BITS = 2.5
+"""The distance of the two over that of stock to itself, if the last bits of its inputs change; found: 0.8 to 1.5."""
 
 
 @pytest.fixture(scope="module")
