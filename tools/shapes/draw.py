@@ -21,8 +21,8 @@ from shapes.words import sample_request
 
 PIXELS: Final = 256
 STRIPES: Final = 8
-OUTLINE: Final = 0.16
-"""The width of lines in radii, where outlines are drawn in place of forms."""
+OUTLINE: Final = 0.2
+"""The width of lines in radii, where outlines are drawn in place of forms. Both lines of a ring fill it."""
 _NAMES: Final = tuple(COLOURS)
 _BACKGROUND_NAMES: Final = tuple(BACKGROUNDS)
 _FIELDS: Final = 5
