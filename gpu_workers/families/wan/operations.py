@@ -10,6 +10,7 @@ from xditd.gpu_workers.families.wan.checks import check_split, check_texts, chec
 from xditd.gpu_workers.families.wan.config import IMAGE_TOKENS, OUT_CHANNELS, WanConfig
 from xditd.gpu_workers.families.wan.facts import COMFYUI, transformer_facts
 from xditd.gpu_workers.families.wan.module import WanModule
+from xditd.gpu_workers.families.wan.prompt import WanPrompt
 from xditd.gpu_workers.families.wan.recipe import WanRecipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_tensor
@@ -28,6 +29,7 @@ class WanOperations(PlannedOperations):
     title = "Wan"
     class_name = "WanTransformer3DModel"
     recipe = WanRecipe()
+    prompt = WanPrompt()
 
     def build(self, config: WanConfig) -> torch.nn.Module:
         return WanModule(config)
