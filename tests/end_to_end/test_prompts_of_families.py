@@ -260,7 +260,7 @@ def test_qwen_image_has_the_bits_and_token_ids_of_diffusers_pipeline(qwen_image:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", ["plus", "edit"])
-def test_qwen_image_edit_has_the_bits_of_diffusers_pipeline(qwen_image: Words, model: str) -> None:
+def test_qwen_image_edit_agrees_with_diffusers_pipeline(qwen_image: Words, model: str) -> None:
     from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
 
@@ -285,7 +285,10 @@ def test_qwen_image_edit_has_the_bits_of_diffusers_pipeline(qwen_image: Words, m
         prompts[""], prompts["negative_"], images=given, tokenizers=qwen_image.processors,  # type: ignore[attr-defined]
         options={"edit": True} if model == "edit" else None,
     )  # fmt: skip
-    same(found, expected)
+    # Not the bits: our vision tower sums in another order.
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert qwen_image_models.relative_error(found[name].float(), tensor.float()) <= 2e-6, name
 
 
 def test_what_pictures_do_not_go_with_is_refused_by_name(qwen_image: Words) -> None:
