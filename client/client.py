@@ -24,6 +24,7 @@ from xditd.client.jobs.text_requests import encode_text_request
 from xditd.client.lifetime import Lifetime
 from xditd.client.loan_methods import LoanMethods
 from xditd.client.loans import Loan, LoanWithLoras, component_id_of
+from xditd.client.prompt_methods import PromptMethods
 from xditd.client.results import TextEncoding
 from xditd.client.waiting import check_seconds
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
@@ -40,7 +41,7 @@ SILENCE_DEADLINE_S: Final = 600.0
 ``hang_deadline_s``, after which the daemon ends a job itself and reports why."""
 
 
-class Client(LoanMethods, DaemonMethods):
+class Client(LoanMethods, PromptMethods, DaemonMethods):
     """A session with the daemon: lend components to its workers, and run jobs on them.
 
     ``runtime_dir`` is the daemon's folder (default ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``).
@@ -150,8 +151,8 @@ class Client(LoanMethods, DaemonMethods):
         than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;
         ``reused_steps`` of the result counts such steps. The same job gives the same bits again.
 
-        ``variant`` names the implementation whose rounding is followed in half precision: ``"class"`` for diffusers,
-        or another one that the facts name. In float32 they are the same.
+        ``variant`` names the implementation whose arithmetic is followed: ``"class"`` for diffusers, or another one
+        that the facts name. Their roundings differ in half precision; in float32 they differ by 1e-6 or so.
 
         Raises:
             BadRequest: an invalid value; the message names it and the remedy.
