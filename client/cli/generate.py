@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from xditd.client.cli import exits, flags
+from xditd.client.cli import control_flags, exits, flags
 from xditd.client.cli.generations import Outputs, sampling_of
 from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_by_kind, copied_text, size_text, span_text
@@ -53,6 +53,8 @@ examples:
   xditd generate --transformer flux1-dev-Q8_0.gguf --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer flux1-dev.safetensors --lora style.safetensors=0.8 --lora detail.safetensors=-0.3 \\
       --vae ae.safetensors --embeds cat.safetensors -o cat.png
+  xditd generate --transformer flux1-dev.safetensors --control union.safetensors=edges.png@0.6:end=0.8:mode=0 \\
+      --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer t.safetensors --vae v.safetensors --random-embeds 1 --size 512x512 --steps 4
 
 cat.safetensors for FLUX.1, made with diffusers:
@@ -74,6 +76,7 @@ without a suffix is a folder of PNG files; an .mp4 needs PyAV: pip install 'xdit
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_settings(parser, GenerateFlags)
+    control_flags.add_arguments(parser)
     parser.set_defaults(refuse=parser.error)
 
 
@@ -96,6 +99,7 @@ def run(parsed: argparse.Namespace) -> int:
     from xditd.client.tensor_files import read_tensors, require_torch
 
     outputs = Outputs(parsed)
+    pictures = control_flags.read_pictures(parsed)
 
     with Client(parsed.runtime_dir, name="xditd generate") as client:
         require_torch()
@@ -109,6 +113,7 @@ def run(parsed: argparse.Namespace) -> int:
         )
         vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
         loras = {path: client.lend_lora(path, device=parsed.device) for path in parsed.lora or {}}
+        controls = control_flags.lend_controls(client, parsed, pictures)
         lend_s = time.perf_counter() - started
         if stored is None:
             conditioning = random_conditioning(transformer.facts, parsed.random_embeds, parsed.text_tokens)
@@ -121,11 +126,13 @@ def run(parsed: argparse.Namespace) -> int:
             vae=vae,
             transformer_2=second or None,
             frames=parsed.frames or 1,
+            controls=controls,
             **sampling_of(parsed),
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
         outputs.write(result)
-        loans = [loan for loan in (transformer, second, vae, *loras.values()) if loan is not None]
+        lent = (transformer, second, vae, *loras.values(), *control_flags.loans_of(controls))
+        loans = [loan for loan in lent if isinstance(loan, Loan)]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
         if parsed.json:
             assert transformer.facts.transformer is not None

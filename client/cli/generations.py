@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from xditd.client.cli.control_flags import paths_of
 from xditd.ipc.errors import BadRequest, OutputFailed
 from xditd.ipc.facts import ComponentFacts
 
@@ -52,7 +53,7 @@ class Outputs:
         self._frames = parsed.frames or 1
         self._fps = parsed.fps or DEFAULT_FPS
         loras = map(os.path.expanduser, parsed.lora or {})
-        read = (parsed.transformer, parsed.transformer_2, parsed.vae, parsed.embeds, *loras)
+        read = (parsed.transformer, parsed.transformer_2, parsed.vae, parsed.embeds, *loras, *paths_of(parsed))
         self._read = [path for path in read if path is not None]
         self.images: list[Path] = []
         self.latents: Path | None = None
