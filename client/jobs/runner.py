@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from xditd.client.jobs.held_tensors import HeldStore
+    from xditd.client.metadata.record import Record
     from xditd.ipc.processes import ProcessIdentity
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ class Runner:
             pending.wait(reply_type)
             return {name: block.read(place, job.device) for name, place in job.outputs.items()}
 
-    def generate(self, job: GenerationRequest, deadline_s: float | None, owner: object) -> GenerationJob:
-        """Start a generation, without waiting. ``owner`` is kept alive until it has ended."""
+    def generate(
+        self, job: GenerationRequest, deadline_s: float | None, owner: object, record: Record | None = None
+    ) -> GenerationJob:
+        """Start a generation, without waiting. ``owner`` is kept alive until it ended. The result has ``record``."""
         block = job.fill(self._pool)
 
         def read(name: str) -> torch.Tensor | None:
@@ -99,6 +102,7 @@ class Runner:
                 timings_ms=dict(generated.timings_ms),
                 seed=job.sampling.seed,
                 reused_steps=generated.reused_steps,
+                record=record,
             )
 
         def read_denoised() -> torch.Tensor:
