@@ -60,6 +60,9 @@ class Edit:
 class RemoteWeights:
     """One component's tensors and its loan. Not thread-safe, like ComfyUI's execution."""
 
+    has_branches: bool = True
+    """Whether the workers run LoRAs beside its layers; else they are merged into the weights."""
+
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor] | LendableTensors,

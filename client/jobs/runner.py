@@ -23,6 +23,7 @@ from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import Timeouts
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
+from xditd.client.waiting import check_deadline
 from xditd.ipc.arguments import InIo
 from xditd.ipc.errors import (
     BadRequest,
@@ -70,6 +71,7 @@ class Runner:
     def start(self, job: JobRequest, block: IoBlock, deadline_s: float | None) -> PendingJob:
         """Send a job whose inputs are in ``block``, without waiting. The job gives the block back to the pool."""
         try:
+            check_deadline(deadline_s)
             connection = self._current().connection
             request = _with_device_io(job.write(connection.next_request_id(), block.describe()), block)
         except BaseException:

@@ -21,11 +21,16 @@ from shapes.words import sample_request
 
 PIXELS: Final = 256
 STRIPES: Final = 8
-OUTLINE: Final = 0.24
-"""The width of lines in radii, where outlines are drawn in place of forms."""
+OUTLINE: Final = 0.2
+"""The width of lines in radii, where outlines are drawn in place of forms. Both lines of a ring fill it."""
 _NAMES: Final = tuple(COLOURS)
 _BACKGROUND_NAMES: Final = tuple(BACKGROUNDS)
 _FIELDS: Final = 5
+
+
+def outlined(far: torch.Tensor, width: float) -> torch.Tensor:
+    """Turn distances to forms into distances to lines of this width inside their edges; 0 leaves them."""
+    return (far + width / 2).abs() - width / 2 if width else far
 
 
 def distance(form: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -95,9 +100,7 @@ def draw(
             continue
         found = things[chosen].to(device, non_blocking=True)
         x, y, r = (found[:, field, None, None] for field in (2, 3, 4))
-        far = distance(form, (axis - x) / r, (axis[:, None] - y) / r)
-        if outline:
-            far = (far + outline / 2).abs() - outline / 2
+        far = outlined(distance(form, (axis - x) / r, (axis[:, None] - y) / r), outline)
         cover = (0.5 - far * r * pixels).clamp(0, 1)[:, None]
         tone = tones[things[chosen, 1].long()].to(device, non_blocking=True)[:, :, None, None]
         at = of_scene[chosen].to(device, non_blocking=True)

@@ -108,14 +108,14 @@ class FlowTraining:
                 if each is not None:
                     each.transformer.compile_repeated_blocks(dynamic=False)
 
-    def train(self, pool: Pool) -> float:
-        """Train until the budget is used; return the mean loss of the last steps.
+    def train(self, pool: Pool, *, until: int = 0) -> float:
+        """Train until the budget is used, or to step ``until``; return the mean loss of the last steps.
 
         Each step draws from a generator seeded with its number, so a training that is resumed repeats the same steps.
         """
         settings = self.settings
         started, recent, told = time.monotonic(), [], self.step
-        while (progress := settings.budget.progress(started, self.step)) < 1:
+        while (progress := settings.budget.progress(started, self.step)) < 1 and self.step != (until or -1):
             warm = min(1.0, (self.step + 1) / 200)
             for group in self._optimizer.param_groups:
                 group["lr"] = group["peak"] * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -77,14 +77,15 @@ class Pool:
         size: int,
         workers: int,
         first: int = 0,
+        outline: float = 0.0,
     ) -> None:
-        """Fill the pool with the ``slots`` chunks from number ``first`` on."""
+        """Fill the pool with the ``slots`` chunks from number ``first`` on; ``outline`` is as for ``draw``."""
         count = slots * size
         self._vae, self._device, self._size, self._slots = vae, device, size, slots
         self.latents = torch.zeros(count, 16, 2 * PATCHES, 2 * PATCHES, dtype=torch.float16, device=device)
         self.clip = torch.zeros(count, CLIP_TOKENS, dtype=torch.int32, device=device)
         self.t5 = torch.zeros(count, T5_TOKENS, dtype=torch.int32, device=device)
-        self._next = first
+        self._next, self._outline = first, outline
         self._chunks = chunks(seed, first, size, workers)
         for _ in range(slots):
             self.refresh()
@@ -95,7 +96,8 @@ class Pool:
         at = self._next % self._slots * self._size
         self._next += 1
         here = slice(at, at + self._size)
-        self.latents[here] = encode_latents(self._vae, draw(scenes, self._device)).to(torch.float16)
+        images = draw(scenes, self._device, outline=self._outline)
+        self.latents[here] = encode_latents(self._vae, images).to(torch.float16)
         self.clip[here] = clip.to(self._device, non_blocking=True)
         self.t5[here] = t5.to(self._device, non_blocking=True)
 

@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from shapes.draw import distance
+from shapes.draw import distance, outlined
 from shapes.scenes import BACKGROUNDS, COLOURS, FORMS, MIDDLE_RADIUS
 
 SMALLEST_AREA: Final = 0.0008
@@ -57,8 +57,11 @@ class Reading:
     background: str
 
 
-def read(image: torch.Tensor) -> Reading:
-    """Read a picture, (3, side, side), floating-point in [-1, 1], on the CPU."""
+def read(image: torch.Tensor, *, outline: float = 0.0) -> Reading:
+    """Read a picture, (3, side, side), floating-point in [-1, 1], on the CPU.
+
+    With ``outline``, forms are looked for as lines of this width in radii, and filled ones have no form.
+    """
     pixels = ((image.float().clamp(-1, 1) + 1) / 2).permute(1, 2, 0)
     objects = torch.tensor(list(COLOURS.values()))
     to_objects = torch.cdist(pixels.flatten(0, 1), objects)
@@ -69,7 +72,7 @@ def read(image: torch.Tensor) -> Reading:
     errors = nearest.values.view(image.shape[1:])
     components = [each for each in _components(is_object) if each.sum() > SPECK_AREA * is_object.numel()]
     components = sorted(components, key=lambda each: -int(each.sum()))[:MOST_OBJECTS]
-    things = [_described(component, labels, errors) for component in components]
+    things = [_described(component, labels, errors, outline) for component in components]
     pattern, background = _background(pixels, ~_widened(is_object, 2))
     return Reading(tuple(sorted(things, key=lambda each: each.x)), pattern, background)
 
@@ -117,7 +120,7 @@ def _components(mask: torch.Tensor) -> list[torch.Tensor]:
     return list(parts.values())
 
 
-def _described(component: torch.Tensor, labels: torch.Tensor, errors: torch.Tensor) -> Found:
+def _described(component: torch.Tensor, labels: torch.Tensor, errors: torch.Tensor, outline: float) -> Found:
     side = component.shape[0]
     rows, columns = component.any(1).nonzero()[:, 0], component.any(0).nonzero()[:, 0]
     top, bottom, left, right = (int(each) for each in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
@@ -126,7 +129,7 @@ def _described(component: torch.Tensor, labels: torch.Tensor, errors: torch.Tens
     colour, _ = Counter(labels[inner].tolist()).most_common(1)[0]
     is_sure = float(errors[inner & (labels == colour)].mean()) < MOST_COLOUR_ERROR
     box = component[top:bottom, left:right]
-    best = max((_fitted(box, form, left, top) for form in FORMS), key=lambda found: found[1])
+    best = max((_fitted(box, form, left, top, outline) for form in FORMS), key=lambda found: found[1])
     form, overlap, x, y, r = best
     is_known = overlap >= LEAST_OVERLAP and int(component.sum()) >= SMALLEST_AREA * component.numel()
     return Found(
@@ -139,14 +142,16 @@ def _described(component: torch.Tensor, labels: torch.Tensor, errors: torch.Tens
     )
 
 
-def _fitted(box: torch.Tensor, form: str, left: int, top: int) -> tuple[str, float, float, float, float]:
+def _fitted(
+    box: torch.Tensor, form: str, left: int, top: int, outline: float
+) -> tuple[str, float, float, float, float]:
     """Lay a form over a box with an object; return (form, overlap, x, y, r), lengths in pixels."""
     x0, x1, y0, y1 = _extent(form)
     height, width = box.shape
     r = (width / (x1 - x0) + height / (y1 - y0)) / 2
     x, y = width / 2 - r * (x0 + x1) / 2, height / 2 - r * (y0 + y1) / 2
     columns, rows = torch.arange(width) + 0.5, torch.arange(height) + 0.5
-    laid = distance(form, (columns[None] - x) / r, (rows[:, None] - y) / r) < 0
+    laid = outlined(distance(form, (columns[None] - x) / r, (rows[:, None] - y) / r), outline) < 0
     overlap = float((laid & box).sum() / (laid | box).sum())
     return form, overlap, left + x, top + y, r
 

@@ -47,8 +47,8 @@ def train_vae(settings: VaeSettings, device: torch.device) -> AutoencoderKL:
     """Train a VAE and return it, float32 on ``device``.
 
     Half of the steps decode latents at half their resolution to the picture at half its own, which keeps latents
-    smooth (Kouzelis et al., "EQ-VAE", 2025). A quarter show outlines, for LoRAs that draw them. The decoder alone learns with noise on its latents, so that it forgives a
-    transformer's small errors.
+    smooth (Kouzelis et al., "EQ-VAE", 2025). A quarter show outlines, for LoRAs that draw them. The decoder alone
+    learns with noise on its latents, so that it forgives a transformer's small errors.
     """
     torch.manual_seed(settings.seed)
     vae = build_vae().to(device, memory_format=torch.channels_last).train()

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from shapes.draw import draw, encode
+from shapes.draw import OUTLINE, draw, encode
 from shapes.judge import faults, held_out_requests, judge, table
 from shapes.reading import read
 from shapes.scenes import FORMS
@@ -53,13 +53,18 @@ def test_a_speck_beside_an_object_is_an_object_without_a_form() -> None:
     assert faults(request, read(image)) == ["also black something"]
 
 
-def test_outlines_are_not_filled_forms() -> None:
+def test_outlines_are_read_as_outlines_and_wide_forms_not_as_filled() -> None:
     rng = Random(3)
-    requests = [sample_request(rng, objects=1) for _ in range(12)]
-    outlined = draw(encode([each.scene for each in requests]), outline=0.15)
-    wrong = [bool(faults(request, read(image))) for request, image in zip(requests, outlined, strict=True)]
-    # A circle's outline is a ring, and a thick outline of a ring is one still.
-    assert sum(wrong) >= 10
+    requests = [sample_request(rng, objects=1) for _ in range(16)]
+    outlined = draw(encode([each.scene for each in requests]), outline=OUTLINE)
+    wide = 0
+    for request, image in zip(requests, outlined, strict=True):
+        (thing,), (found,), (filled,) = request.scene.things, read(image, outline=OUTLINE).things, read(image).things
+        assert (found.form, found.colour) == (thing.form, thing.colour)
+        if thing.form in {"circle", "square", "triangle", "heart"}:
+            wide += 1
+            assert filled.form != thing.form
+    assert wide > 3
 
 
 def test_sentences_of_the_judge_are_of_all_forms_and_both_languages() -> None:
