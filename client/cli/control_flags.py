@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from xditd.client.cli.generations import size_of
 from xditd.client.tensor_files import require_torch
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest
@@ -129,7 +130,7 @@ def _number(word: str) -> float | None:
 
 def paths_of(parsed: argparse.Namespace) -> list[str]:
     """Return the files that the flag reads."""
-    return [path for each in getattr(parsed, "control", None) or () for path in (each.file, each.picture)]
+    return [path for each in parsed.control or () for path in (each.file, each.picture)]
 
 
 def read_pictures(parsed: argparse.Namespace) -> list[torch.Tensor]:
@@ -143,7 +144,7 @@ def read_pictures(parsed: argparse.Namespace) -> list[torch.Tensor]:
     if parsed.vae is None:
         raise BadRequest("--control: pictures of ControlNets are encoded by the VAE; give --vae FILE")
     require_torch()
-    return [_read(each.picture, parsed.size) for each in parsed.control]
+    return [_read(each.picture, size_of(parsed)) for each in parsed.control]
 
 
 def lend_controls(client: Client, parsed: argparse.Namespace, pictures: Sequence[torch.Tensor]) -> list[Control]:

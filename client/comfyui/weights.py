@@ -273,7 +273,8 @@ class RemoteWeights:
         older = self._loan
         self._loan = self.connect().lend(
             {**tensors, **self.lendable.markers},
-            kind=self.kind,
+            # The workers recognise a module without a description by its tensors.
+            kind=None if self.kind is ComponentKind.MODULE else self.kind,
             label=self.label,
             generation=self._generation,
             changed=changed,
