@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xditd.client.conditioning import Conditioning
+from xditd.client.jobs.arguments import check_text
 from xditd.client.jobs.component import Component
 from xditd.client.jobs.prompt_requests import Texts, prompt_request
 from xditd.client.jobs.runner import Runner
@@ -57,7 +58,7 @@ class PromptMethods:
             Unsupported: negative prompts, images or weights for a family that takes none.
             LeaseLost: a loan has ended.
         """
-        if not encoders:
+        if isinstance(encoders, Mapping) and not encoders:
             raise BadRequest("encoders: none is given; name the text encoders by role, or use tokenize for ids alone")
         found: Conditioning = self._encode(
             transformer, prompt, negative_prompt, images, encoders, tokenizers, weights, options, device, deadline_s
@@ -100,6 +101,11 @@ class PromptMethods:
         device: torch.device | str | None,
         deadline_s: float | None,
     ) -> Any:
+        for name, roles in (("encoders", encoders), ("tokenizers", tokenizers)):
+            if not isinstance(roles, Mapping):
+                raise BadRequest(f"{name}: {roles!r:.100} is of type {type(roles).__name__}, use a dict by role")
+            for role in roles:
+                check_text(f"{name}: role", role)
         request = partial(
             prompt_request,
             self._component(transformer, ComponentKind.TRANSFORMER),

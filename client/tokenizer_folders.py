@@ -6,10 +6,10 @@ import os
 import time
 from pathlib import Path
 
+from xditd.client.lend_checks import check_given, path_of
 from xditd.client.lending import Offer
 from xditd.client.lent_memory import LentMemory
-from xditd.ipc.addresses import expand_home
-from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.tensors import ComponentKind, Manifest, TensorSpec
 from xditd.ipc.tokenizer_files import PIECES, TOKENIZER_FILES, WHOLE, file_fault
@@ -25,7 +25,10 @@ def describe_tokenizer(source: str | os.PathLike[str], *, label: str | None = No
         StaleSource: a file changed while it was read.
     """
     started = time.perf_counter()
-    path = expand_home(os.fsdecode(source))
+    if not isinstance(source, str | bytes | os.PathLike):
+        raise BadRequest(f"source: {source!r:.100} is of type {type(source).__name__}; give the tokenizer's folder")
+    check_given(label=label, device=None, generation=0, as_class=False)
+    path = path_of(source)
     label = label or os.fsencode(Path(path).resolve().name or "tokenizer").decode("utf-8", "replace")
     if not os.path.isdir(path):
         what = "a file" if os.path.exists(path) else "missing"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.io_places import IoPlaces
+from xditd.client.jobs.arguments import check_text
 from xditd.client.jobs.component import Component
 from xditd.client.jobs.job_requests import JobRequest
 from xditd.client.jobs.prompt_images import image_tensors
@@ -58,18 +59,20 @@ def prompt_request(
     Raises:
         BadRequest, Unsupported: what the facts of the transformer do not have; names it and the remedy.
     """
-    import torch
-
     facts = prompt_facts(transformer)
+    place_of_results = _device_of(device)
     family = transformer.facts.family
     prompts = check_texts("prompt", prompt)
     negatives = _negatives(negative_prompt, len(prompts))
     if negatives and not facts.takes_negative:
         raise Unsupported(f"negative_prompt: {family} has no second prediction to weight against; leave it out")
+    if not isinstance(weights, bool):
+        raise BadRequest(f"weights: {weights!r:.100} is of type {type(weights).__name__}, use True or False")
     if weights:
         raise Unsupported(
             f"weights: {family} reads weights such as (cat:1.2) as text, as diffusers' pipeline does; leave weights out"
         )
+    pictures = image_tensors(images)
     if images and not facts.max_images:
         raise Unsupported(f"images: {family}'s prompts take texts alone; leave them out")
     if len(images) > facts.max_images:
@@ -78,12 +81,12 @@ def prompt_request(
     if encoders:
         _check_roles("encoders", encoders, facts.encoders, family)
     _check_roles("tokenizers", tokenizers, needed, family)
-    unknown = sorted(set(options or {}) - set(facts.options))
+    chosen = _checked_options(options)
+    unknown = sorted(set(chosen) - set(facts.options))
     if unknown:
         takes = ", ".join(facts.options) or "none"
         raise BadRequest(f"options: {listed(unknown)} is not known to {family}'s prompts; they take {takes}")
     places = IoPlaces()
-    pictures = image_tensors(images)
     inputs = [(places.add_input(each), each) for each in pictures]
     room = max(room_bytes, _ROOM_BYTES)
     at = places.add_room(room)
@@ -99,12 +102,33 @@ def prompt_request(
             prompts=prompts,
             negative_prompts=negatives,
             images=tuple(place for place, _ in inputs),
-            options=dict(options or {}),
+            options=chosen,
             out_offset_bytes=at,
             out_size_bytes=room,
         )
 
-    return JobRequest(places, inputs, {}, torch.device("cpu" if device is None else device), write)
+    return JobRequest(places, inputs, {}, place_of_results, write)
+
+
+def _checked_options(options: Mapping[str, bool | int | float] | None) -> dict[str, bool | int | float]:
+    if options is not None and not isinstance(options, Mapping):
+        raise BadRequest(f"options: {options!r:.100} is of type {type(options).__name__}, use a dict by name")
+    for name, value in (options or {}).items():
+        check_text("options: name", name)
+        if not isinstance(value, (bool, int, float)) or not abs(value) < 2**63:
+            raise BadRequest(f"options: {name}={value!r:.100} is not a finite number or a boolean")
+    return dict(options or {})
+
+
+def _device_of(device: torch.device | str | None) -> torch.device:
+    import torch
+
+    if not isinstance(device, str | torch.device | None):
+        raise BadRequest(f"device: {device!r:.100} is of type {type(device).__name__}, use a text, such as 'cuda:1'")
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, ValueError, UnicodeError):
+        raise BadRequest(f"device: {device!r:.100} is none that torch knows, such as 'cpu' or 'cuda:1'") from None
 
 
 def check_texts(name: str, given: Texts) -> tuple[str, ...]:

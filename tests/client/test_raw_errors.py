@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 torch = pytest.importorskip("torch")
 
+import sample_facts  # noqa: E402
 
 from xditd.client import Client, RowsOf  # noqa: E402
 from xditd.client.jobs.controls import CallControl, Control  # noqa: E402
 from xditd.ipc.errors import XditdError  # noqa: E402
+from xditd.ipc.facts import ComponentFacts, PromptFacts, TokenizerFacts  # noqa: E402
 from xditd.ipc.replies import Failed  # noqa: E402
-from xditd.ipc.requests import Adopt, Call, Cancel, Decode, Encode, EncodeText, Generate, Lend, Revoke  # noqa: E402
+from xditd.ipc.requests import Adopt, Call, Cancel, Decode, Encode, EncodePrompt, EncodeText, Generate, Lend, Revoke  # noqa: E402
+from xditd.ipc.tensors import ComponentKind  # noqa: E402
 
 TEXT = {"prompt_embeds": torch.zeros(1, 3, 8), "pooled_prompt_embeds": torch.zeros(1, 4)}
 WEIGHTS = {"double_blocks.0.img_mlp.0.weight": torch.arange(12.0).reshape(3, 4)}
@@ -41,6 +45,25 @@ class OddNumber:
 
     def __len__(self) -> int:
         return 1
+
+
+UNKNOWN = (ComponentKind.LORA, ComponentKind.TOKENIZER)
+"""Kinds that the scripted daemon does not lend."""
+TOKENIZER = ComponentFacts(
+    family="tokenizer", class_name="BertTokenizer", kind=ComponentKind.TOKENIZER, dtype="uint8", bytes_by_dtype={},
+    tokenizer=TokenizerFacts(vocabulary=9, files=(), takes_images=False, has_chat_template=False),
+)  # fmt: skip
+
+
+def words() -> ComponentFacts:
+    """A transformer whose family encodes prompts."""
+    facts = sample_facts.TRANSFORMER
+    assert facts.transformer is not None
+    prompt = PromptFacts(
+        encoders={"text_encoder": ("clip_l",)}, tokenizers={"tokenizer": ("BertTokenizer",)}, image_tokenizers={},
+        max_images=0, takes_negative=True, options=("max_sequence_length",),
+    )  # fmt: skip
+    return replace(facts, transformer=replace(facts.transformer, prompt=prompt))
 
 
 VALUES: dict[str, Any] = {
@@ -80,10 +103,11 @@ def client(daemon: Any, folder: Path) -> Iterator[Client]:
     def failed(request: Any) -> list[Failed]:
         return [Failed(request_id=request.request_id, code="bad_request", detail="the scripted daemon runs no jobs")]
 
-    for kind in (Call, Generate, Encode, Decode, EncodeText, Cancel, Adopt, Revoke):
+    for kind in (Call, Generate, Encode, Decode, EncodeText, EncodePrompt, Cancel, Adopt, Revoke):
         daemon.answers[kind] = failed
     lent = daemon.answers[Lend]
-    daemon.answers[Lend] = lambda request: failed(request) if request.manifest.lora is not None else lent(request)
+    daemon.answers[Lend] = lambda request: failed(request) if request.manifest.kind in UNKNOWN else lent(request)
+    daemon.facts |= {"words": words(), "tokens": TOKENIZER}
     with Client(folder, deadline_s=2.0) as client:
         yield client
 
@@ -93,6 +117,7 @@ def calls(client: Client) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]
     loan = client.lend(WEIGHTS)
     vae, encoder = (client.lend(WEIGHTS, kind=kind) for kind in ("vae", "text_encoder"))
     latents = torch.zeros(1, 16, 4, 4)
+    prompt = {"transformer": "words", "prompt": "a cat", "tokenizers": {"tokenizer": "tokens"}}
     return {
         "lend": (client.lend, {"source": WEIGHTS}),
         "lend_lora": (client.lend_lora, {"source": LORA}),
@@ -102,6 +127,9 @@ def calls(client: Client) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]
         "encode_text": (client.encode_text, {"encoder": encoder, "token_ids": [[1, 2]]}),
         "decode": (client.decode, {"vae": vae, "latents": latents}),
         "encode": (client.encode, {"vae": vae, "image": torch.zeros(1, 3, 16, 16)}),
+        "lend_tokenizer": (client.lend_tokenizer, {"source": "no such folder"}),
+        "encode_prompt": (client.encode_prompt, {**prompt, "encoders": {"text_encoder": encoder}}),
+        "tokenize": (client.tokenize, prompt),
         "keep": (client.keep, {"tensor": latents}),
         "facts": (client.facts, {"component": loan}),
         "return_": (client.return_, {"loan": loan}),
@@ -118,7 +146,7 @@ def calls(client: Client) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]
 METHODS = (
     "lend", "lend_lora", "generate", "call", "call_parts", "encode_text", "decode", "encode", "keep", "facts",
     "return_",
-    "adopt", "revoke", "with_loras", "status", "check_memory",
+    "lend_tokenizer", "encode_prompt", "tokenize", "adopt", "revoke", "with_loras", "status", "check_memory",
 )  # fmt: skip
 
 

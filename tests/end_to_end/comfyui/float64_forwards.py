@@ -6,7 +6,7 @@ float64 these are replaced (:class:`InFloat64`), or all would be exact but for t
 
     python float64_forwards.py COMFYUI FILE...
 
-A FILE is ``VARIANT.safetensors``, with the name of a variant of ``comfyui_families``. Prints one line of JSON for each.
+A FILE is ``VARIANT_SEED.safetensors``, with the name of a variant of ``comfyui_families``. Prints one line of JSON for each.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def main(comfyui: str, *files: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             detect_small_models(patch)
             for file in files:
-                print(json.dumps(measured(Path(file).stem, Path(file), layout)), flush=True)
+                print(json.dumps(measured(Path(file).stem.rpartition("_")[0], Path(file), layout)), flush=True)
         xfuser_start.stop()
 
 

@@ -44,7 +44,7 @@ def figures(comfy: Any, variant_file: Any) -> dict[str, dict[str, float]]:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    return {each.pop("name").rpartition("_")[0]: each for each in lines}
+    return {each.pop("name"): each for each in lines}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
