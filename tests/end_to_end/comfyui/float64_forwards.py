@@ -6,7 +6,7 @@ float64 these are replaced (:class:`InFloat64`), or all would be exact but for t
 
     python float64_forwards.py COMFYUI FILE...
 
-A FILE is ``VARIANT_SEED.safetensors``, with the name of a variant of ``comfyui_families``. Prints one line of JSON for each.
+A FILE is ``VARIANT_SEED.safetensors``, a variant of ``comfyui_families``. Prints one line of JSON for each.
 """
 
 from __future__ import annotations
