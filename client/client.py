@@ -129,6 +129,10 @@ class Client(LoanMethods, DaemonMethods):
         variant: str = "class",
         options: Mapping[str, bool | int | float] | None = None,
         controls: Sequence[Control] = (),
+        scheduler: Mapping[str, object] | None = None,
+        start_image: torch.Tensor | None = None,
+        start_mask: torch.Tensor | None = None,
+        strength: float = 1.0,
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and return the job without waiting for it.
@@ -149,6 +153,11 @@ class Client(LoanMethods, DaemonMethods):
         ``step_cache``, from 0 to 1, trades precision for time: if the first block's residual differs relatively by less
         than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;
         ``reused_steps`` of the result counts such steps. The same job gives the same bits again.
+
+        ``scheduler`` is what a ``scheduler_config.json`` of diffusers has, for its steps in place of the family's own.
+        ``start_image`` (batch or 1, 3, height, width) in [-1, 1] is where steps start from, if the facts' ``starts``
+        name it: the last ``strength`` of them run, from the image's latents and the noise. ``start_mask`` (batch or 1,
+        1, height, width) is 1 where it is made anew; the rest of the image is kept.
 
         ``variant`` names the implementation whose rounding is followed in half precision: ``"class"`` for diffusers,
         or another one that the facts name. In float32 they are the same.
@@ -179,6 +188,10 @@ class Client(LoanMethods, DaemonMethods):
             variant=variant,
             options=options,
             controls=[(self._component(each.controlnet, ComponentKind.CONTROLNET), each) for each in controls],
+            scheduler=scheduler,
+            start_image=start_image,
+            start_mask=start_mask,
+            strength=strength,
         )
         return self._runner.generate(job, deadline_s, self)
 

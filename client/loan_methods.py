@@ -42,6 +42,7 @@ class LoanMethods:
         acceleration: Acceleration | None = None,
         variant: str | None = None,
         compute_dtype: ComputeDType | None = None,
+        prefix: str = "",
         deadline_s: float | None = None,
     ) -> Loan:
         """Lend a component; returns when every worker has mapped, verified and plugged it.
@@ -61,7 +62,8 @@ class LoanMethods:
 
         Packed weights (fp8, int8, GGUF and others of docs/formats.md) are lent as they are, and dequantised into
         ``compute_dtype`` when they are multiplied: without it, into the half precision of most plain weights
-        beside them, or bfloat16. A folder that runs as its class, with packed weights, is loaded in ``compute_dtype``.
+        beside them, or bfloat16. ``prefix`` is what the names of its tensors begin with, in a file that has several
+        components of one kind. A folder that runs as its class, with packed weights, is loaded in ``compute_dtype``.
 
         Raises:
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
@@ -85,6 +87,7 @@ class LoanMethods:
                 acceleration=acceleration,
                 variant=variant,
                 compute_dtype=compute_dtype,
+                prefix=prefix,
             )
 
         return self._current().lend(make_offer, deadline_s)

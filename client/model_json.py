@@ -30,7 +30,7 @@ def describe_config(path: str, *, allows_family: bool) -> ModuleDescription:
         BadCheckpoint: it cannot be read, or is no JSON of a configuration.
         Unsupported: it names no class, or says that the weights are quantised.
     """
-    config = _read_json(path, _MAX_CONFIG_BYTES)
+    config = read_json(path, _MAX_CONFIG_BYTES)
     if config.get("quantization_config") is not None:
         raise Unsupported(
             f"{path}: it has a quantization_config, so the weights are packed: lend a bfloat16 or float16 checkpoint "
@@ -46,7 +46,7 @@ def read_weight_map(path: str) -> dict[str, str]:
     Raises:
         BadCheckpoint: it cannot be read, or is no index.
     """
-    found = _read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    found = read_json(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
         raise BadCheckpoint(f"{path}: no index of a checkpoint: it has no weight_map from tensors to names of files")
     if not 1 <= len(found) <= limits.MAX_TENSORS:
@@ -85,7 +85,7 @@ def _text(config: dict[str, Any], path: str) -> str:
     return text
 
 
-def _read_json(path: str, most_bytes: int) -> dict[str, Any]:
+def read_json(path: str, most_bytes: int) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:

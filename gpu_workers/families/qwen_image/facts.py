@@ -71,4 +71,5 @@ def transformer_facts(config: QwenImageConfig, layout: ParallelLayout) -> Transf
         guidance="classifier_free",
         default_guidance_scale=4.0,
         default_steps=50,
+        starts=("image", "mask"),
     )
