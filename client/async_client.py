@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, update_wrapper
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from xditd.client.client import SILENCE_DEADLINE_S, Client
 from xditd.client.jobs.generation import GenerationJob
@@ -21,6 +21,9 @@ from xditd.client.loans import Loan
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest, Closed
 from xditd.ipc.replies import AnyEvent, StepDone
+
+if TYPE_CHECKING:
+    import torch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -196,6 +199,17 @@ class AsyncGenerationJob:
     async def result(self) -> GenerationResult:
         """Wait for the end and return the result, as :meth:`GenerationJob.result` does."""
         return await self._wait(self._job.result)
+
+    async def denoised(self) -> torch.Tensor:
+        """Copy the clean latents that the last step predicted, as :meth:`GenerationJob.denoised` does."""
+        return await self._wait(self._job.denoised)
+
+    async def preview(self) -> torch.Tensor:
+        """Copy the image of what the last step predicted, as :meth:`GenerationJob.preview` does.
+
+        Await it in the loop that reads the events: while another task waits for the next event, it waits, too.
+        """
+        return await self._wait(self._job.preview)
 
     def cancel(self) -> None:
         """Stop the job at its next step or chunk of frames, without waiting; ``result()`` then raises ``Cancelled``."""

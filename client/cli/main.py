@@ -23,6 +23,7 @@ from xditd.client.cli import (
     generate,
     install_service,
     logs,
+    models,
     revoke,
     serve,
     status,
@@ -42,6 +43,7 @@ VERBS: dict[str, ModuleType] = {
     "status": status,
     "top": top,
     "generate": generate,
+    "models": models,
     "demo": demo,
     "comfyui": comfyui,
     "cluster": cluster,
@@ -64,6 +66,7 @@ first steps:
   xditd wait                           until the workers are ready
   xditd status                         workers, lent components, queue
   xditd top                            GPUs, jobs and rates, again and again
+  xditd models add flux ...            give a model's files a name
   xditd comfyui install ~/ComfyUI      the nodes for ComfyUI
   xditd generate --help                images from checkpoint files: an example for each model family
 

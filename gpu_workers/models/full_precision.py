@@ -57,9 +57,19 @@ def decode_in_float32(model: Any) -> None:
 
 
 def keep_frequencies(rotary: Any) -> None:
-    """Give a rotary embedding of transformers, built on the meta device, its frequencies, in float32 for good."""
+    """Give a rotary embedding of transformers, built on the meta device, its frequencies, in float32 for good.
+
+    They follow the inputs to their device, which not every version of transformers does by itself.
+    """
     # On the meta device this buffer has no values. No buffer: it stays in float32, whatever the weights' dtype.
     with torch.device("cpu"):
         frequencies = type(rotary)(rotary.config).inv_freq
     rotary._buffers.clear()
     rotary.__dict__["inv_freq"] = frequencies.clone()
+    rotary.register_forward_pre_hook(_move_frequencies, with_kwargs=True)
+
+
+def _move_frequencies(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    device = next((each.device for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+    if device is not None:
+        rotary.__dict__["inv_freq"] = rotary.inv_freq.to(device)

@@ -245,7 +245,7 @@ def _leaves_of(module: torch.nn.Module) -> list[Any]:
 
 def _add_leaves(value: Any, found: list[Any], depth: int) -> None:
     if isinstance(value, torch.Tensor):
-        found += (value, value._version)
+        found += (value, None if value.is_inference() else value._version)  # those count no writes
     elif isinstance(value, torch.nn.Module) or depth > _MAX_DEPTH:
         found.append(value)  # submodules are visited by themselves
     elif isinstance(value, Mapping):

@@ -28,7 +28,7 @@ _LOG_LEVEL: Final = about("lowest level that is logged on stderr: debug, info, w
 
 
 class JsonFlags(msgspec.Struct, frozen=True, kw_only=True):
-    """Flags of ``comfyui``, and of every other verb."""
+    """Flags of ``comfyui`` and ``models``, and of every other verb."""
 
     json: Annotated[bool, _JSON] = False
 
@@ -272,6 +272,7 @@ VERB_FLAGS: Final[dict[str, type[msgspec.Struct]]] = {
     "status": StatusFlags,
     "top": TopFlags,
     "generate": GenerateFlags,
+    "models": JsonFlags,
     "demo": DemoFlags,
     "comfyui": JsonFlags,
     "cluster": ClusterFlags,

@@ -19,6 +19,8 @@ from xditd.client.demo import checkpoints
 from xditd.client.demo.flux1_calls import Prompt
 
 PACKAGE = Path(__file__).parents[1] / "family_package"
+GPU_NOISE = 30.0
+"""Other sines and sums: FLUX.1 and FLUX.2 in float32 differ by 1.3e-5 between an H200 and the CPU, others by 4e-6."""
 
 
 @dataclass
@@ -77,7 +79,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def daemon(start_daemon: Callable[..., RunningDaemon], pytestconfig: pytest.Config) -> RunningDaemon:
     """Two workers, or on a machine with one GPU one. Tests that kill a worker leave it rebuilt."""
     device = pytestconfig.getoption("daemon_device")
-    started = start_daemon(2 if device == "cpu" else min(2, torch.cuda.device_count()), device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # convolutions of float32 are rounded to TF32 otherwise
+        started = start_daemon(2 if device == "cpu" else min(2, torch.cuda.device_count()), device)
     started.wait_ready()
     return started
 
@@ -195,8 +199,11 @@ def diffusers_run(files: SimpleNamespace) -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
+def relative_error(pytestconfig: pytest.Config) -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """Of results on a GPU, which are compared with those on the CPU, the error is divided by :data:`GPU_NOISE`."""
+    scale = GPU_NOISE if pytestconfig.getoption("daemon_device") == "cuda" else 1.0
+
     def measure(actual: torch.Tensor, expected: torch.Tensor) -> float:
-        return float((actual - expected).norm() / expected.norm())
+        return float((actual - expected).norm() / expected.norm()) / scale
 
     return measure

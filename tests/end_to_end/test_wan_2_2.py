@@ -50,7 +50,7 @@ def test_two_transformers_and_loras_of_the_second_give_what_the_pipeline_gives(c
     merged = states[1] | {f"{layer}.weight": states[1][f"{layer}.weight"] + 0.8 * (up @ down)}
     expected = wan_models.pipeline_latents(references[0], wan_models.reference(merged), SAMPLE)
     assert relative_error(generate(client, high, of_low), expected) <= BAR
-    assert relative_error(found, expected) > 1000 * BAR
+    assert relative_error(found, expected) > 100 * BAR
     assert torch.equal(generate(client, high, low), found)
 
 

@@ -1,5 +1,6 @@
 """Jobs: events, results, cancellation, deadlines, and blocks that no two jobs share."""
 
+import asyncio
 import threading
 
 import msgspec
@@ -9,7 +10,9 @@ torch = pytest.importorskip("torch")
 
 import sample_facts  # noqa: E402
 
-from xditd.client import Client  # noqa: E402
+from xditd.client import AsyncClient, Client  # noqa: E402
+from xditd.client.async_client import AsyncGenerationJob  # noqa: E402
+from xditd.client.jobs.generation import GenerationJob  # noqa: E402
 from xditd.ipc.errors import (  # noqa: E402
     BY_CODE,
     BadRequest,
@@ -136,6 +139,42 @@ def test_a_preview_is_an_image_of_what_the_last_step_predicted(client, daemon):
     assert torch.all(preview == 0.25)
     with pytest.raises(BadRequest, match="has ended: its result has the image"):
         job.preview()
+
+
+def test_previews_of_an_event_loop_are_those_of_the_job(client, daemon, folder):
+    def answer(request):
+        for place in (request.out_preview, request.out_denoised):
+            if place is not None:
+                write(daemon, request.io, place, 0.25)
+        return [step(request, 1, 1), Generated(request_id=request.request_id, timings_ms={}, reused_steps=0)]
+
+    daemon.answers[Generate] = answer
+    sides = {"height": 16, "width": 32, "steps": 1}
+
+    async def run():
+        async with AsyncClient(folder) as looped:
+            job = await looped.generate("c1", TEXT, vae="c2", previews="image", **sides)
+            async for _ in job:
+                preview = await job.preview()
+                with pytest.raises(BadRequest, match="denoised: the job was started without previews=True"):
+                    await job.denoised()
+            with pytest.raises(BadRequest, match="has ended: its result has the image"):
+                await job.preview()
+            job = await looped.generate("c1", TEXT, previews=True, **sides)
+            async for _ in job:
+                denoised = await job.denoised()
+            return preview, denoised
+
+    preview, denoised = asyncio.run(run())
+    assert (preview.shape, denoised.shape) == ((1, 3, 16, 32), (1, 16, 2, 4))
+    assert torch.all(preview == 0.25)
+    assert torch.all(denoised == 0.25)
+
+
+def test_the_job_of_an_event_loop_has_what_the_job_has():
+    """What is added to the job is added there, too."""
+    public = {name for name in dir(GenerationJob) if not name.startswith("_")}
+    assert public - set(dir(AsyncGenerationJob)) == set()
 
 
 def test_previews_that_cannot_be_are_refused(client, stalls):

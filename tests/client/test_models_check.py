@@ -1,0 +1,135 @@
+"""``xditd models check``: what it finds in files, and what the workers' code says of them without a daemon."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import flux2_vaes  # noqa: E402
+import text_checkpoints  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from xditd.client import models_check, models_file  # noqa: E402
+from xditd.client.demo import checkpoints  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the parts of FLUX.1, and a VAE of another model."""
+    folder = tmp_path_factory.mktemp("parts")
+    checkpoints.write_flux1(folder / "flux1.safetensors", seed=1)
+    checkpoints.write_flux_vae(folder / "ae.safetensors", seed=2)
+    text_checkpoints.write_clip_l(folder / "clip_l.safetensors", seed=3, width=768)
+    text_checkpoints.write_t5(folder / "small_t5.safetensors", seed=4)
+    save_file(flux2_vaes.state_dict(5), folder / "flux2_vae.safetensors")
+    (folder / "tokenizers").mkdir()
+    (folder / "page.safetensors").write_text("<!doctype html>")
+    return folder
+
+
+def checked(parts: Path, text: str, *, asks_workers: bool = False) -> dict[str, models_check.ModelCheck]:
+    file = parts / "models.toml"
+    file.write_text(text)
+    found = models_check.check_models(models_file.load(file), asks_workers=asks_workers)
+    return {check.name: check for check in found}
+
+
+@pytest.mark.slow
+def test_the_workers_code_names_families_and_parts_that_do_not_fit(parts: Path) -> None:
+    found = checked(
+        parts,
+        """
+        [good]
+        transformer = "flux1.safetensors"
+        vae = "ae.safetensors"
+        text_encoders = ["clip_l.safetensors"]
+        tokenizers = "tokenizers"
+        [other_vae]
+        transformer = "flux1.safetensors"
+        vae = "flux2_vae.safetensors"
+        [other_text]
+        transformer = "flux1.safetensors"
+        text_encoders = "small_t5.safetensors"
+        [swapped]
+        transformer = "ae.safetensors"
+        [two]
+        transformer = "flux1.safetensors"
+        transformer_2 = "flux1.safetensors"
+        """,
+        asks_workers=True,
+    )
+    good = found["good"]
+    assert good.faults == []
+    assert [part.facts and part.facts.family for part in good.parts] == ["flux1", "flux_vae", "clip_l", None]
+    assert good.parts[0].size_bytes == (parts / "flux1.safetensors").stat().st_size
+    assert good.unchecked[0] == "whether the tokenizers are those of the text encoders"
+    (fault,) = found["other_vae"].faults
+    assert "transformer and vae: its latents have" in fault
+    (fault,) = found["other_text"].faults
+    assert "t5 gives states of width 128, and the transformer takes 768 and 4096" in fault
+    (fault,) = found["swapped"].faults
+    assert fault.startswith("transformer: ")
+    assert "flux_vae" in fault
+    (fault,) = found["two"].faults
+    assert fault == "transformer_2: flux1 runs one transformer; remove it"
+
+
+def test_files_that_are_missing_or_none_are_named_without_workers(parts: Path) -> None:
+    found = checked(
+        parts,
+        """
+        [a]
+        transformer = "gone.safetensors"
+        vae = "page.safetensors"
+        tokenizers = "ae.safetensors"
+        [b]
+        folder = "tokenizers"
+        """,
+    )
+    gone, page, tokenizers = found["a"].faults
+    assert gone.startswith(f"transformer: {parts}/gone.safetensors: No such file")
+    assert "this is a web page" in page
+    assert tokenizers.startswith("tokenizers: ")
+    assert "not a folder" in tokenizers
+    assert "has no model_index.json" in found["b"].faults[0]
+    assert any("--quick" in each for each in found["b"].unchecked + found["a"].unchecked)
+
+
+def test_a_pipelines_folder_has_the_parts_of_its_index(parts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    for name, source in (("transformer", "flux1"), ("vae", "ae")):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(parts / f"{source}.safetensors", folder / name / "diffusion_pytorch_model.safetensors")
+        (folder / name / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    (folder / "scheduler").mkdir()
+    index = {
+        "_class_name": "FluxPipeline",
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "image_encoder": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (check,) = checked(parts, f'[x]\nfolder = "{folder}"\nvariant = "fp16"').values()
+    (fault,) = check.faults
+    assert fault.startswith("text_encoder: ")
+    assert "names this folder, and it is not there" in fault
+    assert [part.part for part in check.parts if part.files] == ["transformer", "vae"]
+    index["../up"] = ["diffusers", "AutoencoderKL"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (check,) = checked(parts, f'[x]\nfolder = "{folder}"').values()
+    assert any(fault.startswith("../up: ") for fault in check.faults)
+
+
+def test_why_the_workers_code_did_not_answer_is_said(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        models_check, "module_command", lambda *_: ["sh", "-c", "echo ModuleNotFoundError: x >&2; exit 1"]
+    )
+    (check,) = checked(parts, '[x]\ntransformer = "flux1.safetensors"', asks_workers=True).values()
+    assert check.faults == []
+    assert "pip install 'xditd[workers]'" in check.unchecked[0]
