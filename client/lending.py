@@ -115,8 +115,8 @@ def describe(
         BadCheckpoint: a file is not a valid safetensors or GGUF file, the files of a folder or an index are not
             complete, or packed weights do not have the form of their format.
         StaleSource: a file changed while it was read.
-        BadRequest: a tensor has no memory that can be shared, ``prefix`` is given for what is no file, ``variant`` is given for what is no folder,
-            ``acceleration`` for what does not run as its class, or ``changed`` names no tensor of this component.
+        BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, ``prefix``
+            for what is no file, ``acceleration`` for what does not run as its class, or ``changed`` names no tensor of this component.
         Unsupported: ``device`` does not exist, or the checkpoint's form is known to be unsupported.
         UnsupportedDtype: a dtype that cannot be sent to the workers.
         OutOfMemory: too little free memory for an arena.

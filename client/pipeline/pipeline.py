@@ -417,6 +417,8 @@ def _entry_of(source: PathLike) -> dict[str, Any]:
         VAE: entry.vae,
         "text_encoders": entry.text_encoders,
         "tokenizers": entry.tokenizers,
+        IMAGE_ENCODER: entry.image_encoder,
+        "scheduler": entry.scheduler,
         "compute_dtype": entry.compute_dtype,
         "acceleration": entry.acceleration,
         "defaults": {

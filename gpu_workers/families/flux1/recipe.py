@@ -35,7 +35,6 @@ from xditd.gpu_workers.parallel.token_partition import partition_tokens
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.limits import MAX_SIDE_PIXELS
 
-
 _PICTURES: Final = {CONTROL_CHANNELS: (CONTROL, CONTROL_IMAGE), FILL_CHANNELS: (MASKED_IMAGE, IMAGE)}
 """Latents and the picture that is given in place of them, by input channels."""
 
