@@ -24,6 +24,7 @@ from xditd.client.jobs.text_requests import encode_text_request
 from xditd.client.lifetime import Lifetime
 from xditd.client.loan_methods import LoanMethods
 from xditd.client.loans import Loan, LoanWithLoras, component_id_of
+from xditd.client.prompt_methods import PromptMethods
 from xditd.client.results import TextEncoding
 from xditd.client.waiting import check_seconds
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
@@ -40,7 +41,7 @@ SILENCE_DEADLINE_S: Final = 600.0
 ``hang_deadline_s``, after which the daemon ends a job itself and reports why."""
 
 
-class Client(LoanMethods, DaemonMethods):
+class Client(LoanMethods, PromptMethods, DaemonMethods):
     """A session with the daemon: lend components to its workers, and run jobs on them.
 
     ``runtime_dir`` is the daemon's folder (default ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``).

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from xditd.client.loans import Loan, kind_named
 from xditd.client.session import Session
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
 from xditd.ipc.renamed import Renamed
 from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType, CopiedBytes
@@ -72,6 +73,13 @@ class LoanMethods:
             OutOfMemory: too little free memory in this process or in a worker.
         """
         named = None if kind is None else kind_named(kind)
+        if named is ComponentKind.TOKENIZER:
+            if not isinstance(source, (str, bytes, os.PathLike)):
+                raise BadRequest(f"tokenizer: give the path of its folder, not a {type(source).__name__}")
+            given = [generation, device, changed, as_class, acceleration, variant, compute_dtype]
+            if any(each is not None and each is not False and each != 0 for each in given):
+                raise BadRequest("tokenizer: it takes a label alone; leave the other arguments out")
+            return self.lend_tokenizer(source, label=label, deadline_s=deadline_s)
 
         def make_offer() -> Offer:
             from xditd.client.lending import describe
@@ -89,6 +97,27 @@ class LoanMethods:
                 compute_dtype=compute_dtype,
                 prefix=prefix,
             )
+
+        return self._current().lend(make_offer, deadline_s)
+
+    def lend_tokenizer(
+        self, source: str | os.PathLike[str], *, label: str | None = None, deadline_s: float | None = None
+    ) -> Loan:
+        """Lend the folder of a tokenizer, or of a processor, for :meth:`encode_prompt`.
+
+        ``source`` is a folder that transformers saved, such as ``tokenizer`` of a diffusers pipeline. Its JSON and text
+        files are lent, with those of SentencePiece if there is no ``tokenizer.json``; the workers build transformers'
+        own class of them once, and keep no file. No code of the folder is run. ``facts.tokenizer`` says what it has.
+
+        Raises:
+            BadCheckpoint: no tokenizer is there, or a file of it is invalid; names the file.
+            Unsupported: its class is not known, or its configuration names code of its own.
+        """
+
+        def make_offer() -> Offer:
+            from xditd.client.tokenizer_folders import describe_tokenizer
+
+            return describe_tokenizer(source, label=label)
 
         return self._current().lend(make_offer, deadline_s)
 

@@ -113,6 +113,29 @@ class LatentFacts(Described, frozen=True, kw_only=True):
                 raise BadRequest(f"vae: its latents have {its} {what}, the transformer's {mine}; lend that model's VAE")
 
 
+class PromptFacts(Described, frozen=True, kw_only=True):
+    """What the prompts of a transformer need, by role. Roles are diffusers' names of a pipeline's components.
+
+    Weights in prompts, such as ``(cat:1.2)``, are text.
+    """
+
+    encoders: Annotated[dict[Name, Names], msgspec.Meta(max_length=limits.MAX_ROLES)]
+    """For each role the families of its text encoder."""
+    tokenizers: Annotated[dict[Name, Names], msgspec.Meta(max_length=limits.MAX_ROLES)]
+    """For each role the classes of its tokenizer or processor, as transformers names them."""
+    image_tokenizers: Annotated[dict[Name, Names], msgspec.Meta(max_length=limits.MAX_ROLES)] = msgspec.field(
+        default_factory=dict
+    )
+    """The same for prompts with pictures; empty if ``max_images`` is 0."""
+    max_images: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_PROMPT_IMAGES)] = 0
+    """Pictures that a prompt takes."""
+    takes_negative: bool = False
+    default_negative: Annotated[str, msgspec.Meta(max_length=limits.MAX_PROMPT_CHARS)] | None = None
+    """The negative prompt that diffusers' pipeline takes if none is given and the guidance needs one."""
+    options: Names = ()
+    """Options of ``EncodePrompt`` that this family has."""
+
+
 class TransformerFacts(Described, frozen=True, kw_only=True):
     """Facts of a transformer. ``ulysses`` and ``ring`` are its degrees in this group."""
 
@@ -141,6 +164,8 @@ class TransformerFacts(Described, frozen=True, kw_only=True):
     starts: Annotated[tuple[Literal["image", "mask"], ...], msgspec.Meta(max_length=2)] = ()
     """What a generation may start from: an image, by a strength, and a mask of it, for inpainting."""
     has_step_cache: bool = False
+    prompt: PromptFacts | None = None
+    """What ``EncodePrompt`` needs; ``None``: give the tensors of :attr:`conditioning`."""
 
 
 class VaeFacts(Described, frozen=True, kw_only=True):
@@ -220,8 +245,17 @@ class LoraFacts(Described, frozen=True, kw_only=True):
     unknown_count: Count = 0
 
 
+class TokenizerFacts(Described, frozen=True, kw_only=True):
+    """Facts of a tokenizer or a processor: how many ids it has, from 0, and which of its files are used."""
+
+    vocabulary: Count
+    files: Names
+    takes_images: bool
+    has_chat_template: bool
+
+
 class ComponentFacts(Described, frozen=True, kw_only=True):
-    """Facts of any component; of the last six fields, the one of its ``kind`` is set."""
+    """Facts of any component; of the last seven fields, the one of its ``kind`` is set."""
 
     family: Name
     class_name: Name
@@ -241,3 +275,4 @@ class ComponentFacts(Described, frozen=True, kw_only=True):
     controlnet: ControlNetFacts | None = None
     module: ModuleFacts | None = None
     lora: LoraFacts | None = None
+    tokenizer: TokenizerFacts | None = None

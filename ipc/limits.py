@@ -56,6 +56,20 @@ MAX_LAYER: Final = 1_024
 MAX_TEXT_TOKENS: Final = 4_096
 """Tokens of one text: a text encoder's attention may store a number for every pair of tokens in every head."""
 
+MAX_TOKENIZER_FILE_BYTES: Final = 64 * 2**20
+MAX_TOKENIZER_BYTES: Final = 128 * 2**20
+"""One file of a tokenizer, and all of them. Gemma's tokenizer.json, the largest that is known, takes 32 MiB."""
+
+MAX_PROMPT_CHARS: Final = 32_768
+MAX_PROMPTS_CHARS: Final = 524_288
+"""Characters of one prompt, and of all in one request."""
+
+MAX_PROMPT_IMAGES: Final = 16
+"""Pictures that go with the prompts of one request."""
+
+MAX_ROLES: Final = 8
+"""Text encoders, or tokenizers, that one transformer's prompts need."""
+
 MAX_IMAGE_ARGUMENTS: Final = 8
 """Tensors that describe the images of texts, of all images together."""
 

@@ -127,6 +127,19 @@ class TextEncoded(Reply, tag="text_encoded", frozen=True, kw_only=True):
     timings_ms: TimingsMs
 
 
+class PromptEncoded(Reply, tag="prompt_encoded", frozen=True, kw_only=True):
+    """Answers ``EncodePrompt``: tensors, or lists of them, by the names in the transformer's facts.
+
+    They are in the job's I/O block or, if that is given, in ``block`` of the process ``provider``. Without encoders,
+    the tree has the token ids and masks of each encoder by its role.
+    """
+
+    results: Argument
+    block: HostShmBlock | None = None
+    provider: ProcessIdentity | None = None
+    timings_ms: TimingsMs
+
+
 class CancelNoted(Reply, tag="cancel_noted", frozen=True, kw_only=True):
     """Answers ``Cancel``, also if that request had ended already; its own reply says how it ended."""
 
@@ -199,6 +212,7 @@ AnyReply = (
     | Decoded
     | Encoded
     | TextEncoded
+    | PromptEncoded
     | CancelNoted
     | Status
     | LogLines

@@ -350,6 +350,40 @@ class EncodeText(Request, tag="encode_text", frozen=True, kw_only=True):
     out_pooled: IoTensor | None = None
 
 
+Prompts = Annotated[
+    tuple[Annotated[str, msgspec.Meta(max_length=limits.MAX_PROMPT_CHARS)], ...],
+    msgspec.Meta(max_length=limits.MAX_BATCH),
+]
+ByRole = Annotated[dict[Name, ComponentId], msgspec.Meta(max_length=limits.MAX_ROLES)]
+
+
+class EncodePrompt(Request, tag="encode_prompt", frozen=True, kw_only=True):
+    """Encode prompts to the conditioning that ``Generate`` takes of them. Answered by ``PromptEncoded``.
+
+    ``encoders`` and ``tokenizers`` are named by the roles in the transformer's facts. Lengths, padding, templates and
+    layers are those of the transformer's family. ``negative_prompts`` are as many as ``prompts``, or none. ``images``
+    (height, width, 3), uint8, go with every prompt. Without ``encoders``, the reply has the token ids alone.
+    ``out`` is the place for results in ``io``; longer ones are returned in a block of the workers.
+    """
+
+    transformer_id: ComponentId
+    encoders: ByRole
+    tokenizers: ByRole
+    loras: Annotated[dict[Name, LoraUses], msgspec.Meta(max_length=limits.MAX_ROLES)] = msgspec.field(
+        default_factory=dict
+    )
+    """LoRAs of the encoders by role, for this job alone."""
+    io: HostShmBlock
+    prompts: Prompts
+    negative_prompts: Prompts = ()
+    images: Annotated[tuple[IoTensor, ...], msgspec.Meta(max_length=limits.MAX_PROMPT_IMAGES)] = ()
+    options: Annotated[dict[Name, bool | Whole | Finite], msgspec.Meta(max_length=64)] = msgspec.field(
+        default_factory=dict
+    )
+    out_offset_bytes: Bytes
+    out_size_bytes: Bytes
+
+
 class Cancel(Request, tag="cancel", frozen=True, kw_only=True):
     """Cancel an earlier request of this session. Answered by ``CancelNoted``.
 
@@ -373,7 +407,7 @@ class Stop(Request, tag="stop", frozen=True, kw_only=True):
     """Shut the daemon down. Answered by ``Stopping`` before it happens."""
 
 
-InferenceRequest = Call | ReadTensors | Generate | Decode | Encode | EncodeText
+InferenceRequest = Call | ReadTensors | Generate | Decode | Encode | EncodeText | EncodePrompt
 """Requests that run on the workers as queued jobs."""
 
 AnyRequest = (
@@ -391,6 +425,7 @@ AnyRequest = (
     | Decode
     | Encode
     | EncodeText
+    | EncodePrompt
     | Cancel
     | GetStatus
     | GetLogs

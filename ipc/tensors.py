@@ -17,6 +17,7 @@ from xditd.ipc import limits
 from xditd.ipc.field_types import ITEM_BYTES, Bytes, Count, Described, DType, Name, Shape
 from xditd.ipc.loras import LoraDescription, lora_faults
 from xditd.ipc.packed import PackedFormat, PackedWeight, packed_faults
+from xditd.ipc.tokenizer_files import file_fault
 
 Inode = Annotated[int, msgspec.Meta(ge=0)]
 """All 64 bits, as MessagePack allows: overlay file systems put a layer's number into the highest ones."""
@@ -39,6 +40,8 @@ class ComponentKind(Enum):
     """A module of diffusers or transformers, run as its own class does."""
     LORA = "lora"
     """Low-rank differences of other components' weights: jobs name it beside the component that it changes."""
+    TOKENIZER = "tokenizer"
+    """The files of a tokenizer or a processor of transformers, each a tensor of bytes."""
 
 
 class Tier(Enum):
@@ -185,7 +188,8 @@ class Manifest(Described, frozen=True, kw_only=True):
 
     ``packed`` says which tensors are packed weights and their companions; all others are plain. ``compute_dtype`` is
     the dtype into which packed weights are dequantised; without it, that of most plain weights. With a ``lora``, the
-    tensors are its factors, and no family is asked.
+    tensors are its factors, and no family is asked. With the kind ``tokenizer``, they are the bytes of its files, by
+    their names.
     """
 
     kind: ComponentKind | None = None
@@ -256,7 +260,24 @@ class Manifest(Described, frozen=True, kw_only=True):
                 found.append(f"tensor {spec.name} ends at byte {end} of block {spec.block}, which has {size}")
         if self.packed:
             found += self._packed_faults()
+        if self.kind is ComponentKind.TOKENIZER:
+            found += self._tokenizer_faults()
         return found + self._lora_faults()
+
+    def _tokenizer_faults(self) -> list[str]:
+        found = [fault for spec in self.tensors if (fault := file_fault(spec.name, spec.extent_bytes))]
+        found += [
+            f"{spec.name} is {spec.dtype} of {len(spec.shape)} dimensions: the bytes of a file are uint8, in one"
+            for spec in self.tensors
+            if spec.dtype != "uint8" or len(spec.shape) != 1 or spec.stride is not None
+        ]
+        if self.tensor_bytes > limits.MAX_TOKENIZER_BYTES:
+            found.append(f"its files have {self.tensor_bytes} bytes: at most {limits.MAX_TOKENIZER_BYTES} are read")
+        if any(isinstance(block, CudaIpcBlock) for block in self.blocks):
+            found.append("files of a tokenizer are in device memory: lend the folder by its path")
+        if self.module is not None or self.packed or self.lora is not None:
+            found.append("a tokenizer has no class of a module, no packed weights and no LoRA")
+        return found
 
     def _lora_faults(self) -> list[str]:
         if (self.lora is None) != (self.kind is not ComponentKind.LORA):

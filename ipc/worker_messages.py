@@ -187,7 +187,7 @@ class Done(Answer, tag="done", frozen=True, kw_only=True):
     tally: RankTally
     reused_steps: Count = 0
     results: CallResults | None = None
-    """Of ``Call``, from rank 0."""
+    """Of ``Call`` and ``EncodePrompt``, from rank 0."""
 
 
 class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):

@@ -27,6 +27,7 @@ _ONE_HOST_ONLY: Final = frozenset(
     [
         "lend",
         "lend_lora",
+        "lend_tokenizer",
         "return_",
         "check_memory",
         "adopt",
@@ -35,6 +36,8 @@ _ONE_HOST_ONLY: Final = frozenset(
         "call",
         "call_parts",
         "encode_text",
+        "encode_prompt",
+        "tokenize",
         "decode",
         "encode",
         "facts",

@@ -37,7 +37,7 @@ from xditd.ipc.errors import (
 )
 from xditd.ipc.processes import is_alive
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import Called, Generated, TensorsRead
+from xditd.ipc.replies import Called, Generated, PromptEncoded, TensorsRead
 from xditd.ipc.requests import Call, InferenceRequest, Numerics
 from xditd.ipc.tensors import HostShmBlock
 
@@ -85,6 +85,24 @@ class Runner:
         with self.start(job, block, deadline_s) as pending:
             pending.wait(reply_type)
             return {name: block.read(place, job.device) for name, place in job.outputs.items()}
+
+    def encode_prompt(self, make_request: Callable[..., JobRequest], deadline_s: float | None) -> Any:
+        """Encode prompts, and read the results as tensors by name. ``make_request`` takes ``room_bytes``."""
+        job = make_request()
+        block = job.fill(self._pool)
+        with self.start(job, block, deadline_s) as pending:
+            encoded = pending.wait(PromptEncoded)
+            read = partial(read_results, encoded.results, job.device)
+            if encoded.block is None:
+                return read(block.read_result)
+            if encoded.provider is None:
+                raise Internal("the results of a prompt are in a block of a worker, but no worker is named")
+            try:
+                return _read_from(encoded.block, encoded.provider, block, read)
+            except StaleSource:
+                room_bytes = encoded.block.size_bytes
+        # As in calls: those of other threads have replaced the workers' block.
+        return self.encode_prompt(partial(make_request, room_bytes=room_bytes), deadline_s)
 
     def generate(self, job: GenerationRequest, deadline_s: float | None, owner: object) -> GenerationJob:
         """Start a generation, without waiting. ``owner`` is kept alive until it has ended."""
@@ -305,7 +323,8 @@ class Runner:
                 return read(called, job, block.read_result)
             if called.provider is None:
                 raise Internal("the results of a call are in a block of a worker, but no worker is named")
-            return _read_from(called.block, called.provider, block, partial(read, called, job))
+            found: list[Any] = _read_from(called.block, called.provider, block, partial(read, called, job))
+            return found
         finally:
             if block.device is not None:
                 block.device.wait()  # the next call may write to it
@@ -322,9 +341,7 @@ def _with_device_io(request: InferenceRequest, block: IoBlock) -> InferenceReque
     )
 
 
-def _read_from(
-    block: HostShmBlock, provider: ProcessIdentity, own: IoBlock, read_all: Callable[[Read], list[Any]]
-) -> list[Any]:
+def _read_from(block: HostShmBlock, provider: ProcessIdentity, own: IoBlock, read_all: Callable[[Read], Any]) -> Any:
     """Copy results out of a worker's block, and those in device memory out of ``own``.
 
     The worker keeps its block until a few later calls of this process have replaced it.

@@ -52,6 +52,7 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
     requests.Decode: jobs.run,
     requests.Encode: jobs.run,
     requests.EncodeText: jobs.run,
+    requests.EncodePrompt: jobs.run,
     requests.ReadTensors: jobs.run,
     requests.Cancel: cancel.cancel,
     requests.GetLogs: logs.read,

@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import torch
 
-from xditd.gpu_workers.jobs import call, call_module, decode, encode, encode_text, generate, read_tensors
+from xditd.gpu_workers.jobs import (
+    call,
+    call_module,
+    decode,
+    encode,
+    encode_prompt,
+    encode_text,
+    generate,
+    read_tensors,
+)
 from xditd.gpu_workers.jobs.context import JobContext
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.held import HeldTensors
@@ -17,7 +26,7 @@ from xditd.gpu_workers.jobs.progress import Progress
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.parallel.client_blocks import ClientBlocks
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, Decode, Encode, Generate, InferenceRequest, ReadTensors
+from xditd.ipc.requests import Call, Decode, Encode, EncodePrompt, Generate, InferenceRequest, ReadTensors
 from xditd.ipc.transports.host_shm import HostArena
 
 
@@ -82,6 +91,8 @@ class JobRunner:
             finished = decode.run(job, context, progress)
         elif isinstance(job, Encode):
             finished = encode.run(job, context)
+        elif isinstance(job, EncodePrompt):
+            finished = encode_prompt.run(job, context)
         else:
             finished = encode_text.run(job, context)
         finished.timings_ms["total"] = (time.perf_counter() - started) * 1e3

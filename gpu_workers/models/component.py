@@ -15,6 +15,7 @@ from xditd.gpu_workers.models.lora_binding import LentLora
 from xditd.gpu_workers.models.lora_match import LoraMatch
 from xditd.gpu_workers.models.matching import AnyMatch
 from xditd.gpu_workers.models.module_match import ModuleMatch
+from xditd.gpu_workers.models.tokenizer_match import LentTokenizer, TokenizerMatch
 from xditd.gpu_workers.weights.blocks import OpenBlock
 from xditd.ipc.facts import ComponentFacts, ControlNetFacts, TransformerFacts, VaeFacts
 from xditd.ipc.tensors import CopiedBytes, Manifest
@@ -55,13 +56,19 @@ class Component:
     @property
     def runnable(self) -> CachedModel | ClassModel:
         """The model of a component that jobs run."""
-        assert not isinstance(self.match, LoraMatch)
+        assert not isinstance(self.match, (LoraMatch, TokenizerMatch))
         return self.match.model
 
     @property
     def lora(self) -> LentLora:
         """The factors of a component that is a LoRA."""
         assert isinstance(self.match, LoraMatch)
+        return self.match.model
+
+    @property
+    def tokenizer(self) -> LentTokenizer:
+        """The tokenizer of a component that is one."""
+        assert isinstance(self.match, TokenizerMatch)
         return self.match.model
 
     @property

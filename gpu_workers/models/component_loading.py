@@ -14,7 +14,7 @@ from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.file_watch import check_files_unchanged
 from xditd.gpu_workers.models.lent_copies import LentCopies, find_shared, written_ranges
-from xditd.gpu_workers.models.matching import AnyMatch
+from xditd.gpu_workers.models.matching import LoadedMatch
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
@@ -49,7 +49,7 @@ class TensorLoader:
     def load(
         self,
         manifest: Manifest,
-        match: AnyMatch,
+        match: LoadedMatch,
         opened: list[OpenBlock | None],
         clock: Clock,
         kept: LentCopies | None = None,

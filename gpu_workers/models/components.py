@@ -29,6 +29,7 @@ from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, pr
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
+from xditd.gpu_workers.models.tokenizer_match import LentTokenizer, match_tokenizer
 from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
@@ -153,11 +154,7 @@ class Components:
             BadRequest: it is of another kind.
             StaleSource: its file has changed.
         """
-        component = self._plugged.get(component_id)
-        if component is None:
-            raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
-        if component.match.family.kind != kind:
-            raise BadRequest(f"component {component_id} is a {component.match.family.kind}; this job needs a {kind}")
+        component = self.find(component_id, kind)
         self.check_unchanged(component)
         if not component.is_loaded:
             self._plug(component)
@@ -174,6 +171,27 @@ class Components:
         if not component.is_loaded:
             with raise_on_all_ranks():
                 self._plug(component)
+
+    def find(self, component_id: str, kind: str) -> Component:
+        """Return a component of which a job reads the configuration alone, as :meth:`get`, but without its weights.
+
+        Raises:
+            UnknownComponent, BadRequest: as :meth:`get`.
+        """
+        component = self._plugged.get(component_id)
+        if component is None:
+            raise UnknownComponent(f"component {component_id}: not lent to this worker; lend it again")
+        if component.match.family.kind != kind:
+            raise BadRequest(f"component {component_id} is a {component.match.family.kind}; this job needs a {kind}")
+        return component
+
+    def get_tokenizer(self, component_id: str) -> LentTokenizer:
+        """Return a lent tokenizer; rank 0 alone has it.
+
+        Raises:
+            UnknownComponent, BadRequest: as :meth:`get`.
+        """
+        return self.find(component_id, "tokenizer").tokenizer
 
     def get_lora(self, component_id: str) -> LentLora:
         """Return a lent LoRA.
@@ -340,6 +358,8 @@ class Components:
                 raise BadRequest(
                     f"manifest of {manifest.label}: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults
                 )
+            if manifest.kind is ComponentKind.TOKENIZER:
+                return self._assemble_tokenizer(component_id, manifest, exporter, opened, clock)
             match = match_manifest(manifest, self.models, self.class_models)
             reserved = match.reserve()
             clock.mark("match")
@@ -374,6 +394,30 @@ class Components:
             [*loaded.copies.buffers, *loaded.made],
             loaded.copied + filled,
             clock.marks_ms,
+        )
+
+    def _assemble_tokenizer(
+        self,
+        component_id: str,
+        manifest: Manifest,
+        exporter: ProcessIdentity,
+        opened: list[OpenBlock | None],
+        clock: Clock,
+    ) -> Component:
+        """Read the files of a tokenizer, and unmap them: what is built of them holds no lent memory."""
+        for block in manifest.blocks:
+            opened.append(self._open(block, exporter, None))
+        clock.mark("map")
+        match = match_tokenizer(manifest, opened, is_leader=self._rank == 0)
+        while opened:
+            block_open = opened.pop()
+            if block_open is not None:
+                self.blocks.release(block_open)
+        clock.mark("build")
+        facts = match.facts(manifest)
+        copied = CopiedBytes(host_to_host=manifest.tensor_bytes)
+        return Component(
+            component_id, match, {}, manifest, facts, {}, {}, opened, LentCopies(), [], copied, clock.marks_ms
         )
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:

@@ -16,6 +16,7 @@ from xditd.gpu_workers.models.lora_match import LoraMatch, match_lora
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.registry import describe
+from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
@@ -23,10 +24,11 @@ from xditd.ipc.transports.tensor_views import torch_dtype
 
 logger = logging.getLogger(__name__)
 
-AnyMatch = CheckpointMatch | ModuleMatch | LoraMatch
+LoadedMatch = CheckpointMatch | ModuleMatch | LoraMatch
+AnyMatch = LoadedMatch | TokenizerMatch
 
 
-def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassModels) -> AnyMatch:
+def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassModels) -> LoadedMatch:
     """Match a manifest to a model of a family, or to a module that runs as its class, or as a LoRA.
 
     Raises:

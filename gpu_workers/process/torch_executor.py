@@ -16,6 +16,7 @@ from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.lora_match import LoraMatch
+from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
@@ -81,7 +82,7 @@ class TorchExecutor:
         )
         match = component.match
         heads = match.family.heads(match.config)
-        if heads and self.facts.rank == 0 and not isinstance(match, LoraMatch):
+        if heads and self.facts.rank == 0 and not isinstance(match, (LoraMatch, TokenizerMatch)):
             logger.info(
                 "layout of a component component_id=%s family=%s heads=%d layout=%s",
                 command.component_id, match.family.name, heads, match.model.layout.degrees,

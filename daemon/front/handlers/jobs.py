@@ -1,4 +1,4 @@
-"""``Call``, ``ReadTensors``, ``Generate``, ``Decode``, ``Encode`` and ``EncodeText``: jobs on lent components."""
+"""``Call``, ``ReadTensors``, ``Generate``, ``Decode``, ``Encode``, ``EncodeText``, ``EncodePrompt``: jobs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from xditd.ipc.arguments import InIo, Values
 from xditd.ipc.errors import BadRequest, Internal, LeaseLost
 from xditd.ipc.name_lists import listed
 from xditd.ipc.protocol import Reply
-from xditd.ipc.replies import Called, Decoded, Encoded, Generated, TensorsRead, TextEncoded
-from xditd.ipc.requests import Call, Decode, Encode, EncodeText, Generate, InferenceRequest, LoraUse, ReadTensors, Role
+from xditd.ipc.replies import Called, Decoded, Encoded, Generated, PromptEncoded, TensorsRead, TextEncoded
+from xditd.ipc.requests import (
+    Call,
+    Decode,
+    Encode,
+    EncodePrompt,
+    EncodeText,
+    Generate,
+    InferenceRequest,
+    LoraUse,
+    ReadTensors,
+    Role,
+)
 from xditd.ipc.tensors import ComponentKind, IoTensor
 from xditd.ipc.worker_messages import Done, Run
 
@@ -67,10 +78,18 @@ def _reply(request: InferenceRequest, done: list[Done]) -> Reply:
     timings_ms = slowest_ms([answer.timings_ms for answer in done])
     if isinstance(request, Generate):
         return Generated(request_id=request_id, timings_ms=timings_ms, reused_steps=done[0].reused_steps)
-    if isinstance(request, Call):
+    if isinstance(request, (Call, EncodePrompt)):
         found = done[0].results
         if found is None:
-            raise Internal(f"rank 0 ran call {request_id}, but its answer has no results")
+            raise Internal(f"rank 0 ran request {request_id}, but its answer has no results")
+        if isinstance(request, EncodePrompt):
+            return PromptEncoded(
+                request_id=request_id,
+                results=found.trees[0],
+                block=found.block,
+                provider=found.provider,
+                timings_ms=timings_ms,
+            )
         return Called(
             request_id=request_id,
             results=found.trees,
@@ -111,6 +130,15 @@ def _components_of(request: InferenceRequest) -> list[tuple[str, ComponentKind]]
         return [*named, *((each.component_id, ComponentKind.CONTROLNET) for each in request.controls)]
     if isinstance(request, EncodeText):
         return [(request.encoder_id, ComponentKind.TEXT_ENCODER), *_loras_of(request.loras)]
+    if isinstance(request, EncodePrompt):
+        if unknown := sorted(set(request.loras) - set(request.encoders)):
+            raise BadRequest(f"loras: of {listed(unknown)}, which is no role among the encoders")
+        return [
+            (request.transformer_id, ComponentKind.TRANSFORMER),
+            *((each, ComponentKind.TEXT_ENCODER) for each in request.encoders.values()),
+            *((each, ComponentKind.TOKENIZER) for each in request.tokenizers.values()),
+            *(found for uses in request.loras.values() for found in _loras_of(uses)),
+        ]
     if isinstance(request, ReadTensors):
         return [] if request.component_id is None else [(request.component_id, ComponentKind.MODULE)]
     return [(request.vae_id, ComponentKind.VAE)]
@@ -151,8 +179,12 @@ def _check_tensors(request: InferenceRequest) -> None:
     if isinstance(request, EncodeText):
         for name, place in request.images.items():
             _check_end(f"images.{name}", place.offset_bytes + place.size_bytes, size_bytes)
-    if isinstance(request, Call):
+    if isinstance(request, EncodePrompt):
+        for number, place in enumerate(request.images):
+            _check_end(f"images[{number}]", place.offset_bytes + place.size_bytes, size_bytes)
+    if isinstance(request, (Call, EncodePrompt)):
         _check_end("out", request.out_offset_bytes + request.out_size_bytes, size_bytes)
+    if isinstance(request, Call):
         _check_device_end("device_out", request.device_out_offset_bytes + request.device_out_size_bytes, request)
     try:
         for where, tree in _trees_of(request):

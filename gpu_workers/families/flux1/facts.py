@@ -13,6 +13,7 @@ from xditd.gpu_workers.families.flux1.config import (
     PIXELS_PER_LATENT,
     Flux1Config,
 )
+from xditd.gpu_workers.families.flux1.prompt import FACTS
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
@@ -86,4 +87,5 @@ def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
         default_steps=50 if config.in_channels == FILL_CHANNELS else 28,
         starts=("image", "mask") if config.in_channels == PACKED_CHANNELS else (),
         has_step_cache=True,
+        prompt=FACTS,
     )

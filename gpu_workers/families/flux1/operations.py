@@ -16,6 +16,7 @@ from xditd.gpu_workers.families.flux1.controlnet_config import Flux1ControlNetCo
 from xditd.gpu_workers.families.flux1.facts import REFERENCES, facts_of
 from xditd.gpu_workers.families.flux1.fused import FusedFlux1
 from xditd.gpu_workers.families.flux1.modulations import Times
+from xditd.gpu_workers.families.flux1.prompt import Flux1Prompt
 from xditd.gpu_workers.families.flux1.recipe import Flux1Recipe
 from xditd.gpu_workers.families.flux1.sequence_parallel import SequenceParallelFlux1
 from xditd.gpu_workers.models.entries import Shape
@@ -33,6 +34,7 @@ class Flux1Operations:
     """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
 
     recipe = Flux1Recipe()
+    prompt = Flux1Prompt()
 
     def build(self, config: Flux1Config) -> torch.nn.Module:
         return SequenceParallelFlux1(

@@ -1,0 +1,117 @@
+"""A manifest matched as the files of a tokenizer, and the lent tokenizer in the place of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from xditd.gpu_workers.models.entries import Bindings
+from xditd.gpu_workers.models.tokenizer_building import PROCESSORS, build_tokenizer, tokenizer_of
+from xditd.gpu_workers.weights.blocks import OpenBlock
+from xditd.ipc.facts import ComponentFacts, TokenizerFacts
+from xditd.ipc.packed import PackedWeight
+from xditd.ipc.tensors import ComponentKind, Manifest
+
+
+class LentTokenizer:
+    """A tokenizer or a processor of transformers, built of lent files, which it does not need any more.
+
+    Rank 0 alone has one: it makes all tokens.
+    """
+
+    scratch_bytes = 0
+
+    def __init__(self, class_name: str, built: Any) -> None:
+        self.class_name = class_name
+        self.built = built
+        self.owner: str | None = None
+
+    def plug(self, _: Bindings, owner: str = "", __: object = None) -> None:
+        self.owner = owner
+
+    def unplug(self) -> None:
+        self.owner = None
+
+    def release(self, *, is_lent: bool = False) -> None:
+        """Nothing is reserved."""
+
+
+@dataclass(frozen=True)
+class _TokenizerAsFamily:
+    """What the workers read of every component's ``Family``."""
+
+    name: str = "tokenizer"
+    kind: str = "tokenizer"
+
+    def heads(self, _: object) -> int:
+        """It is not run by several ranks."""
+        return 0
+
+
+@dataclass(frozen=True)
+class TokenizerMatch:
+    """A manifest matched as a tokenizer; see :class:`~xditd.gpu_workers.models.checkpoint_match.CheckpointMatch`."""
+
+    model: LentTokenizer
+    files: tuple[str, ...]
+    family: _TokenizerAsFamily = _TokenizerAsFamily()
+    dtype: torch.dtype = torch.uint8
+    read_names: frozenset[str] = frozenset()
+    is_reused: bool = False
+    config: None = None
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
+
+    def reserve(self) -> int:
+        return 0
+
+    def bind(self, _: object) -> Bindings:
+        return {}
+
+    def by_canonical_name(self, _: object) -> Bindings:
+        return {}
+
+    def facts(self, manifest: Manifest) -> ComponentFacts:
+        """Return the facts that clients get; those of rank 0 count."""
+        tokenizer = None if self.model.built is None else tokenizer_of(self.model.built)
+        return ComponentFacts(
+            family=self.family.name,
+            class_name=self.model.class_name,
+            kind=ComponentKind.TOKENIZER,
+            dtype="uint8",
+            bytes_by_dtype=manifest.bytes_by_dtype,
+            tokenizer=TokenizerFacts(
+                vocabulary=0 if tokenizer is None else len(tokenizer),
+                files=self.files,
+                takes_images=self.model.class_name in PROCESSORS,
+                has_chat_template=tokenizer is not None and _has_template(self.model.built),
+            ),
+        )
+
+
+def match_tokenizer(manifest: Manifest, opened: Sequence[OpenBlock | None], *, is_leader: bool) -> TokenizerMatch:
+    """Read the files of a manifest whose faults were checked, and build the tokenizer on rank 0.
+
+    ``opened`` are its blocks, which may be unmapped afterwards.
+
+    Raises:
+        BadCheckpoint, Unsupported, OutOfMemory: see :func:`build_tokenizer`.
+        StaleSource: a file changed while it was read.
+    """
+    files = {spec.name: _content(opened[spec.block], spec.offset_bytes, spec.extent_bytes) for spec in manifest.tensors}
+    for block in opened:
+        if block is not None:
+            block.check_unchanged()
+    name, built = build_tokenizer(files, manifest.label) if is_leader else ("tokenizer", None)
+    return TokenizerMatch(LentTokenizer(name, built), tuple(sorted(files)))
+
+
+def _content(block: OpenBlock | None, offset_bytes: int, size_bytes: int) -> bytes:
+    assert block is not None  # host memory is local to every rank
+    return block.bytes[offset_bytes : offset_bytes + size_bytes].numpy().tobytes()
+
+
+def _has_template(built: Any) -> bool:
+    return any(getattr(each, "chat_template", None) for each in (built, tokenizer_of(built)))

@@ -1,0 +1,112 @@
+"""Words through the daemon: token ids and conditioning as diffusers' pipelines make them of the same folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import prompt_pipelines
+import pytest
+import torch
+from tokenizer_folders import PROMPTS
+
+from xditd.client import BadRequest, Client, Loan, Unsupported
+from xditd.client.demo import checkpoints
+
+
+class Flux1:
+    """FLUX.1: a pipeline of diffusers, and the loans of what it is made of."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        from diffusers import FluxPipeline
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        self.pipe = FluxPipeline(
+            scheduler=None, vae=None, transformer=None,
+            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
+            tokenizer_2=T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+        )  # fmt: skip
+        self.transformer = client.lend(folder / "transformer.safetensors")
+        self.encoders = {role: client.lend(folder / role) for role in ("text_encoder", "text_encoder_2")}
+        self.tokenizers = {role: client.lend_tokenizer(folder / role) for role in ("tokenizer", "tokenizer_2")}
+
+    @property
+    def loans(self) -> dict[str, Any]:
+        return {"encoders": self.encoders, "tokenizers": self.tokenizers}
+
+    @torch.no_grad()
+    def expected(self, prompt: str | list[str], **more: Any) -> dict[str, torch.Tensor]:
+        embeds, pooled, _ = self.pipe.encode_prompt(prompt, None, device="cpu", **more)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+@pytest.fixture(scope="module")
+def flux1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flux1")
+    prompt_pipelines.flux1(folder)
+    checkpoints.save_aligned(
+        checkpoints.flux1_state_dict(3, context_dim=128, pooled_dim=128), folder / "transformer.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture
+def flux1(client: Client, flux1_folder: Path) -> Flux1:
+    return Flux1(client, flux1_folder)
+
+
+def same(found: Any, expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_flux1_has_the_bits_of_diffusers_pipeline(client: Client, flux1: Flux1) -> None:
+    for prompt in ("a cat", ["a cat", "一只猫 (cat:1.2)" * 40]):
+        same(client.encode_prompt(flux1.transformer, prompt, **flux1.loans), flux1.expected(prompt))
+    short = client.encode_prompt(flux1.transformer, "a cat", options={"max_sequence_length": 64}, **flux1.loans)
+    same(short, flux1.expected("a cat", max_sequence_length=64))
+
+
+def test_conditioning_of_words_is_what_a_generation_takes(client: Client, flux1: Flux1) -> None:
+    conditioning = client.encode_prompt(flux1.transformer, ["a cat", "a dog"], **flux1.loans)
+    job = client.generate(flux1.transformer, conditioning, height=64, width=64, steps=2, seed=1)
+    assert job.result().latents.shape == (2, 16, 8, 8)
+
+
+def test_flux1_has_the_token_ids_of_diffusers_pipeline(client: Client, flux1: Flux1) -> None:
+    found = client.tokenize(flux1.transformer, PROMPTS, tokenizers=flux1.tokenizers)
+    for role, tokenizer, length in (
+        ("text_encoder", flux1.pipe.tokenizer, 77),
+        ("text_encoder_2", flux1.pipe.tokenizer_2, 512),
+    ):
+        expected = tokenizer(
+            list(PROMPTS), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        assert torch.equal(found[role]["token_ids"], expected)
+
+
+def test_what_the_family_does_not_take_is_refused_by_name(client: Client, flux1: Flux1, transformer: Loan) -> None:
+    def refused(error: type[Exception], says: str, **given: Any) -> None:
+        with pytest.raises(error, match=says):
+            client.encode_prompt(flux1.transformer, **{"prompt": "a cat", **flux1.loans, **given})
+
+    refused(Unsupported, "negative_prompt: flux1 has no second prediction", negative_prompt="a dog")
+    refused(Unsupported, r"weights: flux1 reads weights such as \(cat:1.2\) as text", weights=True)
+    refused(Unsupported, "images: flux1's prompts take texts alone", images=[torch.zeros(8, 8, 3, dtype=torch.uint8)])
+    refused(BadRequest, "options: clip_skip is not known", options={"clip_skip": 2})
+    refused(BadRequest, "max_sequence_length is 513; use a whole number", options={"max_sequence_length": 513})
+    refused(BadRequest, r"encoders: given are text_encoder; flux1 needs text_encoder \(clip_l\)",
+            encoders={"text_encoder": flux1.encoders["text_encoder"]})  # fmt: skip
+    refused(BadRequest, "encoders: text_encoder is a t5; a clip_l is needed",
+            encoders={role: flux1.encoders["text_encoder_2"] for role in flux1.encoders})  # fmt: skip
+    refused(BadRequest, "tokenizers: tokenizer is a T5Tokenizer; a CLIPTokenizer is needed",
+            tokenizers={role: flux1.tokenizers["tokenizer_2"] for role in flux1.tokenizers})  # fmt: skip
+    refused(BadRequest, "tokenizer: .* is a transformer; name a tokenizer",
+            tokenizers={role: transformer for role in flux1.tokenizers})  # fmt: skip
+    refused(BadRequest, "prompt: 40000 characters, at most 32768", prompt="x" * 40_000)
+    refused(BadRequest, "half a character", prompt="\ud800")
+    same(client.encode_prompt(flux1.transformer, "a cat", **flux1.loans), flux1.expected("a cat"))
