@@ -116,7 +116,8 @@ def describe(
             complete, or packed weights do not have the form of their format.
         StaleSource: a file changed while it was read.
         BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, ``prefix``
-            for what is no file, ``acceleration`` for what does not run as its class, or ``changed`` names no tensor of this component.
+            for what is no file, ``acceleration`` for what does not run as its class, or ``changed`` names no tensor of
+            this component.
         Unsupported: ``device`` does not exist, or the checkpoint's form is known to be unsupported.
         UnsupportedDtype: a dtype that cannot be sent to the workers.
         OutOfMemory: too little free memory for an arena.

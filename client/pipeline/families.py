@@ -135,6 +135,10 @@ class Adapter:
         used = default if scale is None else scale
         return self.facts.guidance == "classifier_free" and used > self.guides_above
 
+    def strength(self, call: Call) -> float:
+        """Return the strength of a call that starts from a picture."""
+        return float(call.defaults["strength"] if call.strength is None else call.strength)
+
     # --- What it makes of pictures -----------------------------------------------------------------
 
     def plan(self, call: Call, encode: Encode, see: SeePicture) -> Plan:
@@ -209,6 +213,12 @@ KONTEXT_SIZES: Final = (
 
 class Flux1(Adapter):
     """FLUX.1: a picture is a start, or of Fill what the mask is of; one reference, which Kontext takes."""
+
+    def defaults(self) -> dict[str, Any]:
+        found = super().defaults()
+        if self.source.pipeline_class in ("FluxImg2ImgPipeline", "FluxInpaintPipeline"):
+            found["guidance"] = 7.0
+        return found
 
     @property
     def is_fill(self) -> bool:
@@ -337,6 +347,10 @@ class ZImage(Adapter):
     """Z-Image: guided above 0. Without a size, a picture decides."""
 
     guides_above = 0.0
+
+    def strength(self, call: Call) -> float:
+        is_own = call.strength is None and call.defaults["strength"] == self.default_strength
+        return 1.0 if is_own and call.mask is not None else super().strength(call)
 
     def size(self, call: Call) -> tuple[int, int]:
         if call.image is None or (call.width and call.height):

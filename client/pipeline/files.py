@@ -109,6 +109,29 @@ def _tokenizers(given: PathLike | Mapping[str, PathLike]) -> dict[str, str]:
     return {"": str(folder)}
 
 
+COMFYUI: Final = {
+    "CLIPTokenizer": "comfy/sd1_tokenizer",
+    "T5Tokenizer": "comfy/text_encoders/t5_tokenizer",
+    "Qwen2Tokenizer": "comfy/text_encoders/qwen25_tokenizer",
+}
+"""Where a checkout of ComfyUI has tokenizers, by their classes. It keeps others in the encoders' files."""
+
+
+def tokenizer_path(given: Mapping[str, str], role: str, classes: Sequence[str]) -> str | None:
+    """Return the folder of the tokenizer of a role, of one of these classes; ``None`` if there is none.
+
+    A folder that was given for all roles (named ``""``) is one tokenizer's own, or a checkout of ComfyUI.
+    """
+    whole = given.get("")
+    if role in given or whole is None:
+        return given.get(role)
+    if not os.path.isdir(os.path.join(whole, "comfy")):
+        return whole
+    known = (COMFYUI.get(each.removesuffix("Fast")) for each in classes)
+    found = (os.path.join(whole, each) for each in known if each is not None)
+    return next((each for each in found if os.path.isdir(each)), None)
+
+
 def _checked(path: PathLike, role: str) -> str:
     found = user_path(path)
     if not found.exists():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from xditd.client.client import Client
 from xditd.client.loans import Loan
+from xditd.client.pipeline.files import tokenizer_path
 from xditd.client.pipeline.sources import TRANSFORMER, VAE, Part, Source
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported, XditdError
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType
 
 logger = logging.getLogger(__name__)
@@ -35,17 +38,13 @@ class Loans:
         self._device = device
         self._lock = threading.Lock()
         self._parts: dict[str, Loan] = {}
-        self._tokenizers: dict[str, Any] = {}
+        self._tokenizers: dict[str, Loan] = {}
         self._loras: dict[str, Loan] = {}
 
     @property
     def parts(self) -> Mapping[str, Loan]:
         """The loans by role, live or not."""
         return dict(self._parts)
-
-    @property
-    def tokenizers(self) -> Mapping[str, Any]:
-        return dict(self._tokenizers)
 
     @property
     def are_live(self) -> bool:
@@ -63,10 +62,6 @@ class Loans:
                 known = self._parts.get(role)
                 if known is None or not known.is_live:
                     self._parts[role] = self._lend(role, part)
-            for role, path in self._source.tokenizers.items():
-                known = self._tokenizers.get(role)
-                if known is None or not known.is_live:
-                    self._tokenizers[role] = self._client.lend_tokenizer(path)  # type: ignore[attr-defined]
 
     def _lend(self, role: str, part: Part) -> Loan:
         label = f"{self._source.name}/{role}"
@@ -92,6 +87,51 @@ class Loans:
             )
         return loan
 
+    def encoders(self, needed: Mapping[str, Sequence[str]]) -> dict[str, Loan]:
+        """Return the loans of text encoders by the roles of ``needed``, which has the families of each.
+
+        Those of files that were given in another order are found by their families.
+
+        Raises:
+            Unsupported: one is missing; names its role and its families.
+        """
+        given = [self._parts[role] for role in self._source.encoders]
+        found: dict[str, Loan] = {}
+        for role, families in needed.items():
+            own = self._parts.get(role)
+            if own is None or own.family not in families:
+                own = next((loan for loan in given if loan.family in families), None)
+            if own is None:
+                raise Unsupported(
+                    f"prompt: {self._source.name} has no {role} ({listed(families)}): give text_encoders= to "
+                    "Pipeline.open, or conditioning= in place of the prompt"
+                )
+            found[role] = own
+        return found
+
+    def tokenizers(self, needed: Mapping[str, Sequence[str]]) -> dict[str, Loan]:
+        """Return the loans of tokenizers by the roles of ``needed``, which has the classes of each; lend them first.
+
+        Raises:
+            Unsupported: one is missing; names its role and its classes.
+            BadCheckpoint: as :meth:`Client.lend_tokenizer`.
+        """
+        found: dict[str, Loan] = {}
+        with self._lock:
+            for role, classes in needed.items():
+                path = tokenizer_path(self._source.tokenizers, role, classes)
+                if path is None:
+                    raise Unsupported(
+                        f"prompt: {self._source.name} has no {role} ({listed(classes)}): give tokenizers= to "
+                        "Pipeline.open, a folder with them, or conditioning= in place of the prompt"
+                    )
+                known = self._tokenizers.get(path)
+                if known is None or not known.is_live:
+                    label = f"{self._source.name}/{role}"
+                    known = self._tokenizers[path] = self._client.lend_tokenizer(path, label=label)
+                found[role] = known
+        return found
+
     def lora(self, given: Any) -> Loan:
         """Return the loan of a LoRA, lent once.
 
@@ -101,8 +141,6 @@ class Loans:
         if isinstance(given, Loan):
             given.check()
             return given
-        import os
-
         if not isinstance(given, str | os.PathLike):
             raise BadRequest(f"loras: {given!r:.100} is no path, and no loan of lend_lora()")
         path = os.path.realpath(os.path.expanduser(os.fspath(given)))
@@ -118,7 +156,7 @@ class Loans:
     def return_all(self) -> None:
         """Return all loans that live; errors of a daemon that has gone are of no account."""
         with self._lock:
-            every: Iterable[Any] = (*self._loras.values(), *self._parts.values(), *self._tokenizers.values())
+            every: Iterable[Loan] = (*self._loras.values(), *self._parts.values(), *self._tokenizers.values())
             self._loras, self._parts, self._tokenizers = {}, {}, {}
         for loan in every:
             try:
@@ -137,6 +175,4 @@ class Loans:
 
 
 def _has_config(path: str) -> bool:
-    import os
-
     return os.path.isdir(path) and os.path.isfile(os.path.join(path, "config.json"))

@@ -92,7 +92,7 @@ def resized(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:
-    """Return a picture (1, 3, height, width), float32 in [-1, 1]."""
+    """Return a picture (1, 3, height, width), float32 in [-1, 1], with channels last in memory, as diffusers has it."""
     return 2.0 * _levels(rgb(picture), 3) - 1.0
 
 
@@ -107,7 +107,7 @@ def _levels(picture: Image.Image, channels: int) -> torch.Tensor:
 
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     levels = flat.view(picture.height, picture.width, channels).permute(2, 0, 1)[None]
-    return levels.to(torch.float32).contiguous() / 255.0
+    return levels.to(torch.float32) / 255.0
 
 
 def as_list(value: Any) -> Sequence[Any]:

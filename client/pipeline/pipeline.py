@@ -210,10 +210,12 @@ class Pipeline:
         """
         self._check_open()
         self._loans.lend()
-        if self._facts is not None:
-            return
         facts = self._loans.transformer.facts
         assert facts.transformer is not None  # lent as a transformer
+        if self._source.tokenizers and facts.transformer.prompt is not None and self._source.encoders:
+            self._loans.tokenizers(facts.transformer.prompt.tokenizers)
+        if self._facts is not None:
+            return
         wanted = PIPELINES.get(self._source.pipeline_class or "", facts.family)
         if wanted != facts.family:
             raise Unsupported(

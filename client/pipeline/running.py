@@ -155,9 +155,7 @@ class Runner:
         seed = draw_seed() if call.seed is None else call.seed
         options = {**adapter.options(), **(call.options or {})}
         steps = int(call.steps or call.defaults["steps"])
-        strength = 1.0
-        if plan.start_image is not None:
-            strength = float(call.defaults["strength"] if call.strength is None else call.strength)
+        strength = 1.0 if plan.start_image is None else adapter.strength(call)
         scheduler = None if call.sigmas is not None else self._source.scheduler
         job = self._client.generate(
             transformer,
@@ -219,27 +217,21 @@ class Runner:
         transformer: Loan | LoanWithLoras,
         encoder_loras: Sequence[tuple[Loan, Any]],
     ) -> Mapping[str, Any]:
-        roles = self._source.encoders
-        if not roles or not self._source.tokenizers:
-            what = "text encoders" if not roles else "tokenizers"
+        facts = self._adapter.facts.prompt
+        if facts is None:
             raise Unsupported(
-                f"prompt: {self._source.name} was opened without {what}: give text_encoders= and tokenizers= to "
-                "Pipeline.open, or conditioning= in place of the prompt"
+                f"prompt: workers encode no words for {self._adapter.title}; give conditioning= in place of the prompt"
             )
-        encode = getattr(self._client, "encode_prompt", None)
-        if encode is None:
-            raise Unsupported("prompt: this client encodes no words; give conditioning=")
-        encoders = {role: _with_those_of(self._loans.parts[role], encoder_loras) for role in roles}
-        more: dict[str, Any] = {"images": list(plan.text_images)} if plan.text_images else {}
-        found: Mapping[str, Any] = encode(
+        classes = facts.image_tokenizers if plan.text_images else facts.tokenizers
+        encoders = self._loans.encoders(facts.encoders)
+        return self._client.encode_prompt(
             transformer,
             list(call.prompts),
             negative_prompt=None if negatives is None else list(negatives),
-            encoders=encoders,
-            tokenizers=self._loans.tokenizers,
-            **more,
+            images=list(plan.text_images),
+            encoders={role: _with_those_of(loan, encoder_loras) for role, loan in encoders.items()},
+            tokenizers=self._loans.tokenizers(classes),
         )
-        return found
 
     def _for_images(self, texts: Mapping[str, Any], count: int) -> dict[str, Any]:
         """Repeat what each prompt has for its ``count`` pictures."""

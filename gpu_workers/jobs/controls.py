@@ -218,6 +218,8 @@ def encode_sample(
     wanted: Wanted,
     scaling: LatentScaling,
     draw: Noise | None,
+    *,
+    is_picture: bool = False,
 ) -> torch.Tensor:
     """Encode pictures on this rank, as every rank does: each needs all of it.
 
@@ -233,6 +235,8 @@ def encode_sample(
         )
     facts, operations = vae.vae_facts, vae.model.operations_for("vae")
     check_shape(place, image, (None, facts.image_channels, wanted.height, wanted.width))
+    if is_picture:  # as diffusers has pictures of Pillow: convolutions round by it
+        image = image.contiguous(memory_format=torch.channels_last)
     if draw is None:
         return operations.encode(vae.model, image, scaling)
     sample = getattr(operations, "sample", None)

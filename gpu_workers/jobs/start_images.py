@@ -113,7 +113,7 @@ def read_start(
         )
     place, latents_facts = "start_image", facts.latents
     image = io.read(place, job.start_image, context.device)
-    latents = encode_sample(place, image, vae, wanted, latents_facts.scaling, draw)
+    latents = encode_sample(place, image, vae, wanted, latents_facts.scaling, draw, is_picture=True)
     latents = for_batch(place, latents, wanted.batch)
     check_finite({f"{place}: its latents": latents})
     mask = None

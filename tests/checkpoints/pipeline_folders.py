@@ -110,6 +110,12 @@ def z_image_texts(batch: int = 1, negative: bool = False) -> Conditioning:
     return found | (more if negative else {})
 
 
+def wan_vae(config: Any) -> Any:
+    vae = wan_vaes.reference(wan_vaes.state_dict(config=config), config)
+    vae.register_to_config(latents_mean=list(config.release.means), latents_std=list(config.release.deviations))
+    return vae
+
+
 def wan(kind: str = "WanPipeline", config: Any = wan_models.TEXT, **changes: Any) -> Any:
     import diffusers
 
@@ -118,7 +124,7 @@ def wan(kind: str = "WanPipeline", config: Any = wan_models.TEXT, **changes: Any
         "tokenizer": None,
         "text_encoder": None,
         "transformer": wan_models.reference(wan_models.state_dict(0, config), config),
-        "vae": wan_vaes.reference(wan_vaes.state_dict(config=release), release),
+        "vae": wan_vae(release),
         "scheduler": diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=4.0, solver_order=3
         ),

@@ -67,7 +67,8 @@ class Flux1Recipe:
             return Sampled(before={latents: pixels.repeat_interleave(wanted.batch // pixels.shape[0], dim=0)})
         mask = conditioning[MASK]
         check_shape(MASK, mask, (wanted.batch, 1, wanted.height, wanted.width))
-        return Sampled(skipped=pixels.shape[0], after={latents: pixels * (1 - mask[: pixels.shape[0]])})
+        masked = (pixels * (1 - mask[: pixels.shape[0]])).contiguous(memory_format=torch.channels_last)
+        return Sampled(skipped=pixels.shape[0], after={latents: masked})  # in the pipeline's order in memory, of Pillow
 
     def start(
         self, model: Model[Flux1Config], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
