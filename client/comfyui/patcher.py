@@ -31,8 +31,8 @@ from xditd.client.comfyui.stock_dtypes import CHOICES, WeightDtype, hold_as_stoc
 from xditd.client.comfyui.understood import Understood
 from xditd.client.comfyui.unsupported import refuse
 from xditd.client.comfyui.weights import Edit, RemoteWeights, refuse_known
-from xditd.client.packed_markers import MARKER
-from xditd.ipc.errors import Unsupported
+from xditd.client.packed_markers import MARKER, METADATA
+from xditd.ipc.errors import BadCheckpoint, Unsupported
 from xditd.ipc.tensor_names import bare_name
 from xditd.ipc.tensors import ComponentKind, ComputeDType
 from xditd.ipc.transports.tensor_views import dtype_name
@@ -255,20 +255,21 @@ def make_model(
     label: str,
     *,
     choice: WeightDtype = CHOICES["default"],
-    quantization_metadata: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> RemotePatcher:
     """Make a MODEL from a checkpoint's transformer tensors. They are lent when ComfyUI first needs them.
 
-    ComfyUI's own model class is built on the meta device: every name and shape, no memory. ``quantization_metadata`` is
-    what the file's header says of its layers.
+    ComfyUI's own model class is built on the meta device: every name and shape, no memory. ``metadata`` is that of the
+    file's header, which may say what ComfyUI reads from no tensor.
 
     Raises:
         Unsupported: a model family that the workers do not run, or packed weights of an unknown format.
         BadCheckpoint: packed weights do not have the form of their format.
     """
+    quantization_metadata = (metadata or {}).get(METADATA)
     packing = find_packed(tensors, label, quantization_metadata)
     shapes = lendable_tensors(tensors, packing, lambda packed: packed.quantises_input).logical(torch.bfloat16)
-    config, family = config_of(shapes, label)
+    config, family = config_of(shapes, label, metadata)
     named = config.process_unet_state_dict(dict(tensors))  # names of ComfyUI's modules, which may differ from the file
     lendable, dtype = hold_as_stock(config, named, label, choice, quantization_metadata)
     logger.debug("weightless model label=%s dtype=%s packed=%d", label, dtype, len(lendable.packed))
@@ -278,13 +279,23 @@ def make_model(
     return make_transformer_patcher(build_weightless(config, lendable.logical(dtype)), weights, family)
 
 
-def config_of(shapes: Mapping[str, torch.Tensor], label: str) -> tuple[Any, Adapter]:
+def config_of(
+    shapes: Mapping[str, torch.Tensor], label: str, metadata: Mapping[str, str] | None = None
+) -> tuple[Any, Adapter]:
     """Return ComfyUI's configuration of a transformer with these tensors, and the family that runs it.
+
+    ``metadata`` is that of the file's header: some models differ in nothing else.
 
     Raises:
         Unsupported: a model family that the workers do not run.
+        BadCheckpoint: the header's ``config`` is no configuration in JSON.
     """
-    config = comfy.model_detection.model_config_from_unet(shapes, "")
+    try:
+        config = comfy.model_detection.model_config_from_unet(shapes, "", metadata=dict(metadata or {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        if "config" not in (metadata or {}):
+            raise
+        raise BadCheckpoint(f"{label}: config in the file's header is no configuration in JSON: {error}") from error
     family = adapter_of_config(config)
     if family is None:
         found = "no diffusion model that ComfyUI knows" if config is None else type(config).__name__

@@ -35,7 +35,10 @@ _OF_WAN = {"text_channels": 4096}
 WAN_TEXT, WAN_IMAGE, WAN_TI2V = (
     replace(each, **_OF_WAN) for each in (wan_models.TEXT, wan_models.IMAGE, wan_models.TI2V)
 )
-WAN_CLIP = replace(wan_models.CLIP_IMAGE, image_channels=1280, **_OF_WAN)
+WAN_CLIP, WAN_TWO_IMAGES = (
+    replace(each, image_channels=1280, **_OF_WAN) for each in (wan_models.CLIP_IMAGE, wan_models.TWO_IMAGES)
+)
+WAN_VACE = replace(wan_models.TWO_CONTROLS, **_OF_WAN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,25 @@ def _of_first_image(seed: int, size: tuple[int, ...], *, clip: bool = False) -> 
     return found
 
 
+def _of_two_images(seed: int, size: tuple[int, ...]) -> dict[str, Any]:
+    """As WanFirstLastFrameToVideo makes it: a mask for each frame of pixels, and what is seen of both images."""
+    mask = torch.ones(1, 4, *size)
+    mask[:, :, :1] = mask[:, -1:, -1:] = 0.0
+    seen = SimpleNamespace(penultimate_hidden_states=drawn(1, 514, 1280, seed=4))
+    return {"concat_latent_image": drawn(1, 16, *size, seed=3), "concat_mask": mask, "clip_vision_output": seen}
+
+
+def of_vace(size: tuple[int, ...], strength: float = 1.0, seed: int = 5) -> dict[str, Any]:
+    """As WanVaceToVideo makes it, of latents of a whole number of tokens."""
+    sides = tuple(side + -side % patch for side, patch in zip(size, (1, 2, 2), strict=True))
+    mask = (drawn(1, 64, *sides, seed=seed + 1) > 0).float()
+    return {"vace_frames": [drawn(1, 32, *sides, seed=seed)], "vace_mask": [mask], "vace_strength": [strength]}
+
+
+def _of_vace(_seed: int, size: tuple[int, ...]) -> dict[str, Any]:
+    return of_vace(size, 0.7)
+
+
 def _of_z_image(_seed: int, _size: tuple[int, ...]) -> dict[str, Any]:
     return {"attention_mask": torch.ones(1, 16)}
 
@@ -146,6 +168,12 @@ VARIANTS: Mapping[str, Variant] = {
         extras=partial(_of_first_image, clip=True),
         **_WAN | {"tokens": 512},
     ),
+    "wan21_two_images": Variant(
+        make=partial(wan_models.state_dict, config=WAN_TWO_IMAGES, prefix=PREFIX),
+        extras=_of_two_images,
+        **_WAN | {"tokens": 512},
+    ),
+    "wan_vace": Variant(make=partial(wan_models.state_dict, config=WAN_VACE, prefix=PREFIX), extras=_of_vace, **_WAN),
     "wan22_ti2v": Variant(
         make=partial(wan_models.state_dict, config=WAN_TI2V, prefix=PREFIX), **_WAN | {"channels": 48}
     ),

@@ -125,6 +125,57 @@ def inputs(
     return given
 
 
+def with_controls(reference: Any, scales: torch.Tensor) -> Any:
+    """Let diffusers' class take several controls of each row, (rows, controls, 96, ...), with weights for each block.
+
+    They go through its blocks side by side, in the channels of what was one control.
+    """
+    controls, embed = scales.shape[0], reference.vace_patch_embedding.forward
+
+    def embed_each(given: torch.Tensor) -> torch.Tensor:
+        return torch.cat([embed(each) for each in given.unbind(1)], dim=1)
+
+    reference.vace_patch_embedding.forward = embed_each
+    for number, block in enumerate(reference.vace_blocks):
+
+        def run(
+            hidden_states: torch.Tensor,
+            text: torch.Tensor,
+            states: torch.Tensor,
+            *more: Any,
+            own: Any = block.forward,
+            number: int = number,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            results = [own(hidden_states, text, each, *more) for each in states.chunk(controls, dim=-1)]
+            total = sum(hint * scales[at, number] for at, (hint, _) in enumerate(results))
+            assert isinstance(total, torch.Tensor)
+            return total, torch.cat([each for _, each in results], dim=-1)
+
+        block.forward = run
+    return reference
+
+
+def controlled_inputs(rows: int, tokens: int, size: tuple[int, int, int], controls: int, config: Any) -> dict[str, Any]:
+    """Make the arguments of a forward with several controls; :func:`controlled_reference` takes them, too."""
+    given = inputs(rows, tokens, size, config)
+    generator = torch.Generator().manual_seed(controls)
+    given["control_hidden_states"] = torch.randn(rows * controls, 96, *size, generator=generator)
+    given["control_hidden_states_scale"] = torch.rand(controls, config.control_blocks, generator=generator)
+    return given
+
+
+@torch.no_grad()
+def controlled_reference(state: State, config: Any, given: dict[str, Any]) -> torch.Tensor:
+    """Return what diffusers' class gives for the arguments of :func:`controlled_inputs`."""
+    scales = given["control_hidden_states_scale"]
+    module = with_controls(reference(state, config), scales)
+    split = given["control_hidden_states"].unflatten(0, (-1, scales.shape[0]))
+    plain = {**given, "control_hidden_states": split, "control_hidden_states_scale": None}
+    # The class asks the control for ones, of which each block has one weight.
+    found: torch.Tensor = module(**plain, return_dict=False)[0]
+    return found
+
+
 def _scheduler(sample: Any, shift: float) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 

@@ -20,6 +20,11 @@ def join_rows(kept: Sequence[KeptTensor]) -> KeptTensor | RowsOf:
     return runs[0][0] if len(runs) == 1 and runs[0][1] == 1 else RowsOf(runs)
 
 
+def join_several(kept: Sequence[KeptTensor]) -> KeptTensor | RowsOf:
+    """Join what has several rows each along dimension 0; ``RowsOf`` would repeat each row by itself."""
+    return kept[0] if len(kept) == 1 else RowsOf([(each, 1) for each in kept])
+
+
 def pad_to_patch(x: torch.Tensor, patch: int) -> torch.Tensor:
     """Pad latents (rows, channels, height, width) to a height and width that ``patch`` divides, as ComfyUI does."""
     if x.shape[2] % patch == 0 == x.shape[3] % patch:

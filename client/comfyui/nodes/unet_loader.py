@@ -14,7 +14,6 @@ from xditd.client.comfyui.families import search_words, titles
 from xditd.client.comfyui.gguf_models import END, gguf_files, make_gguf_model
 from xditd.client.comfyui.patcher import make_model, plain_names
 from xditd.client.comfyui.stock_dtypes import CHOICES, WeightDtype
-from xditd.client.packed_markers import METADATA
 from xditd.ipc.errors import Unsupported
 
 
@@ -72,9 +71,7 @@ def load_unet(path: str, choice: WeightDtype = CHOICES["default"], ulysses_degre
     if path.lower().endswith(END):
         return make_gguf_model(path, choice)
     tensors, metadata = read_with_metadata(path)
-    return make_model(
-        plain_names(tensors), Path(path).stem, choice=choice, quantization_metadata=metadata.get(METADATA)
-    )
+    return make_model(plain_names(tensors), Path(path).stem, choice=choice, metadata=metadata)
 
 
 def check_layout(ulysses_degree: int) -> None:

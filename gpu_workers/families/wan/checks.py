@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.families.wan.config import MOST_POSITIONS, PATCH, TEXT_TOKENS, TIMESTEPS, WanConfig
+from xditd.gpu_workers.families.wan.config import (
+    IMAGE_TOKENS,
+    MOST_POSITIONS,
+    PATCH,
+    TEXT_TOKENS,
+    TIMESTEPS,
+    WanConfig,
+)
 from xditd.gpu_workers.models.job_checks import check_known, check_shape, check_tensor
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -38,6 +45,24 @@ def check_texts(name: str, text: Any, rows: int, config: WanConfig, dtype: torch
     # The class takes all tokens before the last 512 for those of the image.
     tokens = TEXT_TOKENS if config.image_channels else None
     check_tensor(name, text, (rows, tokens, config.text_channels), dtype)
+
+
+def check_images(name: str, images: Any, rows: int, config: WanConfig, dtype: torch.dtype) -> None:
+    """Check the states of CLIP's vision model: those of one image of each row, or of two.
+
+    A model of a first and a last image takes two one after another, (2 * rows, 257, channels), or the first alone; any
+    other takes two one behind the other, (rows, 514, channels), which the class treats as one of more tokens.
+
+    Raises:
+        BadRequest: other shapes, or another dtype.
+    """
+    count, tokens = rows * config.images, IMAGE_TOKENS
+    if isinstance(images, torch.Tensor) and images.ndim == 3:
+        if config.has_image_positions and images.shape[0] == rows:
+            count = rows
+        elif not config.has_image_positions and images.shape[1] == 2 * IMAGE_TOKENS:
+            tokens = images.shape[1]
+    check_tensor(name, images, (count, tokens, config.image_channels), dtype)
 
 
 def check_timestep(timestep: Any, known: Mapping[str, Sequence[float]], rows: int, tokens: int) -> None:

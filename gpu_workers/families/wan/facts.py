@@ -51,10 +51,8 @@ SECOND_SCALE: Final = "guidance_scale_2"
 
 def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerFacts:
     """Return the arguments of ``Call`` and ``Generate``. Defaults are those of diffusers' pipelines."""
-    image = ArgumentFacts(
-        name="encoder_hidden_states_image",
-        shape=("rows" if config.images == 1 else "images", IMAGE_TOKENS, config.image_channels),
-    )
+    shape = ("rows", "image_tokens") if config.images == 1 else ("images", IMAGE_TOKENS)
+    image = ArgumentFacts(name="encoder_hidden_states_image", shape=(*shape, config.image_channels))
     return TransformerFacts(
         heads=config.heads,
         ulysses=layout.degrees.ulysses,
@@ -108,7 +106,7 @@ def _pictures(config: WanConfig) -> Iterator[ArgumentFacts]:
 def vace_facts(config: WanVaceConfig, layout: ParallelLayout) -> TransformerFacts:
     """Return those of VACE. Defaults are those of diffusers' ``WanVACEPipeline``."""
     plain = transformer_facts(config, layout)
-    control = ("rows", CONTROL_CHANNELS, "control_frames", "latent_rows", "latent_columns")
+    control = ("controls", CONTROL_CHANNELS, "control_frames", "latent_rows", "latent_columns")
     video = ("height", "width")
     return msgspec.structs.replace(
         plain,
@@ -117,7 +115,6 @@ def vace_facts(config: WanVaceConfig, layout: ParallelLayout) -> TransformerFact
             ArgumentFacts(name="control_hidden_states", shape=control),
             ArgumentFacts(name="control_hidden_states_scale", shape=(config.control_blocks,), is_needed=False),
         ),
-        variants=("class",),
         conditioning=(
             *plain.conditioning,
             ArgumentFacts(name=VIDEO, shape=("videos", 3, "frames", *video), is_needed=False),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final, cast
+from typing import ClassVar, Final, cast
 
 import torch
 
-from xditd.gpu_workers.families.wan.checks import check_split, check_texts, check_timestep, check_video
-from xditd.gpu_workers.families.wan.config import IMAGE_TOKENS, OUT_CHANNELS, WanConfig
+from xditd.gpu_workers.families.wan.checks import check_images, check_split, check_texts, check_timestep, check_video
+from xditd.gpu_workers.families.wan.config import OUT_CHANNELS, WanConfig
 from xditd.gpu_workers.families.wan.facts import COMFYUI, transformer_facts
 from xditd.gpu_workers.families.wan.module import WanModule
 from xditd.gpu_workers.families.wan.recipe import WanRecipe
 from xditd.gpu_workers.models.entries import Shape
-from xditd.gpu_workers.models.job_checks import check_batch, check_tensor
+from xditd.gpu_workers.models.job_checks import check_batch
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
 from xditd.gpu_workers.models.planned_operations import PlannedOperations
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -28,6 +28,8 @@ class WanOperations(PlannedOperations):
     title = "Wan"
     class_name = "WanTransformer3DModel"
     recipe = WanRecipe()
+    several_of_a_row: ClassVar[frozenset[str]] = frozenset({_IMAGE})
+    """Arguments that may have several tensors of each row, one after another."""
 
     def build(self, config: WanConfig) -> torch.nn.Module:
         return WanModule(config)
@@ -44,8 +46,7 @@ class WanOperations(PlannedOperations):
         check_texts("encoder_hidden_states", text, rows, config, model.dtype)
         check_timestep(given["timestep"], inputs.known, rows, tokens)
         if config.image_channels:
-            shape = (rows * config.images, IMAGE_TOKENS, config.image_channels)
-            check_tensor(_IMAGE, given.get(_IMAGE), shape, model.dtype)
+            check_images(_IMAGE, given.get(_IMAGE), rows, config, model.dtype)
         check_split(model.layout, tokens)
 
     def rows(self, inputs: Inputs) -> tuple[Shape, ...]:
@@ -54,13 +55,13 @@ class WanOperations(PlannedOperations):
 
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
         taken = super().take_rows(inputs, rows)
-        image = inputs.arguments.get(_IMAGE)
-        if image is None:
-            return taken
-        # Of models with a first and a last image, two for each row.
-        each = image.shape[0] // inputs.arguments["hidden_states"].shape[0]
-        start, stop, _ = rows.indices(inputs.arguments["hidden_states"].shape[0])
-        return Inputs({**taken.arguments, _IMAGE: image[each * start : each * stop]}, taken.known)
+        whole, arguments = inputs.arguments["hidden_states"].shape[0], dict(taken.arguments)
+        start, stop, _ = rows.indices(whole)
+        for name in self.several_of_a_row:
+            if (given := inputs.arguments.get(name)) is not None:
+                each = given.shape[0] // whole
+                arguments[name] = given[each * start : each * stop]
+        return Inputs(arguments, taken.known)
 
     def run(
         self,
@@ -68,7 +69,9 @@ class WanOperations(PlannedOperations):
         inputs: Inputs,
         options: CallOptions,
     ) -> RowResults:
-        cast(WanModule, model.module).use(is_comfyuis=options.variant == COMFYUI)
+        seen, rows = inputs.arguments.get(_IMAGE), inputs.arguments["hidden_states"].shape[0]
+        images = 0 if seen is None else seen.shape[0] // rows
+        cast(WanModule, model.module).use(is_comfyuis=options.variant == COMFYUI, images=images)
         given = {**inputs.arguments, "return_dict": False}
         found = model.planned.run(given, key=options.variant, loras=options.loras)
         return cast(torch.Tensor, found[0])

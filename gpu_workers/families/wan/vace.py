@@ -16,6 +16,7 @@ import torch
 from xditd.gpu_workers.families.wan.checks import check_split, check_texts, check_timestep, check_video
 from xditd.gpu_workers.families.wan.config import CONTROL_CHANNELS, FRAMES, WanConfig, WanVaceConfig
 from xditd.gpu_workers.families.wan.facts import (
+    COMFYUI,
     CONTROL_SCALE,
     CONTROL_SCALES,
     MASK,
@@ -24,7 +25,6 @@ from xditd.gpu_workers.families.wan.facts import (
     VIDEO,
     vace_facts,
 )
-from xditd.gpu_workers.families.wan.module import WanVaceModule
 from xditd.gpu_workers.families.wan.operations import WanOperations
 from xditd.gpu_workers.families.wan.pictures import (
     IMAGE_CHANNELS,
@@ -34,6 +34,7 @@ from xditd.gpu_workers.families.wan.pictures import (
     check_range,
 )
 from xditd.gpu_workers.families.wan.recipe import LIMITS, WanRecipe
+from xditd.gpu_workers.families.wan.vace_module import WanVaceModule
 from xditd.gpu_workers.models.job_checks import check_batch, check_shape, check_tensor, prepare
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -106,6 +107,7 @@ class WanVaceOperations(WanOperations):
     title = "Wan VACE"
     class_name = "WanVACETransformer3DModel"
     of_all_rows = frozenset({_SCALE})
+    several_of_a_row = frozenset({_CONTROL})
     recipe = WanVaceRecipe()
 
     def build(self, config: WanConfig) -> torch.nn.Module:
@@ -123,18 +125,35 @@ class WanVaceOperations(WanOperations):
         check_texts("encoder_hidden_states", given["encoder_hidden_states"], rows, config, model.dtype)
         check_shape("timestep", given["timestep"], (rows,))
         check_timestep(given["timestep"], inputs.known, rows, tokens)
-        check_tensor(_CONTROL, control, (rows, CONTROL_CHANNELS, None, *video.shape[3:]), model.dtype)
+        controls = _check_scales(given.get(_SCALE), config, model.dtype)
+        check_tensor(_CONTROL, control, (rows * controls, CONTROL_CHANNELS, None, *video.shape[3:]), model.dtype)
         if control.shape[2] > video.shape[2]:
             raise BadRequest(
                 f"{_CONTROL}: {control.shape[2]} frames of latents, but hidden_states has {video.shape[2]}"
             )
-        if given.get(_SCALE) is not None:
-            check_tensor(_SCALE, given[_SCALE], (config.control_blocks,), model.dtype)
         check_split(model.layout, tokens)
 
     def run(self, model: Model[WanConfig], inputs: Inputs, options: CallOptions) -> RowResults:
-        found = model.planned.run({**inputs.arguments, "return_dict": False}, loras=options.loras)
+        cast(WanVaceModule, model.module).use(is_comfyuis=options.variant == COMFYUI)
+        given = {**inputs.arguments, "return_dict": False}
+        found = model.planned.run(given, key=options.variant, loras=options.loras)
         return cast(torch.Tensor, found[0])
+
+
+def _check_scales(scales: Any, config: WanVaceConfig, dtype: torch.dtype) -> int:
+    """Check the weights of control blocks; return the number of controls of each row.
+
+    Raises:
+        BadRequest: they are neither (control blocks,) in ``dtype`` nor (controls, control blocks) in float32.
+    """
+    if isinstance(scales, torch.Tensor) and scales.ndim == 2:
+        check_shape(_SCALE, scales, (None, config.control_blocks))
+        if scales.dtype != torch.float32:
+            raise BadRequest(f"{_SCALE}: dtype is {str(scales.dtype).removeprefix('torch.')}, use float32 for controls")
+        return scales.shape[0]
+    if scales is not None:
+        check_tensor(_SCALE, scales, (config.control_blocks,), dtype)
+    return 1
 
 
 def _name(number: int) -> str:

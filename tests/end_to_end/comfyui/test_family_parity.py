@@ -22,7 +22,9 @@ by as much from itself on another number of threads."""
 
 KONTEXT = ("flux1_dev", "flux2_dev", "flux2_klein", "qwen_image", "qwen_image_edit_2511")
 """Variants that take reference latents."""
-ARCHITECTURES = ("flux1_dev", "flux2_dev", "qwen_image_edit_2511", "wan21_image", "wan22_ti2v", "z_image")
+ARCHITECTURES = (
+    "flux1_dev", "flux2_dev", "qwen_image_edit_2511", "wan21_image", "wan22_ti2v", "wan_vace", "z_image",
+)  # fmt: skip
 """A variant of each kind of layers."""
 
 
@@ -116,15 +118,23 @@ def test_a_lora_is_a_branch(name, through, comfy, variant_file, weightless, stoc
     assert not model.weights._merged, "every layer is a branch"
 
 
-def test_a_pair_of_advanced_samplers(comfy, daemon, weightless, stock, relative_error):
-    """Wan 2.2: one model samples the first steps, another the rest; both stay lent."""
-    variant = VARIANTS["wan22_image"]
+@pytest.mark.parametrize(
+    ("name", "conditioned_as"),
+    [("wan22_image", "wan22_image"), ("wan22_image", "wan21_two_images"), ("wan_vace", "wan_vace")],
+    ids=["first image", "first and last image", "VACE"],
+)
+def test_a_pair_of_advanced_samplers(name, conditioned_as, comfy, daemon, weightless, stock, relative_error):
+    """Wan 2.2: one model samples the first steps, another the rest; both stay lent.
+
+    What a CLIP vision model saw, ComfyUI drops for models of Wan 2.2.
+    """
+    variant = VARIANTS[conditioned_as]
     found = []
     for load in (weightless, stock):
         sample = comfy.nodes.KSamplerAdvanced().sample
         given = dict(steps=4, sampler_name="euler", scheduler="simple", positive=variant.text(1))
         given |= dict(negative=variant.text(2), noise_seed=7)
-        high, low = load("wan22_image"), load("wan22_image", 7)
+        high, low = load(name), load(name, 7)
         (half,) = sample(
             model=high, cfg=1.0, add_noise="enable", latent_image=variant.latent(), start_at_step=0, end_at_step=2,
             return_with_leftover_noise="enable", **given,

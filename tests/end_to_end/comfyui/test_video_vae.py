@@ -91,24 +91,37 @@ def test_tiles_in_space_and_time(pair, relative_error):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("vae", "variant"), [("wan 2.1", "wan22_image"), ("wan 2.1", "wan21_image"), ("wan 2.2", "wan22_ti2v")]
-)
-def test_a_video_from_a_first_image(vae, variant, pair, weightless, stock, ksample, relative_error):
+    ("vae", "variant"),
+    [
+        ("wan 2.1", "wan22_image"), ("wan 2.1", "wan21_image"), ("wan 2.2", "wan22_ti2v"),
+        ("wan 2.1", "wan21_two_images"), ("wan 2.1", "wan_vace"),
+    ],
+)  # fmt: skip
+def test_a_video_from_images(vae, variant, pair, weightless, stock, ksample, relative_error):
     """The nodes of ComfyUI's own workflows: an image is encoded, a video is sampled and decoded."""
-    from comfy_extras.nodes_wan import Wan22ImageToVideoLatent, WanImageToVideo
+    from comfy_extras import nodes_wan
 
-    made, given = VARIANTS[variant], []
+    made, videos = VARIANTS[variant], []
     for model, loaded in zip((weightless, stock), reversed(pair(vae)), strict=True):
         image = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(2))
-        positive, negative = ([[embeds, dict(more)]] for ((embeds, more),) in (made.text(1), made.text(2)))
+        positive, negative = (
+            [[embeds, {name: each for name, each in more.items() if not name.startswith("vace_")}]]
+            for ((embeds, more),) in (made.text(1), made.text(2))
+        )
         if variant == "wan22_ti2v":
-            (latent,) = Wan22ImageToVideoLatent.execute(loaded, 96, 64, 5, 1, image).result
+            (latent,) = nodes_wan.Wan22ImageToVideoLatent.execute(loaded, 96, 64, 5, 1, image).result
+        elif variant == "wan_vace":
+            given = positive, negative, loaded, 96, 64, 5, 1, 0.5, image.expand(5, -1, -1, -1), None, image.flip(1)
+            positive, negative, latent, _ = nodes_wan.WanVaceToVideo.execute(*given).result
+        elif variant == "wan21_two_images":
+            given = positive, negative, loaded, 96, 64, 5, 1, image, image.flip(1)
+            positive, negative, latent = nodes_wan.WanFirstLastFrameToVideo.execute(*given).result
         else:
             seen = positive[0][1].get("clip_vision_output")
-            positive, negative, latent = WanImageToVideo.execute(
+            positive, negative, latent = nodes_wan.WanImageToVideo.execute(
                 positive, negative, loaded, 96, 64, 5, 1, image, seen
             ).result
         samples = ksample(model(variant), positive, negative, latent)
-        given.append(loaded.decode(samples))
-    assert given[0].shape == (1, 5, 64, 96, 3)
-    assert relative_error(*given) <= BAR
+        videos.append(loaded.decode(samples))
+    assert videos[0].shape == (1, 9 if variant == "wan_vace" else 5, 64, 96, 3)
+    assert relative_error(*videos) <= BAR

@@ -38,11 +38,14 @@ CALLS: dict[str, tuple[str, int, tuple[int, int, int], bool]] = {
     "batch of three, a time for each token": ("image", 3, (3, 6, 10), True),
     "two images, batch of two": ("two images", 2, (1, 6, 10), False),
     "control, batch of three": ("control", 3, (3, 6, 10), False),
+    "two controls, batch of two": ("control", 2, (3, 6, 10), False),
 }
 
 
 def inputs(case: str) -> dict[str, Any]:
     model, rows, size, is_per_token = CALLS[case]
+    if case.startswith("two controls"):
+        return wan_models.controlled_inputs(rows, 512, size, 2, CONFIGS[model])
     return wan_models.inputs(rows, 512, size, CONFIGS[model], is_per_token=is_per_token)
 
 

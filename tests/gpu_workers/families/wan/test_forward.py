@@ -83,6 +83,32 @@ def test_comfyuis_variant_has_its_frequencies_of_the_time(shared_cache: ModelCac
         assert torch.equal(run(model, given), plain)
 
 
+def test_a_model_of_two_images_runs_with_the_first_alone(shared_cache: ModelCache, plug: Plugger) -> None:
+    """As ComfyUI runs it: by the positions of the first."""
+    model, reference = plugged(shared_cache, plug, wan_models.TWO_IMAGES)
+    given = wan_models.inputs(2, 512, (2, 4, 6), wan_models.TWO_IMAGES)
+    one = {**given, "encoder_hidden_states_image": given["encoder_hidden_states_image"][::2]}
+    embedder = reference.condition_embedder.image_embedder
+    whole = expected_of(reference, given)
+
+    def embed(states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = embedder.norm2(embedder.ff(embedder.norm1(states + embedder.pos_embed[:, :257])))
+        return found
+
+    embedder.forward = embed
+    assert torch.equal(run(model, one), expected_of(reference, one))
+    assert torch.equal(run(model, given), whole)
+
+
+def test_two_images_one_behind_the_other_are_those_of_the_class(shared_cache: ModelCache, plug: Plugger) -> None:
+    model, reference = plugged(shared_cache, plug, CLIP_IMAGE)
+    given = wan_models.inputs(2, 512, (2, 4, 6), CLIP_IMAGE)
+    seen = given["encoder_hidden_states_image"]
+    both = {**given, "encoder_hidden_states_image": torch.cat([seen, seen.flip(1)], dim=1)}
+    assert torch.equal(run(model, both), expected_of(reference, both))
+    assert not torch.equal(run(model, both), run(model, given))
+
+
 def test_whole_numbers_of_a_scheduler_are_taken_as_they_are(shared_cache: ModelCache, plug: Plugger) -> None:
     model, reference = plugged(shared_cache, plug, TEXT)
     given = wan_models.inputs(2, 7, (2, 4, 6)) | {"timestep": torch.tensor([999, 5])}
@@ -159,6 +185,16 @@ def test_arguments_that_cannot_run_are_refused(
     model, _ = plugged(shared_cache, plug, CLIP_IMAGE)
     with pytest.raises(BadRequest, match=says):
         model.operations.check(model, Inputs({**wan_models.inputs(1, 9, (2, 4, 6), CLIP_IMAGE), **changes}))
+
+
+@pytest.mark.parametrize("shape", [(1, 514, 64), (3, 257, 64), (2, 256, 64)], ids=str)
+def test_states_of_another_number_of_images_are_refused(
+    shared_cache: ModelCache, plug: Plugger, shape: tuple[int, ...]
+) -> None:
+    model, _ = plugged(shared_cache, plug, wan_models.TWO_IMAGES)
+    given = wan_models.inputs(1, 512, (2, 4, 6), wan_models.TWO_IMAGES)
+    with pytest.raises(BadRequest, match=r"encoder_hidden_states_image: shape is .*, use \[[12], 257, 64\]"):
+        model.operations.check(model, Inputs({**given, "encoder_hidden_states_image": torch.ones(shape)}))
 
 
 def test_times_that_no_scheduler_has_are_refused(shared_cache: ModelCache, plug: Plugger) -> None:

@@ -62,6 +62,11 @@ def expected() -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for case, (model, *_) in many_layouts.CALLS.items():
+        if case.startswith("two controls"):
+            config = many_layouts.CONFIGS[model]
+            state = wan_models.state_dict(many_layouts.SEED, config)
+            found[case] = wan_models.controlled_reference(state, config, many_layouts.inputs(case))
+            continue
         with torch.no_grad():
             found[case] = modules[model](**many_layouts.inputs(case), return_dict=False)[0]
     return found

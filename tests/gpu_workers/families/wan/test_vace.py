@@ -10,6 +10,7 @@ import pytest
 import torch
 import wan_models
 import wan_vaes
+from interpreted_graphs import InterpretedGraphs
 from wan_samples import VideoSample, generate
 
 from xditd.gpu_workers.families.wan.config import WanVaceConfig
@@ -17,6 +18,7 @@ from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import Inputs, Wanted
+from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.ipc.errors import BadRequest
 
 State = dict[str, torch.Tensor]
@@ -165,6 +167,87 @@ def test_weights_that_cannot_be_used_are_refused(layout: Any, plug: Plugger) -> 
     wild = dataclasses.replace(SAMPLES["all, a weight"], options={"conditioning_scale": 10**9})
     with pytest.raises(BadRequest, match="conditioning_scale=1000000000 is not a number from -100 to 100"):
         generate(model, vae, wild)
+
+
+def call(model: CachedModel, given: dict[str, Any], variant: str = "class") -> torch.Tensor:
+    import direct_jobs
+
+    ((result,),) = direct_jobs.call(model, [Inputs(given)], variant=variant)
+    return result
+
+
+def test_one_control_by_itself_has_the_bits_of_the_class(layout: Any, plug: Plugger) -> None:
+    model, reference, _, _ = models(layout, plug)
+    given = wan_models.inputs(2, 9, (2, 4, 6), CONFIG)
+    with torch.no_grad():
+        expected = reference(**given, return_dict=False)[0]
+    scales = given["control_hidden_states_scale"]
+    found = call(model, {**given, "control_hidden_states_scale": scales[None]})
+    assert torch.equal(found, expected)
+    fewer = {**given, "control_hidden_states": given["control_hidden_states"][:, :, :1]}
+    with torch.no_grad():
+        expected = reference(**fewer, return_dict=False)[0]
+    assert torch.equal(call(model, {**fewer, "control_hidden_states_scale": scales[None]}), expected)
+
+
+@pytest.mark.parametrize("acceleration", ["eager", "compiled"])
+def test_each_control_has_its_own_weights(layout: Any, plug: Plugger, acceleration: Any) -> None:
+    state = wan_models.state_dict(0, CONFIG)
+    model = plug(ModelCache(dataclasses.replace(layout, acceleration=acceleration)), state).model
+    model.planned.resources = ProcessResources(lambda: InterpretedGraphs())  # type: ignore[arg-type,return-value]
+    given = wan_models.controlled_inputs(2, 9, (3, 4, 6), 3, CONFIG)
+    expected = wan_models.controlled_reference(state, CONFIG, given)
+    paths: list[tuple[str, str]] = []
+    for _ in range(6 if acceleration == "compiled" else 1):
+        assert wan_models.relative_error(call(model, given), expected) <= 1e-6
+        if model.paths is not None:
+            model.paths.decide()
+            paths += [(each.path, each.detail) for each in model.paths.take_reports()]
+    if acceleration == "compiled":
+        assert paths[-1] == ("compiled", "")
+    for control in range(3):
+        other = given["control_hidden_states_scale"].clone()
+        other[control] = 0.0
+        assert wan_models.relative_error(call(model, {**given, "control_hidden_states_scale": other}), expected) > 1e-3
+
+
+def test_comfyuis_variant_has_its_frequencies_of_the_time(layout: Any, plug: Plugger) -> None:
+    model, *_ = models(layout, plug)
+    given = wan_models.inputs(1, 9, (2, 4, 6), CONFIG)
+    plain, comfyuis = call(model, given), call(model, given, "comfyui")
+    assert 0 < wan_models.relative_error(comfyuis, plain) < 1e-5
+    assert torch.equal(call(model, given), plain)
+
+
+def test_rows_are_taken_with_all_their_controls(layout: Any, plug: Plugger) -> None:
+    model, *_ = models(layout, plug)
+    given = wan_models.controlled_inputs(3, 9, (2, 4, 6), 2, CONFIG)
+    whole = call(model, given)
+    taken = model.operations.take_rows(Inputs(given), slice(1, 3))
+    assert taken.arguments["control_hidden_states"].data_ptr() == given["control_hidden_states"][2:].data_ptr()
+    assert wan_models.relative_error(call(model, dict(taken.arguments)), whole[1:]) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"control_hidden_states_scale": torch.ones(3, 2)}, r"control_hidden_states: shape is .*, use \[3, 96, any"),
+        ({"control_hidden_states_scale": torch.ones(2, 3)}, r"control_hidden_states_scale: .* use \[any, 2\]"),
+        ({"control_hidden_states_scale": torch.ones(0, 2)}, r"shape is \[0, 2\], use \[any, 2\]"),
+        (
+            {"control_hidden_states_scale": torch.ones(2, 2, dtype=torch.bfloat16)},
+            "control_hidden_states_scale: dtype is bfloat16, use float32 for controls",
+        ),
+    ],
+    ids=str,
+)
+def test_controls_of_another_number_are_refused(
+    shared_cache: ModelCache, plug: Plugger, changes: dict[str, Any], says: str
+) -> None:
+    model = plug(shared_cache, wan_models.state_dict(0, CONFIG)).model
+    given = wan_models.controlled_inputs(1, 9, (2, 4, 6), 2, CONFIG)
+    with pytest.raises(BadRequest, match=says):
+        model.operations.check(model, Inputs({**given, **changes}))
 
 
 @pytest.mark.parametrize(
