@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from xditd.client.connection import CONTROL_DEADLINE_S
 from xditd.client.loans import Loan, kind_named
 from xditd.client.session import Session
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, UnknownComponent
 from xditd.ipc.name_lists import listed
 from xditd.ipc.renamed import Renamed
+from xditd.ipc.replies import Status
+from xditd.ipc.requests import GetStatus
 from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType, CopiedBytes
 
 if TYPE_CHECKING:
@@ -190,3 +194,24 @@ class LoanMethods:
         """
         component_id = component if isinstance(component, str) else component.component_id
         self._current().revoke(component_id, deadline_s)
+
+    def unload(self, name: str, *, deadline_s: float | None = None) -> int:
+        """End the loans of a pipeline by its name, whichever process of this user lent them; return how many ended.
+
+        They are those labelled ``name`` or ``name/...``, as a ``Pipeline`` of this name labels its parts. Adopted
+        components of this name are freed, too. A pipeline that is still open lends them again with its next call.
+
+        Raises:
+            UnknownComponent: there is none; names those that there are.
+        """
+        request = GetStatus(request_id=self._current().connection.next_request_id())
+        components = self._current().connection.ask(request, Status, deadline_s=CONTROL_DEADLINE_S).daemon.components
+        found = [each for each in components if each.label == name or each.label.startswith(f"{name}/")]
+        if not found:
+            known = sorted({each.label.partition("/")[0] for each in components})
+            there = f"there are {listed(known)}" if known else "nothing is lent"
+            raise UnknownComponent(f"{name}: no component is lent under this name; {there}")
+        for each in found:
+            with contextlib.suppress(UnknownComponent):  # its owner has returned it meanwhile
+                self.revoke(each.component_id, deadline_s=deadline_s)
+        return len(found)
