@@ -49,7 +49,7 @@ CASES = {
     ),
     "FLUX.2 dev": Case(
         folders.flux2, folders.flux2_texts,
-        takes={"guidance": 2.0, "references": [PICTURE], "options": {"kv_cache": 0}},
+        takes={"guidance": 2.0, "references": [PICTURE]},
     ),
     "Qwen-Image": Case(
         folders.qwen_image, folders.qwen_image_texts, is_guided=True,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pipeline_folders as folders
-import prompt_pipelines
+import flux1_words
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,21 +19,7 @@ GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole pipeline of FLUX.1."""
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-
-    from xditd.gpu_workers.families.flux1 import reference
-
-    path = tmp_path_factory.mktemp("words")
-    prompt_pipelines.flux1(path / "parts")
-    parts = path / "parts"
-    pipeline = folders.flux1(
-        transformer=reference.transformer_from(flux1_state_dict(3, context_dim=128, pooled_dim=128)),
-        text_encoder=CLIPTextModel.from_pretrained(parts / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(parts / "tokenizer"),
-        text_encoder_2=T5EncoderModel.from_pretrained(parts / "text_encoder_2"),
-        tokenizer_2=T5TokenizerFast.from_pretrained(parts / "tokenizer_2"),
-    )
-    return folders.saved(pipeline, path / "flux")
+    return flux1_words.saved(tmp_path_factory.mktemp("words") / "flux")
 
 
 def theirs(folder: Path, prompt: Any, **given: Any) -> torch.Tensor:
