@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux_vae.operations import FluxVaeOperations
 
 _MARKS = {"decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight", "decoder.conv_out.weight"}
+_PROJECTIONS = ("decoder.mid.attn_1.q.weight", "decoder.mid.attn_1.proj_out.weight")
 _IN_DIFFUSERS = "decoder.mid_block.resnets.0.conv1.weight"
 _OTHER = "post_quant_conv.weight"
 _FOREIGN = "bn.running_mean"
@@ -67,7 +68,7 @@ class FluxVae:
             residuals=residuals,
             has_mid_attention=any(name.startswith("decoder.mid.attn_1.") for name in shapes),
             has_encoder=any(name.startswith("encoder.") for name in shapes),
-            has_linear_attention=len(shapes.get("decoder.mid.attn_1.q.weight", ())) == 2,
+            has_linear_attention=all(len(shapes.get(name, ())) == 2 for name in _PROJECTIONS),
         )
 
     def entries(self, config: FluxVaeConfig, names: Collection[str]) -> Iterator[Entry]:
