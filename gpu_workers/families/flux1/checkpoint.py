@@ -66,6 +66,7 @@ _NAMES = {
         "double_out": "img_attn.proj",
         "single_out": "linear2",
         "output": "final_layer.linear",
+        "last": "final_layer",
     },
     False: {
         "double": "transformer_blocks",
@@ -78,6 +79,7 @@ _NAMES = {
         "double_out": "attn.to_out.0",
         "single_out": "proj_out",
         "output": "proj_out",
+        "last": "proj_out",
     },
 }
 """Layers that show sizes, in original files and in diffusers'."""
@@ -125,7 +127,7 @@ class Flux1:
         if inputs not in KNOWN_INPUTS or outputs != PACKED_CHANNELS:
             known = ", ".join(f"{channels} ({what})" for channels, what in KNOWN_INPUTS.items())
             raise Unsupported(
-                f"flux1: {image} takes {inputs} channels and {output.removesuffix('.linear')} gives {outputs}; known inputs are {known}, and "
+                f"flux1: {image} takes {inputs} channels and {names['last']} gives {outputs}; known inputs are {known}, and "
                 f"{PACKED_CHANNELS} outputs: run another variant of FLUX.1 as its class"
             )
         return Flux1Config(
