@@ -160,8 +160,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         name it: the last ``strength`` of them run, from the image's latents and the noise. ``start_mask`` (batch or 1,
         1, height, width) is 1 where it is made anew; the rest of the image is kept.
 
-        ``variant`` names the implementation whose rounding is followed in half precision: ``"class"`` for diffusers,
-        or another one that the facts name. In float32 they are the same.
+        ``variant`` names the implementation whose arithmetic is followed: ``"class"`` for diffusers, or another one
+        that the facts name. Their roundings differ in half precision; in float32 they differ by 1e-6 or so.
 
         Raises:
             BadRequest: an invalid value; the message names it and the remedy.
