@@ -127,7 +127,7 @@ class Flux1:
         if inputs not in KNOWN_INPUTS or outputs != PACKED_CHANNELS:
             known = ", ".join(f"{channels} ({what})" for channels, what in KNOWN_INPUTS.items())
             raise Unsupported(
-                f"flux1: {image} takes {inputs} channels and {names['last']} gives {outputs}; known inputs are {known}, "
+                f"flux1: {image} takes {inputs} channels and {names['last']} gives {outputs}; known inputs: {known}, "
                 f"and {PACKED_CHANNELS} outputs: run another variant of FLUX.1 as its class"
             )
         return Flux1Config(
