@@ -63,6 +63,21 @@ class Loans:
                 if known is None or not known.is_live:
                     self._parts[role] = self._lend(role, part)
 
+    def renew(self) -> None:
+        """Lend all parts again, after a loan has ended that counted as live: another program has ended it.
+
+        What is still lent stays so meanwhile, and is not copied again.
+
+        Raises:
+            XditdError: as :meth:`lend`.
+        """
+        with self._lock:
+            old = [*self._parts.values(), *self._tokenizers.values(), *self._loras.values()]
+            self._tokenizers, self._loras = {}, {}
+            for role, part in self._source.parts.items():
+                self._parts[role] = self._lend(role, part)
+        _return(old)
+
     def _lend(self, role: str, part: Part) -> Loan:
         label = f"{self._source.name}/{role}"
         # A folder is lent with its configuration, which a family has to agree with.
@@ -158,12 +173,7 @@ class Loans:
         with self._lock:
             every: Iterable[Loan] = (*self._loras.values(), *self._parts.values(), *self._tokenizers.values())
             self._loras, self._parts, self._tokenizers = {}, {}, {}
-        for loan in every:
-            try:
-                if loan.is_live:
-                    loan.return_()
-            except XditdError as error:
-                logger.info("loan not returned label=%s reason=%s", loan.label, error.detail)
+        _return(every)
 
     @property
     def transformer(self) -> Loan:
@@ -172,6 +182,15 @@ class Loans:
     @property
     def vae(self) -> Loan | None:
         return self._parts.get(VAE)
+
+
+def _return(loans: Iterable[Loan]) -> None:
+    for loan in loans:
+        try:
+            if loan.is_live:
+                loan.return_()
+        except XditdError as error:
+            logger.info("loan not returned label=%s reason=%s", loan.label, error.detail)
 
 
 def _has_config(path: str) -> bool:

@@ -26,7 +26,7 @@ from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VA
 from xditd.client.waiting import check_seconds
 from xditd.ipc.errors import BadRequest, Closed, LeaseLost, Unsupported, XditdError
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.replies import StepDone
+from xditd.ipc.replies import AnyEvent, StepDone
 from xditd.ipc.tensors import Acceleration, ComputeDType
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Pipeline:
         self._running = 0
         self._idle: threading.Timer | None = None
         self._is_closed = False
+        self._has_lost = False
+        """Whether a job has ended because a loan had, of which this client did not know."""
         self._adapter: Adapter | None = None
         self._facts: ComponentFacts | None = None
         self._defaults: dict[str, Any] = {}
@@ -209,7 +211,7 @@ class Pipeline:
             XditdError: as :meth:`Client.lend`.
         """
         self._check_open()
-        self._loans.lend()
+        self._lend()
         facts = self._loans.transformer.facts
         assert facts.transformer is not None  # lent as a transformer
         if self._source.tokenizers and facts.transformer.prompt is not None and self._source.encoders:
@@ -227,6 +229,12 @@ class Pipeline:
         known = {**own, "negative_prompt": None, "num_images": 1}
         self._defaults = {**known, **check_defaults(self._given_defaults, known)}
         self._adapter, self._facts = adapter, facts
+
+    def _lend(self) -> None:
+        if self._has_lost:
+            self._loans.renew()
+            self._has_lost = False
+        self._loans.lend()
 
     def unload(self) -> None:
         """Return the models and free their memory in the workers; the next call lends them again."""
@@ -259,9 +267,10 @@ class Pipeline:
             self._running += 1
             self._stop_idle()
 
-    def _end(self) -> None:
-        """A call has ended: with ``keep_alive``, the models are returned if no other one begins in time."""
+    def _end(self, error: BaseException | None = None) -> None:
+        """A call has ended, well or by an error. With ``keep_alive``, models are returned if none begins in time."""
         with self._lock:
+            self._has_lost = self._has_lost or isinstance(error, LeaseLost)
             self._running -= 1
             if self._running or self._keep_alive is None or self._is_closed:
                 return
@@ -321,13 +330,18 @@ class Pipeline:
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
         del arguments["on_progress"], arguments["on_preview"]
-        with self.start(previews=on_preview is not None, **arguments) as job:
-            for event in job.events():
-                if on_preview is not None and isinstance(event, StepDone):
-                    on_preview(job.preview(), event.step, event.total_steps)
-                if on_progress is not None:
-                    on_progress(event)
-            return job.result()
+        has_begun, tries = False, _ASKS
+        while True:
+            try:
+                with self.start(previews=on_preview is not None, **arguments) as job:
+                    for event in job.events():
+                        has_begun = has_begun or isinstance(event, StepDone)
+                        _show(job, event, on_progress, on_preview)
+                    return job.result()
+            except LeaseLost:  # another program has ended a loan; the next start lends it again
+                tries -= 1
+                if has_begun or not tries:
+                    raise
 
     def start(
         self, prompt: Texts | None = None, *, previews: bool = False, deadline_s: float | None = None, **arguments: Any
@@ -352,16 +366,10 @@ class Pipeline:
         self._begin()
         try:
             runner = Runner(self.client, self._source, self._loans, adapter)
-            for ask in range(_ASKS):
-                self._loans.lend()
-                try:
-                    return runner.start(call, previews=previews, deadline_s=deadline_s, ended=self._end)
-                except LeaseLost:
-                    if ask + 1 == _ASKS or self._loans.are_live:
-                        raise
-            raise AssertionError("the last ask returns or raises")
-        except BaseException:
-            self._end()
+            self._lend()
+            return runner.start(call, previews=previews, deadline_s=deadline_s, ended=self._end)
+        except BaseException as error:
+            self._end(error)
             raise
 
     def submit(self, prompt: Texts | None = None, **arguments: Any) -> RunFuture[PipelineResult]:
@@ -394,6 +402,13 @@ class Pipeline:
         state = "closed" if self._is_closed else "loaded" if self.is_loaded else "not loaded"
         family = "?" if self._facts is None else self._facts.family
         return f"<Pipeline {self.name} of {family}, {state}>"
+
+
+def _show(job: PipelineJob, event: AnyEvent, on_progress: OnProgress | None, on_preview: OnPreview | None) -> None:
+    if on_preview is not None and isinstance(event, StepDone):
+        on_preview(job.preview(), event.step, event.total_steps)
+    if on_progress is not None:
+        on_progress(event)
 
 
 def _call(function: Callable[[], object] | None) -> None:

@@ -16,7 +16,7 @@ from xditd.client.pipeline.loading import Loans
 from xditd.client.pipeline.results import PipelineResult, RunSettings
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, Source
 from xditd.client.results import GenerationResult
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported
 from xditd.ipc.facts import ArgumentFacts
 from xditd.ipc.replies import AnyEvent, StepDone
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OnProgress = Callable[[AnyEvent], object]
+Ended = Callable[[BaseException | None], None]
+"""Is called when a job has ended, with the error that ended it."""
 OnPreview = Callable[["Image.Image", int, int], object]
 
 
@@ -35,9 +37,9 @@ class PipelineJob:
     exception while waiting, cancels it. For one thread at a time, except ``cancel()``.
     """
 
-    def __init__(self, job: GenerationJob, settings: RunSettings, ended: Callable[[], None]) -> None:
+    def __init__(self, job: GenerationJob, settings: RunSettings, ended: Ended) -> None:
         self._job = job
-        self._ended: Callable[[], None] | None = ended
+        self._ended: Ended | None = ended
         self._result: PipelineResult | None = None
         self.settings = settings
 
@@ -56,7 +58,11 @@ class PipelineJob:
 
     def events(self) -> Iterator[AnyEvent]:
         """Iterate over all events, as :meth:`GenerationJob.events` does."""
-        yield from self._job.events()
+        try:
+            yield from self._job.events()
+        except LeaseLost as error:
+            self._end(error)
+            raise
 
     def preview(self) -> Image.Image:
         """Return the first picture as the last step predicts it, of a job that was started with previews.
@@ -78,8 +84,10 @@ class PipelineJob:
         if self._result is None:
             try:
                 found = self._job.result()
-            finally:
-                self._end()
+            except BaseException as error:
+                self._end(error)
+                raise
+            self._end()
             self._result = PipelineResult(_with_seed(found, self.settings.seed), self.settings)
         return self._result
 
@@ -87,10 +95,10 @@ class PipelineJob:
         """Stop the job at its next step, without waiting. For any thread."""
         self._job.cancel()
 
-    def _end(self) -> None:
+    def _end(self, error: BaseException | None = None) -> None:
         ended, self._ended = self._ended, None
         if ended is not None:
-            ended()
+            ended(error)
 
     def __enter__(self) -> PipelineJob:
         return self
@@ -123,7 +131,7 @@ class Runner:
         self._loans = loans
         self._adapter = adapter
 
-    def start(self, call: Call, *, previews: bool, deadline_s: float | None, ended: Callable[[], None]) -> PipelineJob:
+    def start(self, call: Call, *, previews: bool, deadline_s: float | None, ended: Ended) -> PipelineJob:
         """Encode words and pictures, and start the generation.
 
         Raises:

@@ -41,7 +41,7 @@ def test_a_restarted_daemon_gets_the_models_again(start_daemon: Callable[..., Ru
     with Pipeline.open(folder, runtime_dir=daemon.runtime_dir) as pipe:
         before = run(pipe)
         daemon.stop()
-        assert not pipe.is_loaded
+        until(lambda: not pipe.is_loaded, "the client to notice")
         again = start_daemon(1, folder=daemon.runtime_dir.parent)
         again.wait_ready()
         assert torch.equal(run(pipe), before)
@@ -71,8 +71,7 @@ def test_unloading_by_hand_and_by_name(pipe: Pipeline, client: Client) -> None:
 def test_an_idle_pipeline_returns_its_models(client: Client, folder: Path) -> None:
     with Pipeline.open(folder, client=client, keep_alive=0.2) as pipe:
         before = run(pipe)
-        until(lambda: not pipe.is_loaded, "the models to be returned")
-        assert not client.status().components
+        until(lambda: not pipe.is_loaded and not client.status().components, "the models to be returned")
         assert torch.equal(run(pipe), before)
 
 
