@@ -23,13 +23,12 @@ import msgspec
 
 from xditd.client.file_headers import read_header
 from xditd.client.file_loading import load_into_arena
-from xditd.client.lend_checks import check_manifest, check_shards, state_of
+from xditd.client.lend_checks import check_given, check_manifest, check_shards, path_of, state_of
 from xditd.client.lent_memory import LentMemory
 from xditd.client.lent_tensors import describe_tensors
 from xditd.client.model_folders import ModelFiles, find_model, label_of
 from xditd.client.module_descriptions import describe_module, is_described
 from xditd.client.packed_weights import NO_PACKING, Packing, packing_of_files, packing_of_tensors
-from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest, RequestError, XditdError, named
 from xditd.ipc.name_lists import in_log_lines, listed
 from xditd.ipc.packed import logical_tensors
@@ -124,8 +123,9 @@ def describe(
     packing = NO_PACKING
     started = time.perf_counter()
     try:
+        check_given(label=label, device=device, generation=generation, as_class=as_class)
         if isinstance(source, (str, bytes, os.PathLike)):
-            path = expand_home(os.fsdecode(source))
+            path = path_of(source)
             label = label or os.fsencode(label_of(path)).decode("utf-8", "replace")  # names need not be Unicode
             files = find_model(path, variant=variant, has_class=kind is None, as_class=as_class)
             module = files.description
@@ -172,6 +172,9 @@ def describe(
 
 
 def _written(changed: Collection[str], manifest: Manifest) -> tuple[str, ...]:
+    is_list = isinstance(changed, Collection) and not isinstance(changed, str | bytes) and not hasattr(changed, "dtype")
+    if not is_list or not all(isinstance(each, str) for each in changed):
+        raise BadRequest(f"{manifest.label}: changed: {changed!r:.100} is not a list of tensors' names")
     unknown = sorted(set(changed) - {spec.name for spec in manifest.tensors})
     if unknown:
         raise BadRequest(f"{manifest.label}: changed names {listed(unknown)}, of which it has no tensor", names=unknown)

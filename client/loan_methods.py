@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from xditd.client.loans import Loan, kind_named
+from xditd.client.loans import Loan, any_component_id, kind_named
 from xditd.client.session import Session
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
@@ -164,6 +164,8 @@ class LoanMethods:
 
     def return_(self, loan: Loan, *, deadline_s: float | None = None) -> None:
         """Return a loan; when this returns, no worker maps the component."""
+        if not isinstance(loan, Loan):
+            raise BadRequest(f"loan: {loan!r:.100} is of type {type(loan).__name__}; give what lend() returned")
         loan.return_(deadline_s=deadline_s)
 
     def check_memory(self, *, deadline_s: float | None = None) -> None:
@@ -178,12 +180,12 @@ class LoanMethods:
 
     def adopt(self, component_id: str, *, deadline_s: float | None = None) -> CopiedBytes:
         """Copy a component into the workers' own memory, whichever process of this user lent it; see ``Loan.adopt``."""
-        return self._current().adopt(component_id, component_id, deadline_s)
+        found = any_component_id("component_id", component_id)
+        return self._current().adopt(found, found, deadline_s)
 
     def revoke(self, component: Loan | str, *, deadline_s: float | None = None) -> None:
         """End a loan, or free an adopted component, whichever process of this user lent it.
 
         Returns when no worker maps or holds it. Running and later jobs that use it fail with ``LeaseLost``.
         """
-        component_id = component if isinstance(component, str) else component.component_id
-        self._current().revoke(component_id, deadline_s)
+        self._current().revoke(any_component_id("component", component), deadline_s)

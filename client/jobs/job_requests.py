@@ -136,9 +136,9 @@ def call_request(
     """
     facts = component.transformer
     check_parts(parts)
-    for name in foreseen or ():
-        check_text("foreseen: name", name)
     checked_foreseen = checks.check_foreseen(foreseen)
+    for name in checked_foreseen:
+        check_text("foreseen: name", name)
     checked_variant = checks.check_variant(variant, facts)
     places, device_places = IoPlaces(), DevicePlaces()
     writer = ArgumentWriter(places, is_kept, device_places=device_places if room.is_on_device else None)
@@ -163,6 +163,8 @@ def call_request(
 
 def check_parts(parts: Sequence[object]) -> None:
     """Raise ``BadRequest`` unless a call may have as many parts."""
+    if not isinstance(parts, list | tuple):
+        raise BadRequest(f"parts: {parts!r:.100} is of type {type(parts).__name__}, use a list of dicts")
     if not 1 <= len(parts) <= limits.MAX_PARTS:
         raise BadRequest(f"parts: {len(parts)} sets of arguments; give from 1 to {limits.MAX_PARTS}")
 
@@ -305,7 +307,7 @@ def generate_request(
         outputs["image"] = places.add_output(
             torch.float32, (batch, vae.vae.image_channels, *((frames,) if facts.latents.frames else ()), height, width)
         )
-    if previews not in (True, False, "image"):
+    if not isinstance(previews, bool) and not (isinstance(previews, str) and previews == "image"):
         raise BadRequest(f"previews: {previews!r} is not True, False or 'image'")
     if previews == "image":
         if vae is None:

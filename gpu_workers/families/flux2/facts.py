@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from xditd.gpu_workers.families.flux2.config import AXES, CHANNELS, PIXELS_PER_LATENT, Flux2Config
+from xditd.gpu_workers.families.flux2.prompt import prompt_facts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
 FLOAT32_TIME: Final = "float32_time"
 """ComfyUI's variant: sines and cosines of the timestep are computed of its value in float32, which diffusers rounds to
-the weights' dtype before it multiplies by 1000. With weights in float32 both are the same."""
+the weights' dtype before it multiplies by 1000; and the epsilon of query and key norms is that of float32, 1.2e-7 (in
+diffusers 1e-6)."""
 
 PROMPT: Final = "prompt_embeds"
 NEGATIVE: Final = "negative_prompt_embeds"
@@ -65,4 +67,5 @@ def transformer_facts(config: Flux2Config, layout: ParallelLayout) -> Transforme
         guidance="embedded" if config.has_guidance else "classifier_free",
         default_guidance_scale=4.0 if config.has_guidance else 1.0,
         default_steps=50 if config.has_guidance else 4,
+        prompt=prompt_facts(config),
     )

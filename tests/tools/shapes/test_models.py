@@ -1,0 +1,65 @@
+"""The folder of shapes: diffusers opens it, and the workers' families read what is written from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from shapes.models import PARTS, build_parts, load_parts, write_folder
+from shapes.original import write_originals
+
+from xditd.gpu_workers.families.clip_l import ClipL
+from xditd.gpu_workers.families.flux1.checkpoint import Flux1
+from xditd.gpu_workers.families.flux_vae.checkpoint import FluxVae
+from xditd.gpu_workers.families.t5 import T5
+
+FAMILIES = {"transformer": Flux1(), "vae": FluxVae(), "text_encoder": ClipL(), "text_encoder_2": T5()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("shapes")
+    parts = build_parts()
+    for tensor in parts["transformer"].parameters():  # what starts at zero would hide a lost tensor
+        torch.nn.init.normal_(tensor, std=0.05)
+    write_folder(folder, parts)
+    return folder
+
+
+def test_files_are_small(folder: Path) -> None:
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    assert max(sizes) < 16_000_000
+    assert sum(sizes) < 25_000_000
+
+
+def test_diffusers_opens_the_folder_with_the_weights_that_were_written(folder: Path) -> None:
+    pipeline = FluxPipeline.from_pretrained(folder)
+    parts = build_parts()
+    assert load_parts(folder, parts) == list(parts)
+    for name in PARTS:
+        own, found = parts[name].state_dict(), getattr(pipeline, name).state_dict()
+        for tensor_name, tensor in found.items():
+            assert torch.equal(tensor.float(), own[tensor_name].float()), (name, tensor_name)
+    assert pipeline.scheduler.config.use_dynamic_shifting
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
+
+
+def test_families_of_the_workers_read_the_single_files(folder: Path, tmp_path: Path) -> None:
+    for part, path in write_originals(folder, tmp_path).items():
+        family, tensors = FAMILIES[part], load_file(path)
+        names = {family.canonical(name) for name in tensors}
+        assert [other for other, each in FAMILIES.items() if each.claims(set(tensors))] == [part]
+        shapes = {family.canonical(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+        config = family.configure(shapes)
+        assert {entry.source: entry.shape for entry in family.entries(config, names)} == shapes
+
+
+def test_a_file_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae.safetensors").write_bytes((folder / "text_encoder" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="is it a file of shapes"):
+        load_parts(tmp_path, build_parts())

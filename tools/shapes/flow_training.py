@@ -1,0 +1,218 @@
+"""Train the transformer and both text encoders of ``shapes`` together: rectified flow, then distilled guidance."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from shapes.models import SCHEDULE_SHIFT
+from shapes.pool import PATCHES, Pool, autocast, tokens
+from shapes.vae_training import Budget
+
+LONG_TEXT: Final = 512
+"""What FluxPipeline pads sentences to unless told otherwise."""
+LONG_EVERY: Final = 8
+"""One step of so many pads sentences to 512 tokens."""
+WEAKEST_GUIDANCE: Final = 1.0
+STRONGEST_GUIDANCE: Final = 5.0
+GUIDED_FROM: Final = 0.1
+GUIDED_FULLY: Final = 0.3
+"""Sigmas below the former are not guided, above the latter they are in full: guidance at the end of sampling would only
+push colours out of their range (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024)."""
+_SHARD_BYTES: Final = 15_000_000
+
+
+class Flow(torch.nn.Module):
+    """The transformer with its text encoders: from packed latents, sigmas, guidance and tokens to velocities."""
+
+    def __init__(self, transformer: Any, text_encoder: Any, text_encoder_2: Any) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder, self.text_encoder_2 = transformer, text_encoder, text_encoder_2
+
+    def forward(
+        self, latents: torch.Tensor, sigmas: torch.Tensor, guidance: torch.Tensor, clip: torch.Tensor, t5: torch.Tensor
+    ) -> torch.Tensor:
+        """Return velocities, (batch, 256, 64). ``latents`` are noisy; sigmas and guidance are (batch,)."""
+        pooled = self.text_encoder(input_ids=clip).pooler_output
+        states = self.text_encoder_2(input_ids=t5).last_hidden_state
+        places = torch.arange(PATCHES, device=latents.device, dtype=torch.float32)
+        image_ids = torch.zeros(PATCHES, PATCHES, 3, device=latents.device)
+        image_ids[..., 1], image_ids[..., 2] = places[:, None], places
+        return self.transformer(
+            hidden_states=latents,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            timestep=sigmas,
+            guidance=guidance,
+            img_ids=image_ids.flatten(0, 1),
+            txt_ids=torch.zeros(t5.shape[1], 3, device=latents.device),
+            return_dict=False,
+        )[0]
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """One phase: rectified flow; with ``is_distilled``, guidance from a teacher that answers with and without words."""
+
+    budget: Budget
+    is_distilled: bool = False
+    batch: int = 256
+    rate: float = 1e-3
+    text_rate: float = 5e-4
+    decay: float = 0.999
+    refresh_every: int = 8
+    dropped: float = 0.1
+    seed: int = 0
+    is_compiled: bool = True
+
+    @property
+    def name(self) -> str:
+        return "distilled" if self.is_distilled else "flow"
+
+
+class FlowTraining:
+    """The state of a phase. ``ema`` holds the averaged weights, which are what is kept."""
+
+    def __init__(self, flow: Flow, settings: FlowSettings, device: torch.device) -> None:
+        self.flow = flow.to(device).train().requires_grad_(True)
+        self.settings, self.device, self.step = settings, device, 0
+        self.ema = copy.deepcopy(flow).eval().requires_grad_(False)
+        self._teacher = copy.deepcopy(self.ema) if settings.is_distilled else None
+        texts = (flow.text_encoder, flow.text_encoder_2)
+        self._parameters = list(flow.parameters())
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": list(flow.transformer.parameters()), "peak": settings.rate},
+                {"params": [each for text in texts for each in text.parameters()], "peak": settings.text_rate},
+            ],
+            lr=settings.rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            fused=device.type == "cuda",
+        )
+        self._generator = torch.Generator(device)
+        self._no_words = tuple(each.to(device) for each in tokens([""]))
+        if settings.is_compiled and device.type == "cuda":
+            # Block by block: seconds where the whole model takes minutes, and one code for all blocks of a kind.
+            torch._dynamo.config.cache_size_limit = 64
+            for each in (self.flow, self._teacher):
+                if each is not None:
+                    each.transformer.compile_repeated_blocks(dynamic=False)
+
+    def train(self, pool: Pool, *, until: int = 0) -> float:
+        """Train until the budget is used, or to step ``until``; return the mean loss of the last steps.
+
+        Each step draws from a generator seeded with its number, so a training that is resumed repeats the same steps.
+        """
+        settings = self.settings
+        started, recent, told = time.monotonic(), [], self.step
+        while (progress := settings.budget.progress(started, self.step)) < 1 and self.step != (until or -1):
+            warm = min(1.0, (self.step + 1) / 200)
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["peak"] * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+            if self.step and self.step % settings.refresh_every == 0:
+                pool.refresh()
+            loss = self._step(pool)
+            self.step += 1
+            if self.step % 20 == 0:
+                recent = [*recent[-24:], loss.item()]  # waits for the GPU, so that the clock is right
+            if self.step % 200 == 0:
+                now = time.monotonic() - started
+                print(
+                    f"{settings.name}: step {self.step} loss {sum(recent) / len(recent):.4f}, {now:.0f} s, "
+                    f"{(self.step - told) / max(now, 1e-9):.1f} steps/s",
+                    flush=True,
+                )
+        print(f"{settings.name}: {self.step} steps, {time.monotonic() - started:.0f} s", flush=True)
+        return sum(recent) / len(recent) if recent else float(loss)
+
+    def _step(self, pool: Pool) -> torch.Tensor:
+        settings, device = self.settings, self.device
+        count = settings.batch
+        generator = self._generator.manual_seed(settings.seed * 1_000_003 + self.step)
+        latents, clip, t5 = pool.batch(count, generator)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        sigmas = torch.sigmoid(torch.randn(count, generator=generator, device=device) + SCHEDULE_SHIFT)
+        even = torch.rand(count, generator=generator, device=device)
+        sigmas = torch.where(torch.rand(count, generator=generator, device=device) < 0.1, even, sigmas)
+        noisy = torch.lerp(latents, noise, sigmas[:, None, None])
+        guidance = torch.full((count,), WEAKEST_GUIDANCE, device=device)
+        if self._teacher is None:
+            is_dropped = (torch.rand(count, generator=generator, device=device) < settings.dropped)[:, None]
+            clip, t5 = (torch.where(is_dropped, *both) for both in zip(self._no_words, (clip, t5), strict=True))
+            target = noise - latents
+        else:
+            span = torch.rand(count, generator=generator, device=device)
+            asked = guidance + span * (STRONGEST_GUIDANCE - WEAKEST_GUIDANCE)
+            with torch.no_grad(), autocast(device):
+                with_words = self._teacher(noisy, sigmas, guidance, clip, t5).float()
+                nothing = (empty.expand(count, -1) for empty in self._no_words)
+                without = self._teacher(noisy, sigmas, guidance, *nothing).float()
+            strength = (asked - 1) * ((sigmas - GUIDED_FROM) / (GUIDED_FULLY - GUIDED_FROM)).clamp(0, 1)
+            target = with_words + strength[:, None, None] * (with_words - without)
+            guidance = asked
+        if self.step % LONG_EVERY == LONG_EVERY - 1:
+            t5 = torch.nn.functional.pad(t5, (0, LONG_TEXT - t5.shape[1]))
+        with autocast(device):
+            velocity = self.flow(noisy, sigmas, guidance, clip, t5)
+        loss = torch.nn.functional.mse_loss(velocity.float(), target)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        decay = min(settings.decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), self._parameters, 1 - decay)
+        return loss.detach()
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights, averages and the optimizer's moments in files below 16 MB, float32."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shard: dict[str, torch.Tensor] = {}
+        number = size = 0
+        for name, tensor in self._state().items():
+            tensor = tensor.detach().cpu().contiguous()
+            if shard and size + tensor.nbytes > _SHARD_BYTES:
+                save_file(shard, folder / f"state-{number:02}.safetensors")
+                shard, number, size = {}, number + 1, 0
+            shard[name], size = tensor, size + tensor.nbytes
+        save_file(shard, folder / f"state-{number:02}.safetensors")
+        (folder / "state.json").write_text(json.dumps({"step": self.step, "phase": self.settings.name}))
+
+    def load_state(self, folder: Path) -> None:
+        """Read what :meth:`save_state` wrote; the next step is the one that would have followed.
+
+        Raises:
+            ValueError: the state is of another phase.
+        """
+        known = json.loads((folder / "state.json").read_text())
+        if known["phase"] != self.settings.name:
+            raise ValueError(f"{folder}: state of the phase {known['phase']}, not {self.settings.name}: use its flags")
+        found: dict[str, torch.Tensor] = {}
+        for path in sorted(folder.glob("state-*.safetensors")):
+            found |= load_file(path)
+        with torch.no_grad():
+            for name, tensor in self._state(is_complete=True).items():
+                tensor.copy_(found[name])
+        self.step = known["step"]
+
+    def _state(self, *, is_complete: bool = False) -> Mapping[str, torch.Tensor]:
+        tensors = {f"flow.{name}": each for name, each in self.flow.named_parameters()}
+        tensors |= {f"ema.{name}": each for name, each in self.ema.named_parameters()}
+        for number, parameter in enumerate(self._parameters):
+            kept = self._optimizer.state[parameter]
+            if is_complete and not kept:
+                at = self.device if self.device.type == "cuda" else "cpu"
+                kept["step"] = torch.zeros((), device=at)
+                kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            tensors |= {f"optimizer.{number}.{name}": each for name, each in kept.items()}
+        return tensors

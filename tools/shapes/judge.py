@@ -1,0 +1,183 @@
+"""Judge a model of ``shapes``: draw sentences that training never saw, read the pictures back, and compare.
+
+    PYTHONPATH=tools python -m shapes.judge models/shapes              # 200 sentences with diffusers, float32, CPU
+    PYTHONPATH=tools python -m shapes.judge models/shapes --device cuda --dtype bfloat16
+
+A picture is right if it shows all objects that the sentence names and no others, each in its form and colour, and all
+that the sentence states of sizes, places, relations and the background.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Final
+
+import torch
+
+from shapes.draw import PIXELS, draw, encode, save_sheet
+from shapes.reading import Found, Reading, read
+from shapes.scenes import MAX_OBJECTS
+from shapes.text_tokens import T5_TOKENS
+from shapes.words import LANGUAGES, Request, sample_request
+
+SENTENCES: Final = 200
+STEPS: Final = 20
+GUIDANCE: Final = 3.5
+SEED: Final = 7_000_000
+"""Of the sentences of the judge; training's seeds are small."""
+SHARES: Final = (0.4, 0.4, 0.2)
+"""Of sentences with one, two and three objects."""
+
+Sampler = Callable[[Sequence[str], int], torch.Tensor]
+"""From sentences and the seed of their noise to pictures, (sentences, 3, 256, 256) in [-1, 1]."""
+
+
+def held_out_requests(count: int = SENTENCES, seed: int = SEED) -> list[Request]:
+    """List sentences, each with a combination of form and colour that training never sees, in both languages."""
+    rng = Random(seed)
+    counts = [objects + 1 for objects, share in enumerate(SHARES) for _ in range(round(share * count))]
+    return [
+        sample_request(rng, objects=objects, language=LANGUAGES[at % 2], held_out=True)
+        for at, objects in enumerate(counts)
+    ]
+
+
+def faults(request: Request, reading: Reading) -> list[str]:
+    """Say in what a picture differs from its sentence; an empty list is a right picture."""
+    left = list(reading.things)
+    found: list[Found | None] = []
+    for thing in request.scene.things:
+        match = next((each for each in left if (each.form, each.colour) == (thing.form, thing.colour)), None)
+        if match:
+            left.remove(match)
+        found.append(match)
+    return list(_faults(request, reading, found, left))
+
+
+def _faults(request: Request, reading: Reading, found: list[Found | None], left: list[Found]) -> Iterator[str]:
+    scene = request.scene
+    for thing, match in zip(scene.things, found, strict=True):
+        if match is None:
+            yield f"no {thing.colour} {thing.form}"
+    for other in left:
+        yield f"also {other.colour or 'unclear'} {other.form or 'something'}"
+    for at in request.sizes:
+        match = found[at]
+        if match and match.size != scene.things[at].size:
+            yield f"{scene.things[at].form}: {match.size}"
+    for at in request.places:
+        match = found[at]
+        if match and match.cell != scene.things[at].cell:
+            yield f"{scene.things[at].form}: at {match.x:.2f}, {match.y:.2f}"
+    for at, relation, other_at in request.relations:
+        one, other = found[at], found[other_at]
+        if one and other and not _holds(one, relation, other):
+            yield f"{scene.things[at].form} not {relation}"
+    if request.has_background and (reading.pattern, reading.background) != (scene.pattern, scene.background):
+        yield f"background {reading.pattern} {reading.background}"
+
+
+def _holds(one: Found, relation: str, other: Found) -> bool:
+    across, down = other.x - one.x, other.y - one.y
+    ahead = {"left": across, "right": -across, "above": down, "below": -down}[relation]
+    aside = down if relation in ("left", "right") else across
+    return ahead > 0.1 and ahead > abs(aside)
+
+
+def table(requests: Sequence[Request], found: Sequence[Sequence[str]]) -> dict[str, dict[str, float]]:
+    """Count right pictures by number of objects and by language: {group: {right, of, percent}}."""
+    groups: dict[str, list[bool]] = {}
+    for request, wrong in zip(requests, found, strict=True):
+        count = len(request.scene.things)
+        for group in (f"{count} object{'s' if count > 1 else ''}", request.language, "all"):
+            groups.setdefault(group, []).append(not wrong)
+    return {
+        group: {"right": sum(each), "of": len(each), "percent": round(100 * sum(each) / len(each), 1)}
+        for group, each in sorted(groups.items())
+    }
+
+
+def judge(
+    sampler: Sampler, requests: Sequence[Request], *, batch: int = 8, seed: int = 0
+) -> tuple[torch.Tensor, list[list[str]]]:
+    """Draw every request with ``sampler``; return the pictures on the CPU, and the faults of each."""
+    images = [
+        sampler([each.text for each in requests[at : at + batch]], seed + at).float().cpu()
+        for at in range(0, len(requests), batch)
+    ]
+    drawn = torch.cat(images)
+    return drawn, [faults(request, read(image)) for request, image in zip(requests, drawn, strict=True)]
+
+
+def pipeline_sampler(
+    pipeline: object, *, steps: int = STEPS, guidance: float = GUIDANCE, text_tokens: int = T5_TOKENS
+) -> Sampler:
+    """Sample with diffusers' ``FluxPipeline``, whose noise is drawn on the CPU: the same for every device."""
+
+    def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
+        result = pipeline(  # type: ignore[operator]
+            list(texts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=PIXELS,
+            width=PIXELS,
+            max_sequence_length=text_tokens,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pt",
+        )
+        return result.images * 2 - 1
+
+    return sample
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    for group, row in rows.items():
+        print(f"{group:>10} {row['right']:5.0f} of {row['of']:4.0f} {row['percent']:6.1f} %", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Judge a model of shapes on sentences that training never saw.")
+    parser.add_argument("folder", type=Path, help="a pipeline's folder; 'drawn' judges the drawn pictures themselves")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--sentences", type=int, default=SENTENCES)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--text-tokens", type=int, default=T5_TOKENS)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="write the table and every picture's faults here")
+    parser.add_argument("--sheet", type=Path, help="write the pictures here, as one .png")
+    given = parser.parse_args()
+    requests = held_out_requests(given.sentences)
+    started = time.monotonic()
+    if str(given.folder) == "drawn":
+        scenes = {each.text: each.scene for each in requests}
+        images, found = judge(lambda texts, _: draw(encode([scenes[text] for text in texts])), requests)
+    else:
+        from diffusers import FluxPipeline
+
+        pipeline = FluxPipeline.from_pretrained(given.folder, torch_dtype=getattr(torch, given.dtype)).to(given.device)
+        pipeline.set_progress_bar_config(disable=True)
+        sampler = pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance, text_tokens=given.text_tokens)
+        images, found = judge(sampler, requests, batch=given.batch)
+    rows = table(requests, found)
+    print_table(rows)
+    print(f"{time.monotonic() - started:.0f} s, at most {MAX_OBJECTS} objects a picture")
+    if given.json:
+        pictures = [
+            {"text": request.text, "faults": wrong, "read": asdict(read(image))}
+            for request, wrong, image in zip(requests, found, images, strict=True)
+        ]
+        given.json.write_text(json.dumps({"table": rows, "pictures": pictures}, ensure_ascii=False, indent=1))
+    if given.sheet:
+        save_sheet(images, given.sheet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Train a LoRA for ``shapes`` that draws outlines in place of filled forms, and judge it at several strengths.
+
+    PYTHONPATH=tools python -m shapes.lora models/shapes out/outlines.safetensors --seconds 90
+
+The file has the names of diffusers (``transformer.transformer_blocks.0.attn.to_q.lora_A.weight``), so that
+``load_lora_weights`` and ``lend_lora`` read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+
+from shapes.draw import OUTLINE, save_sheet
+from shapes.flow_training import Flow
+from shapes.judge import held_out_requests, pipeline_sampler
+from shapes.models import SCHEDULE_SHIFT, build_parts, build_pipeline, load_parts
+from shapes.pool import Pool, autocast
+from shapes.reading import read
+from shapes.vae_training import Budget
+from shapes.words import Request
+
+RANK: Final = 8
+STRENGTHS: Final = (0.0, 0.5, 1.0)
+_LAYERS: Final = re.compile(
+    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|blocks\.\d+\.proj_out)$"
+)
+
+
+class Lora(torch.nn.Module):
+    """Factors of the linear layers of a transformer's blocks; while :meth:`applied`, its layers add their products."""
+
+    def __init__(self, transformer: torch.nn.Module, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self._layers = [
+            (name, layer)
+            for name, layer in transformer.named_modules()
+            if isinstance(layer, torch.nn.Linear) and _LAYERS.search(name)
+        ]
+        self.down, self.up = torch.nn.ParameterList(), torch.nn.ParameterList()
+        for _, layer in self._layers:
+            down = torch.randn(rank, layer.in_features, generator=generator) / math.sqrt(layer.in_features)
+            self.down.append(torch.nn.Parameter(down))
+            self.up.append(torch.nn.Parameter(torch.zeros(layer.out_features, rank)))
+
+    @contextmanager
+    def applied(self, strength: float = 1.0) -> Iterator[None]:
+        """Add ``strength`` times the factors' product to each layer."""
+        hooks = []
+        for (_, layer), down, up in zip(self._layers, self.down, self.up, strict=True):
+
+            def add(
+                _: torch.nn.Module,
+                given: tuple[torch.Tensor, ...],
+                result: torch.Tensor,
+                down: torch.Tensor = down,
+                up: torch.Tensor = up,
+            ) -> torch.Tensor:
+                linear = torch.nn.functional.linear
+                return result + strength * linear(linear(given[0], down.to(given[0].dtype)), up.to(given[0].dtype))
+
+            hooks.append(layer.register_forward_hook(add))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def save(self, path: Path) -> None:
+        """Write the factors in bfloat16; their scale is 1, so there are no alphas."""
+        tensors = {}
+        for (name, _), down, up in zip(self._layers, self.down, self.up, strict=True):
+            for part, factor in (("lora_A", down), ("lora_B", up)):
+                tensors[f"transformer.{name}.{part}.weight"] = factor.detach().to("cpu", torch.bfloat16).contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+
+
+def train_lora(
+    flow: Flow, pool: Pool, budget: Budget, device: torch.device, *, batch: int, rate: float, seed: int
+) -> Lora:
+    """Train factors on the pictures of a pool, at guidance 1, and return them; the model's weights stay."""
+    flow.requires_grad_(False)
+    lora = Lora(flow.transformer, RANK, torch.Generator().manual_seed(seed)).to(device)
+    optimizer = torch.optim.AdamW(lora.parameters(), rate, weight_decay=0.0)
+    generator = torch.Generator(device)
+    started, step = time.monotonic(), 0
+    while (progress := budget.progress(started, step)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
+        if step and step % 4 == 0:
+            pool.refresh()
+        generator.manual_seed(seed * 1_000_003 + step)
+        latents, clip, t5 = pool.batch(batch, generator)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        sigmas = torch.sigmoid(torch.randn(batch, generator=generator, device=device) + SCHEDULE_SHIFT)
+        noisy = torch.lerp(latents, noise, sigmas[:, None, None])
+        with autocast(device), lora.applied():
+            velocity = flow(noisy, sigmas, torch.ones_like(sigmas), clip, t5)
+        loss = torch.nn.functional.mse_loss(velocity.float(), noise - latents)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"lora: step {step} loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True)
+        step += 1
+    print(f"lora: {step} steps, {time.monotonic() - started:.0f} s", flush=True)
+    return lora
+
+
+def count_forms(requests: Sequence[Request], images: torch.Tensor) -> dict[str, int]:
+    """Count the objects that a picture shows as its sentence asks, filled and as outlines."""
+    counts = {"objects": 0, "filled": 0, "outlines": 0}
+    for request, image in zip(requests, images, strict=True):
+        wanted = {(thing.form, thing.colour) for thing in request.scene.things}
+        counts["objects"] += len(wanted)
+        for kind, outline in (("filled", 0.0), ("outlines", OUTLINE)):
+            counts[kind] += len(wanted & {(each.form, each.colour) for each in read(image, outline=outline).things})
+    return counts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train a LoRA for shapes that draws outlines.")
+    parser.add_argument("folder", type=Path, help="a pipeline's folder, or one that shapes.train wrote")
+    parser.add_argument("out", type=Path, help="a .safetensors file; a .json and a .png of the same name lie beside it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--steps", type=int, default=0, help="in place of seconds")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--pool", type=int, default=16_384)
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sentences", type=int, default=40)
+    given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see shapes.train
+    parts: dict[str, Any] = build_parts()
+    lacking = set(parts) - set(load_parts(given.folder, parts))
+    if lacking:
+        parser.error(f"{given.folder}: no weights of {', '.join(sorted(lacking))}; train shapes first")
+    for part in parts.values():
+        part.to(device).eval().requires_grad_(False)
+    flow = Flow(parts["transformer"], parts["text_encoder"], parts["text_encoder_2"])
+    slots = max(1, given.pool // given.chunk)
+    pool = Pool(
+        parts["vae"], device, seed=given.seed, slots=slots, size=given.chunk, workers=given.workers, outline=OUTLINE
+    )
+    budget = Budget(given.seconds, given.steps)
+    lora = train_lora(flow, pool, budget, device, batch=given.batch, rate=given.rate, seed=given.seed)
+    lora.save(given.out)
+    if not given.sentences:
+        return
+    requests = held_out_requests(given.sentences)
+    sampler = pipeline_sampler(build_pipeline(parts))
+    found, shown = {}, []
+    for strength in STRENGTHS:
+        with torch.no_grad(), lora.applied(strength):
+            images = sampler([each.text for each in requests], 0).float().cpu()
+        found[str(strength)] = count_forms(requests, images)
+        shown.append(images[:: max(1, len(images) // 8)][:8])
+        print(f"strength {strength}: {found[str(strength)]}", flush=True)
+    given.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
+    save_sheet(torch.cat(shown), given.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Training data made ahead: scenes with the tokens of their sentences, and latents of their pictures on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+from typing import Any, Final
+
+import torch
+from diffusers import AutoencoderKL
+
+from shapes.draw import draw, encode
+from shapes.models import LATENT_SCALE, LATENT_SHIFT
+from shapes.text_tokens import CLIP_TOKENS, T5_TOKENS, clip_tokenizer, t5_tokenizer
+from shapes.words import sample_request
+
+PATCHES: Final = 16
+"""Image tokens on each side of a picture."""
+
+
+class SceneChunks(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+    """Chunks of training scenes by number: the same number gives the same chunk, whoever makes it.
+
+    A chunk is (scenes as :func:`~shapes.draw.encode` writes them, CLIP's tokens, T5's tokens).
+    """
+
+    def __init__(self, seed: int, first: int, chunks: int, size: int) -> None:
+        self._seed, self._first, self._chunks, self._size = seed, first, chunks, size
+
+    def __len__(self) -> int:
+        return self._chunks
+
+    def __getitem__(self, at: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if at >= self._chunks:
+            raise IndexError(at)
+        if torch.utils.data.get_worker_info():
+            torch.set_num_threads(1)
+        rng = Random(f"{self._seed} {self._first + at}")
+        requests = [sample_request(rng) for _ in range(self._size)]
+        return encode([each.scene for each in requests]), *tokens([each.text for each in requests])
+
+
+def tokens(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of texts: CLIP's (texts, 77) and T5's (texts, 64), int32 on the CPU."""
+    both = []
+    for tokenizer, length in ((clip_tokenizer(), CLIP_TOKENS), (t5_tokenizer(), T5_TOKENS)):
+        found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        both.append(found.input_ids.to(torch.int32))
+    return both[0], both[1]
+
+
+def chunks(seed: int, first: int, size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield chunks from number ``first`` on without end, made by ``workers`` processes (0: by this one)."""
+    loader: Any = torch.utils.data.DataLoader(
+        SceneChunks(seed, first, 1 << 30, size),
+        batch_size=None,
+        sampler=range(1 << 30),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+class Pool:
+    """Latents and tokens of ``slots * size`` pictures on ``device``; :meth:`refresh` replaces the oldest chunk.
+
+    Pictures are drawn and encoded once and trained on several times, each time with other noise.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        device: torch.device,
+        *,
+        seed: int,
+        slots: int,
+        size: int,
+        workers: int,
+        first: int = 0,
+        outline: float = 0.0,
+    ) -> None:
+        """Fill the pool with the ``slots`` chunks from number ``first`` on; ``outline`` is as for ``draw``."""
+        count = slots * size
+        self._vae, self._device, self._size, self._slots = vae, device, size, slots
+        self.latents = torch.zeros(count, 16, 2 * PATCHES, 2 * PATCHES, dtype=torch.float16, device=device)
+        self.clip = torch.zeros(count, CLIP_TOKENS, dtype=torch.int32, device=device)
+        self.t5 = torch.zeros(count, T5_TOKENS, dtype=torch.int32, device=device)
+        self._next, self._outline = first, outline
+        self._chunks = chunks(seed, first, size, workers)
+        for _ in range(slots):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Replace the oldest chunk by a new one."""
+        scenes, clip, t5 = next(self._chunks)
+        at = self._next % self._slots * self._size
+        self._next += 1
+        here = slice(at, at + self._size)
+        images = draw(scenes, self._device, outline=self._outline)
+        self.latents[here] = encode_latents(self._vae, images).to(torch.float16)
+        self.clip[here] = clip.to(self._device, non_blocking=True)
+        self.t5[here] = t5.to(self._device, non_blocking=True)
+
+    def batch(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose pictures: latents as the transformer sees them, packed (count, 256, 64) float32, and both tokens."""
+        chosen = torch.randint(len(self.latents), (count,), generator=generator, device=self._device)
+        return pack(self.latents[chosen].float()), self.clip[chosen], self.t5[chosen]
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Encode pictures to latents as the transformer sees them, (pictures, 16, 32, 32)."""
+    with autocast(images.device):
+        images = images.to(memory_format=torch.channels_last)
+        mode = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(128)])
+    return (mode.float() - LATENT_SHIFT) * LATENT_SCALE
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Compute in bfloat16 on a GPU, in float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Pack latents to tokens as ``FluxPipeline`` does: (n, 16, 32, 32) to (n, 256, 64)."""
+    parts = latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
+    return parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

@@ -1,0 +1,227 @@
+"""Train ``shapes`` from nothing: the VAE, then text encoders and transformer together, then guidance.
+
+    PYTHONPATH=tools python -m shapes.train OUT                                    # everything, with these defaults
+    PYTHONPATH=tools python -m shapes.train OUT --start OUT --vae-seconds 0        # further, from the weights of OUT
+    PYTHONPATH=tools python -m shapes.train OUT --start OUT --vae-seconds 0 --seconds 0   # distil guidance again
+
+Each phase is skipped if its seconds (and steps) are 0. OUT gets ``vae.safetensors``, ``transformer.safetensors``,
+``text_encoder.safetensors``, ``text_encoder_2.safetensors`` (bfloat16, each below 16 MB), ``report.json`` and
+pictures of the judge; ``--folder`` writes the pipeline's folder from them. With ``--state`` the flow's phase saves its
+optimizer, too, and continues from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from shapes.draw import draw, encode, save_sheet
+from shapes.flow_training import Flow, FlowSettings, FlowTraining
+from shapes.judge import faults, held_out_requests, judge, pipeline_sampler, print_table, table
+from shapes.models import (
+    LATENT_SCALE,
+    LATENT_SHIFT,
+    PARTS,
+    build_parts,
+    build_pipeline,
+    load_parts,
+    load_weights,
+    save_weights,
+    write_folder,
+)
+from shapes.pool import Pool, autocast, encode_latents
+from shapes.reading import read
+from shapes.vae_training import Budget, VaeSettings, train_vae
+from shapes.words import sample_request
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train shapes: VAE, text encoders, transformer, guidance.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "--start", type=Path, help="a folder with weights to start from: of this program, or a pipeline's"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-seconds", type=float, default=120)
+    parser.add_argument("--vae-steps", type=int, default=0, help="in place of seconds")
+    parser.add_argument("--vae-batch", type=int, default=48)
+    parser.add_argument("--seconds", type=float, default=600, help="of rectified flow")
+    parser.add_argument("--steps", type=int, default=0, help="in place of seconds")
+    parser.add_argument("--distill-seconds", type=float, default=150)
+    parser.add_argument("--distill-steps", type=int, default=0, help="in place of seconds")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--distill-rate", type=float, default=3e-4)
+    parser.add_argument("--pool", type=int, default=65_536, help="pictures whose latents are kept")
+    parser.add_argument("--chunk", type=int, default=256, help="pictures that are drawn at once")
+    parser.add_argument("--refresh-every", type=int, default=8, help="steps until a chunk of the pool is replaced")
+    parser.add_argument("--workers", type=int, default=8, help="processes that write sentences")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--sentences", type=int, default=200, help="of the judge at the end; 0: none")
+    parser.add_argument("--state", type=Path, help="continue the flow's phase from here, and save it here at its end")
+    parser.add_argument("--folder", type=Path, help="write the pipeline's folder here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    given.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes that are forked later would warn
+    device = torch.device(given.device)
+    # cuDNN's attention ends in an illegal access in its backward pass at odd numbers of tokens.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    torch.manual_seed(given.seed)
+    report: dict[str, Any] = {
+        "arguments": {name: str(value) for name, value in vars(given).items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+    }
+    parts = build_parts()
+    if given.start:
+        print("started from", ", ".join(load_parts(given.start, parts)), flush=True)
+    parts["vae"] = _vae(given, device, parts["vae"], report)
+    flow = Flow(parts["transformer"], parts["text_encoder"], parts["text_encoder_2"])
+    phases = [(False, given.seconds, given.steps), (True, given.distill_seconds, given.distill_steps)]
+    phases = [phase for phase in phases if phase[1] or phase[2]]
+    if phases:
+        pool = Pool(
+            parts["vae"],
+            device,
+            seed=given.seed,
+            slots=max(1, given.pool // given.chunk),
+            size=given.chunk,
+            workers=given.workers,
+            first=_chunks_before(given),
+        )
+        print(f"pool: {len(pool.latents)} pictures, {time.monotonic() - started:.0f} s since the start", flush=True)
+    for is_distilled, seconds, steps in phases:
+        flow = _flow(
+            given,
+            device,
+            flow,
+            pool,
+            report,
+            FlowSettings(
+                budget=Budget(seconds, steps),
+                is_distilled=is_distilled,
+                batch=given.batch,
+                rate=given.distill_rate if is_distilled else given.rate,
+                text_rate=(given.distill_rate if is_distilled else given.rate) / 2,
+                decay=0.998 if is_distilled else 0.999,
+                refresh_every=given.refresh_every,
+                seed=given.seed + 101 * is_distilled,
+                is_compiled=not given.no_compile,
+            ),
+        )
+        for name in PARTS[:1] + PARTS[2:]:
+            parts[name] = getattr(flow, name)
+            save_weights(parts[name], given.out / f"{name}.safetensors")
+            load_weights(parts[name], given.out / f"{name}.safetensors")
+        _judge(given, device, parts, report, "distilled" if is_distilled else "flow")
+        report["seconds"] = round(time.monotonic() - started, 1)
+        (given.out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    if given.folder:
+        write_folder(given.folder, parts)
+
+
+def _chunks_before(given: argparse.Namespace) -> int:
+    """Return how many chunks a training that is continued has replaced, so that the pool is the one that it had."""
+    if not given.state or not (given.state / "state.json").is_file():
+        return 0
+    step = json.loads((given.state / "state.json").read_text())["step"]
+    return max(0, (step - 1) // given.refresh_every)
+
+
+def _vae(
+    given: argparse.Namespace, device: torch.device, vae: torch.nn.Module, report: dict[str, Any]
+) -> torch.nn.Module:
+    if given.vae_seconds or given.vae_steps:
+        budget = Budget(given.vae_seconds, given.vae_steps)
+        settings = VaeSettings(budget, batch=given.vae_batch, seed=given.seed, workers=min(4, given.workers))
+        vae = train_vae(settings, device)
+        save_weights(vae, given.out / "vae.safetensors")
+        load_weights(vae, given.out / "vae.safetensors")  # as rounded: the transformer learns latents of what is kept
+    vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    report["vae"] = _vae_report(vae, device, given)
+    print("vae:", report["vae"], flush=True)
+    return vae
+
+
+@torch.no_grad()
+def _vae_report(vae: AutoencoderKL, device: torch.device, given: argparse.Namespace) -> dict[str, float]:
+    """Judge drawn pictures after the VAE: the most that a transformer could reach."""
+    rng = Random(given.seed + 77)
+    requests = [sample_request(rng, held_out=at % 2 == 0) for at in range(min(64, max(2, given.sentences)))]
+    images = draw(encode([each.scene for each in requests]), device)
+    latents = encode_latents(vae, images)
+    with autocast(device):
+        decoded = vae.decode(latents / LATENT_SCALE + LATENT_SHIFT).sample.float()
+    save_sheet(torch.cat([images[:8], decoded[:8]]), given.out / "vae.png")
+    right = sum(not faults(request, read(image)) for request, image in zip(requests, decoded.cpu(), strict=True))
+    return {
+        "right": right,
+        "of": len(requests),
+        "mean_error": round(float((decoded - images).abs().mean()), 5),
+        "latent_mean": round(float(latents.mean()), 4),
+        "latent_deviation": round(float(latents.std()), 4),
+    }
+
+
+def _flow(
+    given: argparse.Namespace,
+    device: torch.device,
+    flow: Flow,
+    pool: Pool,
+    report: dict[str, Any],
+    settings: FlowSettings,
+) -> Flow:
+    training = FlowTraining(flow, settings, device)
+    state = given.state if not settings.is_distilled else None
+    if state and (state / "state.json").is_file():
+        training.load_state(state)
+        print(f"{settings.name}: continues from step {training.step}", flush=True)
+    loss = training.train(pool)
+    report[settings.name] = {"steps": training.step, "loss": round(loss, 5)}
+    if state:
+        training.save_state(state)
+    return training.ema
+
+
+def _judge(
+    given: argparse.Namespace,
+    device: torch.device,
+    parts: dict[str, torch.nn.Module],
+    report: dict[str, Any],
+    name: str,
+) -> None:
+    if not given.sentences:
+        return
+    started = time.monotonic()
+    requests = held_out_requests(given.sentences)
+    pipeline = build_pipeline({part: module.eval() for part, module in parts.items()})
+    with torch.no_grad():
+        images, found = judge(pipeline_sampler(pipeline), requests, batch=100 if device.type == "cuda" else 8)
+    rows = table(requests, found)
+    print(f"{name}: judged in {time.monotonic() - started:.0f} s", flush=True)
+    print_table(rows)
+    report[f"{name}_table"] = rows
+    report[f"{name}_faults"] = [[each.text, *wrong] for each, wrong in zip(requests, found, strict=True) if wrong]
+    one, two, three = (round(share * len(images)) for share in (0.0, 0.4, 0.8))
+    shown = [images[at : at + 16] for at in (one, two, three)]
+    save_sheet(torch.cat([each for each in shown if len(each)]), given.out / f"pictures_{name}.png")
+
+
+if __name__ == "__main__":
+    main()
