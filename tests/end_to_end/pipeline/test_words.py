@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import flux1_words
+import pipeline_folders as folders
+import prompt_pipelines
 import pytest
+import qwen_image_models
 import torch
+from pipeline_latents import latents
 from safetensors.torch import save_file
 
 from xditd.client import Client, Pipeline
@@ -79,3 +85,78 @@ def test_progress_and_previews(client: Client, folder: Path) -> None:
         with pytest.raises(RuntimeError, match="no more"):
             pipe("a cat", on_progress=fail, **{**GIVEN, "steps": 50})
         assert pipe("a cat", **GIVEN).count == 1
+
+
+# --- Other families --------------------------------------------------------------------------------
+
+
+def z_image_with_words(parts: Path) -> Any:
+    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+    prompt_pipelines.z_image(parts)
+    pipeline = folders.z_image()
+    pipeline.register_modules(
+        text_encoder=Qwen3ForCausalLM.from_pretrained(parts / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def klein_with_words(parts: Path) -> Any:
+    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+    prompt_pipelines.flux2_klein(parts)
+    pipeline = folders.flux2("Flux2KleinPipeline", is_distilled=False)
+    pipeline.register_modules(
+        text_encoder=Qwen3ForCausalLM.from_pretrained(parts / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def wan_with_words(parts: Path) -> Any:
+    from transformers import T5TokenizerFast, UMT5EncoderModel
+
+    prompt_pipelines.wan(parts)
+    pipeline = folders.wan()
+    pipeline.register_modules(
+        text_encoder=UMT5EncoderModel.from_pretrained(parts / "text_encoder"),
+        tokenizer=T5TokenizerFast.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def qwen_image_with_words(parts: Path) -> Any:
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    prompt_pipelines.qwen_image(parts)
+    config = replace(qwen_image_models.BASE, text_channels=128)
+    pipeline = folders.qwen_image()
+    pipeline.register_modules(
+        transformer=qwen_image_models.reference(qwen_image_models.state_dict(0, config), config),
+        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(parts / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+WORDS = {
+    "z_image": (z_image_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
+    "flux2": (klein_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
+    "wan": (wan_with_words, {"guidance_scale": 2.5, "num_frames": 5}, {"guidance": 2.5, "frames": 5}),
+    "qwen_image": (
+        qwen_image_with_words, {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
+        {"guidance": 2.5, "negative_prompt": "a dog"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WORDS)
+def test_words_of_other_families(opened: Callable[..., Pipeline], family: str, tmp_path: Path) -> None:
+    """With guidance, by the negative prompt that the pipeline takes if none is given."""
+    make, of_theirs, of_ours = WORDS[family]
+    pipeline = make(tmp_path / "parts")
+    pipe = opened(pipeline)
+    right = latents(pipeline, family, prompt="a cat", num_inference_steps=2, **of_theirs)
+    found = pipe("a cat", **GIVEN, **of_ours)
+    assert torch.equal(found.generation.latents, right)
