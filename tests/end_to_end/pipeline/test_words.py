@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import flux1_words
 import pipeline_folders as folders
 import prompt_pipelines
 import pytest
+import qwen2_5_vl_models
 import qwen_image_models
 import torch
 from pipeline_latents import latents
@@ -127,14 +129,14 @@ def wan_with_words(parts: Path) -> Any:
 
 
 def qwen_image_with_words(parts: Path) -> Any:
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers import Qwen2Tokenizer
 
     prompt_pipelines.qwen_image(parts)
     config = replace(qwen_image_models.BASE, text_channels=128)
     pipeline = folders.qwen_image()
     pipeline.register_modules(
         transformer=qwen_image_models.reference(qwen_image_models.state_dict(0, config), config),
-        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(parts / "text_encoder"),
+        text_encoder=qwen2_5_vl_models.reference(),
         tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
     )
     return pipeline
@@ -160,3 +162,26 @@ def test_words_of_other_families(opened: Callable[..., Pipeline], family: str, t
     right = latents(pipeline, family, prompt="a cat", num_inference_steps=2, **of_theirs)
     found = pipe("a cat", **GIVEN, **of_ours)
     assert torch.equal(found.generation.latents, right)
+
+
+@pytest.mark.parametrize("kind", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+def test_words_with_pictures(
+    opened: Callable[..., Pipeline], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder sees the reference: another one gives another picture."""
+    from xditd.client.pipeline import families
+
+    monkeypatch.setattr(families, "PIXELS", 64 * 64)
+    plain = qwen_image_with_words(tmp_path / "parts")
+    pipeline = getattr(diffusers, kind)(**{**plain.components, "processor": None})
+    pipe = opened(pipeline, tokenizers={"processor": tmp_path / "parts" / "processor"})
+    seen, picture = [], qwen2_5_vl_models.picture(90, 64)
+    encode = pipe.client.encode_prompt
+    monkeypatch.setattr(
+        pipe.client, "encode_prompt", lambda *given, **more: seen.append(more) or encode(*given, **more)
+    )
+    pipe("make it blue", references=[picture], negative_prompt=" ", guidance=2.0, **GIVEN)
+    (given,) = seen
+    assert [each.size for each in given["images"]] == [(90, 64)]  # which the workers resize
+    assert given["options"] == ({"edit": True} if kind == "QwenImageEditPipeline" else None)
+    assert set(given["tokenizers"]) == {"processor"}
