@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from xditd.client.cli import flags, generate_files
+from xditd.client.cli import control_flags, flags, generate_files
 from xditd.client.cli.generate_files import describe_loan
 from xditd.client.cli.generate_help import DESCRIPTION, EXAMPLES, SUMMARY
 from xditd.ipc.settings.client import GenerateFlags
@@ -14,6 +14,7 @@ __all__ = ["DESCRIPTION", "EXAMPLES", "SUMMARY", "add_arguments", "describe_loan
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_settings(parser, GenerateFlags)
+    control_flags.add_arguments(parser)
     parser.set_defaults(refuse=parser.error)
 
 
