@@ -164,8 +164,9 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             raise BadRequest("seed and noise: both are given, but each sets the noise; leave one out")
         if seed is None and noise is None:
             seed = draw_seed()
+        lent = self._component(transformer, ComponentKind.TRANSFORMER)
         job = generate_request(
-            self._component(transformer, ComponentKind.TRANSFORMER),
+            lent,
             None if vae is None else self._component(vae, ComponentKind.VAE),
             conditioning,
             height=height,
@@ -186,7 +187,11 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
                 for each in checked_controls("controls", controls, Control)
             ],
         )
-        return self._runner.generate(job, deadline_s, self)
+        from xditd.client.metadata.of_jobs import record_of  # for jobs alone, like torch
+
+        components = {"transformer": transformer, "transformer_2": transformer_2, "vae": vae}
+        record = record_of(job.sampling, lent.facts, components, controls=len(controls))
+        return self._runner.generate(job, deadline_s, self, record)
 
     def keep(self, tensor: torch.Tensor) -> KeptTensor:
         """Copy a tensor to the host for use in calls: the first ``call`` sends it, and the workers keep it.

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from xditd.client.jobs.held_tensors import HeldStore
+    from xditd.client.metadata.record import Record
     from xditd.ipc.processes import ProcessIdentity
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,10 @@ class Runner:
         # As in calls: those of other threads have replaced the workers' block.
         return self.encode_prompt(partial(make_request, room_bytes=room_bytes), deadline_s)
 
-    def generate(self, job: GenerationRequest, deadline_s: float | None, owner: object) -> GenerationJob:
-        """Start a generation, without waiting. ``owner`` is kept alive until it has ended."""
+    def generate(
+        self, job: GenerationRequest, deadline_s: float | None, owner: object, record: Record | None = None
+    ) -> GenerationJob:
+        """Start a generation, without waiting. ``owner`` is kept alive until it ended. The result has ``record``."""
         block = job.fill(self._pool)
 
         def read(name: str) -> torch.Tensor | None:
@@ -119,6 +122,7 @@ class Runner:
                 timings_ms=dict(generated.timings_ms),
                 seed=job.sampling.seed,
                 reused_steps=generated.reused_steps,
+                record=record,
             )
 
         def read_denoised() -> torch.Tensor:
