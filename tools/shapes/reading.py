@@ -1,17 +1,24 @@
 """Read a picture of ``shapes`` back: its objects with form, colour, size and place, and its background.
 
+    PYTHONPATH=tools python -m shapes.reading out/demo.png        # as JSON on standard output
+
 No model is involved. Each pixel belongs to the object colour or the background tone that it is nearest to; connected
 pixels of objects are one object; its form is the one whose outline, laid over it, overlaps best.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 import torch
+from PIL import Image
 
 from shapes.draw import distance, outlined
 from shapes.scenes import BACKGROUNDS, COLOURS, FORMS, MIDDLE_RADIUS
@@ -75,6 +82,20 @@ def read(image: torch.Tensor, *, outline: float = 0.0) -> Reading:
     things = [_described(component, labels, errors, outline) for component in components]
     pattern, background = _background(pixels, ~_widened(is_object, 2))
     return Reading(tuple(sorted(things, key=lambda each: each.x)), pattern, background)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Read pictures of shapes, and write what they show as JSON.")
+    parser.add_argument("images", nargs="+", type=Path, help="square image files")
+    given = parser.parse_args()
+    found = []
+    for path in given.images:
+        with Image.open(path) as image:
+            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            reading = read(pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1)
+        things = [{**asdict(each), "size": each.size, "cell": each.cell} for each in reading.things]
+        found.append({"things": things, "pattern": reading.pattern, "background": reading.background})
+    json.dump(found, sys.stdout)
 
 
 @cache
@@ -190,3 +211,7 @@ def _background(pixels: torch.Tensor, mask: torch.Tensor) -> tuple[str, str]:
     if float(across.std()) > 0.25:
         return "striped", names[at]
     return "plain", names[at]
+
+
+if __name__ == "__main__":
+    main()
