@@ -151,8 +151,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;
         ``reused_steps`` of the result counts such steps. The same job gives the same bits again.
 
-        ``variant`` names the implementation whose rounding is followed in half precision: ``"class"`` for diffusers,
-        or another one that the facts name. In float32 they are the same.
+        ``variant`` names the implementation whose arithmetic is followed: ``"class"`` for diffusers, or another one
+        that the facts name. Their roundings differ in half precision; in float32 they differ by 1e-6 or so.
 
         Raises:
             BadRequest: an invalid value; the message names it and the remedy.

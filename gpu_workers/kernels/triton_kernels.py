@@ -101,12 +101,12 @@ def _norm_and_rotate(
     cos_ptr,
     sin_ptr,
     text_rows,
+    epsilon,
     HEADS: tl.constexpr,
     HEADS_A_RANK: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    EPS: tl.constexpr,
 ):
     row = tl.program_id(0)
     first_head = tl.program_id(1) * GROUP
@@ -123,7 +123,7 @@ def _norm_and_rotate(
         else:
             weight = tl.load(text_key_ptr + columns) if is_text else tl.load(image_key_ptr + columns)
         wide = x.to(tl.float32)
-        root = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD + EPS)
+        root = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD + epsilon)
         wide = (wide * root[:, None] * weight.to(tl.float32)).to(kind).to(tl.float32)
         angles = row * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
         cos = tl.load(cos_ptr + angles)
@@ -283,6 +283,7 @@ def norm_and_rotate(
     norms: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     angles: tuple[torch.Tensor, torch.Tensor],
     text_rows: int,
+    epsilon: float = EPSILON,
     bases: torch.Tensor | None = None,
     first_row: int = 0,
     all_rows: int = 0,
@@ -306,12 +307,12 @@ def norm_and_rotate(
         *norms,
         *angles,
         text_rows,
+        epsilon,
         HEADS=heads,
         HEADS_A_RANK=heads // ranks,
         GROUP=group,
         HEAD=HEAD_SIZE,
         IN_PLACE=bases is None,
-        EPS=EPSILON,
         num_warps=4,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -18,7 +18,7 @@ from xditd.gpu_workers.models.block_recordings import Recording, holder
 from xditd.gpu_workers.models.forward_state import Site
 from xditd.gpu_workers.models.packed_operator import products_by
 from xditd.gpu_workers.models.planned_forward import PlannedModule
-from xditd.gpu_workers.models.repeated_blocks import attributes_key
+from xditd.gpu_workers.models.repeated_blocks import attributes_key, state_key
 from xditd.ipc.errors import XditdError
 
 _MAX_STATES: Final = 64
@@ -42,17 +42,36 @@ class BlockResult(NamedTuple):
 
 
 class BlockRun:
-    """A repeated block. Blocks of one ``group`` compute the same operations with the same arguments."""
+    """A repeated block."""
 
-    def __init__(self, path: str, module: torch.nn.Module, group: int) -> None:
+    def __init__(self, path: str, module: torch.nn.Module) -> None:
         self.path = path
         self.module = module
-        self.group = group
-        self.attributes = attributes_key(module)
+        self._variants: dict[Hashable, tuple[int, Hashable]] = {}
+        """Its group and its attributes in each variant."""
         self.has_exchanged = False
         """Whether the last run has begun an attention whose tokens are split over ranks."""
         self._states: dict[Recording, _BlockState] = {}
         """The block's own tensors by recording, and not by graph: calls of one graph may take different ones."""
+
+    def note(self, variant: Hashable, groups: dict[Hashable, int]) -> None:
+        """Note a new variant, for which the module is set now; its group is that of ``groups`` for its state."""
+        if variant not in self._variants:
+            group = groups.setdefault(state_key(self.module), len(groups))
+            self._variants[variant] = group, attributes_key(self.module)
+
+    def group(self, variant: Hashable) -> int | None:
+        """Return the group in a variant: blocks of one compute the same operations with the same arguments.
+
+        ``None`` if the variant was not noted.
+        """
+        found = self._variants.get(variant)
+        return None if found is None else found[0]
+
+    def is_changed(self, variant: Hashable) -> bool:
+        """Whether the module has other attributes than it had when the variant was noted."""
+        found = self._variants.get(variant)
+        return found is None or attributes_key(self.module) != found[1]
 
     def run(
         self,

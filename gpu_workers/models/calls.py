@@ -43,7 +43,9 @@ def run_parts(
 
 
 def _run(model: CachedModel, operations: TransformerOperations[Any], part: Inputs, options: CallOptions) -> RowResults:
-    return operations.run(model, with_controls(model, operations, part) if part.controls else part, options)
+    if part.controls:
+        part = with_controls(model, operations, part, options.variant)
+    return operations.run(model, part, options)
 
 
 def _take_rows(operations: TransformerOperations[Any], part: Inputs, rows: slice) -> Inputs:

@@ -29,7 +29,7 @@ from xditd.gpu_workers.models.block_recorder import BlockRecorder
 from xditd.gpu_workers.models.block_runs import BlockRun, CompiledCall
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.planned_forward import PlannedModule
-from xditd.gpu_workers.models.repeated_blocks import attributes_key, find_blocks, state_key, why_not
+from xditd.gpu_workers.models.repeated_blocks import find_blocks, why_not
 from xditd.gpu_workers.models.snapshots import Snapshot
 from xditd.ipc.errors import XditdError
 
@@ -69,7 +69,8 @@ class _Key:
 class CompiledBlocks:
     """The repeated blocks of a module, eager and compiled. One thread runs all forwards of a process, and calls this.
 
-    ``eager`` and ``compiled`` count the calls of blocks in ``run``.
+    ``variant`` returns what a forward depends on besides its arguments: in one variant blocks may have other attributes
+    than in another, and then graphs of their own. ``eager`` and ``compiled`` count the calls of blocks in ``run``.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class CompiledBlocks:
         blocks: Mapping[str, torch.nn.Module],
         planned: PlannedModule | None,
         graphs: CompiledGraphs,
+        variant: Callable[[], Hashable] = lambda: None,
     ) -> None:
         self._module = module
         self._planned = planned
@@ -85,17 +87,21 @@ class CompiledBlocks:
         self._functions = AttentionFunctions()
         self._keys: dict[Hashable, _Key] = {}
         self._calls: dict[Hashable, CompiledCall | str] = {}
-        groups: dict[Hashable, int] = {}
-        self._blocks = [
-            BlockRun(path, each, groups.setdefault(state_key(each), len(groups))) for path, each in blocks.items()
-        ]
+        self._variant = variant
+        self._groups: dict[Hashable, int] = {}
+        self._blocks = [BlockRun(path, each) for path, each in blocks.items()]
+        self._note_variant()
         self._split_fault = self._find_split_fault()
         self.eager = 0
         self.compiled = 0
 
     @classmethod
     def of(
-        cls, module: torch.nn.Module, planned: PlannedModule | str | None, graphs: CompiledGraphs
+        cls,
+        module: torch.nn.Module,
+        planned: PlannedModule | str | None,
+        graphs: CompiledGraphs,
+        variant: Callable[[], Hashable] = lambda: None,
     ) -> CompiledBlocks | str:
         """Return the compiled blocks of a module, with its plan if it has one, or the reason why it has none."""
         blocks = find_blocks(module)
@@ -103,7 +109,7 @@ class CompiledBlocks:
             return blocks
         if faults := list(filter(None, map(why_not, blocks.values()))):
             return faults[0]
-        return cls(module, blocks, planned if isinstance(planned, PlannedModule) else None, graphs)
+        return cls(module, blocks, planned if isinstance(planned, PlannedModule) else None, graphs, variant)
 
     def begin(self, key: Hashable, call: Callable[[], Any]) -> Any:
         """Run an eager forward (``call``, which may split its tokens), record it, and begin to make its graphs.
@@ -116,6 +122,7 @@ class CompiledBlocks:
         if torch.is_grad_enabled():
             self._keys[key] = _Key({"all": "gradients are enabled"}, time.monotonic())
             return call()
+        self._note_variant()
         noted = _Key(used_s=time.monotonic())
         new: dict[str, bytes] = {}
         with self._in_place(partial(self._record, noted, new)):
@@ -171,6 +178,12 @@ class CompiledBlocks:
         self.forget(oldest)
         return True
 
+    def _note_variant(self) -> None:
+        """Note the blocks as they are in the variant that runs now, if it is new."""
+        variant = self._variant()
+        for block in self._blocks:
+            block.note(variant, self._groups)
+
     @property
     def _is_split(self) -> bool:
         """Whether the forward that runs now splits its tokens."""
@@ -205,7 +218,7 @@ class CompiledBlocks:
         values = take_tensors((args, kwargs), tensors)
         kind = tensors[0].device.type if tensors else "cpu"
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return block.group, values, cast, self._is_split
+        return block.group(self._variant()), values, cast, self._is_split
 
     def _record(
         self, noted: _Key, new: dict[str, bytes], block: BlockRun, own: Callable[..., Any], *args: Any, **kwargs: Any
@@ -216,14 +229,14 @@ class CompiledBlocks:
             if self._split_fault and self._is_split:
                 raise NotCompiled(self._split_fault)
         except NotCompiled as fault:
-            noted.calls.setdefault(("arguments", block.group), fault.detail)
+            noted.calls.setdefault(("arguments", block.group(self._variant())), fault.detail)
             return own(*args, **kwargs)
         if call_key in noted.calls or len(noted.calls) >= MAX_CALLS:
             return own(*args, **kwargs)
         if (known := self._calls.get(call_key)) is not None:
             noted.calls[call_key] = known
             return own(*args, **kwargs)
-        if attributes_key(block.module) != block.attributes:  # what set them may set others in the next forward
+        if block.is_changed(self._variant()):  # what set them may set others in the next forward
             noted.calls[call_key] = "the attributes of a block are changed during a forward"
             return own(*args, **kwargs)
         state = Snapshot(map(vars, block.module.modules()))

@@ -68,8 +68,8 @@ def check_fits(
     )
 
 
-def with_controls(model: CachedModel, operations: TransformerOperations[Any], inputs: Inputs) -> Inputs:
-    """Run the ControlNets of a forward, and return its inputs with the sum of their residuals.
+def with_controls(model: CachedModel, operations: TransformerOperations[Any], inputs: Inputs, variant: str) -> Inputs:
+    """Run the ControlNets of a forward of this variant, and return its inputs with the sum of their residuals.
 
     The ranks of a sequence call this together. The layout in use is that of ``model`` again at the end.
     """
@@ -77,7 +77,7 @@ def with_controls(model: CachedModel, operations: TransformerOperations[Any], in
     for control in inputs.controls:
         control.plug()
         component_layouts.use(control.model.layout)
-        found = control.model.operations_for("controlnet").residuals(control.model, control.inputs)
+        found = control.model.operations_for("controlnet").residuals(control.model, control.inputs, variant)
         for each in found.values():
             for residual in each:
                 control.note(residual)

@@ -309,8 +309,11 @@ class ControlNetOperations(Operations[ConfigT_contra], Protocol[ConfigT_contra])
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
         """Return the inputs of these rows alone, as views."""
 
-    def residuals(self, model: Model[ConfigT_contra], inputs: Inputs) -> Residuals:
-        """Run one forward; every rank of the sequence returns all tokens, in the dtype of the weights, not scaled."""
+    def residuals(self, model: Model[ConfigT_contra], inputs: Inputs, variant: str) -> Residuals:
+        """Run one forward; every rank of the sequence returns all tokens, in the dtype of the weights, not scaled.
+
+        ``variant`` is that of the transformer's forward.
+        """
 
 
 class TakesControls(Protocol[ConfigT_contra]):

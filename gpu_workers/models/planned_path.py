@@ -53,6 +53,8 @@ class PlannedPath:
         self._layout = layout
         self._planned = PlannedModule(module, plan)
         self._shares = TokenShares()
+        self._key: Hashable = None
+        """That of the latest forward."""
         self.resources = ProcessResources()
         packed = packed_layers(module)
         self.paths = ForwardPaths(
@@ -91,6 +93,7 @@ class PlannedPath:
                     return self._module(**given)
                 return self._planned.run(lambda: self._module(**given), self._ranks, self._shares)
 
+        self._key = key
         layout = self.loras.use(loras)
         if not self.paths.is_on or (loras and layout is None):
             return call(arguments)
@@ -117,7 +120,7 @@ class PlannedPath:
         if self.resources.graphs is None:
             return "this process compiles nothing"
         try:
-            return CompiledBlocks.of(self._module, self._planned, self.resources.graphs())
+            return CompiledBlocks.of(self._module, self._planned, self.resources.graphs(), lambda: self._key)
         except Unsupported as error:
             return error.detail
         except (OSError, RuntimeError) as error:  # no home folder, one that cannot be written to, a full disk

@@ -18,6 +18,8 @@ PIXELS_PER_LATENT = 8
 """Pixels per latent on each side, by its VAE."""
 PACKED_CHANNELS = LATENT_CHANNELS * PATCH * PATCH
 TIMESTEP_CHANNELS = 256
+NORM_EPSILON = 1e-6
+"""Of query and key norms of diffusers' classes."""
 CONTROL_CHANNELS = 2 * PACKED_CHANNELS
 """Inputs of Canny and Depth: latents, and those of the control image."""
 FILL_CHANNELS = 2 * PACKED_CHANNELS + (PATCH * PIXELS_PER_LATENT) ** 2

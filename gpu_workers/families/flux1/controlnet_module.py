@@ -11,7 +11,8 @@ from diffusers import FluxControlNetModel
 
 from xditd.gpu_workers.families.flux1.config import PACKED_CHANNELS
 from xditd.gpu_workers.families.flux1.controlnet_config import Flux1ControlNetConfig
-from xditd.gpu_workers.families.flux1.timesteps import SCALE
+from xditd.gpu_workers.families.flux1.timesteps import SCALE, norm_epsilon
+from xditd.gpu_workers.models.query_key_norms import QueryKeyNorms
 
 Samples = tuple[torch.Tensor, ...]
 
@@ -25,6 +26,11 @@ class Flux1ControlNetModule(FluxControlNetModel):
             num_mode=config.modes or None,
             **config.class_arguments,
         )
+        self._norms = QueryKeyNorms(self)
+
+    def use(self, variant: str) -> None:
+        """Choose the variant of the transformer, whose epsilon of query and key norms the ControlNet has, too."""
+        self._norms.use(norm_epsilon(variant))
 
     def embed_text(
         self, encoder_hidden_states: torch.Tensor, txt_ids: torch.Tensor, mode: torch.Tensor | None

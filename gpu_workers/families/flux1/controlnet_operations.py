@@ -114,11 +114,12 @@ class Flux1ControlNetOperations:
     def take_rows(self, inputs: Inputs, rows: slice) -> Inputs:
         return rows_of(inputs, rows)
 
-    def residuals(self, model: Model[Flux1ControlNetConfig], inputs: Inputs) -> Residuals:
+    def residuals(self, model: Model[Flux1ControlNetConfig], inputs: Inputs, variant: str) -> Residuals:
         given = dict(inputs.arguments)
         module = cast(Flux1ControlNetModule, model.module)
+        module.use(variant)
         text, ids = module.embed_text(given.pop("encoder_hidden_states"), given.pop("txt_ids"), given.pop(MODE, None))
         if not model.config.has_guidance:
             given.pop("guidance", None)  # the class does not read it
-        double, single = model.planned.run({**given, "encoder_hidden_states": text, "txt_ids": ids})
+        double, single = model.planned.run({**given, "encoder_hidden_states": text, "txt_ids": ids}, key=variant)
         return {DOUBLE_RESIDUALS: list(double), SINGLE_RESIDUALS: list(single)}

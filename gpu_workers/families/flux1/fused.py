@@ -27,9 +27,10 @@ from xditd.gpu_workers.families.flux1.block_weights import (
     product_shapes,
 )
 from xditd.gpu_workers.families.flux1.checked_products import CheckedProducts, label_of
-from xditd.gpu_workers.families.flux1.control_residuals import UNCONTROLLED, ControlledBlocks, by_block
+from xditd.gpu_workers.families.flux1.control_residuals import ControlledBlocks, by_block
 from xditd.gpu_workers.families.flux1.fused_loras import ActiveLoras, FusedLoras, key_of
 from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
+from xditd.gpu_workers.families.flux1.timesteps import norm_epsilon
 from xditd.gpu_workers.kernels import branch_kernels, triton_kernels
 from xditd.gpu_workers.kernels.branched_products import with_branches
 from xditd.gpu_workers.kernels.branches import Branch, Branches
@@ -201,7 +202,7 @@ class FusedFlux1:
         """Predict the velocity: arguments and result are those of diffusers' ``FluxTransformer2DModel``.
 
         With ``times``, modulations of later timesteps are computed ahead. The variant of ``options`` says how the
-        timestep is rounded.
+        timestep is rounded, and the epsilon of the norms.
         """
         if self._blocks is None:
             self._bind()
@@ -217,7 +218,7 @@ class FusedFlux1:
         angles = self._rotations(txt_ids, img_ids, own)
         step_cache = options.step_cache
         valid = encoder_hidden_states.shape[1] + hidden_states.shape[1]
-        config = self._config
+        config, epsilon = self._config, norm_epsilon(options.variant)
         added, controlled = by_block(
             (controlnet_block_samples, controlnet_single_block_samples),
             (config.double_blocks, config.single_blocks),
@@ -236,14 +237,14 @@ class FusedFlux1:
                 given["residuals"] = tuple(each[number] for each in added)
             if loras is not None:  # embedders have branches of their own, which no graph has
                 given["text"], given["image"] = self._embedded(given["text"], given["image"])
-            sample, launched = partial(self._sample_of, valid, loras, controlled), self.paths.launched
+            sample, launched = partial(self._sample, valid, epsilon, loras, controlled), self.paths.launched
             if step_cache is not None:  # the host decides within the forward
-                done.append(self._sample(**given, valid=valid, cache=ImageCache(step_cache, number), loras=loras))
+                done.append(sample(given, ImageCache(step_cache, number)))
             elif loras is not None and loras.layout is None:  # the host has their strengths
                 done.append(sample(given))
             else:
                 capacity = None if self._exchange is None else self._exchange.capacity
-                key = key_of(("blocks", valid, capacity, *controlled), loras)
+                key = key_of(("blocks", valid, capacity, epsilon, *controlled), loras)
                 note = "" if loras is None else loras.title
                 done.append(self.paths.run(key, given, sample, sample, on_all_ranks=True, note=note))
             self.loras.count(loras, self.paths.launched - launched)
@@ -265,31 +266,26 @@ class FusedFlux1:
             kept = self._rotated = (txt_ids, img_ids, (cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
         return kept[2]
 
-    def _sample_of(
-        self, valid: int, loras: ActiveLoras | None, controlled: ControlledBlocks, given: Mapping[str, Any]
-    ) -> torch.Tensor:
-        return self._sample(**given, valid=valid, cache=None, loras=loras, controlled=controlled)
-
     def _embedded(self, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._module.context_embedder(text), self._module.x_embedder(image)
 
     def _sample(
         self,
-        text: torch.Tensor,
-        image: torch.Tensor,
-        doubles: torch.Tensor,
-        singles: torch.Tensor,
-        angles: Angles,
         valid: int,
-        cache: ImageCache | None,
+        epsilon: float,
         loras: ActiveLoras | None,
-        residuals: Sequence[torch.Tensor] = (),
-        controlled: ControlledBlocks = UNCONTROLLED,
+        controlled: ControlledBlocks,
+        given: Mapping[str, Any],
+        cache: ImageCache | None = None,
     ) -> torch.Tensor:
         """Run all blocks on one sample's tokens of this rank; return its image tokens, (rows, hidden).
 
         With ``loras`` the tokens are embedded already.
         """
+        text, image, doubles, singles, angles = (
+            given[name] for name in ("text", "image", "doubles", "singles", "angles")
+        )
+        residuals: Sequence[torch.Tensor] = given.get("residuals", ())
         products: Products[Any, Any]
         products, blocks = (self._products, self._blocks) if loras is None else self.loras.blocks(loras)
         assert blocks is not None
@@ -318,7 +314,7 @@ class FusedFlux1:
                 products.multiply(half, stream.qkv, out)
             norms = tuple(norm for stream in streams for norm in (stream.query_norm, stream.key_norm))
             outs, ups = ((streams[0].out, streams[1].out), (streams[0].up, streams[1].up))
-            attended = products.take(self._attend(qkv, norms, angles, at, valid), outs, at)
+            attended = products.take(self._attend(qkv, norms, epsilon, angles, at, valid), outs, at)
             for stream, half, out in zip(streams, products.halves(attended, at), y_halves, strict=True):
                 products.multiply(half, stream.out, out)
             normed = products.modulate(
@@ -334,7 +330,7 @@ class FusedFlux1:
                 return x[at:]
         for number, block in enumerate(single):
             products.multiply(normed, block.qkv, qkv)
-            attended = self._attend(qkv, (block.query_norm, block.key_norm) * 2, angles, at, valid)
+            attended = self._attend(qkv, (block.query_norm, block.key_norm) * 2, epsilon, angles, at, valid)
             products.mlp_and_attention(attended, normed, block.up, block.second, y)
             if controlled.single:
                 x[at:] += residuals[controlled.single[number]]
@@ -350,11 +346,18 @@ class FusedFlux1:
         return x[at:]
 
     def _attend(
-        self, qkv: torch.Tensor, norms: tuple[torch.Tensor, ...], angles: Angles, text_rows: int, valid: int
+        self,
+        qkv: torch.Tensor,
+        norms: tuple[torch.Tensor, ...],
+        epsilon: float,
+        angles: Angles,
+        text_rows: int,
+        valid: int,
     ) -> torch.Tensor:
         """Attend from this rank's tokens to the ``valid`` tokens of all ranks; (rows, hidden)."""
         heads, rows, width = self._config.heads, qkv.shape[0], self._config.hidden
         given: dict[str, Any] = {"heads": heads, "norms": norms, "angles": angles, "text_rows": text_rows}
+        given["epsilon"] = epsilon
         if self._exchange is None:
             triton_kernels.norm_and_rotate(qkv, **given)
             query, key, value = qkv.view(rows, 3, heads, triton_kernels.HEAD_SIZE).unbind(1)

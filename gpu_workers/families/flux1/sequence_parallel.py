@@ -24,9 +24,10 @@ from xfuser.model_executor.models.transformers.transformer_flux import (
 
 from xditd.gpu_workers.families.flux1.cached_blocks import CachedBlocks
 from xditd.gpu_workers.families.flux1.control_residuals import has_residuals, own_residuals
-from xditd.gpu_workers.families.flux1.timesteps import scaled_time, time_dtype
+from xditd.gpu_workers.families.flux1.timesteps import norm_epsilon, scaled_time, time_dtype
 from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
 from xditd.gpu_workers.models.operations import CallOptions
+from xditd.gpu_workers.models.query_key_norms import QueryKeyNorms
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.packed.shared_inputs import project_all
 from xditd.gpu_workers.parallel.sequence_attention import attend
@@ -104,6 +105,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.attn.processor = TrimmingFluxAttnProcessor()
+        self._norms = QueryKeyNorms(self)
 
     def forward_rows(
         self,
@@ -173,6 +175,7 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
         shares = partition_tokens(text, image, get_sequence_parallel_world_size())
         own = shares[get_sequence_parallel_rank()]
         valid = {"valid_kv_len": text + image} if shares[-1].padding else {}
+        self._norms.use(norm_epsilon(variant))
         with self._unrounded_timestep(timestep, hidden_states.dtype, variant):
             sample = FluxTransformer2DModel.forward(
                 self,

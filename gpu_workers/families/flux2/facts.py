@@ -10,7 +10,8 @@ from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, Transform
 
 FLOAT32_TIME: Final = "float32_time"
 """ComfyUI's variant: sines and cosines of the timestep are computed of its value in float32, which diffusers rounds to
-the weights' dtype before it multiplies by 1000. With weights in float32 both are the same."""
+the weights' dtype before it multiplies by 1000; and the epsilon of query and key norms is that of float32, 1.2e-7 (in
+diffusers 1e-6)."""
 
 PROMPT: Final = "prompt_embeds"
 NEGATIVE: Final = "negative_prompt_embeds"

@@ -1,4 +1,4 @@
-"""FLUX.2's class of diffusers, with two changes: the order of its last modulation, and a timestep in float32."""
+"""FLUX.2's class of diffusers, with the last modulation in the files' order, and ComfyUI's arithmetic as a variant."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from xditd.gpu_workers.families.flux2.config import (
     Flux2Config,
 )
 from xditd.gpu_workers.models.checkpoint_order import CheckpointOrderNorm
+from xditd.gpu_workers.models.query_key_norms import FLOAT32_EPSILON, QueryKeyNorms
 
 SCALE = 1000
 """The factor from a sigma in [0, 1] to the embedded value."""
@@ -69,7 +70,7 @@ class _TimeEmbeddings(Flux2TimestepGuidanceEmbeddings):
 
 
 class Flux2Module(Flux2Transformer2DModel):
-    """The class, built for a configuration. Its forward is the class's, in ``with_float32_time`` of that variant."""
+    """The class, built for a configuration. Its forward is that of :meth:`use`."""
 
     def __init__(self, config: Flux2Config) -> None:
         super().__init__(
@@ -92,15 +93,21 @@ class Flux2Module(Flux2Transformer2DModel):
         )
         if config.is_original:
             self.norm_out = CheckpointOrderNorm(width, width, elementwise_affine=False, eps=EPSILON, bias=False)
-        self.has_float32_time = False
+        self._has_float32_time = False
+        self._norms = QueryKeyNorms(self)
         if not config.has_guidance:  # klein's, which compute as the others do in forwards without a cache
             for block in self.transformer_blocks:
                 block.attn.set_processor(Flux2KVAttnProcessor())
             for block in self.single_transformer_blocks:
                 block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
 
+    def use(self, *, is_comfyuis: bool) -> None:
+        """Choose the forward: the class's, or with ComfyUI's embedding of the time and its query and key norms."""
+        self._has_float32_time = is_comfyuis
+        self._norms.use(FLOAT32_EPSILON if is_comfyuis else None)
+
     def forward(self, *args: Any, timestep: torch.Tensor, **kwargs: Any) -> Any:
-        if not self.has_float32_time:
+        if not self._has_float32_time:
             return super().forward(*args, timestep=timestep, **kwargs)
         self.time_guidance_embed.exact = timestep.float() * SCALE
         try:

@@ -63,13 +63,12 @@ class Flux2Operations(PlannedOperations):
         if not model.config.has_guidance:
             arguments.pop("guidance", None)  # the class does not read it
         cache: ReferenceCache | None = arguments.pop(CACHE, None)
-        module = cast(Flux2Module, model.module)
-        module.has_float32_time = options.variant == FLOAT32_TIME and model.dtype != torch.float32
+        cast(Flux2Module, model.module).use(is_comfyuis=options.variant == FLOAT32_TIME)
         if cache is not None:
             arguments |= cache.arguments()
         found = model.planned.run(
             {**arguments, "return_dict": False},
-            key=module.has_float32_time,
+            key=options.variant,
             loras=options.loras,
             why_eager="" if cache is None else _OF_CACHE,
         )

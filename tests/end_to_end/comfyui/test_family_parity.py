@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 BAR = 1e-6
 GUIDED_BAR = 3e-6
-"""At cfg 5, which multiplies the errors of its two predictions by five and four: up to 2.4e-6 were found. Stock differs
-by as much from itself on another number of threads."""
+"""At cfg 5, which multiplies the roundings of both predictions by five and four: up to 2.4e-6 were found. Stock is
+as far from itself if the last bits of its inputs change; ``test_float64.py`` compares both with float64."""
 
 KONTEXT = ("flux1_dev", "flux2_dev", "flux2_klein", "qwen_image", "qwen_image_edit_2511")
 """Variants that take reference latents."""

@@ -116,6 +116,35 @@ def test_a_union_has_the_bits_of_the_pipeline_with_pictures_of_the_seed(
     assert not torch.equal(found, generated(rank, [], given=given, sampling={"seed": 7}, dtype=dtype))
 
 
+def test_it_has_the_epsilon_of_the_transformer_s_variant(rank: OneRank) -> None:
+    """ComfyUI's ControlNets have its query and key norms, too."""
+    state, single = flux1_state_dict(1), comfyui_state(3, double_blocks=2, single_blocks=1)
+    picture, noise = numbers(4, 1, 3, HEIGHT, WIDTH).clamp(-1, 1), numbers(3, 1, *LATENTS)
+    vae = reference.vae_from(flux_vae_state_dict(1))
+    pipeline = pipeline_of(state, reference_model(single), vae)
+    latents = vae.encode(picture).latent_dist.sample(torch.Generator().manual_seed(7))
+    latents = (latents - reference.SHIFT) * reference.SCALING
+    rank.lend("transformer", state)
+    rank.lend("controlnet", single)
+    control = {"component_id": "controlnet", "scale": 0.7, "latents": latents}
+    found = {
+        variant: generated(rank, [control], given=text(1), noise=noise, sampling={"variant": variant})
+        for variant in ("class", "float32_time", "class")
+    }
+    for variant in ("class", "float32_time"):
+        expected = pipeline(
+            control_image=picture, controlnet_conditioning_scale=0.7, generator=torch.Generator().manual_seed(7),
+            height=HEIGHT, width=WIDTH, num_inference_steps=STEPS, guidance_scale=3.5,
+            latents=pipeline._pack_latents(noise, *noise.shape), output_type="latent", **text(1),
+        ).images  # fmt: skip
+        assert torch.equal(found[variant], unpacked(expected)), variant
+        for model in (pipeline.transformer, pipeline.controlnet):
+            for path, each in model.named_modules():
+                if path.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+                    each.eps = None  # torch's default, that of float32
+    assert not torch.equal(*found.values())
+
+
 @pytest.mark.parametrize("blocks", [(1, 0), (2, 1)])
 @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.4, 1.0), (0.0, 0.5)])
 def test_a_single_controlnet_has_the_bits_of_the_pipeline_with_latents(

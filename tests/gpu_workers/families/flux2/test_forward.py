@@ -101,12 +101,58 @@ def test_the_variant_with_time_in_float32(shared_cache: ModelCache, plug: Plugge
             return of_time + self.guidance_embedder(self.time_proj(guidance).to(torch.bfloat16))
 
     reference.time_guidance_embed.__class__ = Exact
+    set_epsilon(reference)
     with torch.no_grad():
         expected = reference(**given, return_dict=False)[0]
     found = run(model, given, variant="float32_time")
     assert torch.equal(found, expected)
     assert not torch.equal(found, plain)
     assert torch.equal(run(model, given), plain)
+
+
+def set_epsilon(reference: torch.nn.Module) -> None:
+    """Give query and key norms the epsilon that ComfyUI's have, torch's default."""
+    for block in (*reference.transformer_blocks, *reference.single_transformer_blocks):  # type: ignore[union-attr]
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            if hasattr(block.attn, name):
+                getattr(block.attn, name).eps = None
+
+
+def test_comfyuis_variant_has_its_epsilon_in_float32_too(shared_cache: ModelCache, plug: Plugger) -> None:
+    model, reference = plugged(shared_cache, plug, DEV)
+    given = flux2_models.inputs(2, 9, (4, 6))
+    plain = run(model, given)
+    set_epsilon(reference)
+    with torch.no_grad():
+        expected = reference(**given, return_dict=False)[0]
+    assert torch.equal(run(model, given, variant="float32_time"), expected)
+    assert 0 < flux2_models.relative_error(plain, expected) < 1e-5
+    assert torch.equal(run(model, given), plain)
+
+
+def test_compiled_blocks_of_each_variant_are_its_own(layout: ParallelLayout, plug: Plugger) -> None:
+    """A graph has the epsilon as a constant. The layers before the norms are small, so that it counts."""
+    state = {
+        name: each * 1e-3 if "qkv" in name or "linear1" in name else each
+        for name, each in flux2_models.state_dict(0, DEV).items()
+    }
+    model = plug(ModelCache(dataclasses.replace(layout, acceleration="compiled")), state).model
+    model.planned.resources = ProcessResources(lambda: InterpretedGraphs())  # type: ignore[arg-type,return-value]
+    given, reference = flux2_models.inputs(2, 9, (4, 6)), flux2_models.reference(state, DEV)
+    expected = {}
+    for variant in ("class", "float32_time"):
+        with torch.no_grad():
+            expected[variant] = reference(**given, return_dict=False)[0]
+        set_epsilon(reference)
+    assert flux2_models.relative_error(*expected.values()) > 1e-5
+    assert model.paths is not None
+    paths = []
+    for variant in ("class", "float32_time", "class", "float32_time"):
+        for _ in range(6):
+            assert flux2_models.relative_error(run(model, given, variant=variant), expected[variant]) <= 1e-6
+            model.paths.decide()
+            paths += [(each.path, each.detail) for each in model.paths.take_reports()]
+    assert paths.count(("compiled", "")) == 2, paths
 
 
 def test_compiled_blocks_are_those_of_the_class(

@@ -84,6 +84,7 @@ def whole_model(store: str) -> dict[str, Any]:
             ),
         }
     found["half"] = half_precision(layout)
+    found["epsilons"] = epsilons(layout)
     xfuser_start.stop()
     return found
 
@@ -259,6 +260,34 @@ def half_precision(layout: Any) -> dict[str, float | bool]:
         "refused": fused.check.is_refused,
         "error": reference.relative_error(at_once, plain),
         "apart": reference.relative_error(rounded, plain),
+    }
+
+
+def epsilons(layout: Any) -> dict[str, float]:
+    """Generate in both variants, where queries and keys are so small that the epsilon of their norms counts."""
+    from direct_jobs import generate
+
+    from xditd.client.demo import checkpoints
+    from xditd.gpu_workers.families.flux1 import reference
+    from xditd.gpu_workers.models.entries import TensorInfo
+    from xditd.gpu_workers.models.model_cache import ModelCache
+
+    state = {
+        name: each * 1e-3 if ".qkv." in name or ".linear1." in name else each
+        for name, each in checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=1).items()
+    }
+    match = ModelCache(layout).match({name: TensorInfo.of(each) for name, each in state.items()})
+    lent = match.model
+    lent.plug(match.bind(state), "small", match.by_canonical_name(state))
+    fused, made = lent.module.fused, {}
+    for variant in ("class", "float32_time"):
+        for blocks in (fused, None):
+            lent.module.fused = blocks
+            made[variant, blocks is fused] = generate(lent, **job(3, 16, 32, 1), steps=2, variant=variant)
+    return {
+        "class": reference.relative_error(made["class", True], made["class", False]),
+        "float32_time": reference.relative_error(made["float32_time", True], made["float32_time", False]),
+        "apart": reference.relative_error(made["class", False], made["float32_time", False]),
     }
 
 

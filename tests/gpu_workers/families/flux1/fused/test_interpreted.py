@@ -82,6 +82,12 @@ def test_a_timestep_in_float32_is_embedded_so_ahead_too(found: Any) -> None:
     assert half["error"] < 0.02 < half["apart"]
 
 
+def test_norms_have_the_epsilon_of_the_variant(found: Any) -> None:
+    epsilons = found["model"]["epsilons"]
+    assert max(epsilons["class"], epsilons["float32_time"]) <= BAR
+    assert epsilons["apart"] > 10 * BAR
+
+
 def test_weights_that_are_not_finite_do_not_turn_fused_blocks_off(found: Any) -> None:
     assert found["model"]["not finite"] == {
         "result is NaN": True, "sound one is finite": True, "judged by it": False, "refused": False,
