@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -145,11 +144,12 @@ def _described(component: torch.Tensor, labels: torch.Tensor, errors: torch.Tens
     side = component.shape[0]
     rows, columns = component.any(1).nonzero()[:, 0], component.any(0).nonzero()[:, 0]
     top, bottom, left, right = (int(each) for each in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
-    interior = ~_widened(~component, 1)
-    inner = interior if interior.any() else component
-    colour, _ = Counter(labels[inner].tolist()).most_common(1)[0]
-    is_sure = float(errors[inner & (labels == colour)].mean()) < MOST_COLOUR_ERROR
     box = component[top:bottom, left:right]
+    interior = ~_widened(torch.nn.functional.pad(~box, (1, 1, 1, 1), value=True), 1)[1:-1, 1:-1]
+    inner = interior if interior.any() else box
+    labels, errors = labels[top:bottom, left:right], errors[top:bottom, left:right]
+    colour = int(labels[inner].bincount().argmax())
+    is_sure = float(errors[inner & (labels == colour)].mean()) < MOST_COLOUR_ERROR
     best = max((_fitted(box, form, left, top, outline) for form in FORMS), key=lambda found: found[1])
     form, overlap, x, y, r = best
     is_known = overlap >= LEAST_OVERLAP and int(component.sum()) >= SMALLEST_AREA * component.numel()
