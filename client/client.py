@@ -12,9 +12,10 @@ from xditd.client.daemon_methods import DaemonMethods
 from xditd.client.io_blocks import IoPool
 from xditd.client.jobs.arguments import KeptTensor
 from xditd.client.jobs.component import Component
-from xditd.client.jobs.controls import CallControl, Control
+from xditd.client.jobs.controls import CallControl, Control, checked_controls, checked_list
 from xditd.client.jobs.generation import GenerationJob, draw_seed
 from xditd.client.jobs.job_requests import (
+    check_parts,
     decode_request,
     encode_request,
     generate_request,
@@ -23,7 +24,7 @@ from xditd.client.jobs.runner import Runner
 from xditd.client.jobs.text_requests import encode_text_request
 from xditd.client.lifetime import Lifetime
 from xditd.client.loan_methods import LoanMethods
-from xditd.client.loans import Loan, LoanWithLoras, component_id_of
+from xditd.client.loans import Loan, LoanWithLoras, any_component_id, component_id_of
 from xditd.client.prompt_methods import PromptMethods
 from xditd.client.results import TextEncoding
 from xditd.client.waiting import check_seconds
@@ -108,7 +109,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         Raises:
             UnknownComponent: the component is not lent.
         """
-        return self._current().facts_of(component) if isinstance(component, str) else component.facts
+        component_id = any_component_id("component", component)
+        return self._current().facts_of(component_id) if isinstance(component, str) else component.facts
 
     def generate(
         self,
@@ -130,6 +132,10 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         variant: str = "class",
         options: Mapping[str, bool | int | float] | None = None,
         controls: Sequence[Control] = (),
+        scheduler: Mapping[str, object] | None = None,
+        start_image: torch.Tensor | None = None,
+        start_mask: torch.Tensor | None = None,
+        strength: float = 1.0,
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and return the job without waiting for it.
@@ -151,6 +157,11 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;
         ``reused_steps`` of the result counts such steps. The same job gives the same bits again.
 
+        ``scheduler`` is what a ``scheduler_config.json`` of diffusers has, for its steps in place of the family's own.
+        ``start_image`` (batch or 1, 3, height, width) in [-1, 1] is where steps start from, if the facts' ``starts``
+        name it: the last ``strength`` of them run, from the image's latents and the noise. ``start_mask`` (batch or 1,
+        1, height, width) is 1 where it is made anew; the rest of the image is kept.
+
         ``variant`` names the implementation whose arithmetic is followed: ``"class"`` for diffusers, or another one
         that the facts name. Their roundings differ in half precision; in float32 they differ by 1e-6 or so.
 
@@ -162,8 +173,9 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             raise BadRequest("seed and noise: both are given, but each sets the noise; leave one out")
         if seed is None and noise is None:
             seed = draw_seed()
+        lent = self._component(transformer, ComponentKind.TRANSFORMER)
         job = generate_request(
-            self._component(transformer, ComponentKind.TRANSFORMER),
+            lent,
             None if vae is None else self._component(vae, ComponentKind.VAE),
             conditioning,
             height=height,
@@ -179,9 +191,20 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             step_cache=step_cache,
             variant=variant,
             options=options,
-            controls=[(self._component(each.controlnet, ComponentKind.CONTROLNET), each) for each in controls],
+            controls=[
+                (self._component(each.controlnet, ComponentKind.CONTROLNET), each)
+                for each in checked_controls("controls", controls, Control)
+            ],
+            scheduler=scheduler,
+            start_image=start_image,
+            start_mask=start_mask,
+            strength=strength,
         )
-        return self._runner.generate(job, deadline_s, self)
+        from xditd.client.metadata.of_jobs import record_of  # for jobs alone, like torch
+
+        components = {"transformer": transformer, "transformer_2": transformer_2, "vae": vae}
+        record = record_of(job.sampling, lent.facts, components, controls=len(controls))
+        return self._runner.generate(job, deadline_s, self, record)
 
     def keep(self, tensor: torch.Tensor) -> KeptTensor:
         """Copy a tensor to the host for use in calls: the first ``call`` sends it, and the workers keep it.
@@ -229,7 +252,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             method=method,
             foreseen=foreseen,
             variant=variant,
-            controls=[controls] if controls else (),
+            controls=[controls] if len(checked_list("controls", controls)) else (),
             deadline_s=deadline_s,
         )[0]
 
@@ -253,15 +276,19 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         if facts.kind is not ComponentKind.MODULE:
             if method != "forward":
                 raise BadRequest(f"method {method!r}: only modules that run as their class have others than forward")
-            if controls and len(controls) != len(parts):
+            check_parts(parts)
+            if len(checked_list("controls", controls)) not in (0, len(parts)):
                 raise BadRequest(f"controls: {len(controls)} lists for {len(parts)} parts; give one for each part")
             named = self._component(component, ComponentKind.TRANSFORMER)
             with_ids = [
-                [(component_id_of(each.controlnet, ComponentKind.CONTROLNET), each) for each in theirs]
-                for theirs in controls
+                [
+                    (component_id_of(each.controlnet, ComponentKind.CONTROLNET), each)
+                    for each in checked_controls(f"controls[{number}]", theirs, CallControl)
+                ]
+                for number, theirs in enumerate(controls)
             ]
             return self._runner.call(named, parts, foreseen, variant, deadline_s, with_ids)
-        if foreseen or variant != "class" or controls:
+        if foreseen is not None or variant != "class" or len(checked_list("controls", controls)):
             raise BadRequest("foreseen, variant and controls: a module that runs as its class has none; leave them out")
         named = self._component(component, ComponentKind.MODULE)
         return self._runner.call_class(named, parts, method=method, numerics=None, device=None, deadline_s=deadline_s)
@@ -312,6 +339,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         Raises:
             BadRequest: latents of another shape, or a transformer whose latents have another size than this VAE's.
         """
+        if not isinstance(clamp, bool):
+            raise BadRequest(f"clamp: {clamp!r:.100} is of type {type(clamp).__name__}, use True or False")
         job = decode_request(self._component(vae, ComponentKind.VAE), latents, self._transformer(transformer))
         image = self._runner.run(job, Decoded, deadline_s)["image"]
         return image.clamp_(-1.0, 1.0) if clamp else image

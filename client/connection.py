@@ -19,6 +19,7 @@ import zmq
 from xditd import __version__
 from xditd.client.discovery import HINT, DaemonProcess, close_quietly, find_daemon
 from xditd.client.mailboxes import Mailbox, Timeouts
+from xditd.client.waiting import check_seconds
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.awake_clock import TICK_S, AwakeClock
@@ -328,6 +329,7 @@ class Connection:
         Raises:
             XditdError: the error that the daemon answered, or :class:`DeadlineExceeded`.
         """
+        check_seconds("deadline_s", deadline_s)
         return self.submit(request).wait(reply_type, Timeouts(silence_s=deadline_s, total_s=deadline_s))
 
     def wait_sent(self) -> None:

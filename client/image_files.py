@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.output_files import check_target
 from xditd.ipc.addresses import user_path
@@ -67,21 +67,44 @@ def image_format(path: str | os.PathLike[str], width: int, height: int) -> str:
     return name
 
 
-def encode_image(image: Image.Image, format_name: str) -> bytes:
-    """Encode an image.
+def encode_image(image: Image.Image, format_name: str, record: str | None = None) -> bytes:
+    """Encode an image. ``record`` is the JSON text that a PNG, a JPEG or a WebP gets; other formats hold none.
 
     Raises:
+        BadRequest: the record is too long for a JPEG.
         OutputFailed: the encoder failed.
     """
+    more = {} if record is None else _holding(record, format_name)
     try:
-        return _encode(image, format_name)
+        return _encode(image, format_name, **more)
     except _ENCODER_ERRORS as error:
         raise OutputFailed(f"image as {format_name}: {error}; save it as .png") from error
 
 
-def _encode(image: Image.Image, format_name: str) -> bytes:
+def check_record(record: str, path: str | os.PathLike[str]) -> None:
+    """Check, before an image is generated, that its record fits into a file of this name.
+
+    Raises:
+        BadRequest: it is too long for a JPEG.
+    """
+    if user_path(path).suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"):
+        _holding(record, "JPEG")
+
+
+def _holding(record: str, format_name: str) -> dict[str, Any]:
+    """Return the arguments with which Pillow's encoder of a format writes a record."""
+    from xditd.client.metadata.containers import exif, png_info
+
+    if format_name == "PNG":
+        return {"pnginfo": png_info(record)}
+    if format_name in ("JPEG", "WEBP"):
+        return {"exif": exif(record, is_jpeg=format_name == "JPEG")}
+    return {}
+
+
+def _encode(image: Image.Image, format_name: str, **more: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format=format_name)
+    image.save(buffer, format=format_name, **more)
     return buffer.getvalue()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xditd.client.model_folders import ModelFiles
 from xditd.ipc import limits
+from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Manifest
@@ -15,6 +17,35 @@ from xditd.ipc.transports.stored_tensors import Header
 
 if TYPE_CHECKING:
     import torch
+
+
+def check_given(*, label: Any, device: Any, generation: Any, as_class: Any) -> None:
+    """Check the arguments of ``lend`` and ``lend_lora`` that say how to lend.
+
+    Raises:
+        BadRequest: one is of another type, or out of range; it is named, with its value.
+    """
+    for name, value, what in (("label", label, "a text"), ("device", device, "a text, such as 'cuda:1'")):
+        if value is not None and not isinstance(value, str):
+            raise BadRequest(f"{name}: {value!r:.100} is of type {type(value).__name__}, use {what}")
+    if isinstance(generation, bool) or not isinstance(generation, int) or not 0 <= generation < 2**63:
+        raise BadRequest(f"generation: {generation!r:.100} is not a whole number from 0 on, below 2**63")
+    if not isinstance(as_class, bool):
+        raise BadRequest(f"as_class: {as_class!r:.100} is of type {type(as_class).__name__}, use True or False")
+
+
+def path_of(source: str | bytes | os.PathLike[Any]) -> str:
+    """Return a path as text; a tilde is the home folder.
+
+    Raises:
+        BadRequest: a text that no file can be named.
+    """
+    path = expand_home(os.fsdecode(source))
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise BadRequest(f"path {path!r:.200}: a lone surrogate is in no file's name") from None
+    return path
 
 
 def state_of(source: Any) -> Mapping[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Final, Protocol
 
 from xditd.client.loras.strengths import Strength, strengths_by_step
+from xditd.client.waiting import check_deadline
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
 from xditd.ipc.facts import ComponentFacts
@@ -131,6 +132,7 @@ class Loan:
 
         Does nothing for an adopted component: the workers no longer map memory of this process.
         """
+        check_deadline(deadline_s)
         if self._is_returned or self.is_adopted:
             return
         self._is_returned = True
@@ -171,6 +173,11 @@ class LoanWithLoras:
 
     def __init__(self, loan: Loan, loras: Sequence[tuple[Loan | str, Strength]]) -> None:
         self.loan = loan
+        if not isinstance(loras, Sequence) or isinstance(loras, str | bytes):
+            raise BadRequest(
+                f"loras: {loras!r:.100} is of type {type(loras).__name__}: a list of pairs is needed, of a loan of "
+                "lend_lora() and a strength, such as [(lora, 0.8)]; an empty list for none"
+            )
         self.loras = tuple(_checked(loan, each) for each in loras)
         if self.loras and loan.kind not in _TAKE_LORAS:
             raise BadRequest(f"loras: {loan.label} is a {loan.kind.value}, which takes none; leave them out")
@@ -205,6 +212,22 @@ class LoanWithLoras:
     def __repr__(self) -> str:
         names = ", ".join(f"{lora.label if isinstance(lora, Loan) else lora} {given}" for lora, given in self.loras)
         return f"<{self.loan!r} with LoRAs: {names or 'none'}>"
+
+
+def any_component_id(name: str, component: object) -> str:
+    """Return the id of a loan of any kind, which may have ended; a component id is returned unchanged.
+
+    Raises:
+        BadRequest: neither a loan nor an id; ``name`` is that of the argument.
+    """
+    if isinstance(component, str):
+        return component
+    if not isinstance(component, Loan | LoanWithLoras):
+        raise BadRequest(
+            f"{name}: {component!r:.100} is of type {type(component).__name__}; give what lend() returned, or an id "
+            "that `xditd status` shows"
+        )
+    return component.component_id
 
 
 def kind_named(kind: ComponentKind | str) -> ComponentKind:

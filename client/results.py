@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ from xditd.ipc.errors import BadRequest
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from xditd.client.metadata.record import Record
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,6 +35,8 @@ class GenerationResult:
     timings_ms: dict[str, float]
     seed: int | None
     reused_steps: int = 0
+    record: Record | None = field(default=None, kw_only=True)
+    """How it was made, as its files say it; ``index`` and ``num_images`` of it are set for each file."""
 
     @property
     def is_video(self) -> bool:
@@ -70,7 +74,22 @@ class GenerationResult:
             raise BadRequest(f"index {index}: the batch has {count} images, numbered from 0")
         return self.image[index]
 
-    def save(self, path: str | os.PathLike[str], index: int = 0, *, fps: int = 16) -> Path:
+    def record_text(self, index: int = 0, fps: int | None = None) -> str | None:
+        """Return the JSON text with which one image or video of the batch says how it was made; ``None`` without any.
+
+        Raises:
+            BadRequest: a value that no record may have.
+        """
+        if self.record is None:
+            return None
+        from msgspec.structs import replace
+
+        from xditd.client.metadata.record import encode
+
+        count = len(self.latents) if self.image is None else len(self.image)
+        return encode(replace(self.record, index=index % count, num_images=count, fps=fps if self.is_video else None))
+
+    def save(self, path: str | os.PathLike[str], index: int = 0, *, fps: int = 16, metadata: bool = True) -> Path:
         """Write one image of the batch to a file atomically, in the format of its suffix.
 
         Creates the folder, and returns the path with ``~`` expanded. A video is written to a file that ends in
@@ -78,19 +97,23 @@ class GenerationResult:
         which becomes a folder with ``frame_00000.png`` and so on, and needs no package. A video of one frame may also
         be written as an image.
 
+        PNG, JPEG, WebP and MP4 files say how they were made (docs/cli.md has the record), unless
+        ``metadata`` is false; other formats do not.
+
         Raises:
             BadRequest: as :meth:`to_pil`; the suffix names no format that can hold it; or PyAV is not installed.
             OutputFailed: the path cannot be written, or the disk has no room; save the image elsewhere.
         """
+        record = self.record_text(index, fps) if metadata else None
         if self.is_video or (self._of(index).ndim == 4 and Path(path).suffix.lower() in ("", ".mp4")):
             from xditd.client.video_files import write_video
 
-            return write_video(path, self._of(index), fps)
+            return write_video(path, self._of(index), fps, record)
         from xditd.client.image_files import encode_image, image_format
         from xditd.client.output_files import write_file
 
         image = self.to_pil(index)
-        return write_file(path, encode_image(image, image_format(path, *image.size)))
+        return write_file(path, encode_image(image, image_format(path, *image.size), record))
 
     def __repr__(self) -> str:
         image = "no image" if self.image is None else f"image {tensor_text(self.image)}"

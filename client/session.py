@@ -16,6 +16,7 @@ from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Timeouts
 from xditd.client.memory_check import MemoryCheck, log_event
+from xditd.client.waiting import check_deadline
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import (
@@ -102,6 +103,7 @@ class Session:
         Returns when every worker has mapped, verified and plugged it.
         """
         started = time.perf_counter()
+        check_deadline(deadline_s)
         self.check_memory(deadline_s)
         memory_check_ms = (time.perf_counter() - started) * 1e3
         offer = make_offer()
@@ -141,6 +143,7 @@ class Session:
         Raises:
             StaleSource: a worker read something else.
         """
+        check_deadline(deadline_s)
         self._memory_check.run(self.connection, Timeouts(self._silence_s, deadline_s))
 
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
@@ -191,6 +194,7 @@ class Session:
 
     def adopt(self, component_id: str, label: str, deadline_s: float | None) -> CopiedBytes:
         """Copy a component into the workers' own memory, then release this process's memory of it."""
+        check_deadline(deadline_s)
         request = Adopt(request_id=self.connection.next_request_id(), component_id=component_id)
         mailbox = self.connection.submit(request, f"adoption of {label}")
         try:
@@ -203,6 +207,7 @@ class Session:
 
     def revoke(self, component_id: str, deadline_s: float | None) -> None:
         """End a loan of any process of this user, or free an adopted component."""
+        check_deadline(deadline_s)
         request = Revoke(request_id=self.connection.next_request_id(), component_id=component_id)
         mailbox = self.connection.submit(request, f"revocation of {component_id}")
         mailbox.wait(Revoked, Timeouts(self._silence_s, deadline_s))

@@ -50,10 +50,11 @@ def check_video_target(path: str | os.PathLike[str], frames: int, height: int, w
     return check_target(target)
 
 
-def write_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int) -> Path:
+def write_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int, record: str | None = None) -> Path:
     """Write a video (3, frames, height, width) in [-1, 1] to an ``.mp4``, or to a folder if there is no suffix.
 
-    Files are written atomically; returns the path with ``~`` expanded. Frames are converted one by one.
+    Files are written atomically; returns the path with ``~`` expanded. Frames are converted one by one. ``record`` is
+    the JSON text that the file, or each frame, gets.
 
     Raises:
         BadRequest: as :func:`check_video_target`.
@@ -61,13 +62,13 @@ def write_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int) -> 
     """
     target = user_path(path)
     if target.suffix:
-        return write_file(target, encode_video(target, video, fps))
+        return write_file(target, encode_video(target, video, fps, record))
     _check_longer(target, video.shape[1])
-    _write_frames(target, video)
+    _write_frames(target, video, record)
     return target
 
 
-def write_or_keep_frames(path: str | os.PathLike[str], video: torch.Tensor) -> Path:
+def write_or_keep_frames(path: str | os.PathLike[str], video: torch.Tensor, record: str | None = None) -> Path:
     """Write a video to a folder as :func:`write_video` does; if that fails, write it to another one.
 
     Raises:
@@ -75,7 +76,7 @@ def write_or_keep_frames(path: str | os.PathLike[str], video: torch.Tensor) -> P
         OutputFailed: it was not written. ``kept`` names the folder that has all frames instead, if there is one.
     """
     try:
-        return write_video(path, video, 1)
+        return write_video(path, video, 1, record)
     except OutputFailed as error:
         for folder in spare_folders():
             try:
@@ -83,7 +84,7 @@ def write_or_keep_frames(path: str | os.PathLike[str], video: torch.Tensor) -> P
             except OSError:
                 continue
             try:
-                _write_frames(kept, video)
+                _write_frames(kept, video, record)
             except OutputFailed:
                 shutil.rmtree(kept, ignore_errors=True)
                 continue
@@ -93,13 +94,13 @@ def write_or_keep_frames(path: str | os.PathLike[str], video: torch.Tensor) -> P
         raise OutputFailed(f"{error.detail}; no other folder has room either; the video is lost") from error
 
 
-def _write_frames(folder: Path, video: torch.Tensor) -> None:
+def _write_frames(folder: Path, video: torch.Tensor, record: str | None) -> None:
     for number, image in enumerate(video.unbind(1)):
-        write_file(folder / f"frame_{number:05}.png", encode_image(image_to_pil(image), "PNG"))
+        write_file(folder / f"frame_{number:05}.png", encode_image(image_to_pil(image), "PNG", record))
 
 
-def encode_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int) -> bytes:
-    """Encode a video (3, frames, height, width) in [-1, 1] for an ``.mp4`` at this path.
+def encode_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int, record: str | None = None) -> bytes:
+    """Encode a video (3, frames, height, width) in [-1, 1] for an ``.mp4`` at this path, with a record as its comment.
 
     Raises:
         BadRequest: as :func:`check_video_target`.
@@ -112,6 +113,8 @@ def encode_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int) ->
     buffer = io.BytesIO()
     try:
         with av.open(buffer, "w", format="mp4") as container:
+            if record is not None:
+                container.metadata["comment"] = record
             stream = container.add_stream("h264", rate=fps)
             stream.height, stream.width = height, width
             stream.pix_fmt = "yuv420p"

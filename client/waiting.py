@@ -31,6 +31,12 @@ def check_seconds(name: str, value: float) -> None:
         raise BadRequest(f"{name}: {value!r} is not a number of seconds, 0 or more")
 
 
+def check_deadline(value: float | None) -> None:
+    """Raise ``BadRequest`` unless a method's ``deadline_s`` is a number of seconds, or ``None`` for no deadline."""
+    if value is not None:
+        check_seconds("deadline_s", value)
+
+
 def why_not_serving(status: DaemonStatus) -> str:
     """Return the reason why the workers accept no jobs, or an empty string."""
     if status.group_state in SERVING:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from measuring import Report, add_device, add_ranks, need_gpus, print_table, run_on_ranks, synchronize
 from parts.modules import MODELS, Arguments, Subjects, build
+from parts.rival import import_all_of_xfuser
 
 WARM_UP = 2
 WRAPPERS = {
@@ -106,6 +107,7 @@ def start_diffusers(rank: int, ranks: int, store: str, device: torch.device) -> 
 def start_xfuser(rank: int, ranks: int, store: str, device: torch.device) -> Make:
     from xditd.gpu_workers.process import xfuser_start
 
+    import_all_of_xfuser(device)
     xfuser_start.start(rank, ranks, store, device)
 
     def make(class_name: str, config: Arguments, dtype: torch.dtype) -> torch.nn.Module:

@@ -14,10 +14,12 @@ Needs: as many GPUs as workers; --device cpu --small is a dry run
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +71,20 @@ def start_diffusers(rank: Rank) -> Callable[[], Any]:
     return lambda: FluxTransformer2DModel.from_pretrained(rank.transformer_folder, **rank.options)
 
 
+def import_all_of_xfuser(device: torch.device) -> None:
+    """Import xfuser with its wrappers of models, before a rank starts, which would import less."""
+    from xditd.gpu_workers.process import xfuser_cpu
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or the import opens a context on the first GPU
+    with xfuser_cpu.importable() if device.type == "cpu" else nullcontext():
+        importlib.import_module("xfuser")
+
+
 def start_xfuser(rank: Rank) -> Callable[[], Any]:
     from xditd.gpu_workers.process import xfuser_start
 
+    import_all_of_xfuser(rank.device)
     xfuser_start.start(rank.number, rank.given.ranks, rank.store, rank.device)
     from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper
 

@@ -146,12 +146,11 @@ def _submit(parsed: argparse.Namespace) -> int:
         ("--random-embeds", parsed.random_embeds),
         ("--device", parsed.device),
         ("--lora", parsed.lora),
-        ("--transformer-2", parsed.transformer_2),
-        ("--frames", parsed.frames),
-        ("--fps", parsed.fps),
     ):
         if other is not None:
             parsed.refuse(f"submit: {flag} is for `xditd generate` on one host; leave it out")
+    if parsed.fps is not None and (parsed.frames or 1) == 1:
+        parsed.refuse("submit: --fps is of a video; give --frames COUNT, or leave it out")
     joining.require_ray()
     from xditd.client.client import Client  # noqa: F401 - loads the session's modules before Ray's threads start
     from xditd.client.cluster.client import ClusterClient
@@ -165,6 +164,8 @@ def _submit(parsed: argparse.Namespace) -> int:
             read_tensors(parsed.embeds),
             has_file_names=True,
             vae=None if parsed.vae is None else str(parsed.vae),
+            transformer_2=None if parsed.transformer_2 is None else str(parsed.transformer_2),
+            frames=parsed.frames or 1,
             compute_dtype=parsed.compute_dtype,
             **sampling_of(parsed),
         ).result()
@@ -173,7 +174,7 @@ def _submit(parsed: argparse.Namespace) -> int:
     paths = [str(path) for path in (*outputs.images, outputs.latents) if path is not None]
     if parsed.json:
         report = {
-            "images": [str(path) for path in outputs.images],
+            "videos" if outputs.is_video else "images": [str(path) for path in outputs.images],
             "latents": None if outputs.latents is None else str(outputs.latents),
             "seed": result.seed,
             "host": result.host,

@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from xditd.ipc import limits
-from xditd.ipc.addresses import user_path
+from xditd.ipc.addresses import expand_home, user_path
 from xditd.ipc.loras import MAX_SCALE
 from xditd.ipc.settings.setting import Setting, settings_of
 from xditd.ipc.suggestions import did_you_mean
@@ -65,6 +65,34 @@ def add_named_values(
     )
 
 
+def add_paths(parser: argparse.ArgumentParser, setting: Setting) -> None:
+    """Add a flag with a path that may be repeated: a list, or ``None``. Its variable has several, between colons."""
+    given = os.environ.get(setting.variable) or ""
+    parser.add_argument(
+        *setting.flags,
+        type=user_path,
+        action=_Append,
+        default=[user_path(each) for each in given.split(os.pathsep) if each] or None,
+        metavar=setting.metavar,
+        dest=setting.name,
+        help=f"{setting.help} [{setting.variable}]",
+    )
+
+
+class _Append(argparse.Action):
+    """Appends to a list; the first value replaces the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002 - argparse passes it
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        found = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(found if found is not self.default and found else ()), values])
+
+
 class _Merge(argparse.Action):
     """Merges the dicts of a flag that is given several times; the first one replaces the default."""
 
@@ -109,6 +137,8 @@ def add_settings(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) 
     for setting in settings_of(struct):
         if setting.default is False:
             add_switch(parser, *setting.flags, variable=setting.variable, help=setting.help)
+        elif setting.kind == "paths":
+            add_paths(parser, setting)
         elif setting.kind in _NAMED:
             convert, metavar = _NAMED[setting.kind]
             add_named_values(
@@ -130,6 +160,8 @@ def add_settings(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) 
 def _converter(setting: Setting) -> Callable[[str], Any]:
     if setting.kind == "path":
         return user_path
+    if setting.kind == "target":
+        return expand_home  # as a text: Path drops the slash at the end
     if setting.kind == "size":
         return size(setting.more.get("multiple", 1))
     if setting.choices:
@@ -167,13 +199,12 @@ def named_values(text: str) -> dict[str, bool | int | float]:
 
 
 def strengths(text: str) -> dict[str, float]:
-    """Parse comma-separated ``FILE=STRENGTH`` items; names of files may have ``=`` and commas."""
+    """Parse comma-separated ``FILE=STRENGTH`` or ``FILE:STRENGTH`` items; names may have ``=``, ``:`` and commas."""
     found: dict[str, float] = {}
     item = ""
     for part in text.split(","):
         item = f"{item},{part}" if item else part
-        name, _, word = (each.strip() for each in item.rpartition("="))
-        value = _value(word)
+        name, value = _strength(item)
         if value is None:
             continue  # a part of a name
         if not name or isinstance(value, bool) or abs(value) > MAX_SCALE:
@@ -188,6 +219,16 @@ def strengths(text: str) -> dict[str, float]:
             f"{MAX_SCALE:g}"
         )
     return found
+
+
+def _strength(item: str) -> tuple[str, bool | int | float | None]:
+    """Return the file and the number behind its last ``=`` or, if that has none, ``:``; else no number."""
+    for mark in ("=", ":"):
+        name, _, word = (each.strip() for each in item.rpartition(mark))
+        value = _value(word)
+        if value is not None:
+            return name, value
+    return item, None
 
 
 _NAMED: Final = {"named values": (named_values, "NAME=VALUE"), "strengths": (strengths, "FILE=STRENGTH")}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from xditd.client.cli.printing import print_error
 from xditd.ipc.errors import BadRequest, OutputFailed
 from xditd.ipc.facts import ComponentFacts
 
@@ -20,18 +23,28 @@ _LATENT_ITEM_BYTES: Final = 4
 
 DEFAULT_FPS: Final = 16
 """Frames a second of an .mp4: those of Wan 2.1 and of Wan 2.2 A14B."""
+DEFAULT_SIZE: Final = (1024, 1024)
+"""Of generations from single files; models that are opened as a whole have their own."""
+
+_NUMBERED: Final = re.compile(r"^(\d{5,9})(?:\.|$)")
+
+
+def size_of(parsed: argparse.Namespace) -> tuple[int, int]:
+    """Return width and height."""
+    found: tuple[int, int] = parsed.size or DEFAULT_SIZE
+    return found
 
 
 def sampling_of(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags of ``GenerateFlags`` say of the sampling, as arguments of ``Client.generate``."""
-    width, height = parsed.size
+    """Return what the flags of ``JobFlags`` say of the sampling, as arguments of ``Client.generate``."""
+    width, height = size_of(parsed)
     return {
         "height": height,
         "width": width,
         "steps": parsed.steps,
         "seed": parsed.seed,
         "guidance_scale": parsed.guidance,
-        "step_cache": parsed.step_cache,
+        "step_cache": parsed.step_cache or 0.0,
         "options": parsed.option,
     }
 
@@ -39,8 +52,8 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any]:
 class Outputs:
     """The output files of a generation: checked before anything is lent, written elsewhere if that fails later."""
 
-    def __init__(self, parsed: argparse.Namespace) -> None:
-        """Check the paths of one image or video and its latents.
+    def __init__(self, parsed: argparse.Namespace, read: Sequence[str | os.PathLike[str] | None] = ()) -> None:
+        """Check the paths of one image or video and its latents. ``read`` are further files that are read.
 
         Raises:
             BadRequest: a path is invalid for such a file, or is also an input.
@@ -48,19 +61,33 @@ class Outputs:
         """
         from xditd.client.output_files import check_target
 
-        self._width, self._height = parsed.size
+        self._width, self._height = size_of(parsed)
         self._frames = parsed.frames or 1
         self._fps = parsed.fps or DEFAULT_FPS
+        self._out: str | None = parsed.out
+        self._has_image = parsed.vae is not None or getattr(parsed, "model", None) is not None
+        self._has_metadata = not parsed.no_metadata
         loras = map(os.path.expanduser, parsed.lora or {})
-        read = (parsed.transformer, parsed.transformer_2, parsed.vae, parsed.embeds, *loras)
-        self._read = [path for path in read if path is not None]
+        inputs = (parsed.transformer, parsed.transformer_2, parsed.vae, parsed.embeds, *loras, *read)
+        self._read = [path for path in inputs if path is not None]
         self.images: list[Path] = []
         self.latents: Path | None = None
-        if parsed.vae is not None:
-            self.images = [self._check_target(parsed.out)]
+        if self._has_image:
+            self.images = [self._check_target(self._chosen())]
         if parsed.save_latents is not None:
             self.latents = check_target(parsed.save_latents)
         self._check_apart()
+
+    def resize(self, width: int, height: int, frames: int, fps: int) -> None:
+        """Set what the model has chosen, and check the paths again.
+
+        Raises:
+            BadRequest, OutputFailed: as the constructor.
+        """
+        self._width, self._height, self._frames, self._fps = width, height, frames, fps
+        if self.images:
+            self.images = [self._check_target(self._chosen())]
+            self._check_apart()
 
     def prepare(self, facts: ComponentFacts, conditioning: Conditioning) -> None:
         """Set and check the paths, now that the number of images and the shape of latents are known.
@@ -69,24 +96,37 @@ class Outputs:
             BadRequest, OutputFailed: as the constructor; or the transformer does not take this conditioning.
         """
         from xditd.client.jobs.checks import check_conditioning
-        from xditd.client.output_files import check_target
 
         assert facts.transformer is not None  # lent with kind="transformer"
         batch = check_conditioning(conditioning, facts.transformer.conditioning)
         self.name_images(batch)
-        if self.latents is not None:
+        self.check_latents(facts, batch)
+
+    def check_latents(self, facts: ComponentFacts, batch: int) -> None:
+        """Check that there is room for the latents.
+
+        Raises:
+            BadRequest, OutputFailed: as the constructor.
+        """
+        from xditd.client.output_files import check_target
+
+        if self.latents is not None and facts.transformer is not None:
             shape = facts.transformer.latents.shape(batch, self._height, self._width, self._frames)
             check_target(self.latents, _LATENT_ITEM_BYTES * math.prod(shape))
 
     def name_images(self, count: int) -> None:
-        """Set and check the paths of several images or videos: ``out-0.png`` and so on.
+        """Set and check the paths of several images or videos: ``out-0.png``, or in a folder the next numbers.
 
         Raises:
             BadRequest, OutputFailed: as the constructor.
         """
         if self.images and count > 1:
             (one,) = self.images
-            self.images = [one.with_name(f"{one.stem}-{number}{one.suffix}") for number in range(count)]
+            if _NUMBERED.match(one.name) and self._is_folder:
+                first = int(one.stem)
+                self.images = [one.with_name(f"{first + number:05}{one.suffix}") for number in range(count)]
+            else:
+                self.images = [one.with_name(f"{one.stem}-{number}{one.suffix}") for number in range(count)]
             for path in self.images:
                 self._check_target(path)
             self._check_apart()
@@ -94,6 +134,19 @@ class Outputs:
     @property
     def is_video(self) -> bool:
         return self._frames > 1
+
+    @property
+    def _is_folder(self) -> bool:
+        """Whether the path is that of a folder for images. Of a video, it is the folder of its frames."""
+        if self._out is None or self.is_video:
+            return False
+        return self._out.endswith(os.sep) or (not Path(self._out).suffix and os.path.isdir(self._out))
+
+    def _chosen(self) -> Path:
+        """Return the path of one image or video, of several before they are numbered."""
+        if self._out is None:
+            return Path("out.mp4" if self.is_video else "out.png")
+        return Path(self._out) / f"{_next_number(self._out):05}.png" if self._is_folder else Path(self._out)
 
     def _check_target(self, path: str | os.PathLike[str]) -> Path:
         """Check the path of an image, or of a video, and the room for it.
@@ -120,8 +173,12 @@ class Outputs:
                     raise BadRequest(f"output file {output}: is also read here, or written twice; choose another name")
                 taken.add(real)
 
-    def write(self, result: GenerationResult) -> None:
-        """Write the images or videos, and the latents.
+    def write(
+        self, result: GenerationResult, record: Callable[[int], str | None] | None = None, first: int = 0
+    ) -> None:
+        """Write the images or videos from number ``first`` on, and the latents.
+
+        ``record`` gives the metadata of each; without it, they are those of the result.
 
         Raises:
             OutputFailed: one was not written; the message names the file that has its content instead.
@@ -131,9 +188,9 @@ class Outputs:
 
         failures: list[OutputFailed] = []
         contents: list[tuple[Path, str, list[bytes]]] = []
-        for number, path in enumerate(self.images):
+        for number, path in enumerate(self.images, first):
             try:
-                contents += self._encoded(result, number, path)
+                contents += self._encoded(result, number, path, self._text(result, number, record))
             except OutputFailed as error:
                 failures.append(error)
         if self.latents is not None:
@@ -148,7 +205,19 @@ class Outputs:
             found.kept = tuple(path for error in failures for path in error.kept)
             raise found
 
-    def _encoded(self, result: GenerationResult, number: int, path: Path) -> list[tuple[Path, str, list[bytes]]]:
+    def _text(self, result: GenerationResult, number: int, record: Callable[[int], str | None] | None) -> str | None:
+        """Return the metadata of an image; a picture is not lost because they cannot be written."""
+        if not self._has_metadata:
+            return None
+        try:
+            return result.record_text(number, self._fps) if record is None else record(number)
+        except BadRequest as error:
+            print_error(f"xditd: warning: written without {error.detail}")
+            return None
+
+    def _encoded(
+        self, result: GenerationResult, number: int, path: Path, record: str | None
+    ) -> list[tuple[Path, str, list[bytes]]]:
         """Return the content of an image's or a video's file; a folder of frames is written at once.
 
         Raises:
@@ -158,11 +227,26 @@ class Outputs:
 
         if not self.is_video:
             image = result.to_pil(number)
-            return [(path, "image", [encode_image(image, image_format(path, *image.size))])]
+            format_name = image_format(path, *image.size)
+            try:
+                data = encode_image(image, format_name, record)
+            except BadRequest as error:  # too long for a JPEG
+                print_error(f"xditd: warning: {path}: written without {error.detail}")
+                data = encode_image(image, format_name)
+            return [(path, "image", [data])]
         assert result.image is not None
         from xditd.client.video_files import encode_video, write_or_keep_frames
 
         if path.suffix:
-            return [(path, "video", [encode_video(path, result.image[number], self._fps)])]
-        write_or_keep_frames(path, result.image[number])
+            return [(path, "video", [encode_video(path, result.image[number], self._fps, record)])]
+        write_or_keep_frames(path, result.image[number], record)
         return []
+
+
+def _next_number(folder: str) -> int:
+    """Return the number after the largest one among the names in a folder; 0 if there is none."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # it is not there, or cannot be read: checks of the path say so
+        return 0
+    return max((int(found[1]) + 1 for found in map(_NUMBERED.match, names) if found), default=0)

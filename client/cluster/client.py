@@ -118,6 +118,8 @@ class ClusterClient:
         vae: str | os.PathLike[str] | None = None,
         height: int = 1024,
         width: int = 1024,
+        frames: int = 1,
+        transformer_2: str | os.PathLike[str] | None = None,
         steps: int | None = None,
         sigmas: Sequence[float] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
@@ -133,7 +135,8 @@ class ClusterClient:
     ) -> ClusterJob:
         """Start a generation on the host that will have it first, and return without waiting.
 
-        Arguments are those of :meth:`Client.generate`, which checks them on the host. ``compute_dtype`` is that of
+        Arguments are those of :meth:`Client.generate`, which checks them on the host; ``transformer_2`` is named by
+        content, too. ``compute_dtype`` is that of
         :meth:`Client.lend`. With ``has_file_names``, ``conditioning`` has the tensors of a file, of which the host
         selects those that the model takes. Tensors of the result are on the CPU.
 
@@ -165,6 +168,8 @@ class ClusterClient:
             vae=None if vae is None else self.content_of(vae),
             height=height,
             width=width,
+            frames=frames,
+            transformer_2=None if transformer_2 is None else self.content_of(transformer_2),
             steps=steps,
             sigmas=None if sigmas is None else tuple(float(each) for each in sigmas),
             guidance_scale=guidance_scale,

@@ -164,6 +164,11 @@ class HostAgent:
             transformer, was_resident = stack.enter_context(
                 residents.use(Wanted(job.transformer, ComponentKind.TRANSFORMER, job.compute_dtype))
             )
+            second = None
+            if job.transformer_2 is not None:
+                wanted = Wanted(job.transformer_2, ComponentKind.TRANSFORMER, job.compute_dtype)
+                second, has_second = stack.enter_context(residents.use(wanted))
+                was_resident = was_resident and has_second
             if job.has_file_names:
                 conditioning = conditioning_of(_plain(conditioning), client.facts(transformer), "the embeddings")
             vae = None
@@ -176,6 +181,8 @@ class HostAgent:
                 vae=vae,
                 height=job.height,
                 width=job.width,
+                frames=job.frames,
+                transformer_2=second,
                 steps=job.steps,
                 sigmas=job.sigmas,
                 guidance_scale=job.guidance_scale,

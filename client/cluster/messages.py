@@ -18,7 +18,7 @@ from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-CLUSTER_VERSION: Final = 4
+CLUSTER_VERSION: Final = 5
 """Raised with every change of a struct here."""
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -67,8 +67,8 @@ StoredTensors = dict[str, StoredTensor | list[StoredTensor]]
 class Job(_Message, frozen=True, kw_only=True):
     """A generation. Its seed is fixed by the caller, so that a second run has the same bits.
 
-    ``transformer`` and ``vae`` are content hashes. ``job_id`` is the same in each run. Conditioning and noise are sent
-    apart, as :data:`StoredTensors`; noise has the name :data:`NOISE`.
+    ``transformer``, ``transformer_2`` and ``vae`` are content hashes. ``job_id`` is the same in each run. Conditioning
+    and noise are sent apart, as :data:`StoredTensors`; noise has the name :data:`NOISE`.
     """
 
     versions: Versions
@@ -86,19 +86,22 @@ class Job(_Message, frozen=True, kw_only=True):
     options: dict[str, bool | int | float] | None
     compute_dtype: ComputeDType | None
     deadline_s: float | None
+    frames: int = 1
+    transformer_2: str | None = None
+    """The transformer of the steps at low noise."""
     has_file_names: bool = False
     """Whether the tensors are a file's, of which the host selects those that the transformer's facts name."""
 
     @property
     def digests(self) -> tuple[str, ...]:
         """The contents that a host needs."""
-        return (self.transformer,) if self.vae is None else (self.transformer, self.vae)
+        return tuple(each for each in (self.transformer, self.transformer_2, self.vae) if each is not None)
 
     @property
     def work(self) -> float:
-        """The size of the job, by which the time of others is scaled: megapixels times steps."""
+        """The size of the job, by which the time of others is scaled: megapixels of all frames, times steps."""
         steps = self.steps if self.sigmas is None else len(self.sigmas)
-        return self.height * self.width / 1e6 * (steps or _USUAL_STEPS)
+        return self.height * self.width * self.frames / 1e6 * (steps or _USUAL_STEPS)
 
 
 _USUAL_STEPS: Final = 20

@@ -97,13 +97,14 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         """Lend the weights with this patcher's patches; a no-op if they are lent like that.
 
-        A weight whose patches are all LoRAs gets branches beside it; the patches of others are merged into them.
+        A weight whose patches are all LoRAs gets branches beside it, if the component takes any; the patches of others
+        are merged into them.
 
         Raises:
             Unsupported: the patcher or its modules were changed in a way that the workers cannot run.
         """
         self.understood.check(self)
-        branches = self._branches()
+        branches = self._branches() if self.weights.has_branches else {}
         merged = [key for key in self.patches if key.removeprefix(PREFIX) not in branches]
         self.weights.apply({key.removeprefix(PREFIX): self._edit(key) for key in merged})
         for injections in self.injections.values():

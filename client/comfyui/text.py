@@ -12,14 +12,13 @@ import comfy.sd
 import comfy.sd1_clip
 import torch
 
-from xditd.client.comfyui.families import adapters, titles
-from xditd.client.comfyui.families.adapter import TextModel
+from xditd.client.comfyui.families.text_adapter import EncoderFile, TextAdapter
 from xditd.client.comfyui.lora_patches import Factors
 from xditd.client.comfyui.packed_tensors import LendableTensors
 from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.text_weights import hold_encoder
 from xditd.client.comfyui.weights import Edit, RemoteWeights
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ComponentKind
 from xditd.ipc.transports.tensor_views import torch_dtype
 
@@ -29,8 +28,10 @@ LAST_LAYER: Final = -1
 COMPUTE_DTYPE: Final = "float32"
 """The dtype into which packed weights are dequantised: stock and the workers compute text encoders in float32."""
 
-_NO_WEIGHTS = ("position_ids", "spiece_model")
+_NO_WEIGHTS: Final = ("position_ids",)
 """Tensors in some files that no encoder computes with."""
+_TOKENIZERS: Final = ("spiece_model", "tekken_model", "tokenizer_json")
+"""Tensors whose bytes are a tokenizer, which ComfyUI reads."""
 
 
 class RemoteEncoder(comfy.sd1_clip.ClipTokenWeightEncoder):
@@ -55,6 +56,12 @@ class RemoteEncoder(comfy.sd1_clip.ClipTokenWeightEncoder):
         return encoded.hidden_states, encoded.pooled
 
 
+def encode_ids(weights: RemoteWeights, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    """Encode token ids (rows, tokens) by :meth:`Client.encode_text`; returns hidden states in float32 on the host."""
+    states: torch.Tensor = weights.connect().encode_text(weights.in_use, ids, **more).hidden_states
+    return states
+
+
 class RemoteTextModel(torch.nn.Module):
     """Replaces ComfyUI's text model by encoders in the workers. A family's subclass combines their outputs."""
 
@@ -75,14 +82,18 @@ class RemoteTextModel(torch.nn.Module):
     def reset_clip_options(self) -> None:
         """Do nothing: options are never stored."""
 
+    def generate(self, *_: Any, **__: Any) -> Any:
+        raise Unsupported("XDiT's CLIP encodes texts and generates none; use a stock CLIP loader for nodes that do")
+
 
 class JointWeights:
     """Components that ComfyUI loads and unloads as one; ``lendable`` has the names of ComfyUI's text model."""
 
     compute_dtype: Final = COMPUTE_DTYPE
 
-    def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
+    def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]], *, has_branches: bool = True) -> None:
         self._parts = parts
+        self.has_branches = has_branches
         self.lendable = LendableTensors({})
         for weights, names in parts:
             lendable = weights.lendable.renamed(
@@ -132,10 +143,10 @@ class JointWeights:
             weights.release()
 
 
-def encoder_weights(
-    tensors: Mapping[str, torch.Tensor], label: str, quantization_metadata: str | None = None
-) -> RemoteWeights:
-    """Hold a file's tensors as stock ComfyUI would; those of no known encoder as they are.
+def read_encoder(
+    tensors: Mapping[str, torch.Tensor], label: str, adapter: TextAdapter, quantization_metadata: str | None = None
+) -> EncoderFile:
+    """Hold a file's tensors as stock ComfyUI would for this family; those of none of its encoders as they are.
 
     ``quantization_metadata`` is the text of ``_quantization_metadata`` in its header.
 
@@ -143,27 +154,30 @@ def encoder_weights(
         BadCheckpoint: packed weights do not have the form of their format.
         Unsupported: an unknown format of weights.
     """
-    given = {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_WEIGHTS)}
-    found = (adapter.stock_encoder(given) for adapter in adapters())
-    stock = next((each for each in found if each is not None), None)
+    tokenizers = {name: tensor for name, tensor in tensors.items() if name in _TOKENIZERS}
+    given = {name: each for name, each in tensors.items() if name not in tokenizers and not name.endswith(_NO_WEIGHTS)}
+    stock = adapter.stock_encoder(given)
     lendable = LendableTensors(given)
     if stock is not None:
+        given = {name: each for name, each in given.items() if not any(part in name for part in stock.unused)}
         lendable = hold_encoder(given, label, stock.dtype, stock.is_table, quantization_metadata)
-    return make_weights(lendable, ComponentKind.TEXT_ENCODER, label, is_whole=True, dtype=torch_dtype(COMPUTE_DTYPE))
+    weights = make_weights(lendable, ComponentKind.TEXT_ENCODER, label, is_whole=True, dtype=torch_dtype(COMPUTE_DTYPE))
+    return EncoderFile(weights, tokenizers)
 
 
-def make_clip(files: Mapping[str, RemoteWeights]) -> Any:
+def make_clip(files: Mapping[str, EncoderFile], adapter: TextAdapter) -> Any:
     """Make a CLIP object from the encoders of several files, by label, in any order.
 
     Raises:
-        BadRequest: no family reads these files.
+        BadRequest: not the files of this family's encoders.
+        Unsupported: a relative of them, or a file without a tokenizer.
     """
-    text = _text_model(files)
+    text = adapter.text_model(files)
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = text.module
     clip.patcher = make_patcher(
         text.module,
-        JointWeights(text.parts),
+        JointWeights(text.parts, has_branches=text.has_branches),
         comfy.model_management.text_encoder_device(),
         comfy.model_management.text_encoder_offload_device(),
     )
@@ -175,20 +189,6 @@ def make_clip(files: Mapping[str, RemoteWeights]) -> Any:
     clip.use_clip_schedule = False
     clip.tokenizer_options = {}
     return clip
-
-
-def _text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
-    """Make the text model of the first family that reads these files; if none does, raise the first family's error."""
-    refused: list[BadRequest] = []
-    for adapter in adapters():
-        try:
-            found = adapter.text_model(files)
-        except BadRequest as error:
-            refused.append(error)
-        else:
-            if found is not None:
-                return found
-    raise refused[0] if refused else Unsupported(f"XDiT: none of {titles()} has text encoders that run in the workers")
 
 
 def _add_meta_parameter(root: torch.nn.Module, name: str, like: torch.Tensor) -> None:

@@ -60,6 +60,9 @@ class Edit:
 class RemoteWeights:
     """One component's tensors and its loan. Not thread-safe, like ComfyUI's execution."""
 
+    has_branches: bool = True
+    """Whether the workers run LoRAs beside its layers; else they are merged into the weights."""
+
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor] | LendableTensors,
@@ -270,7 +273,8 @@ class RemoteWeights:
         older = self._loan
         self._loan = self.connect().lend(
             {**tensors, **self.lendable.markers},
-            kind=self.kind,
+            # The workers recognise a module without a description by its tensors.
+            kind=None if self.kind is ComponentKind.MODULE else self.kind,
             label=self.label,
             generation=self._generation,
             changed=changed,

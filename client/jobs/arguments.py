@@ -46,6 +46,7 @@ class KeptTensor:
 
         if not isinstance(tensor, torch.Tensor):
             raise BadRequest(f"keep: a torch tensor is needed, not {type(tensor).__name__}")
+        check_memory("keep", tensor)
         dtype_name(tensor.dtype, "keep")  # raises UnsupportedDtype before anything is copied
         self.device = tensor.device
         """The device of the original tensor."""
@@ -88,7 +89,11 @@ class RowsOf:
     """
 
     def __init__(self, parts: Sequence[tuple[torch.Tensor | KeptTensor, int]]) -> None:
-        self.parts = tuple(parts)
+        if not isinstance(parts, list | tuple) or not all(isinstance(each, list | tuple) for each in parts):
+            raise BadRequest(f"rows: {parts!r:.100} is not a list of pairs, of a tensor and how many times it stands")
+        if any(len(each) != 2 for each in parts):
+            raise BadRequest("rows: a list of pairs is needed, of a tensor and how many times it stands")
+        self.parts = tuple((tensor, times) for tensor, times in parts)
         for _, times in self.parts:
             if isinstance(times, bool) or not isinstance(times, int) or not 1 <= times <= limits.MAX_BATCH:
                 raise BadRequest(f"rows: {times!r} times is not a whole number from 1 to {limits.MAX_BATCH}")
@@ -97,7 +102,8 @@ class RowsOf:
 
     def __repr__(self) -> str:
         parts = ", ".join(
-            f"{each if isinstance(each, KeptTensor) else tensor_text(each)} x {times}" for each, times in self.parts
+            f"{each if isinstance(each, KeptTensor) or not hasattr(each, 'device') else tensor_text(each)} x {times}"
+            for each, times in self.parts
         )
         return f"<RowsOf {parts}>"
 

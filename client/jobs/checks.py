@@ -154,13 +154,15 @@ def check_variant(value: str, facts: TransformerFacts) -> str:
 
 def check_options(options: Mapping[str, bool | int | float] | None, facts: TransformerFacts) -> dict[str, Any]:
     """Check names and types of a family's options; the workers check their values."""
+    if options is not None and not isinstance(options, Mapping):
+        raise BadRequest(f"options: {options!r:.100} is of type {type(options).__name__}, use a dict by name")
     checked = {} if options is None else dict(options)
     for name, value in checked.items():
         if name not in facts.options:
             known = f"give one of {', '.join(facts.options)}" if facts.options else "this transformer has none"
             near = did_you_mean(str(name), facts.options)
             raise BadRequest(f"options: {name}={value!r} is not known; {known}{near}")
-        if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+        if not isinstance(value, (bool, int, float)) or not abs(value) < math.inf:
             raise BadRequest(f"options: {name}={value!r} is not a finite number or a boolean")
     return checked
 
@@ -183,6 +185,8 @@ def check_sigmas(sigmas: Sequence[float] | torch.Tensor, steps: int) -> tuple[fl
 
 def check_foreseen(foreseen: Mapping[str, Sequence[float] | torch.Tensor] | None) -> dict[str, tuple[float, ...]]:
     """Check the values that arguments will have in later calls. They need no order: samplers may use some twice."""
+    if foreseen is not None and not isinstance(foreseen, Mapping):
+        raise BadRequest(f"foreseen: {foreseen!r:.100} is of type {type(foreseen).__name__}, use a dict by name")
     found = (
         {} if foreseen is None else {name: floats_of(f"foreseen.{name}", values) for name, values in foreseen.items()}
     )
@@ -244,10 +248,10 @@ def check_image(image: torch.Tensor, facts: VaeFacts) -> None:
 
 def floats_of(name: str, values: Sequence[float] | torch.Tensor) -> tuple[float, ...]:
     """Convert a flat sequence of finite numbers."""
-    plain = values.tolist() if hasattr(values, "tolist") else values
     try:
+        plain = values.tolist() if hasattr(values, "tolist") else values
         found = tuple(float(value) for value in (plain if isinstance(plain, Sequence) else [plain]))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise BadRequest(f"{name}: a flat sequence of numbers is needed") from None
     for index, value in enumerate(found):
         if not math.isfinite(value):

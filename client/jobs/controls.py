@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xditd.client.io_places import IoPlaces
 from xditd.client.jobs import checks
-from xditd.client.jobs.arguments import ArgumentWriter
+from xditd.client.jobs.arguments import ArgumentWriter, check_text
 from xditd.client.jobs.component import Component
 from xditd.ipc import limits, requests
 from xditd.ipc.errors import BadRequest
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from xditd.client.loans import Loan
+
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,8 @@ class Control:
         Raises:
             BadRequest: names the field, its value and the remedy.
         """
-        checks.floats_of(f"{where}.scale, start, end", (self.scale, self.start, self.end))
+        for name, value in (("scale", self.scale), ("start", self.start), ("end", self.end)):
+            _check_number(f"{where}.{name}", value)
         if not abs(self.scale) <= MAX_SCALE:
             raise BadRequest(f"{where}.scale: {self.scale:g}; use at most {MAX_SCALE:g}")
         if not 0.0 <= self.start <= self.end <= 1.0:
@@ -87,14 +91,45 @@ class CallControl:
         Raises:
             BadRequest: names the field, its value and the remedy.
         """
-        if isinstance(self.scale, bool) or not math.isfinite(self.scale) or abs(self.scale) > MAX_SCALE:
+        _check_number(f"{where}.scale", self.scale)
+        if not abs(self.scale) <= MAX_SCALE:
             raise BadRequest(f"{where}.scale: {self.scale!r}; use a number of at most {MAX_SCALE:g}")
+        for name, value in (("arguments", self.arguments), ("blocks", self.blocks)):
+            if not isinstance(value, Mapping):
+                raise BadRequest(
+                    f"{where}.{name}: {value!r:.100} is of type {type(value).__name__}, use a dict by name"
+                )
         most = limits.MAX_CONTROLLED_BLOCKS
         for name, numbers in self.blocks.items():
-            if len(numbers) > most:
+            check_text(f"{where}.blocks: name", name)
+            if len(checked_list(f"{where}.blocks.{name}", numbers)) > most:
                 raise BadRequest(f"{where}.blocks.{name}: {len(numbers)} blocks, at most {most}")
             for number in numbers:
                 checks.check_whole(f"{where}.blocks.{name}", number, 0, most - 1)
+
+
+def checked_list(name: str, value: Any) -> Sequence[Any]:
+    """Return a list or tuple that an argument is.
+
+    Raises:
+        BadRequest: what is none of both.
+    """
+    if not isinstance(value, list | tuple):
+        raise BadRequest(f"{name}: {value!r:.100} is of type {type(value).__name__}, use a list")
+    return value
+
+
+def checked_controls(name: str, value: Any, kind: type[C]) -> Sequence[C]:
+    """Return the ControlNets that an argument lists.
+
+    Raises:
+        BadRequest: no list, or one with other objects.
+    """
+    for number, each in enumerate(checked_list(name, value)):
+        if not isinstance(each, kind):
+            raise BadRequest(f"{name}[{number}]: {each!r:.100} is of type {type(each).__name__}, use {kind.__name__}()")
+    found: Sequence[C] = value
+    return found
 
 
 def check_controls(
@@ -155,6 +190,11 @@ def write_part_controls(
             )
         )
     return tuple(written)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise BadRequest(f"{name}: {value!r:.100} is not a finite number")
 
 
 def _check_count(where: str, count: int) -> None:

@@ -20,9 +20,11 @@ from xditd.client.jobs.device_use import DeviceUse, Key, Room
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_requests import CallRequest, GenerationRequest, JobRequest, call_request
 from xditd.client.jobs.pending import PendingJob
+from xditd.client.jobs.start_images import steps_to_run
 from xditd.client.mailboxes import Timeouts
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
+from xditd.client.waiting import check_deadline
 from xditd.ipc.arguments import InIo
 from xditd.ipc.errors import (
     BadRequest,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     import torch
 
     from xditd.client.jobs.held_tensors import HeldStore
+    from xditd.client.metadata.record import Record
     from xditd.ipc.processes import ProcessIdentity
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ class Runner:
     def start(self, job: JobRequest, block: IoBlock, deadline_s: float | None) -> PendingJob:
         """Send a job whose inputs are in ``block``, without waiting. The job gives the block back to the pool."""
         try:
+            check_deadline(deadline_s)
             connection = self._current().connection
             request = _with_device_io(job.write(connection.next_request_id(), block.describe()), block)
         except BaseException:
@@ -103,8 +107,10 @@ class Runner:
         # As in calls: those of other threads have replaced the workers' block.
         return self.encode_prompt(partial(make_request, room_bytes=room_bytes), deadline_s)
 
-    def generate(self, job: GenerationRequest, deadline_s: float | None, owner: object) -> GenerationJob:
-        """Start a generation, without waiting. ``owner`` is kept alive until it has ended."""
+    def generate(
+        self, job: GenerationRequest, deadline_s: float | None, owner: object, record: Record | None = None
+    ) -> GenerationJob:
+        """Start a generation, without waiting. ``owner`` is kept alive until it ended. The result has ``record``."""
         block = job.fill(self._pool)
 
         def read(name: str) -> torch.Tensor | None:
@@ -117,6 +123,7 @@ class Runner:
                 timings_ms=dict(generated.timings_ms),
                 seed=job.sampling.seed,
                 reused_steps=generated.reused_steps,
+                record=record,
             )
 
         def read_denoised() -> torch.Tensor:
@@ -132,7 +139,8 @@ class Runner:
             return preview
 
         pending = self.start(job, block, deadline_s)
-        return GenerationJob(pending, read_outputs, read_denoised, read_preview, job.sampling.steps, owner)
+        total_steps = steps_to_run(job.sampling.steps, job.sampling.strength)
+        return GenerationJob(pending, read_outputs, read_denoised, read_preview, total_steps, owner)
 
     def call(
         self,

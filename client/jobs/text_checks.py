@@ -24,6 +24,11 @@ def check_token_ids(token_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.
     import torch
 
     if not isinstance(token_ids, torch.Tensor):
+        if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
+            raise BadRequest(
+                f"token_ids: {token_ids!r:.100} is of type {type(token_ids).__name__}; give rows of whole numbers, "
+                "such as [[49406, 320, 49407]]"
+            )
         lengths = {len(row) if isinstance(row, Sequence) else -1 for row in token_ids}
         if len(lengths) > 1:
             raise BadRequest(f"token_ids: rows of {listed(sorted(lengths))} tokens; pad them to one length")

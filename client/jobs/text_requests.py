@@ -9,6 +9,7 @@ from xditd.client.io_places import IoPlaces
 from xditd.client.jobs.component import Component
 from xditd.client.jobs.job_requests import JobRequest
 from xditd.client.jobs.text_checks import check_images, check_layers, check_mask, check_token_ids
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.requests import EncodeText
 from xditd.ipc.tensors import HostShmBlock
 
@@ -29,6 +30,8 @@ def encode_text_request(
     import torch
 
     facts = encoder.text_encoder
+    if not isinstance(pooled, bool):
+        raise BadRequest(f"pooled: {pooled!r:.100} is of type {type(pooled).__name__}, use True or False")
     ids = check_token_ids(token_ids)
     places = IoPlaces()
     ids_at = places.add_input(ids)
@@ -37,7 +40,7 @@ def encode_text_request(
         mask = check_mask(mask, ids)
         inputs.append((places.add_input(mask), mask))
     layers = check_layers(layers)
-    images = check_images(images or {}, facts)
+    images = check_images({} if images is None else images, facts)
     images_at = {name: places.add_input(each) for name, each in images.items()}
     inputs += [(images_at[name], each) for name, each in images.items()]
     shape = (*ids.shape, facts.width * max(1, len(layers)))

@@ -15,13 +15,12 @@ from msgspec.structs import replace
 
 from xditd.client.file_headers import read_header
 from xditd.client.file_loading import load_into_arena
-from xditd.client.lend_checks import check_manifest, state_of
+from xditd.client.lend_checks import check_given, check_manifest, path_of, state_of
 from xditd.client.lending import Offer
 from xditd.client.lent_memory import LentMemory
 from xditd.client.lent_tensors import describe_tensors
 from xditd.client.loras.layers import LoraLayers, Matrix, group_layers
 from xditd.client.loras.scales import PeftConfig, decode_scalar, parse_config, read_configs, split_configs
-from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
 from xditd.ipc.loras import LoraDescription, LoraLayer, LoraPart, lora_faults
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
@@ -69,10 +68,13 @@ def describe_lora(
     memory = LentMemory()
     started = time.perf_counter()
     try:
+        check_given(label=label, device=device, generation=generation, as_class=as_class)
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise BadRequest(f"metadata: {metadata!r:.100} is of type {type(metadata).__name__}, use a dict of texts")
         if isinstance(source, (str, bytes, os.PathLike)):
             if metadata is not None:
                 raise BadRequest("metadata: a file has its own; give it with a state dict")
-            path, config = _find(expand_home(os.fsdecode(source)))
+            path, config = _find(path_of(source))
             label = label or os.fsencode(Path(path).stem).decode("utf-8", "replace")
             layers, specs = _describe_file(path, config, label, device, memory)
         elif isinstance(source, ReadLora):

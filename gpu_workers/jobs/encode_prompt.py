@@ -23,8 +23,7 @@ from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.lora_variants import LoraVariant
 from xditd.gpu_workers.models.prompts import Conditioning, PromptInputs, PromptRecipe, Tokens
 from xditd.gpu_workers.models.result_checks import FiniteCheck
-from xditd.gpu_workers.models.tokenizer_building import refuse_foreign_errors, tokenizer_of
-from xditd.gpu_workers.models.tokenizer_match import LentTokenizer
+from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer, refuse_foreign_errors
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc.requests import EncodePrompt, LoraUses
 
@@ -51,7 +50,10 @@ def run(job: EncodePrompt, context: JobContext) -> Finished:
         io = context.open_io()
         images = [io.read(f"images[{number}]", place) for number, place in enumerate(job.images)]
         if context.is_leader:
-            tokenizers = {role: context.components.get_tokenizer(each) for role, each in job.tokenizers.items()}
+            tokenizers = {
+                role: context.components.find(each, "tokenizer").tokenizer.built
+                for role, each in job.tokenizers.items()
+            }
             check_tokens(job, facts, tokenizers)
             _check_vocabularies(encoders, tokenizers)
             tokens = _tokenize(job, recipe, transformer, tokenizers, images)
@@ -77,7 +79,7 @@ def _tokenize(
     job: EncodePrompt,
     recipe: PromptRecipe[Any],
     transformer: Component,
-    tokenizers: Mapping[str, LentTokenizer],
+    tokenizers: Mapping[str, BuiltTokenizer],
     images: Sequence[torch.Tensor],
 ) -> dict[str, Mapping[str, Tokens]]:
     """Return the tokens of the prompts under ``""``, and those of negative prompts under :data:`NEGATIVE`."""
@@ -89,12 +91,11 @@ def _tokenize(
         if texts:
             inputs = PromptInputs(texts, pictures, job.options)
             with refuse_foreign_errors(f"tokenizers of {transformer.manifest.label}", "tokenize these texts"):
-                built = {role: each.built for role, each in tokenizers.items()}
-                found[before] = recipe.tokenize(transformer.match.config, inputs, built)
+                found[before] = recipe.tokenize(transformer.match.config, inputs, tokenizers)
     return found
 
 
-def _check_vocabularies(encoders: Mapping[str, Component], tokenizers: Mapping[str, LentTokenizer]) -> None:
+def _check_vocabularies(encoders: Mapping[str, Component], tokenizers: Mapping[str, BuiltTokenizer]) -> None:
     """Check the ids of each encoder's tokenizer, whose role has the same number, as ``tokenizer_2`` has."""
     for role, encoder in encoders.items():
         number = role.removeprefix("text_encoder")
@@ -102,7 +103,7 @@ def _check_vocabularies(encoders: Mapping[str, Component], tokenizers: Mapping[s
             found = tokenizers.get(kind + number)
             if found is not None:
                 vocabulary = encoder.model.operations_for("text_encoder").vocabulary(encoder.match.config)
-                check_vocabularies(len(tokenizer_of(found.built)), vocabulary, kind + number, encoder.match.family.name)
+                check_vocabularies(found.vocabulary, vocabulary, kind + number, encoder.match.family.name)
 
 
 class UsedEncoders:

@@ -7,7 +7,7 @@ from typing import Any
 
 from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.prompts import PromptRecipe, TakesPrompts
-from xditd.gpu_workers.models.tokenizer_match import LentTokenizer
+from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import PromptFacts
@@ -81,7 +81,7 @@ def check_encoders(encoders: Mapping[str, Component], facts: PromptFacts) -> Non
         raise BadRequest("encoders: two roles name components of one architecture, whose weights replace each other")
 
 
-def check_tokens(job: EncodePrompt, facts: PromptFacts, tokenizers: Mapping[str, LentTokenizer]) -> None:
+def check_tokens(job: EncodePrompt, facts: PromptFacts, tokenizers: Mapping[str, BuiltTokenizer]) -> None:
     """Check the classes of tokenizers, which rank 0 knows.
 
     Raises:

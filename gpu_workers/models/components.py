@@ -13,6 +13,7 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 
@@ -29,7 +30,8 @@ from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, pr
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
-from xditd.gpu_workers.models.tokenizer_match import LentTokenizer, match_tokenizer
+from xditd.gpu_workers.models.tokenizer_building import TokenizerCache
+from xditd.gpu_workers.models.tokenizer_component import make_tokenizer
 from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
@@ -80,7 +82,7 @@ class Components:
         self.plugs = 0
         self._loader = TensorLoader(layout.device, self.gpu_copies, products)
         self._device = layout.device
-        self._rank = layout.rank
+        self._tokenizers = TokenizerCache() if layout.rank == 0 else None
         self._peer_uuids = peer_uuids
         self._kept: dict[str, LentCopies] = {}
         self._prepared: dict[str, Component] = {}
@@ -184,14 +186,6 @@ class Components:
         if component.match.family.kind != kind:
             raise BadRequest(f"component {component_id} is a {component.match.family.kind}; this job needs a {kind}")
         return component
-
-    def get_tokenizer(self, component_id: str) -> LentTokenizer:
-        """Return a lent tokenizer; rank 0 alone has it.
-
-        Raises:
-            UnknownComponent, BadRequest: as :meth:`get`.
-        """
-        return self.find(component_id, "tokenizer").tokenizer
 
     def get_lora(self, component_id: str) -> LentLora:
         """Return a lent LoRA.
@@ -359,7 +353,11 @@ class Components:
                     f"manifest of {manifest.label}: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults
                 )
             if manifest.kind is ComponentKind.TOKENIZER:
-                return self._assemble_tokenizer(component_id, manifest, exporter, opened, clock)
+                opened.extend(self._open(block, exporter, None) for block in manifest.blocks)
+                made = make_tokenizer(component_id, manifest, opened, clock, self._tokenizers)
+                while opened:  # what is built holds no lent memory
+                    self.blocks.release(cast(OpenBlock, opened.pop()))
+                return made
             match = match_manifest(manifest, self.models, self.class_models)
             reserved = match.reserve()
             clock.mark("match")
@@ -394,30 +392,6 @@ class Components:
             [*loaded.copies.buffers, *loaded.made],
             loaded.copied + filled,
             clock.marks_ms,
-        )
-
-    def _assemble_tokenizer(
-        self,
-        component_id: str,
-        manifest: Manifest,
-        exporter: ProcessIdentity,
-        opened: list[OpenBlock | None],
-        clock: Clock,
-    ) -> Component:
-        """Read the files of a tokenizer, and unmap them: what is built of them holds no lent memory."""
-        for block in manifest.blocks:
-            opened.append(self._open(block, exporter, None))
-        clock.mark("map")
-        match = match_tokenizer(manifest, opened, is_leader=self._rank == 0)
-        while opened:
-            block_open = opened.pop()
-            if block_open is not None:
-                self.blocks.release(block_open)
-        clock.mark("build")
-        facts = match.facts(manifest)
-        copied = CopiedBytes(host_to_host=manifest.tensor_bytes)
-        return Component(
-            component_id, match, {}, manifest, facts, {}, {}, opened, LentCopies(), [], copied, clock.marks_ms
         )
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:

@@ -6,7 +6,8 @@ facts and says in ``place_images`` what becomes of them; all else is shared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -91,15 +92,29 @@ class DecoderOperations:
         more: Mapping[str, Any] = {}
         if images:
             states, more = self.place_images(model, token_ids, states, mask, images)
-        found = module(
-            inputs_embeds=states,
-            attention_mask=None if mask is None else mask.to(model.device),
-            output_hidden_states=bool(layers),
-            **more,
-        )
+        with _inputs_of(module.norm) as before_norm:
+            found = module(
+                inputs_embeds=states,
+                attention_mask=None if mask is None else mask.to(model.device),
+                output_hidden_states=bool(layers),
+                **more,
+            )
         if not layers:
             return cast(torch.Tensor, found.last_hidden_state), None
-        return torch.cat([found.hidden_states[number] for number in layers], dim=-1), None
+        # The class normalises the last of its hidden states.
+        after = [*found.hidden_states[:-1], before_norm[-1]]
+        return torch.cat([after[number] for number in layers], dim=-1), None
+
+
+@contextmanager
+def _inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Note what a module is called with."""
+    noted: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, given: noted.append(given[0]))
+    try:
+        yield noted
+    finally:
+        handle.remove()
 
 
 def place_features(states: torch.Tensor, is_feature: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

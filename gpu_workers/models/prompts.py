@@ -11,6 +11,7 @@ import torch
 from xditd.gpu_workers.models.operations import ConfigT_contra
 
 if TYPE_CHECKING:
+    from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer
     from xditd.ipc.facts import PromptFacts
 
 Conditioning = Mapping[str, torch.Tensor | list[torch.Tensor]]
@@ -40,6 +41,10 @@ class Tokens:
     token_ids: torch.Tensor
     mask: torch.Tensor | None = None
     images: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    dropped: int = 0
+    """Of the states, how many tokens of a template are left out at the front; the recipe does it."""
+    kept: int | None = None
+    """How many tokens are kept behind these; the recipe cuts the others."""
 
 
 class PromptEncoders(Protocol):
@@ -69,7 +74,7 @@ class PromptRecipe(Protocol[ConfigT_contra]):
         """Return what clients have to lend, and may give."""
 
     def tokenize(
-        self, config: ConfigT_contra, inputs: PromptInputs, tokenizers: Mapping[str, Any]
+        self, config: ConfigT_contra, inputs: PromptInputs, tokenizers: Mapping[str, BuiltTokenizer]
     ) -> Mapping[str, Tokens]:
         """Return the tokens of each encoder by its role. ``tokenizers`` are those of the facts, by role.
 

@@ -7,10 +7,12 @@ files are written to a folder of this process alone, mode 0700, which is removed
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import logging
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,19 +20,17 @@ from xditd.ipc.errors import BadCheckpoint, OutOfMemory, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tokenizer_files import CONFIG, PIECES, WHOLE
 
-logger = logging.getLogger(__name__)
-
-TOKENIZERS: Final = (
-    "CLIPTokenizer",
-    "T5Tokenizer",
-    "Qwen2Tokenizer",
-    "LlamaTokenizer",
-    "PreTrainedTokenizerFast",
-)
+TOKENIZERS: Final = ("CLIPTokenizer", "T5Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
 """Classes of tokenizers, without the suffix of their old names."""
 
-PROCESSORS: Final = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "PixtralProcessor")
-"""Classes of processors: a tokenizer with what makes tensors of pictures."""
+_IMAGE_PROCESSORS: Final = {
+    "Qwen2VLProcessor": "Qwen2VLImageProcessor",
+    "Qwen2_5_VLProcessor": "Qwen2VLImageProcessor",
+    "PixtralProcessor": None,
+}
+PROCESSORS: Final = tuple(_IMAGE_PROCESSORS)
+"""Classes of processors. Of one, its tokenizer and its image processor are made: the class itself needs torchvision for
+videos, and gives texts and pictures to these two. Pixtral's is used for texts alone."""
 
 _FAST: Final = "Fast"
 _WHOLE_CLASSES: Final = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -39,12 +39,29 @@ _CODE: Final = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
 """Keys of configurations that name code to import."""
 _OBJECTS: Final = frozenset({"init_inputs", "tokenizer_object", "gguf_file", "backend_tokenizer"})
 """Keys that would replace what is read of the files."""
+_OLD_TEMPLATE: Final = "chat_template.json"
+"""Which older processors have in place of ``chat_template.jinja``; tokenizers do not read it."""
 _PROCESSOR_CONFIGS: Final = ("processor_config.json", "preprocessor_config.json")
 _MAX_DEPTH: Final = 64
+_MOST_BUILT: Final = 8
 
 
-def build_tokenizer(files: Mapping[str, bytes], label: str) -> tuple[str, Any]:
-    """Build what a folder of these files holds; return the name of its class, and the tokenizer or processor.
+@dataclass(frozen=True, eq=False)
+class BuiltTokenizer:
+    """A tokenizer of transformers with the name of its class, or what a processor of that class is made of."""
+
+    class_name: str
+    tokenizer: Any
+    image_processor: Any = None
+
+    @property
+    def vocabulary(self) -> int:
+        """The largest id, and one: ids may have gaps."""
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def build_tokenizer(files: Mapping[str, bytes], label: str) -> BuiltTokenizer:
+    """Build what a folder of these files holds.
 
     Raises:
         BadCheckpoint: files are missing, or cannot be read; names the file.
@@ -52,15 +69,53 @@ def build_tokenizer(files: Mapping[str, bytes], label: str) -> tuple[str, Any]:
         OutOfMemory: there is no room for the files.
     """
     configs = _read_configs(files, label)
-    name = _class_name(files, configs, label)
+    processor = _processor_name(configs, label)
+    name = "PreTrainedTokenizerFast" if processor == "PixtralProcessor" else _tokenizer_name(files, configs, label)
+    of_images = _IMAGE_PROCESSORS.get(processor or "")
     _check_vocabulary(files, label)
+    with (
+        _written(files, configs) as folder,
+        refuse_foreign_errors(label, f"make a {processor or name} of {listed(sorted(files))}"),
+    ):
+        tokenizer = _class(name).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        template = configs.get(_OLD_TEMPLATE, {}).get("chat_template")
+        if processor and isinstance(template, str) and not tokenizer.chat_template:
+            tokenizer.chat_template = template
+        if of_images is None:
+            return BuiltTokenizer(processor or name, tokenizer)
+        return BuiltTokenizer(
+            processor or name, tokenizer, _class(of_images).from_pretrained(folder, local_files_only=True)
+        )
+
+
+class TokenizerCache:
+    """The tokenizers that were built last, by the content of their files: to build one takes up to seconds."""
+
+    def __init__(self) -> None:
+        self._built: OrderedDict[bytes, BuiltTokenizer] = OrderedDict()
+
+    def build(self, files: Mapping[str, bytes], label: str) -> BuiltTokenizer:
+        """Return the tokenizer of these files; raises as :func:`build_tokenizer`."""
+        digest = hashlib.blake2b(digest_size=32)
+        for name, content in sorted(files.items()):
+            digest.update(f"{name} {len(content)} ".encode())
+            digest.update(content)
+        key = digest.digest()
+        if key not in self._built:
+            self._built[key] = build_tokenizer(files, label)
+        self._built.move_to_end(key)
+        while len(self._built) > _MOST_BUILT:
+            self._built.popitem(last=False)
+        return self._built[key]
+
+
+def _class(name: str) -> Any:
     import transformers
 
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise Unsupported(f"{label}: {name} is no class of transformers {transformers.__version__}; upgrade it")
-    with _written(files, configs) as folder, refuse_foreign_errors(label, f"make a {name} of {listed(sorted(files))}"):
-        return name, kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise Unsupported(f"{name} is no class of transformers {transformers.__version__}; upgrade it")
+    return found
 
 
 @contextlib.contextmanager
@@ -84,11 +139,6 @@ def refuse_foreign_errors(label: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def tokenizer_of(built: Any) -> Any:
-    """Return the tokenizer of a processor, or a tokenizer itself."""
-    return getattr(built, "tokenizer", built)
-
-
 def _read_configs(files: Mapping[str, bytes], label: str) -> dict[str, dict[str, Any]]:
     """Parse every JSON file, and return those that are configurations.
 
@@ -110,7 +160,7 @@ def _read_configs(files: Mapping[str, bytes], label: str) -> dict[str, dict[str,
             continue
         if not isinstance(value, dict):
             raise BadCheckpoint(f"{label}: {name} holds a {type(value).__name__}, a JSON object is needed")
-        if name.endswith("_config.json"):
+        if name.endswith("_config.json") or name == _OLD_TEMPLATE:
             _check_keys(value, name, label)
             found[name] = value
     return found
@@ -131,20 +181,26 @@ def _check_keys(value: Any, name: str, label: str, depth: int = 0) -> None:
         _check_keys(each, name, label, depth + 1)
 
 
-def _class_name(files: Mapping[str, bytes], configs: Mapping[str, Mapping[str, Any]], label: str) -> str:
-    """Return the class that the configurations name.
+def _processor_name(configs: Mapping[str, Mapping[str, Any]], label: str) -> str | None:
+    """Return the class of the processor that the configurations name; ``None`` for a tokenizer alone."""
+    for name in _PROCESSOR_CONFIGS:
+        given = configs.get(name, {}).get("processor_class")
+        if given is None:
+            continue
+        if given not in PROCESSORS:
+            raise Unsupported(f"{label}: {name} names the class {given!r:.100}; known are {', '.join(PROCESSORS)}")
+        return str(given)
+    return None
+
+
+def _tokenizer_name(files: Mapping[str, bytes], configs: Mapping[str, Mapping[str, Any]], label: str) -> str:
+    """Return the class of the tokenizer that the configuration names.
 
     Raises:
         BadCheckpoint: none is named.
         Unsupported: it is not one of those that are built.
     """
-    for name in _PROCESSOR_CONFIGS:
-        given = configs.get(name, {}).get("processor_class")
-        if given is not None:
-            if given not in PROCESSORS:
-                raise Unsupported(f"{label}: {name} names the class {given!r:.100}; known are {', '.join(PROCESSORS)}")
-            return str(given)
-    if CONFIG not in files:
+    if CONFIG not in configs:
         raise BadCheckpoint(f"{label}: it lacks {CONFIG}, which names the class; it has {listed(sorted(files))}")
     given = configs[CONFIG].get("tokenizer_class")
     if not isinstance(given, str):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from xditd.gpu_workers.models.entries import Bindings
-from xditd.gpu_workers.models.tokenizer_building import PROCESSORS, build_tokenizer, tokenizer_of
+from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer, TokenizerCache
 from xditd.gpu_workers.weights.blocks import OpenBlock
 from xditd.ipc.facts import ComponentFacts, TokenizerFacts
 from xditd.ipc.packed import PackedWeight
@@ -24,10 +23,15 @@ class LentTokenizer:
 
     scratch_bytes = 0
 
-    def __init__(self, class_name: str, built: Any) -> None:
-        self.class_name = class_name
-        self.built = built
+    def __init__(self, built: BuiltTokenizer | None) -> None:
+        self._built = built
         self.owner: str | None = None
+
+    @property
+    def built(self) -> BuiltTokenizer:
+        """The tokenizer; on rank 0 alone."""
+        assert self._built is not None
+        return self._built
 
     def plug(self, _: Bindings, owner: str = "", __: object = None) -> None:
         self.owner = owner
@@ -56,6 +60,8 @@ class TokenizerMatch:
     """A manifest matched as a tokenizer; see :class:`~xditd.gpu_workers.models.checkpoint_match.CheckpointMatch`."""
 
     model: LentTokenizer
+    built: BuiltTokenizer | None
+    """On rank 0."""
     files: tuple[str, ...]
     family: _TokenizerAsFamily = _TokenizerAsFamily()
     dtype: torch.dtype = torch.uint8
@@ -75,24 +81,26 @@ class TokenizerMatch:
 
     def facts(self, manifest: Manifest) -> ComponentFacts:
         """Return the facts that clients get; those of rank 0 count."""
-        tokenizer = None if self.model.built is None else tokenizer_of(self.model.built)
+        built = self.built
         return ComponentFacts(
             family=self.family.name,
-            class_name=self.model.class_name,
+            class_name="tokenizer" if built is None else built.class_name,
             kind=ComponentKind.TOKENIZER,
             dtype="uint8",
             bytes_by_dtype=manifest.bytes_by_dtype,
             tokenizer=TokenizerFacts(
-                vocabulary=0 if tokenizer is None else len(tokenizer),
+                vocabulary=0 if built is None else built.vocabulary,
                 files=self.files,
-                takes_images=self.model.class_name in PROCESSORS,
-                has_chat_template=tokenizer is not None and _has_template(self.model.built),
+                takes_images=built is not None and built.image_processor is not None,
+                has_chat_template=built is not None and bool(built.tokenizer.chat_template),
             ),
         )
 
 
-def match_tokenizer(manifest: Manifest, opened: Sequence[OpenBlock | None], *, is_leader: bool) -> TokenizerMatch:
-    """Read the files of a manifest whose faults were checked, and build the tokenizer on rank 0.
+def match_tokenizer(
+    manifest: Manifest, opened: Sequence[OpenBlock | None], cache: TokenizerCache | None
+) -> TokenizerMatch:
+    """Read the files of a manifest whose faults were checked, and build the tokenizer, if there is a ``cache``.
 
     ``opened`` are its blocks, which may be unmapped afterwards.
 
@@ -104,14 +112,10 @@ def match_tokenizer(manifest: Manifest, opened: Sequence[OpenBlock | None], *, i
     for block in opened:
         if block is not None:
             block.check_unchanged()
-    name, built = build_tokenizer(files, manifest.label) if is_leader else ("tokenizer", None)
-    return TokenizerMatch(LentTokenizer(name, built), tuple(sorted(files)))
+    built = None if cache is None else cache.build(files, manifest.label)
+    return TokenizerMatch(LentTokenizer(built), built, tuple(sorted(files)))
 
 
 def _content(block: OpenBlock | None, offset_bytes: int, size_bytes: int) -> bytes:
     assert block is not None  # host memory is local to every rank
     return block.bytes[offset_bytes : offset_bytes + size_bytes].numpy().tobytes()
-
-
-def _has_template(built: Any) -> bool:
-    return any(getattr(each, "chat_template", None) for each in (built, tokenizer_of(built)))

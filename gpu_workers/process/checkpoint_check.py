@@ -21,7 +21,7 @@ from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.process import xfuser_cpu
+from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import XditdError
 from xditd.ipc.tensors import Manifest
@@ -35,8 +35,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     manifests = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Manifest])
     with xfuser_cpu.importable():
-        import xfuser  # noqa: F401 - families' operations import it
-
+        lean_imports.import_xfuser()  # families' operations import it
         found = check(manifests)
     print(json.dumps(found), file=answer, flush=True)
     return 0

@@ -84,11 +84,11 @@ def _attention_facts() -> dict[str, Any]:
         import torch
 
         from xditd.gpu_workers.parallel import attention
-        from xditd.gpu_workers.process import xfuser_cpu
+        from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         with contextlib.nullcontext() if device.type == "cuda" else xfuser_cpu.importable():
-            import xfuser.core.distributed.attention_backend  # noqa: F401 - registers the backends
+            lean_imports.import_xfuser()  # registers the backends
         return {"attention": attention.working(device), "attention_error": ""}
     except (ImportError, OSError, RuntimeError) as error:
         return {"attention": [], "attention_error": f"{type(error).__name__}: {error}"}

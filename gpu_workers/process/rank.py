@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from xditd.gpu_workers.process import start_faults, xfuser_start
+from xditd.gpu_workers.process import lean_imports, start_faults, xfuser_start
 from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.options import Options
@@ -49,6 +49,7 @@ def main(
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // choice.degrees.world_size) if where.type == "cpu" else 1)
     try:
+        lean_imports.leave_out_peft()
         layout = xfuser_start.start(
             rank,
             choice.degrees.world_size,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import importlib
 import logging
 import os
-import sys
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -20,7 +18,7 @@ from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.registry import own_families
 from xditd.gpu_workers.parallel import attention, rank_sync, ring, sequence_groups
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.process import xfuser_cpu
+from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 from xditd.ipc import layout_choice
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
@@ -108,11 +106,7 @@ def stop() -> None:
 
 def _import_xfuser(device: torch.device) -> None:
     with xfuser_cpu.importable() if device.type == "cpu" else contextlib.nullcontext():
-        importlib.import_module("xfuser")
-    # xfuser logs at DEBUG to stdout.
-    xfuser_logging = importlib.import_module("xfuser.logger")
-    xfuser_logging._default_handler.setStream(sys.stderr)
-    xfuser_logging._default_handler.setLevel(logging.ERROR)
+        lean_imports.import_xfuser()
 
 
 def _join(rank: int, world_size: int, store_path: str, device: torch.device) -> dist.Store:
@@ -141,7 +135,7 @@ def _set_timeouts() -> None:
 
 
 def _start_xdit(rank: int, degrees: Degrees, device: torch.device, attention_backend: str) -> str:
-    from xfuser import xFuserArgs
+    from xfuser.config.args import xFuserArgs
     from xfuser.core.distributed import runtime_state
     from xfuser.core.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 

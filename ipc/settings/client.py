@@ -40,8 +40,8 @@ class DaemonFlags(msgspec.Struct, frozen=True, kw_only=True):
     json: Annotated[bool, _JSON] = False
 
 
-class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
-    """Flags of ``generate``."""
+class JobFlags(DaemonFlags, frozen=True, kw_only=True):
+    """Flags of a generation, of ``generate`` and ``cluster``."""
 
     log_level: Annotated[LogLevel, _LOG_LEVEL] = "info"
     transformer: Annotated[str | None, about("transformer checkpoint, one safetensors or GGUF file", kind="path")] = (
@@ -56,14 +56,17 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
     embeds: Annotated[str | None, about("safetensors file with the text embeddings", kind="path")] = None
     random_embeds: Annotated[_Seed | None, about("use random embeddings instead", metavar="SEED")] = None
     text_tokens: Annotated[int, Meta(ge=1, le=65_536), about("text tokens of --random-embeds", metavar="COUNT")] = 512
-    size: Annotated[str, about("image size in pixels", kind="size")] = "1024x1024"
+    size: Annotated[
+        str | None,
+        about("image size in pixels (default: the model's own; 1024x1024 of single files)", kind="size"),
+    ] = None
     frames: Annotated[
         Annotated[int, Meta(ge=1, le=limits.MAX_FRAMES)] | None,
-        about("frames of a video (default: one, an image)", metavar="COUNT"),
+        about("frames of a video (default: the model's own; one, an image, of single files)", metavar="COUNT"),
     ] = None
     fps: Annotated[
         Annotated[int, Meta(ge=1, le=1_000)] | None,
-        about("frames a second of an .mp4 (default: 16)", metavar="COUNT"),
+        about("frames a second of an .mp4 (default: the model's own, or 16)", metavar="COUNT"),
     ] = None
     steps: Annotated[_Steps | None, about("denoising steps (default: the model's own)", metavar="COUNT")] = None
     seed: Annotated[_Seed | None, about("seed of the noise (default: random, and reported)", metavar="SEED")] = None
@@ -72,10 +75,9 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
         about("guidance scale (default: the model's own)", metavar="SCALE"),
     ] = None
     step_cache: Annotated[
-        float,
-        Meta(ge=0, le=1),
+        Annotated[float, Meta(ge=0, le=1)] | None,
         about("skip steps whose first block changes less than this, such as 0.08; not lossless", metavar="SHARE"),
-    ] = 0.0
+    ] = None
     option: Annotated[
         str | None,
         about(
@@ -88,8 +90,8 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
     lora: Annotated[
         str | None,
         about(
-            "file or folder of a LoRA of the transformer, and its strength, such as style.safetensors=0.8; may be "
-            "repeated; the variable takes several, separated by commas",
+            "file or folder of a LoRA of the transformer, and its strength, such as style.safetensors=0.8 or "
+            "style.safetensors:0.8; may be repeated; the variable takes several, separated by commas",
             kind="strengths",
             variable="XDITD_LORAS",
         ),
@@ -111,14 +113,20 @@ class GenerateFlags(DaemonFlags, frozen=True, kw_only=True):
         ),
     ] = None
     out: Annotated[
-        str,
+        str | None,
         about(
-            "image file, or of a video an .mp4, or a folder without a suffix; several become out-0.png and so on",
-            kind="path",
+            "image file; several become out-0.png and so on; with a slash at the end a folder, which numbers them. "
+            "Of a video an .mp4, or a folder of PNG files (default: out.png or out.mp4)",
+            kind="target",
             short="-o",
         ),
-    ] = "out.png"
+    ] = None
     save_latents: Annotated[str | None, about("also write the latents to a safetensors file", kind="path")] = None
+    no_metadata: Annotated[bool, about("do not write into files how they were made")] = False
+
+
+class GenerateFlags(JobFlags, frozen=True, kw_only=True):
+    """Flags of ``generate``."""
 
 
 class DemoFlags(JsonFlags, frozen=True, kw_only=True):
@@ -234,8 +242,8 @@ class InstallFlags(JsonFlags, frozen=True, kw_only=True):
     ] = None
 
 
-class ClusterFlags(GenerateFlags, frozen=True, kw_only=True):
-    """Flags of ``cluster``: those of ``generate`` are for ``submit``."""
+class ClusterFlags(JobFlags, frozen=True, kw_only=True):
+    """Flags of ``cluster``: those of a generation are for ``submit``."""
 
     address: Annotated[
         str | None,

@@ -21,8 +21,9 @@ def about(help: str, **more: Any) -> msgspec.Meta:
     """Describe a field: its help text, and those of the following that differ from what its name and type imply.
 
     ``section`` and ``key``: its place in the file. ``flag`` and ``variable``: "" if it has none. ``short``: the flag of
-    one letter. ``metavar``: the name of the flag's value. ``kind`` of a text: "path", "size" (in pixels, divisible by
-    ``multiple``), "named values", or "strengths" by file. ``values``: the allowed values in words. ``check`` raises
+    one letter. ``metavar``: the name of the flag's value. ``kind`` of a text: "path", "paths" (a flag that may be
+    repeated), "target" (a path whose slash at the end counts), "size" (in pixels, divisible by ``multiple``), "named
+    values", or "strengths" by file. ``values``: the allowed values in words. ``check`` raises
     ``ValueError`` for values that the type allows but the setting does not. ``default``: the default in words.
     ``reload``: a reload applies it.
     """
@@ -57,12 +58,17 @@ class Setting:
 
     @property
     def metavar(self) -> str:
-        usual = {"path": "DIR" if self.name.endswith("dir") else "FILE", "size": "WIDTHxHEIGHT"}.get(self.kind)
+        usual = {
+            "path": "DIR" if self.name.endswith("dir") else "FILE",
+            "paths": "FILE",
+            "target": "PATH",
+            "size": "WIDTHxHEIGHT",
+        }.get(self.kind)
         return str(self.more.get("metavar") or usual or self.key.rpartition("_")[2].upper())
 
     @property
     def kind(self) -> str:
-        """The meaning of a text: "path", "size", "named values", "strengths", or empty."""
+        """The meaning of a text: "path", "paths", "target", "size", "named values", "strengths", or empty."""
         return str(self.more.get("kind", ""))
 
     @property

@@ -73,8 +73,36 @@ def qwen2_tokenizer(*, specials: tuple[str, ...] = ()) -> Any:
 
     vocab, merges = _byte_pairs()
     found = Qwen2Tokenizer(vocab=vocab, merges=merges)
-    found.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *specials]})
+    own = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    found.add_special_tokens({"additional_special_tokens": [*own, *specials]})
     found.chat_template = CHATML
+    return found
+
+
+LISTS = (
+    "<s>{% for message in messages %}{% if message['role'] == 'system' %}"
+    "[SYSTEM_PROMPT]{{ message['content'][0]['text'] }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ message['content'][0]['text'] }}[/INST]{% endif %}{% endfor %}"
+)
+"""Mistral's chat template, for messages with a list of one text."""
+
+
+def mistral_tokenizer() -> Any:
+    """A tokenizer of Mistral's kind: of bytes, with a token that begins every text, and padding on the left."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ("<pad>", "<s>", "</s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]")
+    vocab, merges = _byte_pairs(specials=specials)
+    made = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
+        additional_special_tokens=list(specials[3:]),
+    )  # fmt: skip
+    found.chat_template = LISTS
     return found
 
 

@@ -1,6 +1,7 @@
 """``xditd generate``: its output files, checked before the job and written after it."""
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from xditd.client.cli import exits  # noqa: E402
 from xditd.client.cli.main import build_parser, main  # noqa: E402
+from xditd.ipc.errors import BadRequest  # noqa: E402
 from xditd.ipc.replies import Generated, StepDone  # noqa: E402
 from xditd.ipc.requests import Cancel, Generate, Hello, Lend  # noqa: E402
 
@@ -241,6 +243,50 @@ def test_several_images_are_numbered_and_checked_before_they_are_made(generate, 
     assert not (tmp_path / "a.png").exists()
 
 
+def test_files_say_how_they_were_made(generate, files, tmp_path):
+    from xditd.client.metadata.reading import read_record
+
+    save_file({"prompt_embeds": torch.zeros(2, 4, 8), "pooled_prompt_embeds": torch.zeros(2, 4)},
+              files / "two.safetensors")  # fmt: skip
+    given = ["--embeds", str(files / "two.safetensors"), "--seed", "7", "--guidance", "2", "--option", "shift=3"]
+    assert generate("--out", str(tmp_path / "a.png"), *given) == exits.DONE
+    found = read_record(tmp_path / "a-1.png")
+    assert (found.seed, found.index, found.num_images, found.steps, found.guidance) == (7, 1, 2, 1, 2.0)
+    assert (found.width, found.height, found.options, found.prompt) == (32, 32, {"shift": 3}, None)
+    (transformer,) = found.model.files["transformer"]
+    assert transformer.name == "t.safetensors"
+    assert transformer.sha256 == hashlib.sha256((files / "t.safetensors").read_bytes()).hexdigest()
+    assert found.inputs.embeds.name == "two.safetensors"
+    assert str(tmp_path).encode() not in (tmp_path / "a-1.png").read_bytes()
+    assert generate("--out", str(tmp_path / "b.webp"), "--no-metadata") == exits.DONE
+    with pytest.raises(BadRequest, match="has no record"):
+        read_record(tmp_path / "b.webp")
+
+
+def test_metadata_that_a_jpeg_cannot_hold_do_not_cost_the_picture(generate, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("xditd.client.metadata.containers.MAX_JPEG_BYTES", 10)
+    assert generate("--out", str(tmp_path / "a.jpg")) == exits.DONE
+    assert "a.jpg: written without metadata: " in capsys.readouterr().err
+    assert (tmp_path / "a.jpg").is_file()
+
+
+def test_a_folder_numbers_its_pictures(generate, tmp_path, capsys):
+    out = f"{tmp_path}/new/cats/"
+    for number in range(2):
+        assert generate("--out", out, "--json") == exits.DONE
+        assert json.loads(capsys.readouterr().out)["images"] == [f"{out}0000{number}.png"]
+    (tmp_path / "new" / "cats" / "00041.jpg").write_text("")
+    (tmp_path / "new" / "cats" / "other-99999.png").write_text("")
+    assert generate("--out", str(tmp_path / "new" / "cats"), "--json") == exits.DONE
+    assert json.loads(capsys.readouterr().out)["images"] == [f"{out}00042.png"]
+
+
+def test_strengths_may_follow_a_colon():
+    given = ("--lora", "a.safetensors:0.8", "--lora", "~/b:c=d.safetensors:-1,e:0.5=2")
+    expected = {"a.safetensors": 0.8, "~/b:c=d.safetensors": -1, "e:0.5": 2}
+    assert build_parser().parse_args(["generate", *given]).lora == expected
+
+
 def test_an_interrupt_cancels_the_job(generate, daemon, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -269,7 +315,7 @@ def test_an_empty_variable_is_ignored(monkeypatch):
     monkeypatch.setenv("XDITD_RUNTIME_DIR", "")
     monkeypatch.setenv("XDITD_OUT", "")
     parsed = build_parser().parse_args(["generate"])
-    assert (parsed.runtime_dir, parsed.out) == (None, Path("out.png"))
+    assert (parsed.runtime_dir, parsed.out) == (None, None)
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,17 @@ import pytest
 import torch
 from tokenizer_folders import PROMPTS
 
-from xditd.client import BadRequest, Client, Loan, Unsupported
+from xditd.client import (
+    AsyncClient,
+    BadCheckpoint,
+    BadRequest,
+    Client,
+    ComponentKind,
+    LeaseLost,
+    Loan,
+    UnknownComponent,
+    Unsupported,
+)
 from xditd.client.demo import checkpoints
 
 
@@ -71,6 +84,13 @@ def test_flux1_has_the_bits_of_diffusers_pipeline(client: Client, flux1: Flux1) 
     same(short, flux1.expected("a cat", max_sequence_length=64))
 
 
+def test_results_that_do_not_fit_the_clients_block_come_in_one_of_the_workers(client: Client, flux1: Flux1) -> None:
+    found = client.encode_prompt(flux1.transformer, ["a cat"] * 64, **flux1.loans)  # 16.03 MiB, with room for 16
+    assert found["prompt_embeds"].shape == (64, 512, 128)
+    for name, tensor in flux1.expected("a cat").items():
+        assert ((found[name] - tensor).abs() <= 1e-5).all(), name  # other sums in products of other sizes
+
+
 def test_conditioning_of_words_is_what_a_generation_takes(client: Client, flux1: Flux1) -> None:
     conditioning = client.encode_prompt(flux1.transformer, ["a cat", "a dog"], **flux1.loans)
     job = client.generate(flux1.transformer, conditioning, height=64, width=64, steps=2, seed=1)
@@ -110,3 +130,79 @@ def test_what_the_family_does_not_take_is_refused_by_name(client: Client, flux1:
     refused(BadRequest, "prompt: 40000 characters, at most 32768", prompt="x" * 40_000)
     refused(BadRequest, "half a character", prompt="\ud800")
     same(client.encode_prompt(flux1.transformer, "a cat", **flux1.loans), flux1.expected("a cat"))
+
+
+def test_hostile_folders_are_refused_and_the_next_request_is_served(
+    client: Client, flux1: Flux1, flux1_folder: Path, tmp_path: Path
+) -> None:
+    from tokenizer_folders import save, t5_tokenizer
+
+    folder = tmp_path / "mine"
+    shutil.copytree(flux1_folder / "tokenizer_2", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for error, says, change in (
+        (Unsupported, "mine: tokenizer_config.json names code of its own by auto_map",
+         {"auto_map": {"AutoTokenizer": "x.Y"}}),
+        (Unsupported, "mine: tokenizer_config.json names the class 'os.system'", {"tokenizer_class": "os.system"}),
+        (BadCheckpoint, "mine: transformers cannot make a T5Tokenizer", {"extra_ids": "many"}),
+    ):  # fmt: skip
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(error, match=says):
+            client.lend_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/etc/passwd")
+    with pytest.raises(BadCheckpoint, match=r"mine: tokenizer\.json is not JSON"):
+        client.lend_tokenizer(folder)
+
+    larger = t5_tokenizer()
+    larger.add_tokens([f"<more_{number}>" for number in range(60)])
+    lent = client.lend_tokenizer(save(larger, tmp_path / "larger"))
+    given = flux1.loans | {"tokenizers": {**flux1.tokenizers, "tokenizer_2": lent}}
+    with pytest.raises(BadRequest, match=r"tokenizers: that of tokenizer_2 has \d+ ids, and the t5 .* of \d+: lend"):
+        client.encode_prompt(flux1.transformer, "a cat", **given)
+    same(client.encode_prompt(flux1.transformer, "a cat", **flux1.loans), flux1.expected("a cat"))
+
+
+def test_a_lent_tokenizer_outlives_its_files_and_ends_with_its_loan(
+    client: Client, flux1: Flux1, flux1_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(flux1_folder / "tokenizer", folder)
+    lent = client.lend_tokenizer(folder)
+    assert (lent.kind, lent.family, lent.facts.class_name) == (ComponentKind.TOKENIZER, "tokenizer", "CLIPTokenizer")
+    (folder / "tokenizer.json").write_text("{}")  # what was built holds no file
+    loans = flux1.loans | {"tokenizers": {**flux1.tokenizers, "tokenizer": lent}}
+    same(client.encode_prompt(flux1.transformer, "a cat", **loans), flux1.expected("a cat"))
+    assert lent.adopt().total == 0  # the workers hold what they built already
+    same(client.encode_prompt(flux1.transformer, "a cat", **loans), flux1.expected("a cat"))
+    client.revoke(lent)
+    with pytest.raises((LeaseLost, UnknownComponent)):
+        client.encode_prompt(flux1.transformer, "a cat", **loans)
+
+
+def test_loras_of_an_encoder_change_what_it_encodes(client: Client, flux1: Flux1) -> None:
+    plain = client.encode_prompt(flux1.transformer, "a cat", **flux1.loans)
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    factors = {
+        f"{name}.lora_down.weight": torch.full((2, 128), 0.1),
+        f"{name}.lora_up.weight": torch.full((512, 2), 0.1),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    loan = flux1.encoders["text_encoder"].with_loras([(client.lend_lora(factors), 1.0)])
+    loans = flux1.loans | {"encoders": {**flux1.encoders, "text_encoder": loan}}
+    changed = client.encode_prompt(flux1.transformer, "a cat", **loans)
+    assert not torch.equal(changed["pooled_prompt_embeds"], plain["pooled_prompt_embeds"])
+    assert torch.equal(changed["prompt_embeds"], plain["prompt_embeds"])
+    same(client.encode_prompt(flux1.transformer, "a cat", **flux1.loans), flux1.expected("a cat"))
+
+
+def test_an_async_client_encodes_prompts(daemon: Any, flux1_folder: Path, flux1: Flux1) -> None:
+    async def run() -> Any:
+        async with AsyncClient(daemon.runtime_dir) as client:
+            transformer = await client.lend(flux1_folder / "transformer.safetensors")
+            encoders = {role: await client.lend(flux1_folder / role) for role in flux1.encoders}
+            tokenizers = {role: await client.lend_tokenizer(flux1_folder / role) for role in flux1.tokenizers}
+            return await client.encode_prompt(transformer, "a cat", encoders=encoders, tokenizers=tokenizers)
+
+    same(asyncio.run(run()), flux1.expected("a cat"))

@@ -1,7 +1,8 @@
 """Registry of the model families that the node pack runs; one module each knows all about its family.
 
 Each module has an ``ADAPTER`` (see ``adapter.Adapter``). To add a family, write its module and add its name to
-:data:`MODULES`.
+:data:`MODULES`. Its text encoders are in a module of their own with a ``TEXT_ADAPTER`` (see
+``text_adapter.TextAdapter``), whose name is in :data:`TEXT_MODULES`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from xditd.ipc.name_lists import listed
 
 if TYPE_CHECKING:
     from xditd.client.comfyui.families.adapter import Adapter
+    from xditd.client.comfyui.families.text_adapter import TextAdapter
 
 MODULES: Final = ("flux1", "flux2", "z_image", "qwen_image", "wan")
+TEXT_MODULES: Final = ("flux1_text", "flux2_text", "z_image_text", "qwen_image_text", "wan_text")
 
 
 def adapters() -> tuple[Adapter, ...]:
@@ -40,3 +43,9 @@ def titles() -> str:
 def search_words() -> list[str]:
     """Return words for ComfyUI's node search: the families' titles up to their brackets."""
     return [each.title.partition(" (")[0].lower() for each in adapters()]
+
+
+def text_adapters() -> dict[str, TextAdapter]:
+    """Return the adapters of text encoders by their types, in the order of :data:`TEXT_MODULES`."""
+    found = (importlib.import_module(f"{__name__}.{name}").TEXT_ADAPTER for name in TEXT_MODULES)
+    return {each.clip_type: each for each in found}

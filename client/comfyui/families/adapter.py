@@ -212,37 +212,3 @@ class Adapter(Protocol):
 
     def adapt(self, model: Any) -> ModelAdapter:
         """Make the adapter of one ComfyUI model. The model's ``model_sampling`` may be replaced later."""
-
-    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
-        """Return how stock ComfyUI holds one file's text encoder; ``None`` if it is none of this family's."""
-
-    def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
-        """Make the text encoders from the files' weights, by label; ``None`` if ComfyUI encodes this family's text.
-
-        Raises:
-            BadRequest: not the files of this family's encoders.
-        """
-
-
-@dataclass(frozen=True)
-class StockEncoder:
-    """How stock ComfyUI holds a text encoder: ``dtype`` is that of all tensors without a format of their own.
-
-    ``is_table`` returns whether a tensor is a table of which rows are looked up.
-    """
-
-    dtype: torch.dtype
-    is_table: Callable[[str], bool]
-
-
-@dataclass(frozen=True)
-class TextModel:
-    """Text encoders that run in the workers, in place of ComfyUI's.
-
-    ``module`` has the methods that ComfyUI's CLIP calls, and a parameter on the meta device for each of their tensors.
-    ``parts`` are the encoders' weights, each with ComfyUI's tensor names and the file's name for each of them.
-    """
-
-    module: torch.nn.Module
-    parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]
-    tokenizer: Any

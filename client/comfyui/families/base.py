@@ -13,8 +13,7 @@ from xditd.ipc.limits import MAX_STEPS
 if TYPE_CHECKING:
     import torch
 
-    from xditd.client.comfyui.families.adapter import Keep, Kept, StockEncoder, TextModel
-    from xditd.client.comfyui.weights import RemoteWeights
+    from xditd.client.comfyui.families.adapter import Keep, Kept
 
 KNOWN_SIZES: Final = 8
 """For how many image sizes and text lengths the workers keep the token positions."""
@@ -25,13 +24,7 @@ _REFERENCES: Final = "reference_latents"
 
 
 class BaseAdapter:
-    """A family whose text ComfyUI encodes; see :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
-
-    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
-        return None
-
-    def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
-        return None
+    """See :class:`~xditd.client.comfyui.families.adapter.Adapter`."""
 
 
 class BaseModelAdapter:

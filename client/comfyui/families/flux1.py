@@ -23,8 +23,7 @@ from xditd.client.families.flux1 import PATCH, Place, image_positions, pack, tex
 from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
-    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter, StockEncoder, TextModel
-    from xditd.client.comfyui.weights import RemoteWeights
+    from xditd.client.comfyui.families.adapter import Adapter, ModelAdapter
     from xditd.client.jobs.controls import CallControl
 
 LATENT_CHANNELS: Final = 16
@@ -248,16 +247,6 @@ class Flux1(BaseAdapter):
             hidden=params.hidden_size,
             blocks=(params.depth, params.depth_single_blocks),
         )
-
-    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
-        from xditd.client.comfyui.families.flux1_text import stock_encoder
-
-        return stock_encoder(tensors)
-
-    def text_model(self, files: Mapping[str, RemoteWeights]) -> TextModel | None:
-        from xditd.client.comfyui.families.flux1_text import text_model
-
-        return text_model(files)
 
 
 ADAPTER: Final[Adapter] = Flux1()

@@ -10,7 +10,7 @@ import comfy.text_encoders.flux
 import folder_paths
 import torch
 
-from xditd.client.comfyui.families.adapter import StockEncoder, TextModel
+from xditd.client.comfyui.families.text_adapter import EncoderFile, StockEncoder, TextAdapter, TextModel
 from xditd.client.comfyui.text import RemoteEncoder, RemoteTextModel
 from xditd.client.comfyui.weights import RemoteWeights
 from xditd.ipc.errors import BadRequest
@@ -41,36 +41,48 @@ class Flux1TextModel(RemoteTextModel):
         return states, pooled
 
 
-def stock_encoder(tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
-    """Return how stock ComfyUI holds CLIP-L or T5.
+class Flux1Text:
+    """The family's encoders; see :class:`~xditd.client.comfyui.families.text_adapter.TextAdapter`."""
 
-    CLIP-L has the dtype that ComfyUI's flags choose; T5 that of its last norm, unless this takes more bytes.
+    title: Final = "FLUX.1 (CLIP-L and T5)"
+    clip_type: Final = "flux"
+    clip_files: Final = 2
 
-    Source: ComfyUI 0.33, ``comfy/text_encoders/sd3_clip.py`` (``t5_xxl_detect``), ``comfy/text_encoders/flux.py``.
-    """
-    device = management.text_encoder_device()
-    chosen = management.text_encoder_dtype(device)
-    if is_clip(tensors):
-        return StockEncoder(chosen, lambda _: False)  # stock has no packed tables in CLIP
-    last = next((tensor for name, tensor in tensors.items() if name.endswith(_LAST_NORM)), None)
-    if last is None:
-        return None
-    dtype = management.pick_weight_dtype(last.dtype, chosen, device)
-    return StockEncoder(dtype, lambda name: name.endswith(_T5_TABLES))
+    def stock_encoder(self, tensors: Mapping[str, torch.Tensor]) -> StockEncoder | None:
+        """Return how stock ComfyUI holds CLIP-L or T5.
+
+        CLIP-L has the dtype that ComfyUI's flags choose; T5 that of its last norm, unless this takes more bytes.
+
+        Source: ComfyUI 0.33, ``comfy/text_encoders/sd3_clip.py`` (``t5_xxl_detect``), ``comfy/text_encoders/flux.py``.
+        """
+        device = management.text_encoder_device()
+        chosen = management.text_encoder_dtype(device)
+        if is_clip(tensors):
+            return StockEncoder(chosen, lambda _: False)  # stock has no packed tables in CLIP
+        last = next((tensor for name, tensor in tensors.items() if name.endswith(_LAST_NORM)), None)
+        if last is None:
+            return None
+        dtype = management.pick_weight_dtype(last.dtype, chosen, device)
+        return StockEncoder(dtype, lambda name: name.endswith(_T5_TABLES))
+
+    def text_model(self, files: Mapping[str, EncoderFile]) -> TextModel:
+        """Make FLUX.1's text model from two files, in either order.
+
+        Raises:
+            BadRequest: not one CLIP-L and one T5.
+        """
+        found = {is_clip(file.weights.names): file.weights for file in files.values()}
+        if len(found) != 2 or len(files) != 2:
+            raise BadRequest(
+                f"{listed(files, joint=' and ')}: FLUX.1 needs one CLIP-L and one T5 file; choose one of each"
+            )
+        parts = [(each, module_names(each)) for each in (found[True], found[False])]
+        embeddings = folder_paths.get_folder_paths("embeddings")
+        tokenizer = comfy.text_encoders.flux.FluxTokenizer(embedding_directory=embeddings)
+        return TextModel(Flux1TextModel(parts), parts, tokenizer)
 
 
-def text_model(files: Mapping[str, RemoteWeights]) -> TextModel:
-    """Make FLUX.1's text model from the weights of two files, by label, in either order.
-
-    Raises:
-        BadRequest: not one CLIP-L and one T5.
-    """
-    found = {is_clip(weights.names): weights for weights in files.values()}
-    if len(found) != 2 or len(files) != 2:
-        raise BadRequest(f"{listed(files, joint=' and ')}: FLUX.1 needs one CLIP-L and one T5 file; choose one of each")
-    parts = [(each, module_names(each)) for each in (found[True], found[False])]
-    tokenizer = comfy.text_encoders.flux.FluxTokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings"))
-    return TextModel(Flux1TextModel(parts), parts, tokenizer)
+TEXT_ADAPTER: Final[TextAdapter] = Flux1Text()
 
 
 def module_names(weights: RemoteWeights) -> dict[str, str]:

@@ -8,11 +8,12 @@ Source: diffusers, ``pipeline_flux.py``; tests compare the bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from xditd.gpu_workers.families.flux1.config import Flux1Config
 from xditd.gpu_workers.models.prompts import Conditioning, PromptEncoders, PromptInputs, Tokens
 from xditd.gpu_workers.models.token_texts import MAX_LENGTH, length_option, tokenized
+from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer
 from xditd.ipc.facts import PromptFacts
 
 CLIP: Final = "text_encoder"
@@ -35,11 +36,11 @@ class Flux1Prompt:
         return FACTS
 
     def tokenize(
-        self, config: Flux1Config, inputs: PromptInputs, tokenizers: Mapping[str, Any]
+        self, config: Flux1Config, inputs: PromptInputs, tokenizers: Mapping[str, BuiltTokenizer]
     ) -> Mapping[str, Tokens]:
         length = length_option(inputs.options, default=_LENGTH, most=_LENGTH)
         # The pipeline takes what the tokenizer says. ComfyUI's says 8192, which no CLIP can read.
-        said = tokenizers["tokenizer"].model_max_length
+        said = tokenizers["tokenizer"].tokenizer.model_max_length
         of_clip = said if said <= _CLIP_MOST else _CLIP_LENGTH
         return {
             CLIP: Tokens(tokenized(tokenizers["tokenizer"], inputs.texts, of_clip).token_ids),

@@ -15,12 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxTransformer2DModel
 from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size
-from xfuser.model_executor.models.transformers.transformer_flux import (
-    xFuserFlux1Transformer2DWrapper,
-    xFuserFluxAttnProcessor,
-)
 
 from xditd.gpu_workers.families.flux1.cached_blocks import CachedBlocks
 from xditd.gpu_workers.families.flux1.control_residuals import has_residuals, own_residuals
@@ -48,11 +44,10 @@ class TokenCounts(NamedTuple):
         return f"{self.text} text + {self.image} image"
 
 
-class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
-    """xfuser's attention, without keys and values after ``valid_kv_len`` of the gathered sequence.
+class TrimmingFluxAttnProcessor(FluxAttnProcessor):
+    """diffusers' attention by xfuser's Ulysses, without keys and values after ``valid_kv_len``.
 
-    The operations are those of its base class, which has no such argument. The ring is our own, since xfuser's takes
-    only parts of equal length.
+    That counts tokens of the gathered sequence. The ring is our own, since xfuser's takes only parts of equal length.
     """
 
     def __call__(
@@ -92,7 +87,7 @@ class TrimmingFluxAttnProcessor(xFuserFluxAttnProcessor):
         return image_out, attn.to_add_out(out[:, :text].contiguous())
 
 
-class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
+class SequenceParallelFlux1(FluxTransformer2DModel):
     """FLUX.1 whose forward takes and returns whole rows on every rank, and computes this rank's tokens.
 
     ``fused``, if set and plugged, computes the same faster; its check compares it once for each number of tokens.
@@ -100,9 +95,10 @@ class SequenceParallelFlux1(xFuserFlux1Transformer2DWrapper):
 
     fused: FusedFlux1 | None = None
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, is_original: bool = True, **config: Any) -> None:
         super().__init__(**config)
-        self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
+        if is_original:
+            self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.attn.processor = TrimmingFluxAttnProcessor()
         self._norms = QueryKeyNorms(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from xditd.gpu_workers.families.flux2.config import AXES, CHANNELS, PIXELS_PER_LATENT, Flux2Config
+from xditd.gpu_workers.families.flux2.prompt import prompt_facts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
@@ -66,4 +67,5 @@ def transformer_facts(config: Flux2Config, layout: ParallelLayout) -> Transforme
         guidance="embedded" if config.has_guidance else "classifier_free",
         default_guidance_scale=4.0 if config.has_guidance else 1.0,
         default_steps=50 if config.has_guidance else 4,
+        prompt=prompt_facts(config),
     )

@@ -10,6 +10,7 @@ from xditd.gpu_workers.families.flux2.checks import check_images, check_split
 from xditd.gpu_workers.families.flux2.config import AXES, Flux2Config
 from xditd.gpu_workers.families.flux2.facts import FLOAT32_TIME, transformer_facts
 from xditd.gpu_workers.families.flux2.module import CACHE, Flux2Module, ReferenceCache
+from xditd.gpu_workers.families.flux2.prompt import Flux2Prompt
 from xditd.gpu_workers.families.flux2.recipe import Flux2Recipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
@@ -29,6 +30,7 @@ class Flux2Operations(PlannedOperations):
     class_name = "Flux2Transformer2DModel"
     of_all_rows = frozenset({"img_ids", "txt_ids", CACHE})
     recipe = Flux2Recipe()
+    prompt = Flux2Prompt()
 
     def build(self, config: Flux2Config) -> torch.nn.Module:
         return Flux2Module(config)

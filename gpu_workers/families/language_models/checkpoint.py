@@ -1,7 +1,8 @@
 """Qwen3 4B and 8B and Mistral Small 3 24B, in the naming of transformers, with or without its wrappers' prefixes.
 
-ComfyUI's files have the same names. Language heads, vision towers and their projectors are not read. The base of the
-rotary embedding and the epsilon of norms are those of the released models.
+ComfyUI's files have the same names; those of Mistral Small 3 for FLUX.2 hold its first 30 layers alone, which are all
+that FLUX.2 reads, and may lack the norm behind the last. Language heads, vision towers and their projectors are not
+read. The base of the rotary embedding and the epsilon of norms are those of the released models.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _HEAD_NORM: Final = "layers.0.self_attn.q_norm.weight"
 _BIAS: Final = "layers.0.self_attn.q_proj.bias"
 _GEMMA: Final = "layers.0.pre_feedforward_layernorm.weight"
 _GATE: Final = "layers.0.mlp.gate_proj.weight"
+_FINAL_NORM: Final = "norm.weight"
 MINISTRAL_WIDTH: Final = 3072
 
 
@@ -46,6 +48,8 @@ class _LanguageModel:
     fused_widths: tuple[int, ...] = ()
     swapped_halves: frozenset[str] = frozenset()
     has_head_norms: bool
+    layers_with_norm = 0
+    """Files of at least so many layers have the norm behind the last."""
     rope_theta: float
     epsilon: float
 
@@ -82,6 +86,7 @@ class _LanguageModel:
             has_head_norms=self.has_head_norms,
             rope_theta=self.rope_theta,
             epsilon=self.epsilon,
+            has_final_norm=_FINAL_NORM in shapes or layers >= self.layers_with_norm,
         )
 
     def _check(self, width: int, queries: int) -> None:
@@ -107,7 +112,8 @@ class _LanguageModel:
             if config.has_head_norms:
                 for norm in ("q_norm", "k_norm"):
                     yield tensor_entry(f"{layer}.self_attn.{norm}.weight", (HEAD_SIZE,))
-        yield tensor_entry("norm.weight", (width,))
+        if config.has_final_norm:
+            yield tensor_entry(_FINAL_NORM, (width,))
 
     def heads(self, config: LanguageModelConfig) -> int:
         return 0
@@ -135,6 +141,7 @@ class Mistral3(_LanguageModel):
     name = "mistral3"
     title = "Mistral Small 3 24B (mistral_3_small_flux2_bf16.safetensors)"
     has_head_norms = False
+    layers_with_norm = 40
     rope_theta = 1e9
     epsilon = 1e-5
 

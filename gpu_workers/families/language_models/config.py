@@ -14,7 +14,8 @@ HEAD_SIZE = 128
 class LanguageModelConfig:
     """The sizes of a decoder: ``heads`` of queries share ``key_heads`` of keys and values; ``inner`` is the MLP's.
 
-    ``has_head_norms``: queries and keys are normalised (Qwen3).
+    ``has_head_norms``: queries and keys are normalised (Qwen3). ``has_final_norm``: so are the states after the last
+    layer; files for FLUX.2 that hold only the first layers of Mistral Small 3 have no such norm.
     """
 
     vocabulary: int
@@ -26,3 +27,4 @@ class LanguageModelConfig:
     has_head_norms: bool
     rope_theta: float
     epsilon: float
+    has_final_norm: bool = True

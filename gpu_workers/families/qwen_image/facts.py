@@ -11,6 +11,7 @@ from xditd.gpu_workers.families.qwen_image.config import (
     PIXELS_PER_LATENT,
     QwenImageConfig,
 )
+from xditd.gpu_workers.families.qwen_image.prompt import FACTS
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
@@ -71,4 +72,6 @@ def transformer_facts(config: QwenImageConfig, layout: ParallelLayout) -> Transf
         guidance="classifier_free",
         default_guidance_scale=4.0,
         default_steps=50,
+        starts=("image", "mask"),
+        prompt=FACTS,
     )

@@ -10,6 +10,7 @@ from xditd.gpu_workers.families.qwen_image.checks import check_images, check_mas
 from xditd.gpu_workers.families.qwen_image.config import PACKED_CHANNELS, QwenImageConfig
 from xditd.gpu_workers.families.qwen_image.facts import COMFYUI, ZERO_COND_T, transformer_facts
 from xditd.gpu_workers.families.qwen_image.module import QwenImageModule
+from xditd.gpu_workers.families.qwen_image.prompt import QwenImagePrompt
 from xditd.gpu_workers.families.qwen_image.recipe import QwenImageRecipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
@@ -28,6 +29,7 @@ class QwenImageOperations(PlannedOperations):
     title = "Qwen-Image"
     class_name = "QwenImageTransformer2DModel"
     recipe = QwenImageRecipe()
+    prompt = QwenImagePrompt()
 
     def build(self, config: QwenImageConfig) -> torch.nn.Module:
         return QwenImageModule(config)

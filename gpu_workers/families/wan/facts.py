@@ -14,6 +14,7 @@ from xditd.gpu_workers.families.wan.config import (
     WanConfig,
     WanVaceConfig,
 )
+from xditd.gpu_workers.families.wan.prompt import FACTS
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
@@ -84,6 +85,11 @@ def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerF
         guidance="classifier_free",
         default_guidance_scale=5.0,
         default_steps=50,
+        default_height=480,
+        default_width=832,
+        default_frames=81,
+        default_fps=24 if config.has_time_per_token else 16,
+        prompt=FACTS,
     )
 
 

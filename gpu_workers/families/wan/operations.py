@@ -10,6 +10,7 @@ from xditd.gpu_workers.families.wan.checks import check_images, check_split, che
 from xditd.gpu_workers.families.wan.config import OUT_CHANNELS, WanConfig
 from xditd.gpu_workers.families.wan.facts import COMFYUI, transformer_facts
 from xditd.gpu_workers.families.wan.module import WanModule
+from xditd.gpu_workers.families.wan.prompt import WanPrompt
 from xditd.gpu_workers.families.wan.recipe import WanRecipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_batch
@@ -28,6 +29,7 @@ class WanOperations(PlannedOperations):
     title = "Wan"
     class_name = "WanTransformer3DModel"
     recipe = WanRecipe()
+    prompt = WanPrompt()
     several_of_a_row: ClassVar[frozenset[str]] = frozenset({_IMAGE})
     """Arguments that may have several tensors of each row, one after another."""
 

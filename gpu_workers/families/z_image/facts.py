@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from xditd.gpu_workers.families.z_image.config import LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, ZImageConfig
+from xditd.gpu_workers.families.z_image.prompt import FACTS
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.facts import ArgumentFacts, LatentFacts, LatentScaling, TransformerFacts
 
@@ -45,4 +46,6 @@ def transformer_facts(config: ZImageConfig, layout: ParallelLayout) -> Transform
         guidance="classifier_free",
         default_guidance_scale=0.0,
         default_steps=8,
+        starts=("image", "mask"),
+        prompt=FACTS,
     )

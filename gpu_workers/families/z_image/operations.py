@@ -21,6 +21,7 @@ from xditd.gpu_workers.families.z_image.config import (
 )
 from xditd.gpu_workers.families.z_image.facts import transformer_facts
 from xditd.gpu_workers.families.z_image.forward import SequenceParallelZImage
+from xditd.gpu_workers.families.z_image.prompt import ZImagePrompt
 from xditd.gpu_workers.families.z_image.recipe import ZImageRecipe
 from xditd.gpu_workers.models.entries import Shape
 from xditd.gpu_workers.models.job_checks import check_tensor
@@ -38,6 +39,7 @@ class ZImageOperations:
     """See :class:`~xditd.gpu_workers.models.operations.TransformerOperations`."""
 
     recipe = ZImageRecipe()
+    prompt = ZImagePrompt()
 
     def build(self, config: ZImageConfig) -> torch.nn.Module:
         arguments: dict[str, Any] = {

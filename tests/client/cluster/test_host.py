@@ -9,12 +9,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
+import wan_models
 from cluster_jobs import bits, direct_bits, make_job, make_tensors, write_models
 from running_daemon import RunningDaemon, until
+from safetensors.torch import save_file
 
 from xditd.client.cluster.content_hashes import PREFIX, ContentHashes
 from xditd.client.cluster.host import HostAgent
-from xditd.client.cluster.messages import Versions
+from xditd.client.cluster.messages import Versions, load, store
 from xditd.ipc.errors import BadRequest, ProtocolMismatch, UnknownComponent, XditdError
 from xditd.ipc.status import LeaseState
 
@@ -67,6 +70,34 @@ def test_a_job_by_content_has_the_bits_of_a_lone_client(agent, daemon, models, h
     assert report.lend_bytes_per_s > 0
     assert not report.running
     assert report.other_jobs == 0
+
+
+def test_a_video_of_two_transformers_has_the_bits_of_a_lone_client(daemon, hashes, tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in ("high", "low")]
+    for seed, path in enumerate(paths):
+        save_file(wan_models.state_dict(seed), path)
+    generator = torch.Generator().manual_seed(2)
+    texts = {name: torch.randn(1, 20, 48, generator=generator) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    sampling = {"height": 48, "width": 80, "frames": 9, "steps": 4, "seed": 5}
+    options = {"boundary_ratio": 0.7}
+    with daemon.connect() as client:
+        high, low = map(client.lend, paths)
+        expected = client.generate(high, texts, transformer_2=low, options=options, **sampling).result().latents
+        alone = client.generate(high, texts, **sampling).result().latents
+    agent = HostAgent("a", [tmp_path], daemon.runtime_dir, hashes)
+    until(lambda: len(agent.report().files) == 2, "the files to be hashed")
+    job = make_job(hashes, paths[0], None, transformer_2=hashes.of(paths[1]), options=options, **sampling)
+    assert set(job.digests) == {hashes.of(path) for path in paths}
+    assert job.work == pytest.approx(make_job(hashes, paths[0], None, **{**sampling, "frames": 1}).work * 9)
+    done, tensors = agent.run(job, store(texts))
+    found = load(tensors)["latents"]
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, alone)
+    assert set(agent.report().resident) == set(job.digests)
+    assert not done.was_resident
+    assert agent.run(job, store(texts))[0].was_resident
+    agent.leave()
+    assert lent_for_clusters(daemon) == []
 
 
 def test_the_next_agent_finds_what_the_last_one_adopted(agent, daemon, models, hashes):

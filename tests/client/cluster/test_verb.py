@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from xditd.client.cli.main import main
 from xditd.client.cluster import joining
@@ -79,6 +81,7 @@ def test_hash_prints_the_content_hash_of_a_file(tmp_path, capsys):
         (["submit", "--address", "127.0.0.1:1"], "submit: --transformer is needed"),
         ([*SUBMIT], "submit: --vae or --save-latents is needed"),
         ([*SUBMIT, "--vae", "v", "--lora", "style.safetensors=0.8"], "--lora is for `xditd generate` on one host"),
+        ([*SUBMIT, "--vae", "v", "--fps", "16"], "submit: --fps is of a video; give --frames COUNT"),
         ([*SUBMIT, "--vae", "v", "--device", "cuda"], "--device is for `xditd generate` on one host"),
     ],
 )
@@ -87,6 +90,43 @@ def test_misuse_is_named(arguments, text, capsys):
         main(["cluster", *arguments])
     assert ended.value.code == 2
     assert text in capsys.readouterr().err
+
+
+def test_a_video_of_two_transformers_is_submitted(tmp_path, monkeypatch, capsys):
+    """All flags of a video reach the cluster's client, and its result is written as a video."""
+    from xditd.client.cluster import client as cluster_client
+
+    given = {}
+
+    class Cluster:
+        def __init__(self, address):
+            given["address"] = address
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def generate(self, transformer, conditioning, **more):
+            given.update(more, transformer=transformer, conditioning=conditioning)
+            return self
+
+        def result(self):
+            return cluster_client.ClusterResult(
+                torch.zeros(1, 16, 2, 2, 2), torch.zeros(1, 3, 5, 16, 16), {}, 5, 0, "there", 1
+            )
+
+    monkeypatch.setattr(joining, "require_ray", lambda: None)
+    monkeypatch.setattr(cluster_client, "ClusterClient", Cluster)
+    embeds, out = tmp_path / "e.safetensors", tmp_path / "clip"
+    save_file({"prompt_embeds": torch.zeros(1, 4, 8)}, embeds)
+    flags = ["--embeds", str(embeds), "--transformer", "high", "--transformer-2", "low", "--vae", "v", "--frames", "5"]
+    command = ["cluster", "submit", "--address", "127.0.0.1:1", *flags, "--size", "16x16", "-o", str(out), "--json"]
+    assert main(command) == 0
+    assert (given["transformer"], given["transformer_2"], given["vae"], given["frames"]) == ("high", "low", "v", 5)
+    assert json.loads(capsys.readouterr().out)["videos"] == [str(out)]
+    assert len(list(out.iterdir())) == 5
 
 
 def test_a_name_is_joined_once_on_a_host_until_that_join_ends():

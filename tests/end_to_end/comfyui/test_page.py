@@ -32,6 +32,8 @@ NODES = {
     "XDiTUNetLoader": "XDiT UNet Loader",
     "XDiTAccelerate": "XDiT Accelerate",
     "XDiTVAELoader": "Load VAE (xDiT)",
+    "XDiTCLIPLoader": "Load CLIP (xDiT)",
+    "XDiTCLIPVisionLoader": "Load CLIP Vision (xDiT)",
     "XDiTDualCLIPLoader": "Load Dual CLIP (xDiT)",
     "XDiTKSampler": "XDiT KSampler",
     "XDiTStatus": "XDiT Status",

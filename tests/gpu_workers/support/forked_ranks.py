@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from xditd.gpu_workers.process import xfuser_cpu
+from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 
 
 def import_xfuser() -> None:
     """Import what ranks would import one by one."""
     with xfuser_cpu.importable():
+        lean_imports.import_xfuser()
         import xditd.gpu_workers.families.flux1.operations
         import xditd.gpu_workers.families.flux1.sequence_parallel  # noqa: F401
 

@@ -17,7 +17,7 @@ from xditd.gpu_workers.models.operations import Wanted
 from xditd.gpu_workers.models.registry import detect, operations_of, own_families
 from xditd.gpu_workers.models.resolution import Resolution, resolve
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.process import xfuser_cpu
+from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import ArgumentFacts, ControlNetFacts, TransformerFacts
@@ -55,6 +55,7 @@ def facts(entry: FamilyEntry) -> Any:
 
 def _operations(entry: FamilyEntry) -> Any:
     with xfuser_cpu.importable():
+        lean_imports.import_xfuser()
         return operations_of(_family(entry.family))
 
 

@@ -16,7 +16,7 @@ from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.registry import detect
 from xditd.gpu_workers.models.resolution import Resolution, resolve
-from xditd.ipc.errors import BadCheckpoint, UnknownFamily, Unsupported
+from xditd.ipc.errors import BadCheckpoint, BadRequest, UnknownFamily, Unsupported
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]
@@ -99,6 +99,28 @@ def test_states_of_layers_are_those_of_transformers(family: str, model: CachedMo
     assert error_of(found, stacked) <= BAR
     assert error_of(encoded(model, token_ids, mask=given), expected[-1]) <= BAR
     assert error_of(encoded(model, token_ids, mask=given, layers=(0,)), expected[0]) <= BAR
+
+
+def test_the_state_after_the_last_layer_is_not_normalised(family: str, model: CachedModel) -> None:
+    raw = encoded(model, ids(), layers=(4,))
+    normalised = encoded(model, ids())
+    root = (raw.double().pow(2).mean(-1, keepdim=True) + model.config.epsilon).sqrt()
+    weight = language_models.state_dict(family, 0)["model.norm.weight"]
+    assert error_of((raw / root * weight).float(), normalised) <= BAR
+    assert error_of(raw, normalised) > 0.1
+
+
+def test_a_file_of_the_first_layers_alone(cache: ModelCache, plug: Plugger, model: CachedModel, family: str) -> None:
+    state = language_models.state_dict(family, 0)
+    first = {name: each for name, each in state.items() if ".layers.3." not in name and name != "model.norm.weight"}
+    if family == "qwen3":
+        with pytest.raises(BadCheckpoint, match=r"1 missing: (model\.)?norm\.weight"):
+            fitted(first)
+        return
+    pruned = plug(cache, first).model
+    assert error_of(encoded(pruned, ids(), layers=(1, 3)), encoded(model, ids(), layers=(1, 3))) <= BAR
+    with pytest.raises(BadRequest, match="the file holds the first 3 layers alone"):
+        encoded(pruned, ids())
 
 
 def test_weights_in_bfloat16_compute_in_float32(cache: ModelCache, plug: Plugger, family: str) -> None:

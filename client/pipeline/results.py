@@ -1,0 +1,135 @@
+"""``PipelineResult``: what a call of a pipeline gives, and the settings that made it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xditd.client.results import GenerationResult
+from xditd.ipc.errors import BadRequest
+
+if TYPE_CHECKING:
+    import numpy
+    from PIL import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a call was made with: given arguments, and the defaults of those that were not.
+
+    ``files`` are the paths of all parts by role, ``loras`` those of LoRAs with their strengths.
+    """
+
+    model: str
+    family: str
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance: float
+    num_images: int
+    seed: int
+    strength: float = 1.0
+    step_cache: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] | None = None
+    variant: str = "class"
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loras: tuple[tuple[str, Any], ...] = ()
+    has_image: bool = False
+    has_mask: bool = False
+    references: int = 0
+    has_control: bool = False
+
+    @property
+    def prompt(self) -> str:
+        """The only prompt, or all of them, a line each."""
+        return "\n".join(self.prompts)
+
+    @property
+    def negative_prompt(self) -> str:
+        """As :attr:`prompt`."""
+        return "\n".join(self.negative_prompts)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PipelineResult:
+    """Pictures or videos of a call. ``generation`` has their tensors, which the caller owns, and the latents.
+
+    With several prompts, ``num_images`` of each follow one another.
+    """
+
+    generation: GenerationResult
+    settings: RunSettings
+
+    @property
+    def seed(self) -> int:
+        """The seed of the call, which makes the same pictures again with the same arguments."""
+        return self.settings.seed
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that were used: one, from which the noise of all pictures is drawn, as diffusers draws it."""
+        return (self.settings.seed,)
+
+    @property
+    def count(self) -> int:
+        """How many pictures or videos there are."""
+        return int(self.generation.latents.shape[0])
+
+    @property
+    def is_video(self) -> bool:
+        return self.generation.is_video
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures; of videos, the frames of the first one."""
+        if self.is_video:
+            return self.generation.to_frames(0)
+        if self.generation.image is not None and self.generation.image.ndim == 5:
+            return [self.generation.to_frames(number)[0] for number in range(self.count)]
+        return [self.generation.to_pil(number) for number in range(self.count)]
+
+    @property
+    def videos(self) -> list[list[Image.Image]]:
+        """The frames of each video; of pictures, one frame each."""
+        return [self.generation.to_frames(number) for number in range(self.count)]
+
+    def to_numpy(self) -> numpy.ndarray[Any, Any]:
+        """Return uint8 (pictures, height, width, 3), or (videos, frames, height, width, 3) of videos."""
+        import torch
+
+        image = self.generation.image
+        if image is None:
+            raise BadRequest("to_numpy: the pipeline has no VAE, so there is no image")
+        levels = ((image.detach().to("cpu", torch.float32) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        if levels.ndim == 5 and not self.is_video:
+            levels = levels[:, :, 0]
+        found: numpy.ndarray[Any, Any] = levels.movedim(1, -1).contiguous().numpy()
+        return found
+
+    def save(self, path: str | os.PathLike[str], index: int | None = None, *, fps: int | None = None) -> list[Path]:
+        """Write all pictures or videos, or that of ``index``, as ``GenerationResult.save`` does; return the paths.
+
+        Of several, ``out.png`` becomes ``out-0.png``, ``out-1.png`` and so on. ``fps`` is the model's unless given.
+        """
+        rate = self.settings.fps if fps is None else fps
+        if index is not None:
+            return [self.generation.save(path, index, fps=rate)]
+        if self.count == 1:
+            return [self.generation.save(path, 0, fps=rate)]
+        one = Path(path)
+        return [
+            self.generation.save(one.with_name(f"{one.stem}-{number}{one.suffix}"), number, fps=rate)
+            for number in range(self.count)
+        ]
+
+    def __repr__(self) -> str:
+        what = "videos" if self.is_video else "images"
+        return f"<PipelineResult {self.count} {what} of {self.settings.model}, seed {self.seed}>"

@@ -1,0 +1,76 @@
+"""What a rank imports, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+PROGRAM = """
+import json, sys, warnings
+import torch
+from xditd.gpu_workers.process import lean_imports, xfuser_cpu
+lean_imports.leave_out_peft()
+with xfuser_cpu.importable():
+    lean_imports.import_xfuser()
+found = {}
+{body}
+print(json.dumps(found), file=sys.__stdout__)
+"""
+
+
+def run(body: str) -> Any:
+    program = PROGRAM.replace("{body}", body)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_a_rank_starts_without_pipelines_transformers_and_peft() -> None:
+    found = run("""
+heavy = ("xfuser.model_executor.pipelines", "diffusers.pipelines.pipeline_utils", "transformers", "peft", "scipy")
+found["imported"] = [name for name in heavy if name in sys.modules]
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+others = ("peft", "diffusers.models.transformers.transformer_wan")
+found["with a class"] = [name for name in others if name in sys.modules]
+from xfuser.core.distributed import get_sp_group
+from xfuser.model_executor.layers.usp import USP
+""")
+    assert found == {"imported": [], "with a class": []}
+
+
+def test_all_of_diffusers_is_there_when_it_is_asked_for() -> None:
+    found = run("""
+import threading
+import diffusers
+import diffusers.models.transformers as package
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+names = ["SanaTransformer2DModel", "WanTransformer3DModel", "FluxTransformer2DModel"] * 4
+classes = []
+threads = [threading.Thread(target=lambda name=name: classes.append(getattr(package, name))) for name in names]
+[each.start() for each in threads], [each.join() for each in threads]
+found["classes"] = sorted({each.__name__ for each in classes})
+found["count"] = len(classes)
+found["same"] = package.FluxTransformer2DModel is FluxTransformer2DModel is diffusers.FluxTransformer2DModel
+found["pipeline"] = diffusers.DiffusionPipeline.__module__
+found["unknown"] = hasattr(package, "NoSuchModel")
+""")
+    assert found == {
+        "classes": ["FluxTransformer2DModel", "SanaTransformer2DModel", "WanTransformer3DModel"],
+        "count": 12,
+        "same": True,
+        "pipeline": "diffusers.pipelines.pipeline_utils",
+        "unknown": False,
+    }
+
+
+def test_wrappers_of_xfuser_are_refused_by_name() -> None:
+    found = run("""
+import xfuser
+try:
+    xfuser.xFuserFluxPipeline
+except AttributeError as error:
+    found["error"] = str(error)
+""")
+    assert found == {"error": "xfuser.xFuserFluxPipeline: workers import the modules of xfuser one by one"}
