@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from xditd.ipc.errors import BadRequest
 if TYPE_CHECKING:
     import numpy
     from PIL import Image
+
+    from xditd.client.metadata.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,10 @@ class RunSettings:
     has_mask: bool = False
     references: int = 0
     has_control: bool = False
+    has_last_image: bool = False
+    has_sigmas: bool = False
+    refused: frozenset[str] = frozenset()
+    """Arguments that the model does not take: their values here have no meaning."""
 
     @property
     def prompt(self) -> str:
@@ -114,21 +120,34 @@ class PipelineResult:
         found: numpy.ndarray[Any, Any] = levels.movedim(1, -1).contiguous().numpy()
         return found
 
-    def save(self, path: str | os.PathLike[str], index: int | None = None, *, fps: int | None = None) -> list[Path]:
+    def record(self, index: int = 0) -> Record:
+        """Return how a picture or video was made, as its file says it; reads the model's files for their hashes."""
+        from xditd.client.metadata.of_runs import record_of_run
+
+        return record_of_run(self.settings, index % self.count, self.count)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        index: int | None = None,
+        *,
+        fps: int | None = None,
+        metadata: bool = True,
+    ) -> list[Path]:
         """Write all pictures or videos, or that of ``index``, as ``GenerationResult.save`` does; return the paths.
 
         Of several, ``out.png`` becomes ``out-0.png``, ``out-1.png`` and so on. ``fps`` is the model's unless given.
+        Files say how they were made, unless ``metadata`` is false; `xditd generate --from` repeats them.
         """
         rate = self.settings.fps if fps is None else fps
-        if index is not None:
-            return [self.generation.save(path, index, fps=rate)]
-        if self.count == 1:
-            return [self.generation.save(path, 0, fps=rate)]
         one = Path(path)
-        return [
-            self.generation.save(one.with_name(f"{one.stem}-{number}{one.suffix}"), number, fps=rate)
-            for number in range(self.count)
-        ]
+        found = []
+        for number in range(self.count) if index is None else (index,):
+            made = replace(self.generation, record=self.record(number) if metadata else None)
+            is_one = index is not None or self.count == 1
+            target = one if is_one else one.with_name(f"{one.stem}-{number}{one.suffix}")
+            found.append(made.save(target, number, fps=rate, metadata=metadata))
+        return found
 
     def __repr__(self) -> str:
         what = "videos" if self.is_video else "images"

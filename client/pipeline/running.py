@@ -212,6 +212,9 @@ class Runner:
             has_mask=call.mask is not None,
             references=len(call.references),
             has_control=call.control is not None,
+            has_last_image=call.last_image is not None,
+            has_sigmas=call.sigmas is not None,
+            refused=frozenset(adapter.refused()),
         )
         return PipelineJob(job, settings, ended)
 
