@@ -11,6 +11,7 @@ from xditd.client.cli.generate_files import describe_loan
 from xditd.client.cli.generations import Outputs
 from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_text, size_text, span_text
+from xditd.ipc.errors import BadRequest
 
 if TYPE_CHECKING:
     from xditd.client.loans import Loan
@@ -93,6 +94,12 @@ def run(parsed: argparse.Namespace) -> int:
     started = time.perf_counter()
     with Pipeline.open(**opening(parsed)) as pipe:
         lend_s = time.perf_counter() - started
+        if "vae" not in pipe.loans:
+            if outputs.latents is None:
+                raise BadRequest(
+                    f"model {pipe.name}: has no VAE, so nothing is written; give --vae FILE or --save-latents"
+                )
+            outputs.images = []
         repeated = getattr(parsed, "repeated", None)
         arguments = arguments_of(parsed, pipe)
         with pipe.start(parsed.prompt, **arguments) as job:
