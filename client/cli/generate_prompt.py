@@ -55,6 +55,10 @@ ARGUMENTS: Final = {
 """Flags that are arguments of a call as they are, by their names in the library."""
 
 
+_CONTROLS: Final = {"control_image", "video"}
+"""Control pictures among what a generation is made from."""
+
+
 def is_meant(parsed: argparse.Namespace) -> bool:
     """Return whether the flags are of words and pictures."""
     return any(getattr(parsed, name) is not None for name in _OF_WORDS)
@@ -143,6 +147,7 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
     """
     found = {name: value for flag, name in ARGUMENTS.items() if (value := getattr(parsed, flag)) is not None}
     if parsed.control is not None:
+        _check_control(pipe)
         found["control"] = parsed.control if len(parsed.control) > 1 else parsed.control[0]
     if parsed.size is not None:
         found["width"], found["height"] = parsed.size
@@ -158,6 +163,17 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
 
         found["conditioning"] = random_conditioning(pipe.facts, parsed.random_embeds, parsed.text_tokens)
     return found
+
+
+def _check_control(pipe: Pipeline) -> None:
+    """Refuse control pictures of models that take them with a ControlNet alone."""
+    assert pipe.facts.transformer is not None
+    takes_pictures = _CONTROLS & {each.name for each in pipe.facts.transformer.conditioning}
+    if not takes_pictures and not pipe.arguments["control"]:
+        raise BadRequest(
+            f"control: {pipe.name} takes control pictures with a ControlNet, which this command does not lend; use the "
+            "library (docs/python.md), or a model of control pictures"
+        )
 
 
 def _count(made: Any) -> int:

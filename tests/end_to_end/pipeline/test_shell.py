@@ -101,8 +101,11 @@ def test_a_picture_is_repeated_by_its_file(
     [
         (["a cat", "--negative-prompt", "a dog"], "negative_prompt: it has no classifier-free guidance"),
         (["a cat", "--frames", "5"], "frames: it makes pictures"),
-        (["a cat", "--control", "c.png"], "control: it takes no control picture"),
-        (["a cat", "--option", "shift=3"], "shift"),
+        (
+            ["a cat", "--control", "c.png"],
+            "control: flux takes control pictures with a ControlNet, which this command does not lend",
+        ),
+        (["a cat", "--option", "shift=3"], "options: it has no options"),
         (["a cat", "--lora", "gone.safetensors:1"], "gone.safetensors"),
     ],
 )
