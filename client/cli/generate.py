@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from xditd.client.cli import flags, generate_files, generate_prompt
+from xditd.client.cli import control_flags, flags, generate_files, generate_prompt
 from xditd.client.cli.generate_files import describe_loan
 from xditd.client.cli.generate_help import DESCRIPTION, EXAMPLES, SUMMARY
 from xditd.client.cli.models import complete_names
@@ -16,6 +16,7 @@ __all__ = ["DESCRIPTION", "EXAMPLES", "SUMMARY", "add_arguments", "describe_loan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to show")
     flags.add_settings(parser, GenerateFlags)
+    control_flags.add_arguments(parser)
     for action in parser._actions:
         if action.dest == "model":
             action.completer = complete_names  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from xditd.client.cli import exits
+from xditd.client.cli import control_flags, exits
 from xditd.client.cli.generations import Outputs, sampling_of, size_of
 from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_by_kind, copied_text, size_text, span_text
@@ -47,7 +47,8 @@ def run(parsed: argparse.Namespace) -> int:
     from xditd.client.conditioning import conditioning_of, random_conditioning
     from xditd.client.tensor_files import read_tensors, require_torch
 
-    outputs = Outputs(parsed)
+    outputs = Outputs(parsed, control_flags.paths_of(parsed))
+    pictures = control_flags.read_pictures(parsed)
 
     with Client(parsed.runtime_dir, name="xditd generate") as client:
         require_torch()
@@ -61,6 +62,7 @@ def run(parsed: argparse.Namespace) -> int:
         )
         vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
         loras = {path: client.lend_lora(path, device=parsed.device) for path in parsed.lora or {}}
+        controls = control_flags.lend_controls(client, parsed, pictures)
         lend_s = time.perf_counter() - started
         if stored is None:
             conditioning = random_conditioning(transformer.facts, parsed.random_embeds, parsed.text_tokens)
@@ -73,11 +75,13 @@ def run(parsed: argparse.Namespace) -> int:
             vae=vae,
             transformer_2=second or None,
             frames=parsed.frames or 1,
+            controls=controls,
             **sampling_of(parsed),
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
         outputs.write(dataclasses.replace(result, record=_record(parsed, result.record)))
-        loans = [loan for loan in (transformer, second, vae, *loras.values()) if loan is not None]
+        lent = (transformer, second, vae, *loras.values(), *control_flags.loans_of(controls))
+        loans = [loan for loan in lent if isinstance(loan, Loan)]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
         if parsed.json:
             assert transformer.facts.transformer is not None
@@ -135,7 +139,7 @@ def _record(parsed: argparse.Namespace, record: Record | None) -> Record | None:
         loras=tuple(
             LoraRecord(file=describe(path), strength=strength) for path, strength in (parsed.lora or {}).items()
         ),
-        inputs=InputsRecord(embeds=None if is_random else describe(parsed.embeds)),
+        inputs=InputsRecord(embeds=None if is_random else describe(parsed.embeds), control=record.inputs.control),
     )
 
 

@@ -53,6 +53,8 @@ from files and embeddings:
   xditd generate --transformer flux1-dev-Q8_0.gguf --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer flux1-dev.safetensors --lora style.safetensors=0.8 --lora detail.safetensors=-0.3 \\
       --vae ae.safetensors --embeds cat.safetensors -o cat.png
+  xditd generate --transformer flux1-dev.safetensors --control union.safetensors=edges.png@0.6:end=0.8:mode=0 \\
+      --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer t.safetensors --vae v.safetensors --random-embeds 1 --size 512x512 --steps 4
 
 cat.safetensors for FLUX.1, made with diffusers:

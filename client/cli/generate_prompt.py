@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from xditd.client.cli import exits
+from xditd.client.cli import control_flags, exits
 from xditd.client.cli.generate_files import describe_loan
 from xditd.client.cli.generations import Outputs
 from xditd.client.cli.printing import json_text
@@ -32,7 +32,7 @@ _OF_WORDS: Final = (
     "mask",
     "last_image",
     "references",
-    "control",
+    "control_images",
     "strength",
 )
 """Arguments that single files with text embeddings do not have."""
@@ -55,10 +55,6 @@ ARGUMENTS: Final = {
 """Flags that are arguments of a call as they are, by their names in the library."""
 
 
-_CONTROLS: Final = {"control_image", "video"}
-"""Control pictures among what a generation is made from."""
-
-
 def is_meant(parsed: argparse.Namespace) -> bool:
     """Return whether the flags are of words and pictures."""
     return any(getattr(parsed, name) is not None for name in _OF_WORDS)
@@ -77,6 +73,8 @@ def check(parsed: argparse.Namespace) -> None:
         parsed.refuse("--embeds FILE and --random-embeds SEED are both given; leave one out")
     if has_embeds and parsed.negative_prompt is not None:
         parsed.refuse("--negative-prompt is of a prompt; the file of --embeds has the negative one, too")
+    if parsed.control and parsed.control_images is not None:
+        parsed.refuse("--control and --control-image are both given; leave one out")
     if parsed.mask is not None and parsed.image is None:
         parsed.refuse("--mask is of a picture; give --image FILE")
     if parsed.model is None and parsed.vae is None and parsed.save_latents is None:
@@ -92,8 +90,8 @@ def run(parsed: argparse.Namespace) -> int:
     from xditd.client.pipeline.pipeline import Pipeline
     from xditd.client.tensor_files import require_torch
 
-    pictures = (parsed.image, parsed.mask, parsed.last_image, *(parsed.references or ()), *(parsed.control or ()))
-    outputs = Outputs(parsed, pictures)
+    pictures = (parsed.image, parsed.mask, parsed.last_image, *(parsed.references or ()))
+    outputs = Outputs(parsed, (*pictures, *(parsed.control_images or ()), *control_flags.paths_of(parsed)))
     require_torch()
     started = time.perf_counter()
     with Pipeline.open(**opening(parsed)) as pipe:
@@ -146,9 +144,12 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
         BadRequest: the file of text embeddings lacks some, or cannot be read.
     """
     found = {name: value for flag, name in ARGUMENTS.items() if (value := getattr(parsed, flag)) is not None}
-    if parsed.control is not None:
-        _check_control(pipe)
-        found["control"] = parsed.control if len(parsed.control) > 1 else parsed.control[0]
+    if parsed.control_images is not None:
+        images = parsed.control_images
+        found["control"] = images if len(images) > 1 else images[0]
+    elif parsed.control:
+        size = parsed.size or (pipe.defaults["width"], pipe.defaults["height"])
+        found["control"] = control_flags.lend_controls(pipe.client, parsed, control_flags.read_sized(parsed, size))
     if parsed.size is not None:
         found["width"], found["height"] = parsed.size
     if parsed.lora:
@@ -163,17 +164,6 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
 
         found["conditioning"] = random_conditioning(pipe.facts, parsed.random_embeds, parsed.text_tokens)
     return found
-
-
-def _check_control(pipe: Pipeline) -> None:
-    """Refuse control pictures of models that take them with a ControlNet alone."""
-    assert pipe.facts.transformer is not None
-    takes_pictures = _CONTROLS & {each.name for each in pipe.facts.transformer.conditioning}
-    if not takes_pictures and not pipe.arguments["control"]:
-        raise BadRequest(
-            f"control: {pipe.name} takes control pictures with a ControlNet, which this command does not lend; use the "
-            "library (docs/python.md), or a model of control pictures"
-        )
 
 
 def _count(made: Any) -> int:

@@ -18,14 +18,14 @@ from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
 
 if TYPE_CHECKING:
-    from xditd.client.pipeline.results import RunSettings
+    from xditd.client.pipeline.settings import RunSettings
 
 _INPUTS: Final = {
     "image": ("image", "--image FILE"),
     "mask": ("mask", "--mask FILE"),
     "last_image": ("last_image", "--last-image FILE"),
     "references": ("references", "--reference FILE"),
-    "control": ("control", "--control FILE"),
+    "control": ("control_images", "--control-image FILE (or --control, with its ControlNet)"),
 }
 """Pictures that a record counts and does not hold: the argument, and the flag that gives them again."""
 
@@ -132,7 +132,9 @@ def _check_inputs(parsed: argparse.Namespace, record: Record, where: str) -> Non
     missing = [
         f"{flag} ({count} of them)" if count > 1 else flag
         for name, (argument, flag) in _INPUTS.items()
-        if (count := getattr(inputs, name)) and getattr(parsed, argument) is None
+        if (count := getattr(inputs, name))
+        and getattr(parsed, argument) is None
+        and not (name == "control" and parsed.control)
     ]
     if missing:
         raise BadRequest(f"{where}: made from pictures, which its metadata do not hold; give {', '.join(missing)}")

@@ -17,7 +17,7 @@ from xditd.client.model_folders import find_model
 from xditd.ipc.errors import XditdError
 
 if TYPE_CHECKING:
-    from xditd.client.pipeline.results import RunSettings
+    from xditd.client.pipeline.settings import RunSettings
 
 
 def record_of_run(settings: RunSettings, index: int, count: int, *, embeds: str | None = None) -> Record:

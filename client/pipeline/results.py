@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xditd.client.pipeline.settings import RunSettings
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest
 
@@ -16,52 +16,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from xditd.client.metadata.record import Record
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What a call was made with: given arguments, and the defaults of those that were not.
-
-    ``files`` are the paths of all parts by role, ``loras`` those of LoRAs with their strengths.
-    """
-
-    model: str
-    family: str
-    prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
-    width: int
-    height: int
-    frames: int
-    fps: int
-    steps: int
-    guidance: float
-    num_images: int
-    seed: int
-    strength: float = 1.0
-    step_cache: float = 0.0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: Mapping[str, Any] | None = None
-    variant: str = "class"
-    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    loras: tuple[tuple[str, Any], ...] = ()
-    has_image: bool = False
-    has_mask: bool = False
-    references: int = 0
-    has_control: bool = False
-    has_last_image: bool = False
-    has_sigmas: bool = False
-    refused: frozenset[str] = frozenset()
-    """Arguments that the model does not take: their values here have no meaning."""
-
-    @property
-    def prompt(self) -> str:
-        """The only prompt, or all of them, a line each."""
-        return "\n".join(self.prompts)
-
-    @property
-    def negative_prompt(self) -> str:
-        """As :attr:`prompt`."""
-        return "\n".join(self.negative_prompts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

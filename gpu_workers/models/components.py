@@ -30,6 +30,7 @@ from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, pr
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
+from xditd.gpu_workers.models.tokenizer_building import TokenizerCache
 from xditd.gpu_workers.models.tokenizer_component import make_tokenizer
 from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.packed.product_choice import ProductChoice
@@ -81,7 +82,7 @@ class Components:
         self.plugs = 0
         self._loader = TensorLoader(layout.device, self.gpu_copies, products)
         self._device = layout.device
-        self._rank = layout.rank
+        self._tokenizers = TokenizerCache() if layout.rank == 0 else None
         self._peer_uuids = peer_uuids
         self._kept: dict[str, LentCopies] = {}
         self._prepared: dict[str, Component] = {}
@@ -353,7 +354,7 @@ class Components:
                 )
             if manifest.kind is ComponentKind.TOKENIZER:
                 opened.extend(self._open(block, exporter, None) for block in manifest.blocks)
-                made = make_tokenizer(component_id, manifest, opened, clock, is_leader=self._rank == 0)
+                made = make_tokenizer(component_id, manifest, opened, clock, self._tokenizers)
                 while opened:  # what is built holds no lent memory
                     self.blocks.release(cast(OpenBlock, opened.pop()))
                 return made

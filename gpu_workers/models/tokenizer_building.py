@@ -7,8 +7,10 @@ files are written to a folder of this process alone, mode 0700, which is removed
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,7 @@ _OLD_TEMPLATE: Final = "chat_template.json"
 """Which older processors have in place of ``chat_template.jinja``; tokenizers do not read it."""
 _PROCESSOR_CONFIGS: Final = ("processor_config.json", "preprocessor_config.json")
 _MAX_DEPTH: Final = 64
+_MOST_BUILT: Final = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,27 @@ def build_tokenizer(files: Mapping[str, bytes], label: str) -> BuiltTokenizer:
         return BuiltTokenizer(
             processor or name, tokenizer, _class(of_images).from_pretrained(folder, local_files_only=True)
         )
+
+
+class TokenizerCache:
+    """The tokenizers that were built last, by the content of their files: to build one takes up to seconds."""
+
+    def __init__(self) -> None:
+        self._built: OrderedDict[bytes, BuiltTokenizer] = OrderedDict()
+
+    def build(self, files: Mapping[str, bytes], label: str) -> BuiltTokenizer:
+        """Return the tokenizer of these files; raises as :func:`build_tokenizer`."""
+        digest = hashlib.blake2b(digest_size=32)
+        for name, content in sorted(files.items()):
+            digest.update(f"{name} {len(content)} ".encode())
+            digest.update(content)
+        key = digest.digest()
+        if key not in self._built:
+            self._built[key] = build_tokenizer(files, label)
+        self._built.move_to_end(key)
+        while len(self._built) > _MOST_BUILT:
+            self._built.popitem(last=False)
+        return self._built[key]
 
 
 def _class(name: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from xditd.gpu_workers.models.entries import Bindings
-from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer, build_tokenizer
+from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer, TokenizerCache
 from xditd.gpu_workers.weights.blocks import OpenBlock
 from xditd.ipc.facts import ComponentFacts, TokenizerFacts
 from xditd.ipc.packed import PackedWeight
@@ -97,8 +97,10 @@ class TokenizerMatch:
         )
 
 
-def match_tokenizer(manifest: Manifest, opened: Sequence[OpenBlock | None], *, is_leader: bool) -> TokenizerMatch:
-    """Read the files of a manifest whose faults were checked, and build the tokenizer on rank 0.
+def match_tokenizer(
+    manifest: Manifest, opened: Sequence[OpenBlock | None], cache: TokenizerCache | None
+) -> TokenizerMatch:
+    """Read the files of a manifest whose faults were checked, and build the tokenizer, if there is a ``cache``.
 
     ``opened`` are its blocks, which may be unmapped afterwards.
 
@@ -110,7 +112,7 @@ def match_tokenizer(manifest: Manifest, opened: Sequence[OpenBlock | None], *, i
     for block in opened:
         if block is not None:
             block.check_unchanged()
-    built = build_tokenizer(files, manifest.label) if is_leader else None
+    built = None if cache is None else cache.build(files, manifest.label)
     return TokenizerMatch(LentTokenizer(built), built, tuple(sorted(files)))
 
 

@@ -173,11 +173,13 @@ class GenerateFlags(JobFlags, frozen=True, kw_only=True):
             kind="paths",
         ),
     ] = None
-    control: Annotated[
+    control_images: Annotated[
         str | None,
         about(
-            "control picture, such as edges or depth; of a video repeated, one for each frame; the variable takes "
-            "several, separated by colons",
+            "control picture, such as edges or depth, of a model that takes them without a ControlNet; of a video "
+            "repeated, one for each frame; the variable takes several, separated by colons",
+            flag="--control-image",
+            variable="XDITD_CONTROL_IMAGES",
             kind="paths",
         ),
     ] = None

@@ -19,7 +19,7 @@ from xditd.client.image_files import encode_image
 from xditd.client.metadata.file_hashes import describe
 from xditd.client.metadata.of_runs import files_of
 from xditd.client.metadata.record import FileRecord, InputsRecord, LoraRecord, ModelRecord, Record, encode
-from xditd.client.pipeline.results import RunSettings
+from xditd.client.pipeline.settings import RunSettings
 from xditd.ipc.errors import BadRequest
 
 
@@ -121,7 +121,7 @@ EMBEDS = FileRecord(name="cat.safetensors", bytes=3, sample="0" * 64)
         ({"prompt": None, "inputs": InputsRecord(embeds=EMBEDS)}, r"cat\.safetensors \(0000000000\); give them by"),
         ({"inputs": InputsRecord(image=1, mask=1)}, "give --image FILE, --mask FILE"),
         ({"inputs": InputsRecord(references=2)}, r"give --reference FILE \(2 of them\)"),
-        ({"inputs": InputsRecord(control=1, last_image=1)}, "give --last-image FILE, --control FILE"),
+        ({"inputs": InputsRecord(control=1, last_image=1)}, "give --last-image FILE, --control-image FILE"),
         ({"model": ModelRecord(name="gone")}, "the model 'gone' .* no name in .*give it by --model"),
         ({"model": ModelRecord(files={"vae": (FileRecord(name="ae"),)})}, r"the model \(vae ae\)"),
         ({"loras": (LoraRecord(file=EMBEDS, strength=1.0),)}, r"the LoRA cat\.safetensors .* neither in the current"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import lora_files
 import pytest
 import torch
 import z_image_models
+from flux1_controlnets import MODES, comfyui_state, diffusers_state
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
-from xditd.client.cli import exits
+from xditd.client import Control
+from xditd.client.cli import control_flags, exits
 from xditd.client.cli.main import main
 
 WIDTH, HEIGHT, STEPS, SEED = 96, 128, 2, 7
@@ -86,6 +89,31 @@ def test_loras(verb, command, files, client, make_inputs, tmp_path, capsys):
     assert [each["kind"] for each in said["components"]] == ["transformer", "vae", "lora", "lora"]
     assert command(files.transformer, conditioning, "--lora", f"{files.vae}=1") == exits.FAILED
     assert "this is no LoRA" in capsys.readouterr().out
+
+
+def test_controlnets(verb, command, files, client, make_inputs, tmp_path, capsys):
+    conditioning, union, picture = make_inputs().conditioning, tmp_path / "union.safetensors", tmp_path / "edges.png"
+    save_file(diffusers_state(comfyui_state(5, modes=MODES)), union)
+    Image.radial_gradient("L").resize((WIDTH, HEIGHT)).convert("RGB").save(picture)
+    flag = f"{union}={picture}@0.6:end=0.9:mode=2"
+    latents, images, said = verb(files.transformer, conditioning, "--control", flag)
+    image = control_flags.read_pictures(
+        argparse.Namespace(control=control_flags.parse(flag), vae=files.vae, size=(WIDTH, HEIGHT))
+    )[0]
+    control = Control(client.lend(union), image, scale=0.6, end=0.9, mode=2)
+    given = dict(vae=client.lend(files.vae), height=HEIGHT, width=WIDTH, steps=STEPS, seed=SEED)
+    lent = client.lend(files.transformer)
+    assert are_those_of(client.generate(lent, conditioning, controls=[control], **given), latents, images)
+    assert not torch.equal(latents, client.generate(lent, conditioning, **given).result().latents)
+    assert [each["kind"] for each in said["components"]] == ["transformer", "vae", "controlnet"]
+
+    assert command(files.transformer, conditioning, "--control", f"{union}={picture}") == exits.MISUSE
+    assert "a union ControlNet needs the kind of its picture" in capsys.readouterr().err
+    state = z_image_models.state_dict(0, names=z_image_models.COMFYUI)
+    save_file(state, tmp_path / "z.safetensors")
+    texts = {"prompt_embeds.0": torch.randn(20, z_image_models.SMALL.text_channels)}
+    assert command(tmp_path / "z.safetensors", texts, "--control", flag) == exits.MISUSE
+    assert "gives residuals for flux1, and the transformer is z_image" in capsys.readouterr().err
 
 
 def test_z_image_with_texts_of_unequal_lengths_guidance_and_options(verb, command, files, client, tmp_path, capsys):

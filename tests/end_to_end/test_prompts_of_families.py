@@ -304,7 +304,9 @@ def test_what_pictures_do_not_go_with_is_refused_by_name(qwen_image: Words) -> N
             "images": [picture], "tokenizers": processors, "options": {"max_sequence_length": 9},
         },
         "images: 9, at most 8": {"images": [picture] * 9, "tokenizers": processors},
-        r"images\[0\]: a picture of mode L; give image.convert": {"images": [picture.convert("L")]},
+        r"images\[0\]: a picture of mode L; give image.convert": {
+            "images": [picture.convert("L")], "tokenizers": processors,
+        },
     }.items():  # fmt: skip
         with pytest.raises(BadRequest, match=says):
             qwen_image.encode(**{"prompt": "a cat", **given})

@@ -20,7 +20,6 @@ from xditd.ipc.settings.client import GenerateFlags
 from xditd.ipc.settings.setting import settings_of
 
 ENTRIES = family_tables.of_kind("transformer")
-TAKES_PICTURES = {"control_image", "video"}
 facts_of = family_tables.transformer_facts
 
 OPTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
@@ -29,7 +28,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     "mask": (("--mask", "m.png"), "mask", Path("m.png")),
     "last_image": (("--last-image", "l.png"), "last_image", Path("l.png")),
     "references": (("--reference", "a.png", "--reference", "b.png"), "references", (Path("a.png"), Path("b.png"))),
-    "control": (("--control", "c.png"), "control", Path("c.png")),
+    "control_images": (("--control-image", "c.png"), "control", Path("c.png")),
     "strength": (("--strength", "0.5"), "strength", 0.5),
     "frames": (("--frames", "5"), "frames", 5),
     "steps": (("--steps", "3"), "steps", 3),
@@ -43,7 +42,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
 }
 """The flags, the field of the call that they set, and its value."""
 
-ARGUMENT = {"option": "options"}
+ARGUMENT = {"option": "options", "control_images": "control"}
 """Arguments of the library that have another name than their setting."""
 
 ELSEWHERE = {
@@ -92,10 +91,6 @@ def test_an_option_is_in_the_call_or_refused_by_name(entry: FamilyEntry, name: s
     pipe = opened(entry)
     argument = ARGUMENT.get(name, name)
     refusal = pipe.arguments.get(argument, "")
-    if name == "control" and not refusal and not TAKES_PICTURES & {each.name for each in facts_of(entry).conditioning}:
-        with pytest.raises(BadRequest, match="control: x takes control pictures with a ControlNet"):
-            generate_prompt.arguments_of(parsed, pipe)
-        return
     arguments = generate_prompt.arguments_of(parsed, pipe)
     if refusal:
         with pytest.raises(BadRequest) as error:

@@ -102,8 +102,8 @@ def test_a_picture_is_repeated_by_its_file(
         (["a cat", "--negative-prompt", "a dog"], "negative_prompt: it has no classifier-free guidance"),
         (["a cat", "--frames", "5"], "frames: it makes pictures"),
         (
-            ["a cat", "--control", "c.png"],
-            "control: flux takes control pictures with a ControlNet, which this command does not lend",
+            ["a cat", "--control-image", "c.png"],
+            "control: flux1 (flux) takes ControlNets",
         ),
         (["a cat", "--option", "shift=3"], "options: it has no options"),
         (["a cat", "--lora", "gone.safetensors:1"], "gone.safetensors"),

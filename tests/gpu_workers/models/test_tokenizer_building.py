@@ -94,3 +94,23 @@ def test_hostile_folders_are_refused_by_name(
     with pytest.raises(error, match=f"^mine: .*{says}"):
         build_tokenizer(change(t5), "mine")  # type: ignore[operator]
     assert not list(temporary.iterdir())
+
+
+def test_equal_files_are_built_once(t5: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xditd.gpu_workers.models import tokenizer_building
+
+    built: list[str] = []
+
+    def build(files: Files, label: str) -> object:
+        built.append(label)
+        return build_tokenizer(files, label)
+
+    monkeypatch.setattr(tokenizer_building, "build_tokenizer", build)
+    cache = tokenizer_building.TokenizerCache()
+    first = cache.build(t5, "first")
+    assert cache.build(dict(reversed(t5.items())), "second") is first
+    assert cache.build(changed(t5, "tokenizer_config.json", model_max_length=7), "third") is not first
+    assert built == ["first", "third"]
+    for number in range(8):
+        cache.build(changed(t5, "tokenizer_config.json", model_max_length=100 + number), "others")
+    assert cache.build(t5, "again") is not first
