@@ -184,6 +184,17 @@ def test_clip_save_writes_what_stock_writes(comfy, clip_of, stock):
         assert comfyui_text.ENCODERS[name].tokenizer in saved
 
 
+def test_a_norm_behind_the_first_layers_is_not_used(comfy, connected, state, stock, tmp_path, relative_error):
+    """ComfyUI has none in a Mistral Small 3 of fewer than its 40 layers, whatever the file holds."""
+    from xditd.client.comfyui.nodes.clip_loader import load_clip
+
+    norm = torch.full((comfyui_text.MISTRAL_WIDTH,), 3.0)
+    save_file(state("flux2_dev") | {"model.norm.weight": norm}, tmp_path / "with_norm.safetensors")
+    clip = load_clip(str(tmp_path / "with_norm.safetensors"), type="flux2")
+    found = [comfy.nodes.CLIPTextEncode().encode(each, "a cliff")[0] for each in (clip, stock("flux2_dev"))]
+    compare(*found, relative_error)
+
+
 def test_what_is_refused(comfy, clip_of, connected, file_of, state, tmp_path):
     from xditd.client.comfyui.nodes.clip_loader import load_clip
 
