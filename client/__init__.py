@@ -56,8 +56,9 @@ if TYPE_CHECKING:
     from xditd.client.async_client import AsyncClient, AsyncGenerationJob
     from xditd.client.diffusers.accelerate import accelerate, unaccelerate
     from xditd.client.pipeline.pipeline import Pipeline
-    from xditd.client.pipeline.results import PipelineResult, RunSettings
+    from xditd.client.pipeline.results import PipelineResult
     from xditd.client.pipeline.running import PipelineJob
+    from xditd.client.pipeline.settings import RunSettings
 
 __all__ = [
     "AlreadyRunning",

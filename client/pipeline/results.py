@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xditd.client.pipeline.settings import RunSettings
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest
 
@@ -15,47 +15,7 @@ if TYPE_CHECKING:
     import numpy
     from PIL import Image
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What a call was made with: given arguments, and the defaults of those that were not.
-
-    ``files`` are the paths of all parts by role, ``loras`` those of LoRAs with their strengths.
-    """
-
-    model: str
-    family: str
-    prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
-    width: int
-    height: int
-    frames: int
-    fps: int
-    steps: int
-    guidance: float
-    num_images: int
-    seed: int
-    strength: float = 1.0
-    step_cache: float = 0.0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: Mapping[str, Any] | None = None
-    variant: str = "class"
-    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    loras: tuple[tuple[str, Any], ...] = ()
-    has_image: bool = False
-    has_mask: bool = False
-    references: int = 0
-    has_control: bool = False
-
-    @property
-    def prompt(self) -> str:
-        """The only prompt, or all of them, a line each."""
-        return "\n".join(self.prompts)
-
-    @property
-    def negative_prompt(self) -> str:
-        """As :attr:`prompt`."""
-        return "\n".join(self.negative_prompts)
+    from xditd.client.metadata.record import Record
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,21 +74,34 @@ class PipelineResult:
         found: numpy.ndarray[Any, Any] = levels.movedim(1, -1).contiguous().numpy()
         return found
 
-    def save(self, path: str | os.PathLike[str], index: int | None = None, *, fps: int | None = None) -> list[Path]:
+    def record(self, index: int = 0) -> Record:
+        """Return how a picture or video was made, as its file says it; reads the model's files for their hashes."""
+        from xditd.client.metadata.of_runs import record_of_run
+
+        return record_of_run(self.settings, index % self.count, self.count)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        index: int | None = None,
+        *,
+        fps: int | None = None,
+        metadata: bool = True,
+    ) -> list[Path]:
         """Write all pictures or videos, or that of ``index``, as ``GenerationResult.save`` does; return the paths.
 
         Of several, ``out.png`` becomes ``out-0.png``, ``out-1.png`` and so on. ``fps`` is the model's unless given.
+        Files say how they were made, unless ``metadata`` is false; `xditd generate --from` repeats them.
         """
         rate = self.settings.fps if fps is None else fps
-        if index is not None:
-            return [self.generation.save(path, index, fps=rate)]
-        if self.count == 1:
-            return [self.generation.save(path, 0, fps=rate)]
         one = Path(path)
-        return [
-            self.generation.save(one.with_name(f"{one.stem}-{number}{one.suffix}"), number, fps=rate)
-            for number in range(self.count)
-        ]
+        found = []
+        for number in range(self.count) if index is None else (index,):
+            made = replace(self.generation, record=self.record(number) if metadata else None)
+            is_one = index is not None or self.count == 1
+            target = one if is_one else one.with_name(f"{one.stem}-{number}{one.suffix}")
+            found.append(made.save(target, number, fps=rate, metadata=metadata))
+        return found
 
     def __repr__(self) -> str:
         what = "videos" if self.is_video else "images"

@@ -13,7 +13,8 @@ from xditd.client.loans import Loan, LoanWithLoras
 from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.families import Adapter, Plan
 from xditd.client.pipeline.loading import Loans
-from xditd.client.pipeline.results import PipelineResult, RunSettings
+from xditd.client.pipeline.results import PipelineResult
+from xditd.client.pipeline.settings import RunSettings
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, Source
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported
@@ -212,6 +213,9 @@ class Runner:
             has_mask=call.mask is not None,
             references=len(call.references),
             has_control=call.control is not None,
+            has_last_image=call.last_image is not None,
+            has_sigmas=call.sigmas is not None,
+            refused=frozenset(adapter.refused()),
         )
         return PipelineJob(job, settings, ended)
 
