@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xditd.client.model_json import read_json
+from xditd.client.pipeline.clip_pictures import DEVIATIONS, MEANS, SIDE
 from xditd.client.pipeline.sources import ENCODERS, IMAGE_ENCODER, SECOND, TRANSFORMER, VAE, Part, Source, kind_of
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 from xditd.ipc.name_lists import listed
@@ -101,6 +102,8 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
             parts[role] = Part(str(_there(folder / role, role)), kind_of(role), variant)
         else:
             raise Unsupported(f"{folder / INDEX}: the part {role} of a {pipeline_class} is not known here")
+    if IMAGE_ENCODER in parts:
+        _check_image_processor(folder / "image_processor" / "preprocessor_config.json")
     for role in (TRANSFORMER, VAE):
         if role not in parts:
             raise BadCheckpoint(f"{path}: it has no {role}; a pipeline needs one")
@@ -119,6 +122,30 @@ def read_scheduler(path: Path) -> Mapping[str, Any]:
     """Read a scheduler's configuration, from its folder or its file."""
     file = path / "scheduler_config.json" if path.is_dir() else path
     return read_json(str(file), _MAX_INDEX_BYTES)
+
+
+def _check_image_processor(path: Path) -> None:
+    """Refuse a processor of pictures that is not CLIP's, as ``clip_pictures.py`` has it.
+
+    Raises:
+        Unsupported: names the setting and its value.
+    """
+    if not path.is_file():
+        return
+    found = read_json(str(path), _MAX_INDEX_BYTES)
+    wanted = {
+        "image_mean": list(MEANS),
+        "image_std": list(DEVIATIONS),
+        "resample": 3,
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "size": {"shortest_edge": SIDE},
+        "crop_size": {"height": SIDE, "width": SIDE},
+    }
+    for name, value in wanted.items():
+        if name in found and found[name] not in (value, SIDE if name in ("size", "crop_size") else value):
+            raise Unsupported(f"{path}: {name}={found[name]!r:.100}; pictures are processed as CLIP's, with {value!r}")
 
 
 def _there(path: Path, role: str) -> Path:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.client import SILENCE_DEADLINE_S, Client
 from xditd.client.loans import Loan
+from xditd.client.pipeline.adapter import Adapter
 from xditd.client.pipeline.calls import ARGUMENTS, Texts, call_of, check_defaults, check_refused
-from xditd.client.pipeline.families import Adapter, adapter_for
+from xditd.client.pipeline.families import adapter_for
 from xditd.client.pipeline.files import PathLike, Paths, find_source, tokenizer_path
 from xditd.client.pipeline.folders import PIPELINES
 from xditd.client.pipeline.futures import RunFuture, Threads
 from xditd.client.pipeline.loading import Loans
+from xditd.client.pipeline.named import entry_of
 from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.running import OnPreview, OnProgress, PipelineJob, Runner
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VAE, Source
@@ -127,7 +129,7 @@ class Pipeline:
             VAE: vae,
             IMAGE_ENCODER: image_encoder,
         }
-        entry: dict[str, Any] = _entry_of(source) if source is not None else {}
+        entry: dict[str, Any] = entry_of(source) if source is not None else {}
         if entry:
             source, variant = entry.get("source"), variant or entry.get("variant")
             given = {role: given[role] or entry.get(role) for role in given}
@@ -417,37 +419,3 @@ def _call(function: Callable[[], object] | None) -> None:
     if function is not None:
         with contextlib.suppress(XditdError):  # the daemon has gone, and the loans with it
             function()
-
-
-def _entry_of(source: PathLike) -> dict[str, Any]:
-    """Return the entry of ``models.toml`` of this name, as arguments of ``open``; empty for a path."""
-    if not isinstance(source, str) or os.sep in source or source.startswith("~") or os.path.exists(source):
-        return {}
-    from xditd.client import models_file
-
-    entry = models_file.find(source)
-    size = entry.defaults.size
-    return {
-        "name": entry.name,
-        "source": entry.folder or entry.checkpoint,
-        "variant": entry.variant,
-        TRANSFORMER: entry.transformer,
-        SECOND: entry.transformer_2,
-        VAE: entry.vae,
-        "text_encoders": entry.text_encoders,
-        "tokenizers": entry.tokenizers,
-        IMAGE_ENCODER: entry.image_encoder,
-        "scheduler": entry.scheduler,
-        "compute_dtype": entry.compute_dtype,
-        "acceleration": entry.acceleration,
-        "defaults": {
-            name: value
-            for name, value in (
-                ("steps", entry.defaults.steps),
-                ("guidance", entry.defaults.guidance),
-                ("width", size and size[0]),
-                ("height", size and size[1]),
-            )
-            if value is not None
-        },
-    }

@@ -10,8 +10,8 @@ from xditd.client.client import Client
 from xditd.client.jobs.controls import Control
 from xditd.client.jobs.generation import GenerationJob, draw_seed
 from xditd.client.loans import Loan, LoanWithLoras
+from xditd.client.pipeline.adapter import Adapter, Plan
 from xditd.client.pipeline.calls import Call
-from xditd.client.pipeline.families import Adapter, Plan
 from xditd.client.pipeline.loading import Loans
 from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.settings import RunSettings

@@ -132,9 +132,9 @@ def wan(kind: str = "WanPipeline", config: Any = wan_models.TEXT, **changes: Any
     return getattr(diffusers, kind)(**{**given, **changes})
 
 
-def wan_texts(batch: int = 1, negative: bool = True) -> Conditioning:
-    found = {"prompt_embeds": rows(1, batch, 12, wan_models.TEXT.text_channels)}
-    return found | ({"negative_prompt_embeds": rows(2, batch, 12, wan_models.TEXT.text_channels)} if negative else {})
+def wan_texts(batch: int = 1, negative: bool = True, tokens: int = 12) -> Conditioning:
+    shape = (batch, tokens, wan_models.TEXT.text_channels)
+    return {"prompt_embeds": rows(1, *shape)} | ({"negative_prompt_embeds": rows(2, *shape)} if negative else {})
 
 
 def saved(pipeline: Any, folder: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pipeline_folders as folders
@@ -14,7 +16,7 @@ from pipeline_latents import SEED, SIZE
 from pipeline_latents import latents as theirs
 from pipeline_parts import image, mask
 
-from xditd.client import Pipeline
+from xditd.client import Pipeline, Unsupported
 
 Open = Callable[..., Pipeline]
 
@@ -79,6 +81,27 @@ def test_videos_from_a_picture(opened: Open, config: str) -> None:
     right = theirs(pipeline, "wan", image=picture, num_inference_steps=3, num_frames=5, guidance_scale=3.0, **given)
     found = ours(opened(pipeline), given, image=picture, steps=3, frames=5, guidance=3.0)
     assert torch.equal(found, right)
+
+
+def test_videos_from_a_picture_that_clip_sees(opened: Open, tmp_path: Path) -> None:
+    """Not the bits: resizing in CLIP's processor rounds otherwise."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=14, **sizes)).eval()
+    pipeline = folders.wan(
+        "WanImageToVideoPipeline", wan_models.CLIP_IMAGE, image_processor=CLIPImageProcessor(), image_encoder=clip
+    )
+    given, picture = folders.wan_texts(tokens=512), image(120, 80)
+    right = theirs(pipeline, "wan", image=picture, num_inference_steps=3, num_frames=5, guidance_scale=3.0, **given)
+    pipe = opened(pipeline)
+    found = ours(pipe, given, image=picture, steps=3, frames=5, guidance=3.0)
+    assert wan_models.relative_error(found, right) <= 1e-4
+    index = tmp_path / "model0" / "image_processor" / "preprocessor_config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(Unsupported, match=r"image_mean=\[0.5, 0.5, 0.5\]"):
+        Pipeline.open(tmp_path / "model0", client=pipe.client)
 
 
 STARTS = {
