@@ -44,6 +44,8 @@ class Plan:
     start_mask: torch.Tensor | None = None
     text_images: Sequence[Image.Image] = ()
     """What the text encoder sees beside the prompt."""
+    text_options: dict[str, Any] = field(default_factory=dict)
+    """Options of ``Client.encode_prompt``."""
 
 
 class Adapter:
@@ -302,11 +304,9 @@ def area_size(picture: Image.Image, area: int) -> tuple[int, int]:
 
 
 class QwenImage(Adapter):
-    """Qwen-Image: guided with a negative prompt alone. References are for the encoder, too, in sizes of their own."""
+    """Qwen-Image: guided with a negative prompt alone. The encoder sees references, too."""
 
     empty_negative = None
-    seen_pixels: ClassVar[int] = 384 * 384
-    """Of a reference for the encoder of Edit-2509 and later; the first Edit shows it what the VAE gets."""
 
     @property
     def is_first_edit(self) -> bool:
@@ -338,9 +338,9 @@ class QwenImage(Adapter):
         super().add_references(call, plan, encode)
         if self.source.pipeline_class in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline") and not call.references:
             raise BadRequest(f"references: {self.title} of this folder edits pictures; give one or more")
-        opened = [pictures.rgb(pictures.opened(each, "references")) for each in call.references]
-        area = PIXELS if self.is_first_edit else self.seen_pixels
-        plan.text_images = [pictures.resized(each, *area_size(each, area)) for each in opened]
+        plan.text_images = [pictures.rgb(pictures.opened(each, "references")) for each in call.references]
+        if self.is_first_edit:
+            plan.text_options = {"edit": True}
 
 
 class ZImage(Adapter):

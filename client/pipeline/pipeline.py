@@ -16,7 +16,7 @@ from xditd.client.client import SILENCE_DEADLINE_S, Client
 from xditd.client.loans import Loan
 from xditd.client.pipeline.calls import ARGUMENTS, Texts, call_of, check_defaults, check_refused
 from xditd.client.pipeline.families import Adapter, adapter_for
-from xditd.client.pipeline.files import PathLike, Paths, find_source
+from xditd.client.pipeline.files import PathLike, Paths, find_source, tokenizer_path
 from xditd.client.pipeline.folders import PIPELINES
 from xditd.client.pipeline.futures import RunFuture, Threads
 from xditd.client.pipeline.loading import Loans
@@ -214,8 +214,10 @@ class Pipeline:
         self._lend()
         facts = self._loans.transformer.facts
         assert facts.transformer is not None  # lent as a transformer
-        if self._source.tokenizers and facts.transformer.prompt is not None and self._source.encoders:
-            self._loans.tokenizers(facts.transformer.prompt.tokenizers)
+        if facts.transformer.prompt is not None and self._source.encoders:
+            given, needed = self._source.tokenizers, facts.transformer.prompt.tokenizers
+            there = {role: classes for role, classes in needed.items() if tokenizer_path(given, role, classes)}
+            self._loans.tokenizers(there)  # a call says what is missing
         if self._facts is not None:
             return
         wanted = PIPELINES.get(self._source.pipeline_class or "", facts.family)

@@ -241,6 +241,7 @@ class Runner:
             list(call.prompts),
             negative_prompt=None if negatives is None else list(negatives),
             images=list(plan.text_images),
+            options=plan.text_options or None,
             encoders={role: _with_those_of(loan, encoder_loras) for role, loan in encoders.items()},
             tokenizers=self._loans.tokenizers(classes),
         )

@@ -10,38 +10,13 @@ import pytest
 import torch
 import wan_models
 from pipeline_folders import HEIGHT, WIDTH
+from pipeline_latents import SEED, SIZE
+from pipeline_latents import latents as theirs
 from pipeline_parts import image, mask
 
 from xditd.client import Pipeline
 
-SEED = 1
-SIZE = {"height": HEIGHT, "width": WIDTH}
 Open = Callable[..., Pipeline]
-
-
-def theirs(pipeline: Any, family: str, **given: Any) -> torch.Tensor:
-    """Return the latents of a pipeline's call, in the shape of ours."""
-    from diffusers import FluxPipeline, QwenImagePipeline
-
-    last: dict[str, torch.Tensor] = {}
-
-    def keep(_: Any, __: int, ___: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        last.update(given)
-        return {}
-
-    generator = torch.Generator("cpu").manual_seed(SEED)
-    found = pipeline(
-        generator=generator, output_type="latent", callback_on_step_end=keep,
-        callback_on_step_end_tensor_inputs=["latents"], **SIZE, **given,
-    )  # fmt: skip
-    latents = found.frames if hasattr(found, "frames") else last["latents"]
-    if family == "flux1":
-        return FluxPipeline._unpack_latents(latents, HEIGHT, WIDTH, 8)
-    if family == "qwen_image":
-        return QwenImagePipeline._unpack_latents(latents, HEIGHT, WIDTH, 8).squeeze(2)
-    if family == "flux2" and latents.ndim == 3:
-        return latents.transpose(1, 2).unflatten(2, (HEIGHT // 16, WIDTH // 16))
-    return latents
 
 
 def ours(pipe: Pipeline, conditioning: dict[str, Any], **given: Any) -> torch.Tensor:

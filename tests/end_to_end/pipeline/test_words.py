@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import flux1_words
+import pipeline_folders as folders
+import prompt_pipelines
 import pytest
+import qwen2_5_vl_models
+import qwen_image_models
 import torch
+from pipeline_latents import latents
 from safetensors.torch import save_file
 
 from xditd.client import Client, Pipeline
@@ -79,3 +87,101 @@ def test_progress_and_previews(client: Client, folder: Path) -> None:
         with pytest.raises(RuntimeError, match="no more"):
             pipe("a cat", on_progress=fail, **{**GIVEN, "steps": 50})
         assert pipe("a cat", **GIVEN).count == 1
+
+
+# --- Other families --------------------------------------------------------------------------------
+
+
+def z_image_with_words(parts: Path) -> Any:
+    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+    prompt_pipelines.z_image(parts)
+    pipeline = folders.z_image()
+    pipeline.register_modules(
+        text_encoder=Qwen3ForCausalLM.from_pretrained(parts / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def klein_with_words(parts: Path) -> Any:
+    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+    prompt_pipelines.flux2_klein(parts)
+    pipeline = folders.flux2("Flux2KleinPipeline", is_distilled=False)
+    pipeline.register_modules(
+        text_encoder=Qwen3ForCausalLM.from_pretrained(parts / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def wan_with_words(parts: Path) -> Any:
+    from transformers import T5TokenizerFast, UMT5EncoderModel
+
+    prompt_pipelines.wan(parts)
+    pipeline = folders.wan()
+    pipeline.register_modules(
+        text_encoder=UMT5EncoderModel.from_pretrained(parts / "text_encoder"),
+        tokenizer=T5TokenizerFast.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def qwen_image_with_words(parts: Path) -> Any:
+    from transformers import Qwen2Tokenizer
+
+    prompt_pipelines.qwen_image(parts)
+    config = replace(qwen_image_models.BASE, text_channels=128)
+    pipeline = folders.qwen_image()
+    pipeline.register_modules(
+        transformer=qwen_image_models.reference(qwen_image_models.state_dict(0, config), config),
+        text_encoder=qwen2_5_vl_models.reference(),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+WORDS = {
+    "z_image": (z_image_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
+    "flux2": (klein_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
+    "wan": (wan_with_words, {"guidance_scale": 2.5, "num_frames": 5}, {"guidance": 2.5, "frames": 5}),
+    "qwen_image": (
+        qwen_image_with_words, {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
+        {"guidance": 2.5, "negative_prompt": "a dog"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WORDS)
+def test_words_of_other_families(opened: Callable[..., Pipeline], family: str, tmp_path: Path) -> None:
+    """With guidance, by the negative prompt that the pipeline takes if none is given."""
+    make, of_theirs, of_ours = WORDS[family]
+    pipeline = make(tmp_path / "parts")
+    pipe = opened(pipeline)
+    right = latents(pipeline, family, prompt="a cat", num_inference_steps=2, **of_theirs)
+    found = pipe("a cat", **GIVEN, **of_ours)
+    assert torch.equal(found.generation.latents, right)
+
+
+@pytest.mark.parametrize("kind", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+def test_words_with_pictures(
+    opened: Callable[..., Pipeline], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder sees the reference: another one gives another picture."""
+    from xditd.client.pipeline import families
+
+    monkeypatch.setattr(families, "PIXELS", 64 * 64)
+    plain = qwen_image_with_words(tmp_path / "parts")
+    pipeline = getattr(diffusers, kind)(**{**plain.components, "processor": None})
+    pipe = opened(pipeline, tokenizers={"processor": tmp_path / "parts" / "processor"})
+    seen, picture = [], qwen2_5_vl_models.picture(90, 64)
+    encode = pipe.client.encode_prompt
+    monkeypatch.setattr(
+        pipe.client, "encode_prompt", lambda *given, **more: seen.append(more) or encode(*given, **more)
+    )
+    pipe("make it blue", references=[picture], negative_prompt=" ", guidance=2.0, **GIVEN)
+    (given,) = seen
+    assert [each.size for each in given["images"]] == [(90, 64)]  # which the workers resize
+    assert given["options"] == ({"edit": True} if kind == "QwenImageEditPipeline" else None)
+    assert set(given["tokenizers"]) == {"processor"}
