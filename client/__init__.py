@@ -55,6 +55,10 @@ if TYPE_CHECKING:
     from xditd.client.arenas import Arena
     from xditd.client.async_client import AsyncClient, AsyncGenerationJob
     from xditd.client.diffusers.accelerate import accelerate, unaccelerate
+    from xditd.client.pipeline.pipeline import Pipeline
+    from xditd.client.pipeline.results import PipelineResult
+    from xditd.client.pipeline.running import PipelineJob
+    from xditd.client.pipeline.settings import RunSettings
 
 __all__ = [
     "AlreadyRunning",
@@ -91,11 +95,15 @@ __all__ = [
     "OutOfMemory",
     "OutputFailed",
     "PeerError",
+    "Pipeline",
+    "PipelineJob",
+    "PipelineResult",
     "ProcessGone",
     "ProtocolMismatch",
     "Queued",
     "RequestError",
     "RowsOf",
+    "RunSettings",
     "StaleSource",
     "StepDone",
     "StorageError",
@@ -124,6 +132,18 @@ def __getattr__(name: str) -> object:
         from xditd.client import async_client
 
         return getattr(async_client, name)
+    if name == "Pipeline":
+        from xditd.client.pipeline.pipeline import Pipeline
+
+        return Pipeline
+    if name in ("PipelineResult", "RunSettings"):
+        from xditd.client.pipeline import results
+
+        return getattr(results, name)
+    if name == "PipelineJob":
+        from xditd.client.pipeline.running import PipelineJob
+
+        return PipelineJob
     if name == "Arena":
         from xditd.client.arenas import Arena
 

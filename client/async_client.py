@@ -143,6 +143,7 @@ class AsyncClient:
     return_ = _asynchronous(Client.return_)
     adopt = _asynchronous(Client.adopt)
     revoke = _asynchronous(Client.revoke)
+    unload = _asynchronous(Client.unload)
     check_memory = _asynchronous(Client.check_memory)
     facts = _asynchronous(Client.facts)
     call = _asynchronous(Client.call)

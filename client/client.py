@@ -132,6 +132,10 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         variant: str = "class",
         options: Mapping[str, bool | int | float] | None = None,
         controls: Sequence[Control] = (),
+        scheduler: Mapping[str, object] | None = None,
+        start_image: torch.Tensor | None = None,
+        start_mask: torch.Tensor | None = None,
+        strength: float = 1.0,
         deadline_s: float | None = None,
     ) -> GenerationJob:
         """Start a whole denoising loop in the workers, and return the job without waiting for it.
@@ -152,6 +156,11 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         ``step_cache``, from 0 to 1, trades precision for time: if the first block's residual differs relatively by less
         than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;
         ``reused_steps`` of the result counts such steps. The same job gives the same bits again.
+
+        ``scheduler`` is what a ``scheduler_config.json`` of diffusers has, for its steps in place of the family's own.
+        ``start_image`` (batch or 1, 3, height, width) in [-1, 1] is where steps start from, if the facts' ``starts``
+        name it: the last ``strength`` of them run, from the image's latents and the noise. ``start_mask`` (batch or 1,
+        1, height, width) is 1 where it is made anew; the rest of the image is kept.
 
         ``variant`` names the implementation whose arithmetic is followed: ``"class"`` for diffusers, or another one
         that the facts name. Their roundings differ in half precision; in float32 they differ by 1e-6 or so.
@@ -186,6 +195,10 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
                 (self._component(each.controlnet, ComponentKind.CONTROLNET), each)
                 for each in checked_controls("controls", controls, Control)
             ],
+            scheduler=scheduler,
+            start_image=start_image,
+            start_mask=start_mask,
+            strength=strength,
         )
         from xditd.client.metadata.of_jobs import record_of  # for jobs alone, like torch
 

@@ -12,11 +12,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 import msgspec
@@ -29,7 +30,7 @@ from xditd.client.lent_tensors import describe_tensors
 from xditd.client.model_folders import ModelFiles, find_model, label_of
 from xditd.client.module_descriptions import describe_module, is_described
 from xditd.client.packed_weights import NO_PACKING, Packing, packing_of_files, packing_of_tensors
-from xditd.ipc.errors import BadRequest, RequestError, XditdError, named
+from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, XditdError, named
 from xditd.ipc.name_lists import in_log_lines, listed
 from xditd.ipc.packed import logical_tensors
 from xditd.ipc.recognition import form_error
@@ -93,6 +94,7 @@ def describe(
     variant: str | None = None,
     acceleration: str | None = None,
     compute_dtype: str | None = None,
+    prefix: str = "",
 ) -> Offer:
     """Prepare a component to be lent.
 
@@ -112,8 +114,9 @@ def describe(
         BadCheckpoint: a file is not a valid safetensors or GGUF file, the files of a folder or an index are not
             complete, or packed weights do not have the form of their format.
         StaleSource: a file changed while it was read.
-        BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder,
-            ``acceleration`` for what does not run as its class, or ``changed`` names no tensor of this component.
+        BadRequest: a tensor has no memory that can be shared, ``variant`` is given for what is no folder, ``prefix``
+            for what is no file, ``acceleration`` for what does not run as its class, or ``changed`` names no tensor of
+            this component.
         Unsupported: ``device`` does not exist, or the checkpoint's form is known to be unsupported.
         UnsupportedDtype: a dtype that cannot be sent to the workers.
         OutOfMemory: too little free memory for an arena.
@@ -130,6 +133,10 @@ def describe(
             files = find_model(path, variant=variant, has_class=kind is None, as_class=as_class)
             module = files.description
             specs, packing = _describe_files(files, label, device, memory)
+            if prefix:
+                specs, packing = _with_prefix(specs, packing, prefix, label)
+        elif prefix:
+            raise BadRequest(f"prefix {prefix!r} selects the tensors of a file: give its path")
         elif variant is not None:
             raise BadRequest(f"variant {variant!r} selects one of the files of a folder: give the folder's path")
         elif kind is None and (as_class or is_described(source)):
@@ -228,6 +235,21 @@ def _describe_files(
         ]
     memory.notes.append(f"file tier: workers map {listed(files.paths)}; nothing is read into this process")
     return specs, packing
+
+
+def _with_prefix(
+    specs: Sequence[TensorSpec], packing: Packing, prefix: str, label: str
+) -> tuple[list[TensorSpec], Packing]:
+    """Select the tensors whose names begin with ``prefix``, and the packed weights among them.
+
+    Raises:
+        BadCheckpoint: there are none.
+    """
+    found = [spec for spec in specs if spec.name.startswith(prefix)]
+    if not found:
+        raise BadCheckpoint(f"{label}: no tensor of it begins with {prefix!r}")
+    packed = tuple(each for each in packing.packed if each.weight.startswith(prefix))
+    return found, dataclasses.replace(packing, packed=packed)
 
 
 def _without(tensors: Mapping[str, T], names: Collection[str]) -> Mapping[str, T]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from xditd.client.connection import CONTROL_DEADLINE_S
 from xditd.client.loans import Loan, any_component_id, kind_named
 from xditd.client.session import Session
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, UnknownComponent
 from xditd.ipc.name_lists import listed
 from xditd.ipc.renamed import Renamed
+from xditd.ipc.replies import Status
+from xditd.ipc.requests import GetStatus
 from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType, CopiedBytes
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ class LoanMethods:
         acceleration: Acceleration | None = None,
         variant: str | None = None,
         compute_dtype: ComputeDType | None = None,
+        prefix: str = "",
         deadline_s: float | None = None,
     ) -> Loan:
         """Lend a component; returns when every worker has mapped, verified and plugged it.
@@ -62,7 +67,8 @@ class LoanMethods:
 
         Packed weights (fp8, int8, GGUF and others of docs/formats.md) are lent as they are, and dequantised into
         ``compute_dtype`` when they are multiplied: without it, into the half precision of most plain weights
-        beside them, or bfloat16. A folder that runs as its class, with packed weights, is loaded in ``compute_dtype``.
+        beside them, or bfloat16. ``prefix`` is what the names of its tensors begin with, in a file that has several
+        components of one kind. A folder that runs as its class, with packed weights, is loaded in ``compute_dtype``.
 
         Raises:
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
@@ -93,6 +99,7 @@ class LoanMethods:
                 acceleration=acceleration,
                 variant=variant,
                 compute_dtype=compute_dtype,
+                prefix=prefix,
             )
 
         return self._current().lend(make_offer, deadline_s)
@@ -189,3 +196,24 @@ class LoanMethods:
         Returns when no worker maps or holds it. Running and later jobs that use it fail with ``LeaseLost``.
         """
         self._current().revoke(any_component_id("component", component), deadline_s)
+
+    def unload(self, name: str, *, deadline_s: float | None = None) -> int:
+        """End the loans of a pipeline by its name, whichever process of this user lent them; return how many ended.
+
+        They are those labelled ``name`` or ``name/...``, as a ``Pipeline`` of this name labels its parts. Adopted
+        components of this name are freed, too. A pipeline that is still open lends them again with its next call.
+
+        Raises:
+            UnknownComponent: there is none; names those that there are.
+        """
+        request = GetStatus(request_id=self._current().connection.next_request_id())
+        components = self._current().connection.ask(request, Status, deadline_s=CONTROL_DEADLINE_S).daemon.components
+        found = [each for each in components if each.label == name or each.label.startswith(f"{name}/")]
+        if not found:
+            known = sorted({each.label.partition("/")[0] for each in components})
+            there = f"there are {listed(known)}" if known else "nothing is lent"
+            raise UnknownComponent(f"{name}: no component is lent under this name; {there}")
+        for each in found:
+            with contextlib.suppress(UnknownComponent):  # its owner has returned it meanwhile
+                self.revoke(each.component_id, deadline_s=deadline_s)
+        return len(found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -79,6 +79,8 @@ def check_models(entries: Mapping[str, ModelEntry], *, asks_workers: bool = True
             check.faults += _misfits([part for part in check.parts if part.facts is not None])
         elif asks_workers is False:
             check.unchecked.append("the families of the files, and whether the parts fit together (--quick)")
+        if not any(part.kind is ComponentKind.TEXT_ENCODER for part in check.parts) and entry.checkpoint is None:
+            check.unchecked.append("prompts: it has no text encoders, and takes text embeddings alone")
         if entry.checkpoint is not None:
             check.unchecked.append("the text encoders in the all-in-one checkpoint")
         if entry.tokenizers is not None or entry.folder is not None:
@@ -245,12 +247,22 @@ def _misfits(parts: list[PartCheck]) -> Iterator[str]:
         elif main.transformer.stages < 2:
             yield f"transformer_2: {main.family} runs one transformer; remove it"
     for transformer in list(transformers.values())[:1]:
+        yield from _missing_encoders(transformer, [each.family for each in facts.values() if each.text_encoder])
         for name, each in facts.items():
             if each.text_encoder is not None and not _gives(each.text_encoder, transformer):
                 yield (
                     f"{name}: {each.family} gives states of width {each.text_encoder.width}, and the transformer takes "
                     f"{' and '.join(map(str, sorted(_widths(transformer))))}; name the text encoders of this model"
                 )
+
+
+def _missing_encoders(transformer: TransformerFacts, given: Sequence[str]) -> Iterator[str]:
+    """Yield the text encoders that prompts need and that are not there, if there is any: else prompts are not meant."""
+    if transformer.prompt is None or not given:
+        return
+    for role, families in transformer.prompt.encoders.items():
+        if not set(families) & set(given):
+            yield f"{role}: missing; prompts need one of {', '.join(families)} beside {', '.join(given)}"
 
 
 def _widths(transformer: TransformerFacts) -> set[int]:

@@ -156,6 +156,13 @@ class TransformerFacts(Described, frozen=True, kw_only=True):
     guidance: Guidance
     default_guidance_scale: Finite
     default_steps: Count
+    default_height: Count = 1024
+    default_width: Count = 1024
+    default_frames: Count = 1
+    default_fps: Count = 16
+    """Frames a second of a video, as it was trained."""
+    starts: Annotated[tuple[Literal["image", "mask"], ...], msgspec.Meta(max_length=2)] = ()
+    """What a generation may start from: an image, by a strength, and a mask of it, for inpainting."""
     has_step_cache: bool = False
     prompt: PromptFacts | None = None
     """What ``EncodePrompt`` needs; ``None``: give the tensors of :attr:`conditioning`."""

@@ -94,6 +94,7 @@ smaller ones from host memory without a copy between two GPUs."""
 MAX_DROPPED_BLOCKS: Final = 64
 """Blocks of device memory that one call asks the workers to unmap."""
 
+MAX_SCHEDULE_SETTINGS: Final = 64
 MAX_CONTROLS: Final = 16
 """ControlNets in one forward, or in one generation."""
 

@@ -209,6 +209,15 @@ class ReadTensors(Request, tag="read_tensors", frozen=True, kw_only=True):
     """Held tensors to free, after the copies."""
 
 
+class Schedule(Described, frozen=True, kw_only=True):
+    """A scheduler of diffusers, as its ``scheduler_config.json`` has it: its class, and the settings of that."""
+
+    class_name: Name
+    settings: Annotated[
+        dict[Name, bool | Whole | Finite | Name | None], msgspec.Meta(max_length=limits.MAX_SCHEDULE_SETTINGS)
+    ] = msgspec.field(default_factory=dict)
+
+
 class Sampling(Described, frozen=True, kw_only=True):
     """Sampling parameters of a generation, the same for all families.
 
@@ -223,6 +232,10 @@ class Sampling(Described, frozen=True, kw_only=True):
     width: Side
     frames: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_FRAMES)] = 1
     """Of a video; an image is one."""
+    strength: Unit = 1.0
+    """With a start image, the share of the steps that run: the last ones, from that image with their noise."""
+    schedule: Schedule | None = None
+    """In place of the family's own; not beside ``sigmas``."""
     steps: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STEPS)]
     sigmas: Annotated[tuple[Unit, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] | None = None
     guidance_scale: Guidance | None = None
@@ -262,6 +275,9 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     before its ``StepDone``; the next step overwrites them.
     ``out_preview`` (batch, channels, height, width) likewise receives an image that the VAE decodes from these latents
     to [-1, 1]; of a video it is the middle frame.
+    ``start_image`` (batch or 1, channels, height, width) in [-1, 1], which the VAE encodes, is where steps start from,
+    by the sampling's ``strength``. ``start_mask`` (batch or 1, 1, height, width) is 1 where it is made anew and 0 where
+    it is kept: latents are set to those of the image there after each step.
     """
 
     components: Annotated[dict[Role, ComponentId], msgspec.Meta(max_length=8)]
@@ -277,6 +293,8 @@ class Generate(Request, tag="generate", frozen=True, kw_only=True):
     out_image: IoTensor | None = None
     out_denoised: IoTensor | None = None
     out_preview: IoTensor | None = None
+    start_image: IoTensor | None = None
+    start_mask: IoTensor | None = None
 
 
 class Decode(Request, tag="decode", frozen=True, kw_only=True):

@@ -143,8 +143,17 @@ def read_pictures(parsed: argparse.Namespace) -> list[torch.Tensor]:
         return []
     if parsed.vae is None:
         raise BadRequest("--control: pictures of ControlNets are encoded by the VAE; give --vae FILE")
+    return read_sized(parsed, size_of(parsed))
+
+
+def read_sized(parsed: argparse.Namespace, size: tuple[int, int]) -> list[torch.Tensor]:
+    """Read the pictures for a result of this size, (1, 3, height, width) in [-1, 1].
+
+    Raises:
+        BadRequest: no picture, or one of another size.
+    """
     require_torch()
-    return [_read(each.picture, size_of(parsed)) for each in parsed.control]
+    return [_read(each.picture, size) for each in parsed.control]
 
 
 def lend_controls(client: Client, parsed: argparse.Namespace, pictures: Sequence[torch.Tensor]) -> list[Control]:

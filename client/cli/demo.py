@@ -1,4 +1,4 @@
-"""``xditd demo``: lend small generated checkpoints, make two images, and compare with diffusers."""
+"""``xditd demo``: lend a small model, make images, and compare with diffusers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.ipc.settings.client import DemoFlags
 
-SUMMARY = "run everything once on small generated checkpoints"
+SUMMARY = "run everything once on a small model"
 DESCRIPTION = """\
-Write a small random FLUX.1 checkpoint and a VAE, start a daemon with two workers (on GPUs if there are any), lend the
-weights to it from this process, generate two images, and compare with plain diffusers. Nothing is downloaded."""
+Start a daemon with two workers (on GPUs if there are any), lend a small FLUX.1 and its VAE to it from this process,
+generate images, and compare with plain diffusers. In a source checkout with models/shapes the images show what three
+sentences say; elsewhere weights are random, and two images show clouds of colour. Nothing is downloaded."""
 EXAMPLES = """\
 examples:
-  xditd demo --out out             writes out/demo.png, out/demo.json, out/daemon.log and out/checkpoints/
+  xditd demo --out out             writes out/demo.png (and more), out/demo.json, out/daemon.log and out/checkpoints/
   xditd demo --device cpu --keep   then: xditd status --runtime-dir FOLDER, which it prints
 """
 
 _OUTPUT_BYTES: Final = 80 * 2**20
-"""Upper bound of the output: 54 MiB of checkpoints, two images, inputs and latents."""
+"""Upper bound of the output: 54 MiB of checkpoints, images, inputs and latents."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 def check(parsed: argparse.Namespace) -> None:
     """Refuse flags that miss one another, or that have no effect without a prompt."""
     if parsed.transformer is None:
-        parsed.refuse("--transformer FILE is needed")
+        parsed.refuse(
+            "--transformer FILE is needed, with --embeds FILE; or a prompt, with --model NAME, or with its parts"
+        )
     if parsed.embeds is not None and parsed.random_embeds is not None:
         parsed.refuse("--embeds FILE and --random-embeds SEED are both given; leave one out")
     if parsed.embeds is None and parsed.random_embeds is None:
-        parsed.refuse("one of --embeds FILE and --random-embeds SEED is needed")
+        parsed.refuse('one of --embeds FILE and --random-embeds SEED is needed, or a prompt ("a cat")')
     if parsed.vae is None and parsed.save_latents is None:
         parsed.refuse("--vae FILE or --save-latents FILE is needed: without both nothing is written")
     if parsed.fps is not None and (parsed.frames or 1) == 1:

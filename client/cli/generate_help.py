@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Final
 
-SUMMARY: Final = "lend checkpoint files and generate images and videos"
+SUMMARY: Final = "generate images and videos from words, pictures, or text embeddings"
 DESCRIPTION: Final = """\
-Lend a transformer and a VAE by their files, and generate images or videos from text embeddings. A transformer may also
-be a GGUF file, such as flux1-dev-Q4_K_M.gguf; packed weights are multiplied in --compute-dtype.
+Generate images or videos. With a prompt, --model names what to use: a name of `xditd models`, a folder of a pipeline
+that diffusers has saved, or an all-in-one checkpoint; or the parts are named by --transformer, --vae, --text-encoder
+and --tokenizers. The workers run the tokenizers and text encoders, too. What is not given is the model's own: size,
+steps, guidance, frames. An option that a model cannot honour is refused by name.
 
-This command takes no prompt and runs no text encoder: --embeds names a safetensors file with the embeddings of a
-prompt, under the names that the transformer takes:
+PNG, JPEG, WebP and MP4 files say how they were made, and --from FILE repeats one: its prompt, seed, settings, model and
+LoRAs, of which other flags replace any. --no-metadata leaves that out.
+
+Without a prompt, --embeds names a safetensors file with the embeddings of one, and a transformer and a VAE are lent by
+their files, safetensors or GGUF. Its tensors have the names that the transformer takes:
 
   FLUX.1   prompt_embeds (batch, text tokens, context) and pooled_prompt_embeds (batch, pooled)
   Z-Image  a list of one tensor for each image, (text tokens, context), of any lengths: prompt_embeds.0, prompt_embeds.1
@@ -23,10 +28,18 @@ prompt, under the names that the transformer takes:
            reference_images.0 and so on
 
 For one image, the batch dimension may be left out, and so may the number of a list's only tensor. If the file lacks a
-tensor, the error names it. Any program with the encoders can write such files, and the Python library runs CLIP-L and
-T5 in the workers (Client.encode_text). --random-embeds draws a test pattern instead."""
+tensor, the error names it. --random-embeds draws a test pattern instead."""
 EXAMPLES: Final = """\
 examples:
+  xditd generate "a cat" --model ~/models/Qwen-Image -o cat.png
+  xditd models add flux --transformer flux1-dev.safetensors --vae ae.safetensors --text-encoder clip_l.safetensors \\
+      --text-encoder t5xxl_fp16.safetensors --tokenizers ~/ComfyUI
+  xditd generate "a cat" --model flux --lora style.safetensors:0.8 -n 4 -o cats/
+  xditd generate "a cat" --model wan --negative-prompt "blurred" --frames 81 -o cat.mp4
+  xditd generate "make it grey" --model qwen-edit --reference cat.png -o grey.png
+  xditd generate --from cats/00002.png --steps 50 -o better.png
+
+from files and embeddings:
   xditd generate --transformer flux1-dev.safetensors --vae ae.safetensors --embeds cat.safetensors -o cat.png
   xditd generate --transformer z_image_turbo_bf16.safetensors --vae ae.safetensors --embeds cat.safetensors \\
       --steps 8 --option shift=3 -o cat.png

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
-from xditd.client.jobs.generation import GenerationJob
-from xditd.client.results import GenerationResult
-from xditd.ipc.replies import FramesDecoded, Queued
+from xditd.ipc.replies import AnyEvent, FramesDecoded, Queued
 
 
 class _Stderr:
@@ -38,7 +38,23 @@ def bar(total: int, text: str, is_quiet: bool = False, shows_eta: bool = True) -
     return tqdm(total=total, desc=text, file=_Stderr(), disable=is_quiet, dynamic_ncols=True, bar_format=bar_format)
 
 
-def watch(job: GenerationJob, text: str, is_quiet: bool = False) -> GenerationResult:
+R_co = TypeVar("R_co", covariant=True)
+
+
+class _Job(Protocol[R_co]):
+    """A generation, or a call of a pipeline."""
+
+    @property
+    def total_steps(self) -> int: ...
+    def events(self) -> Iterator[AnyEvent]: ...
+    def result(self) -> R_co: ...
+    def __enter__(self) -> object: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+
+def watch(job: _Job[R_co], text: str, is_quiet: bool = False) -> R_co:
     """Show why a generation waits, its steps and the frames of a video, until its end. An error cancels the job."""
     with job, ExitStack() as bars:
         steps = bars.enter_context(bar(job.total_steps, text, is_quiet))

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 KNOWN_ROWS = 8
 """Number of rows of conditioning that stay kept: positive and negative of a few prompts."""
+LARGE_ROWS = 4
+"""The same of rows that together are larger than :data:`LARGE_BYTES`: conditioning may hold a video."""
+LARGE_BYTES = 256 * 2**20
 
 Texts = Mapping[str, torch.Tensor]
 
@@ -61,7 +64,8 @@ class StepInputs:
                 return kept
         fresh = keep(texts)
         self._known.insert(0, (_copied(texts), fresh))
-        del self._known[KNOWN_ROWS:]
+        size = sum(tensor.nbytes for known, _ in self._known for tensor in known.values())
+        del self._known[LARGE_ROWS if size > LARGE_BYTES else KNOWN_ROWS :]
         return fresh
 
 

@@ -1,4 +1,7 @@
-"""Run the demo: generate checkpoints, start a daemon, lend, generate two images, compare with diffusers."""
+"""Run the demo: write checkpoints, start a daemon, lend, generate images, compare with diffusers.
+
+With ``shapes`` the images show what three sentences say; with generated weights, two images show clouds of colour.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,17 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.client import Client
-from xditd.client.demo import parity
+from xditd.client.demo import parity, shapes_model
 from xditd.client.demo.daemon_process import DaemonProcess, outside_sockets
 from xditd.client.demo.output import writing_to
-from xditd.client.demo.report import Report
+from xditd.client.demo.report import Picture, Report
 from xditd.client.loans import Loan
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest
@@ -60,14 +63,15 @@ class DemoRun:
     def __init__(self, options: DemoOptions, steps: Any) -> None:
         self.options = options
         self.report = Report(size=options.size, steps=options.steps)
+        self._shapes = shapes_model.find_shapes()
         self._steps = steps
         self._own_connections = OutsideConnections.install()
         self._outside_sockets: set[str] = set()
 
     @staticmethod
     def length(options: DemoOptions) -> int:
-        """Number of steps of the progress bar: daemon, workers, checkpoints, two loans, two images, parity."""
-        return 6 + 2 * options.steps
+        """Number of steps of the progress bar: daemon, workers, checkpoints, two loans, images, parity."""
+        return 6 + (2 if shapes_model.find_shapes() is None else len(shapes_model.SENTENCES)) * options.steps
 
     def run(self) -> Report:
         """Run everything, and write the report. Always stops the daemon, unless ``options.keep`` is set.
@@ -117,7 +121,8 @@ class DemoRun:
         with self._phase("lend", "lending"):
             transformer, vae = self._lend(client, files, status.device_kind)
         report.loans = [transformer, vae]
-        inputs = self._draw_inputs(transformer)
+        with self._phase("lend", "lending"):
+            inputs, others = self._make_inputs(client, transformer)
         plugs = client.status().counters.plugs
 
         image, second = self.options.out / "demo.png", self.options.out / "demo-second.png"
@@ -126,9 +131,17 @@ class DemoRun:
         first.save(image)
         report.image = str(image)
         with self._phase("second_image", "second image"):
-            again = self._generate(client, transformer, vae, inputs, _noise(SEED + 1, self.options.size), daemon)
+            noise = _noise(SEED + 1, self.options.size)
+            again = self._generate(client, transformer, vae, others[0] if others else inputs, noise, daemon)
         again.save(second)
         report.second_image = str(second)
+        if others:
+            third = self.options.out / "demo-third.png"
+            with self._phase("third_image", "third image"):
+                noise = _noise(SEED + 2, self.options.size)
+                self._generate(client, transformer, vae, others[1], noise, daemon).save(third)
+            with self._phase("reading", "reading the pictures"):
+                self._read([image, second, third])
 
         status = client.status()
         report.is_lent_once = status.counters.plugs == plugs
@@ -180,22 +193,56 @@ class DemoRun:
         folder.mkdir(exist_ok=True)
         files = Checkpoints(folder / "flux1-demo.safetensors", folder / "ae-demo.safetensors")
         dtype = torch.bfloat16 if device_kind == "cuda" else torch.float32
-        write_flux1(files.transformer, SEED, dtype=dtype)
-        write_flux_vae(files.vae, SEED, dtype=dtype)
+        if self._shapes is None:
+            write_flux1(files.transformer, SEED, dtype=dtype)
+            write_flux_vae(files.vae, SEED, dtype=dtype)
+        else:
+            shapes_model.write_originals(self._shapes, files.transformer, files.vae, dtype)
         return files
 
-    def _draw_inputs(self, transformer: Loan) -> parity.Inputs:
+    def _make_inputs(self, client: Client, transformer: Loan) -> tuple[parity.Inputs, list[parity.Inputs]]:
+        """Make the inputs of the first image, and of the others with words of their own."""
+        width, height = self.options.size
+        steps = self.options.steps
+        first, *others = (
+            parity.Inputs(
+                conditioning=conditioning,
+                noise=_noise(SEED, self.options.size),
+                sigmas=shapes_model.shifted_sigmas(steps)
+                if self._shapes
+                else tuple(1.0 - step / steps for step in range(steps)),
+                height=height,
+                width=width,
+                guidance=GUIDANCE,
+            )
+            for conditioning in self._make_conditioning(client, transformer)
+        )
+        return first, others
+
+    def _make_conditioning(self, client: Client, transformer: Loan) -> Iterator[Mapping[str, Any]]:
         from xditd.client.conditioning import random_conditioning
 
-        width, height = self.options.size
-        return parity.Inputs(
-            conditioning=random_conditioning(transformer.facts, SEED, TEXT_TOKENS),
-            noise=_noise(SEED, self.options.size),
-            sigmas=tuple(1.0 - step / self.options.steps for step in range(self.options.steps)),
-            height=height,
-            width=width,
-            guidance=GUIDANCE,
-        )
+        if self._shapes is None:
+            yield random_conditioning(transformer.facts, SEED, TEXT_TOKENS)
+            return
+        encoders = {name: client.lend(self._shapes / name) for name in shapes_model.ENCODERS}
+        tokenizers = {name: client.lend_tokenizer(self._shapes / name) for name in shapes_model.TOKENIZERS}
+        for sentence in shapes_model.SENTENCES:
+            yield client.encode_prompt(
+                transformer,
+                sentence.text,
+                encoders=encoders,
+                tokenizers=tokenizers,
+                options={"max_sequence_length": TEXT_TOKENS},
+            )
+
+    def _read(self, images: list[Path]) -> None:
+        """Put sentences, and what the pictures show, into the report."""
+        found = shapes_model.read_pictures(images) if self.options.size == (256, 256) else None
+        for at, (sentence, image) in enumerate(zip(shapes_model.SENTENCES, images, strict=True)):
+            read = found[at] if found else None
+            picture = Picture(str(image), sentence.text, read, shapes_model.differs(sentence, read) if read else "")
+            self.report.pictures.append(picture)
 
     def _lend(self, client: Client, files: Checkpoints, device_kind: str) -> tuple[Loan, Loan]:
         """Lend the transformer by its path and the VAE as tensors."""

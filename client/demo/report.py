@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from xditd import __version__
 from xditd.client.cli.generate import describe_loan
@@ -23,7 +24,18 @@ PHASES = {
     "lend": "lend",
     "first_image": "first image",
     "second_image": "second image",
+    "third_image": "third image",
 }
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of words: its file, its sentence, what was read in it, and how that differs from the sentence."""
+
+    image: str
+    sentence: str
+    read: dict[str, Any] | None
+    fault: str
 
 
 @dataclass
@@ -45,6 +57,8 @@ class Report:
     parity: float = float("inf")
     parity_bar: float = 0.0
     kept_runtime_dir: str | None = None
+    pictures: list[Picture] = field(default_factory=list)
+    """The images with their sentences; empty with generated weights, which no words fit."""
     is_lent_once: bool = False
     """Whether the second image used the components lent for the first: no component was plugged in between."""
 
@@ -57,6 +71,7 @@ class Report:
             found.append(f"image {self.image or '(none)'} was not written")
         if not self.is_lent_once:
             found.append("the components were plugged again for the second image")
+        found += [f"a picture differs from its sentence: {each.fault}" for each in self.pictures if each.fault]
         if self.outside_connections:
             found.append(
                 "connections to other hosts, so the bytes downloaded are unknown: "
@@ -73,6 +88,7 @@ class Report:
             "attention_backend": self.attention_backend,
             "image": self.image,
             "second_image": self.second_image,
+            "pictures": [asdict(each) for each in self.pictures],
             "size": list(self.size),
             "steps": self.steps,
             "dtype": self.dtype,
@@ -105,6 +121,7 @@ class Report:
             ("parity", f"{self.parity:.2g} against plain diffusers (limit {self.parity_bar:g})"),
             ("image", f"{self.image}, {self.size[0]}x{self.size[1]}, {self.steps} steps"),
         ]
+        rows += [(Path(each.image).name, each.sentence) for each in self.pictures]
         if self.kept_runtime_dir:
             rows.append(("daemon kept", f"xditd status --runtime-dir {self.kept_runtime_dir}"))
         return table(("DEMO", ""), rows)

@@ -13,6 +13,8 @@ from xditd.client.jobs.arguments import ArgumentWriter, KeptTensor, check_text, 
 from xditd.client.jobs.component import Component
 from xditd.client.jobs.controls import CallControl, Control, check_controls, write_controls, write_part_controls
 from xditd.client.jobs.device_use import Room
+from xditd.client.jobs.schedules import schedule_of
+from xditd.client.jobs.start_images import check_start
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import LatentScaling
@@ -252,6 +254,10 @@ def generate_request(
     variant: str,
     options: Mapping[str, bool | int | float] | None,
     controls: Sequence[tuple[Component, Control]] = (),
+    scheduler: Mapping[str, object] | None = None,
+    start_image: torch.Tensor | None = None,
+    start_mask: torch.Tensor | None = None,
+    strength: float = 1.0,
 ) -> GenerationRequest:
     """Build the request for a generation. Exactly one of ``seed`` and ``noise`` is given."""
     import torch
@@ -268,7 +274,10 @@ def generate_request(
         checks.check_noise(noise, batch, height, width, facts.latents, frames)
     else:
         checks.check_whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
+    check_start(start_image, start_mask, strength, facts, (batch, height, width), has_vae=vae is not None)
     sampling = Sampling(
+        strength=float(strength),
+        schedule=None if scheduler is None else schedule_of(scheduler),
         height=height,
         width=width,
         frames=frames,
@@ -298,6 +307,11 @@ def generate_request(
     if noise is not None:
         noise_at = places.add_input(noise)
         inputs.append((noise_at, noise))
+    starts: dict[str, IoTensor] = {}
+    for name, tensor in (("start_image", start_image), ("start_mask", start_mask)):
+        if tensor is not None:
+            starts[name] = places.add_input(tensor)
+            inputs.append((starts[name], tensor))
     used = write_controls(controls, places, inputs)
     first = ordered[names[0]]
     like = noise if noise is not None else first[0] if isinstance(first, (list, tuple)) else first
@@ -330,6 +344,7 @@ def generate_request(
             out_image=outputs.get("image"),
             out_denoised=outputs.get("denoised"),
             out_preview=outputs.get("preview"),
+            **starts,
         )
 
     return GenerationRequest(places, inputs, outputs, like.device, write, sampling)

@@ -20,6 +20,7 @@ from xditd.client.jobs.device_use import DeviceUse, Key, Room
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_requests import CallRequest, GenerationRequest, JobRequest, call_request
 from xditd.client.jobs.pending import PendingJob
+from xditd.client.jobs.start_images import steps_to_run
 from xditd.client.mailboxes import Timeouts
 from xditd.client.results import GenerationResult
 from xditd.client.session import Session
@@ -138,7 +139,8 @@ class Runner:
             return preview
 
         pending = self.start(job, block, deadline_s)
-        return GenerationJob(pending, read_outputs, read_denoised, read_preview, job.sampling.steps, owner)
+        total_steps = steps_to_run(job.sampling.steps, job.sampling.strength)
+        return GenerationJob(pending, read_outputs, read_denoised, read_preview, total_steps, owner)
 
     def call(
         self,

@@ -162,7 +162,8 @@ def read_controls(
         else:
             assert each.image is not None
             image = io.read(f"{place}.image", each.image, context.device)
-            latents = _encoded(f"{place}.image", image, vae, wanted, latents_facts.scaling, draw)
+            image = for_batch(f"{place}.image", image, wanted.batch)
+            latents = encode_sample(f"{place}.image", image, vae, wanted, latents_facts.scaling, draw)
         latents = latents.to(context.device, component.model.dtype)
         check_finite({f"{place}: latents of the picture": latents})
         steps = [_runs(step, wanted.steps, each) for step in range(wanted.steps)]
@@ -207,25 +208,35 @@ def _check_alike(counts: Mapping[str, Mapping[str, int]]) -> None:
 def _read_latents(place: str, latents: torch.Tensor, wanted: Wanted, facts: LatentFacts) -> torch.Tensor:
     shape = facts.shape(wanted.batch, wanted.height, wanted.width)
     check_shape(place, latents, (None, *shape[1:]))
-    return _for_batch(place, latents, wanted.batch)
+    return for_batch(place, latents, wanted.batch)
 
 
-def _encoded(
+def encode_sample(
     place: str,
     image: torch.Tensor,
     vae: Component | None,
     wanted: Wanted,
     scaling: LatentScaling,
     draw: Noise | None,
+    *,
+    is_picture: bool = False,
 ) -> torch.Tensor:
-    """Encode a picture on this rank, as every rank does: each needs all of it."""
+    """Encode pictures on this rank, as every rank does: each needs all of it.
+
+    The latents are a sample of the VAE's distribution with the noise that ``draw`` gives, or its mode without.
+
+    Raises:
+        BadRequest: no VAE, or a wrong size.
+        Unsupported: a VAE that draws no samples, with ``draw``.
+    """
     if vae is None:
         raise BadRequest(
             f"{place}: a picture is encoded by the generation's VAE, and it has none; give one, or latents"
         )
     facts, operations = vae.vae_facts, vae.model.operations_for("vae")
     check_shape(place, image, (None, facts.image_channels, wanted.height, wanted.width))
-    image = _for_batch(place, image, wanted.batch)
+    if is_picture:  # as diffusers has pictures of Pillow: convolutions round by it
+        image = image.contiguous(memory_format=torch.channels_last)
     if draw is None:
         return operations.encode(vae.model, image, scaling)
     sample = getattr(operations, "sample", None)
@@ -237,7 +248,7 @@ def _encoded(
     return encoded
 
 
-def _for_batch(place: str, tensor: torch.Tensor, batch: int) -> torch.Tensor:
+def for_batch(place: str, tensor: torch.Tensor, batch: int) -> torch.Tensor:
     """Repeat one row for each image of the batch.
 
     Raises:

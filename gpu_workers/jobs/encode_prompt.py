@@ -90,7 +90,9 @@ def _tokenize(
     for before, texts in (("", job.prompts), (NEGATIVE, job.negative_prompts)):
         if texts:
             inputs = PromptInputs(texts, pictures, job.options)
-            with refuse_foreign_errors(f"tokenizers of {transformer.manifest.label}", "tokenize these texts"):
+            with refuse_foreign_errors(
+                f"tokenizers of {transformer.manifest.label}", "tokenize these texts", has_prompts=True
+            ):
                 found[before] = recipe.tokenize(transformer.match.config, inputs, tokenizers)
     return found
 

@@ -18,6 +18,7 @@ from xditd.gpu_workers.jobs.generation_inputs import Given
 from xditd.gpu_workers.jobs.pictures import encode_pictures
 from xditd.gpu_workers.jobs.previews import OnDenoised, check_previews, preview_writer
 from xditd.gpu_workers.jobs.progress import Progress
+from xditd.gpu_workers.jobs.start_images import StartedFrom
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.component import Component
@@ -52,7 +53,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         given = Given.read(job, context, transformer, io, vae)
         if job.out_image is not None and vae is None:
             raise BadRequest("generate: out_image without a vae: name one among the components")
-        if vae is not None and job.out_image is None and not (given.pictures or given.controls.has_images):
+        if vae is not None and job.out_image is None and not (given.pictures or given.has_encoded):
             raise BadRequest("generate: a vae without out_image or a picture would have no effect: leave it out")
         if vae is not None and job.out_image is not None:
             frames = (job.sampling.frames,) if latent_facts.frames else ()
@@ -63,7 +64,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             check_output("out_image", job.out_image.dtype)
         check_previews(job, io, given.wanted.batch, vae)
     if vae is not None and given.pictures:
-        given.latents = encode_pictures(given.pictures, vae, context)
+        given.latents |= encode_pictures(given.pictures, vae, context)
     with raise_on_all_ranks():
         loop = Loop.prepare(given, job, transformer, loras)
         del given  # pictures and videos, which are larger than their latents
@@ -120,6 +121,8 @@ class Loop:
     reused_steps: int = 0
     second: SecondStage | None = None
     controls: GenerationControls = field(default_factory=GenerationControls)
+    origin: StartedFrom | None = None
+    """The image that steps start from."""
 
     @classmethod
     def prepare(cls, given: Given, job: Generate, transformer: Component, loras: LoraVariant) -> Loop:
@@ -137,7 +140,18 @@ class Loop:
         threshold = job.sampling.step_cache_threshold
         cache = StepCache(threshold) if threshold > 0.0 else None
         options = CallOptions(wanted.variant, started.foreseen, cache)
-        return cls(model, operations, started, options, wanted.batch, wanted.steps, loras, controls=given.controls)
+        origin = None if given.start is None else StartedFrom.of(given.start, started)
+        return cls(
+            model,
+            operations,
+            started,
+            options,
+            wanted.batch,
+            wanted.steps,
+            loras,
+            controls=given.controls,
+            origin=origin,
+        )
 
     @torch.inference_mode()
     def run(
@@ -150,12 +164,13 @@ class Loop:
         clean latents, in float32; all ranks give it, or none. ``finite`` gets the latents after every step.
         """
         started, scheduler = self.started, self.started.scheduler
-        latents = started.latents
+        first = 0 if self.origin is None else self.origin.first
+        latents = started.latents if self.origin is None else self.origin.latents(scheduler)
         model, loras, stage = self.model, self.loras, 0
         with ExitStack() as switched:
             if loras is not None:
                 switched.enter_context(loras.switched_on())
-            for step, timestep in enumerate(scheduler.timesteps):
+            for step, timestep in enumerate(scheduler.timesteps[first:], first):
                 if self.second is not None and started.stages[step] != stage:
                     stage, model, loras = 1, self.second.model, self.second.loras
                     switched.close()
@@ -163,14 +178,16 @@ class Loop:
                     switched.enter_context(loras.switched_on() if loras is not None else nullcontext())
                 options = self.options
                 if loras is not None and loras.changes:
-                    options = replace(options, loras=loras.begin_step(step))
+                    options = replace(options, loras=loras.begin_step(step - first))
                 rows = run_parts(model, self.operations, self.controls.add(started.parts(latents, step), step), options)
                 predicted = started.predicted(rows, latents, step)
                 if on_denoised is not None:
                     on_denoised(started.unpacked(latents.float() - scheduler.sigmas[step] * predicted.float()))
                 latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+                if self.origin is not None:
+                    latents = self.origin.kept(latents, scheduler, step)
                 finite.note(f"latents after step {step + 1} of {self.steps}", latents)
-                on_step(step + 1, self.steps)
+                on_step(step + 1 - first, self.steps - first)
         if self.options.step_cache is not None:
             self.reused_steps = add_halves(self.options.step_cache.reused, self.batch)
         return started.unpacked(latents)

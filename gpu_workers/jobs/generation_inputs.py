@@ -15,6 +15,7 @@ from xditd.gpu_workers.jobs.controls import GenerationControls, read_controls
 from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.pictures import noise_frames, pictures_of
 from xditd.gpu_workers.jobs.reading import ArgumentReader, check_names
+from xditd.gpu_workers.jobs.start_images import Start, encode_sampled, read_start, sampled_of, skip_drawn
 from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
@@ -38,6 +39,9 @@ class Given:
     controls: GenerationControls
     latents: dict[str, torch.Tensor] = field(default_factory=dict)
     """The latents of the pictures, by the same names."""
+    start: Start | None = None
+    has_encoded: bool = False
+    """Whether the VAE has encoded pictures of it already."""
 
     @classmethod
     def read(
@@ -87,6 +91,10 @@ class Given:
         dtype = recipe.noise_dtype(transformer.match.dtype, sampling.variant)
         draw = None if sampling.seed is None or job.noise is not None else SeededNoise(sampling.seed)
         controls = read_controls(transformer, vae, job.controls, wanted, sorted(conditioning), context, io, draw)
+        sampled = sampled_of(recipe, config, wanted, conditioning)
+        latents = encode_sampled(sampled.before, vae, wanted, facts, draw)
+        start = read_start(job, vae, wanted, facts, context, io, draw)
+        skip_drawn(sampled, wanted, facts, draw)
         if job.noise is not None:
             given = io.read("noise", job.noise, context.device)
             check_tensor("noise", given, of_noise)
@@ -96,7 +104,13 @@ class Given:
             noise = draw(of_noise, dtype).to(context.device)
         else:
             raise BadRequest("generate: neither noise nor a seed; give one of them")
-        return cls(wanted, conditioning, noise, reader, pictures, controls)
+        latents |= encode_sampled(sampled.after, vae, wanted, facts, draw)
+        if start is not None:
+            start = replace(
+                start, latents=start.latents.to(dtype), mask=None if start.mask is None else start.mask.to(dtype)
+            )
+        has_encoded = bool(sampled.names) or start is not None or controls.has_images
+        return cls(wanted, conditioning, noise, reader, pictures, controls, latents, start, has_encoded)
 
 
 def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted:
@@ -120,6 +134,7 @@ def to_wanted(sampling: Sampling, batch: int, facts: TransformerFacts) -> Wanted
         variant=sampling.variant,
         options=sampling.options,
         frames=sampling.frames,
+        schedule=sampling.schedule,
     )
 
 

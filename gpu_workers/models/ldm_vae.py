@@ -22,6 +22,34 @@ _UP: Final = re.compile(r"^decoder\.up\.(\d+)\.block\.(\d+)\.")
 _CONVS: Final = ("conv1", "conv2")
 
 
+_DIFFUSERS_BLOCKS: Final = re.compile(
+    r"^(?:encoder\.down|decoder\.up)_blocks\.(\d+)\.(?:resnets\.(\d+)|(?:down|up)samplers\.0)\.(.*)$"
+)
+_DIFFUSERS: Final = (
+    (re.compile(r"^(encoder|decoder)\.mid_block\.resnets\.0\."), r"\1.mid.block_1."),
+    (re.compile(r"^(encoder|decoder)\.mid_block\.resnets\.1\."), r"\1.mid.block_2."),
+    (re.compile(r"^(encoder|decoder)\.mid_block\.attentions\.0\.group_norm\."), r"\1.mid.attn_1.norm."),
+    (re.compile(r"^(encoder|decoder)\.mid_block\.attentions\.0\.to_([qkv])\."), r"\1.mid.attn_1.\2."),
+    (re.compile(r"^(encoder|decoder)\.mid_block\.attentions\.0\.to_out\.0\."), r"\1.mid.attn_1.proj_out."),
+    (re.compile(r"^(encoder|decoder)\.conv_norm_out\."), r"\1.norm_out."),
+)
+
+
+def ldm_name(name: str, levels: int) -> str:
+    """Return ldm's name for a tensor of a VAE of so many levels in diffusers' naming; others stay as they are."""
+    found = _DIFFUSERS_BLOCKS.match(name)
+    if found:
+        side = "encoder.down" if name.startswith("encoder.") else "decoder.up"
+        # diffusers numbers the decoder's levels in the order in which they run.
+        level = int(found[1]) if side == "encoder.down" else levels - 1 - int(found[1])
+        if found[2] is None:
+            return f"{side}.{level}.{'down' if side == 'encoder.down' else 'up'}sample.{found[3]}"
+        return f"{side}.{level}.block.{found[2]}.{found[3].replace('conv_shortcut.', 'nin_shortcut.')}"
+    for pattern, ldm in _DIFFUSERS:
+        name = pattern.sub(ldm, name)
+    return name
+
+
 def count_levels(family: str, shapes: Mapping[str, Shape]) -> tuple[int, int]:
     """Return the levels of resolution, and the residual blocks of each in an encoder, from the decoder's tensors.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 
@@ -15,8 +18,11 @@ from xditd.gpu_workers.models.module_match import ModuleMatch
 from xditd.gpu_workers.models.registry import describe
 from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
 from xditd.ipc.transports.tensor_views import torch_dtype
+
+logger = logging.getLogger(__name__)
 
 LoadedMatch = CheckpointMatch | ModuleMatch | LoraMatch
 AnyMatch = LoadedMatch | TokenizerMatch
@@ -74,12 +80,41 @@ def _match_class(
     """
     if not described.state:
         family = _match_family(tensors, models, compute_dtype) if described.allows_family else None
+        if family is not None and (other := config_differences(described, family)):
+            logger.info("runs as its class, not as %s, since it differs: %s", family.family.name, listed(other))
+            family = None
         return family or class_models.match(described, tensors, compute_dtype)
     match = class_models.match(described, tensors)
     if not described.allows_family or not match.model.is_as_made:
         return match
     saved = {name: info for name, info in tensors.items() if name in match.model.saved_names}
     return _match_family(saved, models, compute_dtype) or match
+
+
+_FREE: Final = frozenset({"sample_size", "force_upcast", "out_channels", "decoder_base_dim"})
+"""Settings that do not show in results, or that a class has under two values of the same meaning."""
+
+
+def config_differences(described: ModuleDescription, match: CheckpointMatch) -> list[str]:
+    """Return the settings of a ``config.json`` that differ from those with which a family builds the class.
+
+    Those that one of the two does not have are of no account, and so are those that jobs choose by themselves
+    (``job_settings`` of the family).
+    """
+    built = getattr(match.model.module, "config", None)
+    if not isinstance(built, Mapping):
+        return []
+    given = json.loads(described.config)
+    free = _FREE | getattr(match.family, "job_settings", frozenset())
+    return [
+        f"{name}={value!r:.100}"
+        for name, value in given.items()
+        if name in built and name not in free and value is not None and _plain(built[name]) != _plain(value)
+    ]
+
+
+def _plain(value: object) -> object:
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _match_family(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.packed.tensors import PackedTensor
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
     from xditd.ipc.facts import ControlNetFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
+    from xditd.ipc.requests import Schedule
     from xditd.ipc.status import FusedCheck
 
 RowResults = torch.Tensor | list[torch.Tensor]
@@ -79,6 +80,8 @@ class Wanted:
     frames: int = 1
     stages: int = 1
     """The transformers that the client gave: 2 with one for low noise."""
+    schedule: Schedule | None = None
+    """The scheduler that the client gave; ``None`` is the family's own."""
     vae_dtype: torch.dtype | None = None
     """Of the weights of the VAE that the client gave; ``None`` without one."""
 
@@ -188,6 +191,43 @@ class PictureRecipe(Protocol[ConfigT_contra]):
 
     def noise_frames(self, wanted: Wanted, conditioning: Mapping[str, Any]) -> int:
         """Return the frames of the noise: more than those of the video if latents before it are denoised, too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """Pictures of a generation of which the VAE gives a sample of its distribution, as diffusers' pipelines ask for.
+
+    They are (rows, channels, height, width) each, by the name under which ``start`` gets their latents: ``before`` the
+    noise is drawn, or ``after``. ``skipped`` rows are drawn before the noise, too, of a picture that has no effect.
+    """
+
+    before: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    skipped: int = 0
+    after: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.before, *self.after]
+
+
+@runtime_checkable
+class SampledRecipe(Protocol[ConfigT_contra]):
+    """What a :class:`Recipe` adds whose pictures are samples of the VAE's distribution; its mode, with given noise."""
+
+    def sampled(self, config: ConfigT_contra, wanted: Wanted, conditioning: Mapping[str, Any]) -> Sampled:
+        """Check the pictures, and return them.
+
+        Raises:
+            BadRequest: a wrong size or number of pictures, or both a picture and its latents; names it.
+        """
+
+
+@runtime_checkable
+class StartedRun(Protocol):
+    """What a :class:`DenoisingRun` adds that may start from an image."""
+
+    def packed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return latents in the shape of the facts' latents, any number of channels, as steps take them."""
 
 
 class DenoisingRun(Protocol):

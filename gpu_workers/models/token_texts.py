@@ -15,6 +15,7 @@ MAX_LENGTH: Final = "max_sequence_length"
 
 OWN_TEMPLATE: Final = "own_template"
 """The option to use the text of the family's released tokenizer, whatever chat template is lent."""
+_SHOWN: Final = "{}"
 _SPECIAL: Final = re.compile(r"<\|\w+\|>|</?\w+>")
 
 
@@ -73,13 +74,15 @@ def user_texts(
         raise BadRequest(f"options: {OWN_TEMPLATE} is {given!r}; use True or False")
     expected = [known.replace("{}", each) for each in texts]
     if built.tokenizer.chat_template and not given:
-        found = chat_texts(built, [[{"role": "user", "content": each}] for each in texts], **more)
-        for number, (made, right) in enumerate(zip(found, expected, strict=True)):
-            if made != right:
-                raise BadRequest(
-                    f"tokenizers: the chat template makes {made!r:.200} of prompt {number}, and that of this family "
-                    f"{right!r:.200}: lend this model's tokenizer, or give the option {OWN_TEMPLATE}"
-                )
+        asked = [[{"role": "user", "content": each}] for each in (_SHOWN, *texts)]
+        shown, *found = chat_texts(built, asked, **more)
+        differing = [number for number, each in enumerate(found) if each != expected[number]]
+        if differing:  # shown without the prompt, which is not logged
+            raise BadRequest(
+                f"tokenizers: of prompt {differing[0]} the chat template makes another text than that of this family: "
+                f"{shown!r:.300} of {_SHOWN!r}, not {known!r}; lend this model's tokenizer, or give the option "
+                f"{OWN_TEMPLATE}"
+            )
     vocabulary = built.tokenizer.get_vocab()
     if lacking := sorted({each for each in _SPECIAL.findall(known) if each not in vocabulary}):
         raise BadRequest(

@@ -119,8 +119,10 @@ def _class(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def refuse_foreign_errors(label: str, what: str) -> Iterator[None]:
+def refuse_foreign_errors(label: str, what: str, *, has_prompts: bool = False) -> Iterator[None]:
     """Refuse lent files if transformers' code fails on them.
+
+    With ``has_prompts`` its message is left out, which may quote them: prompts are not logged.
 
     Raises:
         XditdError: as raised in the block.
@@ -134,9 +136,8 @@ def refuse_foreign_errors(label: str, what: str) -> Iterator[None]:
     except ImportError as error:
         raise Unsupported(f"{label}: the workers lack a package to {what}: {_first_line(error)}") from error
     except BaseException as error:
-        raise BadCheckpoint(
-            f"{label}: transformers cannot {what}: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        reason = "" if has_prompts else f": {_first_line(error)}"
+        raise BadCheckpoint(f"{label}: transformers cannot {what}: {type(error).__name__}{reason}") from error
 
 
 def _read_configs(files: Mapping[str, bytes], label: str) -> dict[str, dict[str, Any]]:

@@ -126,7 +126,76 @@ class JobFlags(DaemonFlags, frozen=True, kw_only=True):
 
 
 class GenerateFlags(JobFlags, frozen=True, kw_only=True):
-    """Flags of ``generate``."""
+    """Flags of ``generate``: those of words and pictures follow."""
+
+    model: Annotated[
+        str | None,
+        about(
+            "a name of `xditd models`, a folder of a pipeline, or an all-in-one checkpoint; parts beside it replace "
+            "its own",
+        ),
+    ] = None
+    text_encoders: Annotated[
+        str | None,
+        about(
+            "text encoder checkpoint; may be repeated, in the order of the model's; the variable takes several, "
+            "separated by colons",
+            flag="--text-encoder",
+            variable="XDITD_TEXT_ENCODERS",
+            kind="paths",
+        ),
+    ] = None
+    tokenizers: Annotated[
+        str | None, about("folder with the tokenizers, or that of a ComfyUI", kind="path", metavar="DIR")
+    ] = None
+    image_encoder: Annotated[str | None, about("CLIP vision checkpoint, of Wan 2.1 from images", kind="path")] = None
+    scheduler: Annotated[str | None, about("scheduler_config.json in place of the model's own", kind="path")] = None
+    variant: Annotated[
+        str | None,
+        about("variant of a folder's weights, such as fp16", variable="XDITD_WEIGHTS_VARIANT", metavar="NAME"),
+    ] = None
+    negative_prompt: Annotated[str | None, about("what the picture must not show", metavar="TEXT")] = None
+    num_images: Annotated[
+        Annotated[int, Meta(ge=1, le=limits.MAX_BATCH)] | None,
+        about("pictures or videos of the prompt (default: 1)", short="-n", metavar="COUNT"),
+    ] = None
+    image: Annotated[
+        str | None, about("picture to start from (--strength), or that the video begins with", kind="path")
+    ] = None
+    mask: Annotated[str | None, about("mask of --image: white is made anew", kind="path")] = None
+    last_image: Annotated[str | None, about("picture that the video ends with", kind="path")] = None
+    references: Annotated[
+        str | None,
+        about(
+            "picture that the prompt refers to; may be repeated; the variable takes several, separated by colons",
+            flag="--reference",
+            variable="XDITD_REFERENCES",
+            kind="paths",
+        ),
+    ] = None
+    control_images: Annotated[
+        str | None,
+        about(
+            "control picture, such as edges or depth, of a model that takes them without a ControlNet; of a video "
+            "repeated, one for each frame; the variable takes several, separated by colons",
+            flag="--control-image",
+            variable="XDITD_CONTROL_IMAGES",
+            kind="paths",
+        ),
+    ] = None
+    strength: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        about("how much of --image is made anew, from 0 to 1 (default: the model's own)", metavar="SHARE"),
+    ] = None
+    from_file: Annotated[
+        str | None,
+        about(
+            "repeat this picture or video, by what its metadata say; other flags replace parts of that",
+            flag="--from",
+            variable="XDITD_FROM",
+            kind="path",
+        ),
+    ] = None
 
 
 class DemoFlags(JsonFlags, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import language_models
@@ -28,7 +29,7 @@ class Encoder:
 
     type: str
     state: Callable[[], State]
-    stock: Callable[[], tuple[type, type]]
+    stock: Callable[[State], tuple[type, type]]
     name: str
     sizes: Mapping[str, int]
     tokenizer: str = ""
@@ -77,38 +78,38 @@ def spiece_model() -> torch.Tensor:
     return torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)
 
 
-def _wan() -> tuple[type, type]:
-    from comfy.text_encoders import wan
+def _wan(state: State) -> tuple[type, type]:
+    from comfy.text_encoders import sd3_clip, wan
 
-    return wan.te(), wan.WanT5Tokenizer
-
-
-def _z_image() -> tuple[type, type]:
-    from comfy.text_encoders import z_image
-
-    return z_image.te(), z_image.ZImageTokenizer
+    return wan.te(**sd3_clip.t5_xxl_detect(state)), wan.WanT5Tokenizer
 
 
-def _qwen_image() -> tuple[type, type]:
-    from comfy.text_encoders import qwen_image
+def _z_image(state: State) -> tuple[type, type]:
+    from comfy.text_encoders import hunyuan_video, z_image
 
-    return qwen_image.te(), qwen_image.QwenImageTokenizer
+    return z_image.te(**hunyuan_video.llama_detect(state)), z_image.ZImageTokenizer
 
 
-def _klein(name: str) -> Callable[[], tuple[type, type]]:
-    def made() -> tuple[type, type]:
-        from comfy.text_encoders import flux
+def _qwen_image(state: State) -> tuple[type, type]:
+    from comfy.text_encoders import hunyuan_video, qwen_image
+
+    return qwen_image.te(**hunyuan_video.llama_detect(state)), qwen_image.QwenImageTokenizer
+
+
+def _klein(name: str) -> Callable[[State], tuple[type, type]]:
+    def made(state: State) -> tuple[type, type]:
+        from comfy.text_encoders import flux, hunyuan_video
 
         tokenizers = {"qwen3_4b": flux.KleinTokenizer, "qwen3_8b": flux.KleinTokenizer8B}
-        return flux.klein_te(model_type=name), tokenizers[name]
+        return flux.klein_te(**hunyuan_video.llama_detect(state), model_type=name), tokenizers[name]
 
     return made
 
 
-def _flux2() -> tuple[type, type]:
-    from comfy.text_encoders import flux
+def _flux2(state: State) -> tuple[type, type]:
+    from comfy.text_encoders import flux, hunyuan_video
 
-    return flux.flux2_te(pruned=True), flux.Flux2Tokenizer
+    return flux.flux2_te(**hunyuan_video.llama_detect(state), pruned=True), flux.Flux2Tokenizer
 
 
 MISTRAL_WIDTH, QWEN_4B_WIDTH, QWEN_8B_WIDTH = 192, 128, 160
@@ -195,11 +196,13 @@ def small_vision_tower() -> Iterator[None]:
         yield
 
 
-def stock_clip(comfy: Any, encoder: Encoder, state: State, dtype: torch.dtype = torch.float32) -> Any:
-    """Load an encoder as ComfyUI's loader does, which recognises none of this size."""
-    text_model, tokenizer = encoder.stock()
+def stock_clip(comfy: Any, encoder: Encoder, path: Path | str) -> Any:
+    """Load an encoder's file as ComfyUI's loader does, which recognises none of this size."""
+    tensors, metadata = comfy.comfy.utils.load_torch_file(str(path), return_metadata=True)
+    state = comfy.comfy.utils.convert_old_quants(tensors, model_prefix="", metadata=metadata)[0]
+    text_model, tokenizer = encoder.stock(state)
     target = comfy.comfy.supported_models_base.ClipTarget(tokenizer, text_model)
-    options = {f"{encoder.name}_model_config": dict(encoder.sizes), "dtype": dtype}
+    options = {f"{encoder.name}_model_config": dict(encoder.sizes)}
     data = {encoder.tokenizer: state[encoder.tokenizer]} if encoder.tokenizer else {}
     with small_vision_tower():
-        return comfy.comfy.sd.CLIP(target, state_dict=[dict(state)], model_options=options, tokenizer_data=data)
+        return comfy.comfy.sd.CLIP(target, state_dict=[state], model_options=options, tokenizer_data=data)

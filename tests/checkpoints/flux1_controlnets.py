@@ -22,11 +22,14 @@ def comfyui_state(
     heads: int = 2,
     guidance: bool = True,
     dtype: torch.dtype = torch.float32,
+    **sizes: int,
 ) -> State:
-    """Return a ControlNet by the names of ComfyUI's module; every tensor matters to its residuals."""
-    whole = flux1_state_dict(
-        seed, heads=heads, double_blocks=double_blocks, single_blocks=max(single_blocks, 1), guidance=guidance
-    )
+    """Return a ControlNet by the names of ComfyUI's module; every tensor matters to its residuals.
+
+    ``sizes`` are further ones of :func:`flux1_state_dict`, those of texts.
+    """
+    blocks = {"double_blocks": double_blocks, "single_blocks": max(single_blocks, 1)}
+    whole = flux1_state_dict(seed, heads=heads, guidance=guidance, **blocks, **sizes)
     dropped = ("final_layer.", "single_blocks.") if single_blocks == 0 else ("final_layer.",)
     state = {name: each for name, each in whole.items() if not name.startswith(dropped)}
     width = state["img_in.weight"].shape[0]

@@ -138,7 +138,7 @@ def test_the_help_has_examples_for_both_families(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     text = capsys.readouterr().out
-    assert "takes no prompt and runs no text encoder" in text
+    assert "Without a prompt, --embeds names" in text
     for family in ("flux1-dev.safetensors", "z_image_turbo_bf16.safetensors", "FluxPipeline", "ZImagePipeline"):
         assert family in text
     assert "prompt_embeds.0" in text

@@ -43,7 +43,7 @@ def test_the_workers_code_names_families_and_parts_that_do_not_fit(parts: Path) 
     found = checked(
         parts,
         """
-        [good]
+        [no_t5]
         transformer = "flux1.safetensors"
         vae = "ae.safetensors"
         text_encoders = ["clip_l.safetensors"]
@@ -62,14 +62,16 @@ def test_the_workers_code_names_families_and_parts_that_do_not_fit(parts: Path) 
         """,
         asks_workers=True,
     )
-    good = found["good"]
-    assert good.faults == []
-    assert [part.facts and part.facts.family for part in good.parts] == ["flux1", "flux_vae", "clip_l", None]
-    assert good.parts[0].size_bytes == (parts / "flux1.safetensors").stat().st_size
-    assert good.unchecked[0] == "whether the tokenizers are those of the text encoders"
+    first = found["no_t5"]
+    (fault,) = first.faults
+    assert fault == "text_encoder_2: missing; prompts need one of t5 beside clip_l"
+    assert [part.facts and part.facts.family for part in first.parts] == ["flux1", "flux_vae", "clip_l", None]
+    assert first.parts[0].size_bytes == (parts / "flux1.safetensors").stat().st_size
+    assert first.unchecked[0] == "whether the tokenizers are those of the text encoders"
     (fault,) = found["other_vae"].faults
     assert "transformer and vae: its latents have" in fault
-    (fault,) = found["other_text"].faults
+    missing, fault = found["other_text"].faults
+    assert missing == "text_encoder: missing; prompts need one of clip_l beside t5"
     assert "t5 gives states of width 128, and the transformer takes 768 and 4096" in fault
     (fault,) = found["swapped"].faults
     assert fault.startswith("transformer: ")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -207,3 +208,22 @@ def relative_error(pytestconfig: pytest.Config) -> Callable[[torch.Tensor, torch
         return float((actual - expected).norm() / expected.norm()) / scale
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def same(pytestconfig: pytest.Config) -> Callable[[Any, Any], None]:
+    """Compare conditioning by name, also lists: the bits of results on the CPU, on a GPU within its noise."""
+    is_exact = pytestconfig.getoption("daemon_device") == "cpu"
+
+    def compare(found: Any, expected: Any) -> None:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            pairs = zip(found[name], value, strict=True) if isinstance(value, list) else [(found[name], value)]
+            for mine, right in pairs:
+                assert (mine.dtype, mine.shape) == (right.dtype, right.shape), name
+                if is_exact or not right.is_floating_point():
+                    assert torch.equal(mine, right), name
+                else:
+                    assert float((mine - right).norm() / right.norm()) <= 1e-6 * GPU_NOISE, name
+
+    return compare

@@ -133,6 +133,10 @@ def test_a_video_a_mask_and_references_control_a_video(client, files, relative_e
     (found,) = client.call(loan, given)
     with torch.no_grad():
         assert relative_error(found, module(**given, return_dict=False)[0]) <= BAR
+    several = wan_models.controlled_inputs(2, 9, (3, 4, 6), 2, config)
+    (found,) = client.call(loan, several)
+    right = wan_models.controlled_reference(wan_models.state_dict(0, config), config, several)
+    assert relative_error(found, right) <= BAR
     # A LoRA of a text model fits, and one of control blocks.
     factors = {}
     for layer in ("blocks.1.self_attn.q", "vace_blocks.1.ffn.0"):

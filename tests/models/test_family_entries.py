@@ -98,7 +98,7 @@ def test_a_tensor_of_another_variant_is_refused_and_named(one: FamilyEntry, othe
             assert found.startswith((one.family, "checkpoint does not fit")), found
         else:  # one tensor is all by which some variants differ: it is a whole model of that one
             assert found.config != one.config
-            assert name in ("img_in.weight", "patch_embedding.weight") or given in known
+            assert name in ("img_in.weight", "x_embedder.weight", "patch_embedding.weight") or given in known
             assert {part.source for part in found.key_map.values()} == set(given)
 
 

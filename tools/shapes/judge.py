@@ -2,6 +2,7 @@
 
     PYTHONPATH=tools python -m shapes.judge models/shapes              # 200 sentences with diffusers, float32, CPU
     PYTHONPATH=tools python -m shapes.judge models/shapes --device cuda --dtype bfloat16
+    PYTHONPATH=tools python -m shapes.judge models/shapes --daemon     # with the workers of a running daemon
 
 A picture is right if it shows all objects that the sentence names and no others, each in its form and colour, and all
 that the sentence states of sizes, places, relations and the background.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -136,6 +137,19 @@ def pipeline_sampler(
     return sample
 
 
+def daemon_sampler(pipe: Any, *, steps: int = STEPS, guidance: float = GUIDANCE) -> Sampler:
+    """Sample with ``xditd.client.Pipeline``, in the workers of a daemon, with the noise of the other sampler.
+
+    Sentences are padded to 512 tokens, as ``FluxPipeline`` does unless told otherwise.
+    """
+
+    def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
+        result = pipe(list(texts), steps=steps, guidance=guidance, height=PIXELS, width=PIXELS, seed=seed)
+        return result.generation.image.float().cpu()
+
+    return sample
+
+
 def print_table(rows: dict[str, dict[str, float]]) -> None:
     for group, row in rows.items():
         print(f"{group:>10} {row['right']:5.0f} of {row['of']:4.0f} {row['percent']:6.1f} %", flush=True)
@@ -144,6 +158,7 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge a model of shapes on sentences that training never saw.")
     parser.add_argument("folder", type=Path, help="a pipeline's folder; 'drawn' judges the drawn pictures themselves")
+    parser.add_argument("--daemon", action="store_true", help="draw with the workers of the running daemon of xditd")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--sentences", type=int, default=SENTENCES)
@@ -159,6 +174,12 @@ def main() -> None:
     if str(given.folder) == "drawn":
         scenes = {each.text: each.scene for each in requests}
         images, found = judge(lambda texts, _: draw(encode([scenes[text] for text in texts])), requests)
+    elif given.daemon:
+        from xditd.client import Pipeline
+
+        with Pipeline.open(given.folder, wait_s=60.0) as pipe:
+            sampler = daemon_sampler(pipe, steps=given.steps, guidance=given.guidance)
+            images, found = judge(sampler, requests, batch=given.batch)
     else:
         from diffusers import FluxPipeline
 

@@ -1,17 +1,23 @@
 """Read a picture of ``shapes`` back: its objects with form, colour, size and place, and its background.
 
+    PYTHONPATH=tools python -m shapes.reading out/demo.png        # as JSON on standard output
+
 No model is involved. Each pixel belongs to the object colour or the background tone that it is nearest to; connected
 pixels of objects are one object; its form is the one whose outline, laid over it, overlaps best.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 import torch
+from PIL import Image
 
 from shapes.draw import distance, outlined
 from shapes.scenes import BACKGROUNDS, COLOURS, FORMS, MIDDLE_RADIUS
@@ -77,6 +83,20 @@ def read(image: torch.Tensor, *, outline: float = 0.0) -> Reading:
     return Reading(tuple(sorted(things, key=lambda each: each.x)), pattern, background)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Read pictures of shapes, and write what they show as JSON.")
+    parser.add_argument("images", nargs="+", type=Path, help="square image files")
+    given = parser.parse_args()
+    found = []
+    for path in given.images:
+        with Image.open(path) as image:
+            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            reading = read(pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1)
+        things = [{**asdict(each), "size": each.size, "cell": each.cell} for each in reading.things]
+        found.append({"things": things, "pattern": reading.pattern, "background": reading.background})
+    json.dump(found, sys.stdout)
+
+
 @cache
 def _background_tones() -> torch.Tensor:
     tones = torch.tensor(list(BACKGROUNDS.values()))
@@ -124,11 +144,12 @@ def _described(component: torch.Tensor, labels: torch.Tensor, errors: torch.Tens
     side = component.shape[0]
     rows, columns = component.any(1).nonzero()[:, 0], component.any(0).nonzero()[:, 0]
     top, bottom, left, right = (int(each) for each in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
-    interior = ~_widened(~component, 1)
-    inner = interior if interior.any() else component
-    colour, _ = Counter(labels[inner].tolist()).most_common(1)[0]
-    is_sure = float(errors[inner & (labels == colour)].mean()) < MOST_COLOUR_ERROR
     box = component[top:bottom, left:right]
+    interior = ~_widened(torch.nn.functional.pad(~box, (1, 1, 1, 1), value=True), 1)[1:-1, 1:-1]
+    inner = interior if interior.any() else box
+    labels, errors = labels[top:bottom, left:right], errors[top:bottom, left:right]
+    colour = int(labels[inner].bincount().argmax())
+    is_sure = float(errors[inner & (labels == colour)].mean()) < MOST_COLOUR_ERROR
     best = max((_fitted(box, form, left, top, outline) for form in FORMS), key=lambda found: found[1])
     form, overlap, x, y, r = best
     is_known = overlap >= LEAST_OVERLAP and int(component.sum()) >= SMALLEST_AREA * component.numel()
@@ -190,3 +211,7 @@ def _background(pixels: torch.Tensor, mask: torch.Tensor) -> tuple[str, str]:
     if float(across.std()) > 0.25:
         return "striped", names[at]
     return "plain", names[at]
+
+
+if __name__ == "__main__":
+    main()

@@ -128,18 +128,30 @@ class KeptPictures:
     """The latents of pictures that the workers keep, by the tensor that ComfyUI keeps during a run."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[torch.Tensor, int, slice, KeptTensor]] = []
+        self._known: list[tuple[torch.Tensor, int | torch.Tensor, slice, KeptTensor]] = []
 
     def keep(self, hint: torch.Tensor, rows: slice, count: int, keep: Keep) -> KeptTensor | RowsOf:
         """Return the packed latents of these ``count`` rows, kept; one picture is that of all."""
         of_all = hint.shape[0] == 1
-        alike = (each for each in self._known if each[0] is hint and each[1] == hint._version and each[2] == rows)
+        alike = (each for each in self._known if each[0] is hint and each[2] == rows and _is_as_it_was(hint, each[1]))
         found = next(alike, None)
         if found is None:
-            found = hint, hint._version, rows, keep(pack(pad_to_patch(hint if of_all else hint[rows], PATCH)))
+            found = hint, _state_of(hint), rows, keep(pack(pad_to_patch(hint if of_all else hint[rows], PATCH)))
             self._known.insert(0, found)
             del self._known[KNOWN_PICTURES:]
         return RowsOf([(found[3], count)]) if of_all and count > 1 else found[3]
+
+
+def _state_of(hint: torch.Tensor) -> int | torch.Tensor:
+    """Return what tells later whether ``hint`` was written to: its version, or a copy where torch counts none.
+
+    ComfyUI's executor runs in inference mode, whose tensors have no version.
+    """
+    return hint.clone() if hint.is_inference() else hint._version
+
+
+def _is_as_it_was(hint: torch.Tensor, state: int | torch.Tensor) -> bool:
+    return torch.equal(hint, state) if isinstance(state, torch.Tensor) else hint._version == state
 
 
 def read_controls(control: object, blocks: tuple[int, int], faults: list[str]) -> list[UsedControl]:

@@ -1,4 +1,5 @@
-"""The FLUX.1 transformer (dev, schnell, Kontext, Fill, Canny, Depth), in the naming of Black Forest Labs and ComfyUI.
+"""The FLUX.1 transformer (dev, schnell, Kontext, Fill, Canny, Depth), in the naming of Black Forest Labs and ComfyUI,
+and in that of diffusers, whose files have query, key, value and the MLP's input as tensors of their own.
 
 Names of query and key norms end in ``.scale`` (files) or ``.weight`` (newer ComfyUI modules). Only dev has
 ``guidance_in``. Everything else is read from shapes.
@@ -51,6 +52,39 @@ _FOREIGN = (
 )
 
 
+_DIFFUSERS = ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.text_embedder.linear_1.weight")
+_FOREIGN_IN_DIFFUSERS = ("controlnet_", "distilled_guidance_layer.", "input_hint_block.")
+_NAMES = {
+    True: {
+        "double": "double_blocks",
+        "single": "single_blocks",
+        "image": "img_in",
+        "text": "txt_in",
+        "time": "time_in.out_layer",
+        "pooled": "vector_in.in_layer",
+        "guidance": "guidance_in.",
+        "double_out": "img_attn.proj",
+        "single_out": "linear2",
+        "output": "final_layer.linear",
+        "last": "final_layer",
+    },
+    False: {
+        "double": "transformer_blocks",
+        "single": "single_transformer_blocks",
+        "image": "x_embedder",
+        "text": "context_embedder",
+        "time": "time_text_embed.timestep_embedder.linear_2",
+        "pooled": "time_text_embed.text_embedder.linear_1",
+        "guidance": "time_text_embed.guidance_embedder.",
+        "double_out": "attn.to_out.0",
+        "single_out": "proj_out",
+        "output": "proj_out",
+        "last": "proj_out",
+    },
+}
+"""Layers that show sizes, in original files and in diffusers'."""
+
+
 class Flux1:
     """The family of FLUX.1: see the module's docstring."""
 
@@ -64,44 +98,54 @@ class Flux1:
 
     def claims(self, names: Collection[str]) -> bool:
         bare = [self.canonical(name) for name in names]
-        return any(map(_MARKS.match, bare)) and not any(name.startswith(_FOREIGN) for name in bare)
+        if any(map(_MARKS.match, bare)):
+            return not any(name.startswith(_FOREIGN) for name in bare)
+        return _is_diffusers(bare)
 
     def canonical(self, name: str) -> str:
         return NORM_ALIAS.sub(r"\1.scale", name)
 
     def configure(self, shapes: Mapping[str, Shape]) -> Flux1Config:
-        double = count_blocks(self.name, shapes, "double_blocks", MAX_BLOCKS)
-        single = count_blocks(self.name, shapes, "single_blocks", MAX_BLOCKS)
-        for kind, count in (("double_blocks", double), ("single_blocks", single)):
+        is_original = not _is_diffusers(shapes)
+        names = _NAMES[is_original]
+        kinds = (names["double"], names["single"])
+        double, single = (count_blocks(self.name, shapes, kind, MAX_BLOCKS) for kind in kinds)
+        for kind, count in zip(kinds, (double, single), strict=True):
             if count == 0:
                 raise BadCheckpoint(f"flux1: no tensor of {kind}.0: a FLUX.1 transformer has blocks of both kinds")
         layers = [
-            *("img_in", "txt_in", "time_in.out_layer"),
-            *(f"double_blocks.{i}.img_attn.proj" for i in range(double)),
-            *(f"single_blocks.{i}.linear2" for i in range(single)),
+            *(names["image"], names["text"], names["time"]),
+            *(f"{kinds[0]}.{i}.{names['double_out']}" for i in range(double)),
+            *(f"{kinds[1]}.{i}.{names['single_out']}" for i in range(single)),
         ]
         hidden = vote(self.name, "hidden size", shapes, [(f"{layer}.weight", 0) for layer in layers])
         if hidden % HEAD_SIZE:
             raise BadCheckpoint(f"flux1: hidden size {hidden} is not a multiple of the head size {HEAD_SIZE}")
-        inputs = vote(self.name, "input channels", shapes, [("img_in.weight", 1)], PACKED_CHANNELS)
-        outputs = vote(self.name, "output channels", shapes, [("final_layer.linear.weight", 0)], PACKED_CHANNELS)
+        image, output = names["image"], names["output"]
+        inputs = vote(self.name, "input channels", shapes, [(f"{image}.weight", 1)], PACKED_CHANNELS)
+        outputs = vote(self.name, "output channels", shapes, [(f"{output}.weight", 0)], PACKED_CHANNELS)
         if inputs not in KNOWN_INPUTS or outputs != PACKED_CHANNELS:
             known = ", ".join(f"{channels} ({what})" for channels, what in KNOWN_INPUTS.items())
             raise Unsupported(
-                f"flux1: img_in takes {inputs} channels and final_layer gives {outputs}; known inputs are {known}, and "
-                f"{PACKED_CHANNELS} outputs: run another variant of FLUX.1 as its class"
+                f"flux1: {image} takes {inputs} channels and {names['last']} gives {outputs}; known inputs: {known}, "
+                f"and {PACKED_CHANNELS} outputs: run another variant of FLUX.1 as its class"
             )
         return Flux1Config(
             hidden=hidden,
             double_blocks=double,
             single_blocks=single,
-            context_channels=vote(self.name, "text channels", shapes, [("txt_in.weight", 1)], 4096),
-            pooled_channels=vote(self.name, "pooled text channels", shapes, [("vector_in.in_layer.weight", 1)], 768),
-            has_guidance=any(name.startswith("guidance_in.") for name in shapes),
+            context_channels=vote(self.name, "text channels", shapes, [(f"{names['text']}.weight", 1)], 4096),
+            pooled_channels=vote(self.name, "pooled text channels", shapes, [(f"{names['pooled']}.weight", 1)], 768),
+            has_guidance=any(name.startswith(names["guidance"]) for name in shapes),
+            is_original=is_original,
             in_channels=inputs,
         )
 
     def entries(self, config: Flux1Config, names: Collection[str]) -> Iterator[Entry]:
+        original = self._original_entries(config)
+        yield from original if config.is_original else as_diffusers(original)
+
+    def _original_entries(self, config: Flux1Config) -> Iterator[Entry]:
         h = config.hidden
         yield from layer_entries("img_in", (h, config.in_channels), "x_embedder")
         yield from layer_entries("txt_in", (h, config.context_channels), "context_embedder")
@@ -130,7 +174,13 @@ class Flux1:
         )
 
     def lora_entries(self, config: Flux1Config) -> Iterator[Entry]:
-        yield from self.entries(config, ())
+        # The last modulation has one order in the module: LoRAs that name it in the other order are not of it, but for
+        # those in diffusers' naming on an original file, whose halves ``swapped_halves`` moves.
+        for entry in self._original_entries(config):
+            if config.is_original or not entry.targets[0][0].startswith("norm_out."):
+                yield entry
+            else:
+                yield from as_diffusers(iter([entry]))
         yield from xlabs_entries(config)
 
     def heads(self, config: Flux1Config) -> int:
@@ -142,6 +192,18 @@ class Flux1:
         from xditd.gpu_workers.families.flux1.operations import Flux1Operations
 
         return Flux1Operations()
+
+
+def _is_diffusers(names: Collection[str]) -> bool:
+    has_foreign = any(name.startswith(_FOREIGN_IN_DIFFUSERS) for name in names)
+    return all(mark in names for mark in _DIFFUSERS) and not has_foreign
+
+
+def as_diffusers(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """List the same parameters as tensors of their own names."""
+    for entry in entries:
+        for target, rows in entry.targets:
+            yield tensor_entry(target, (rows, *entry.shape[1:]))
 
 
 def xlabs_entries(config: Flux1Config) -> Iterator[Entry]:

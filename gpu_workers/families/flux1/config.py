@@ -74,6 +74,8 @@ class Flux1Config(Flux1Sizes):
     3.5), an input of the model, not classifier-free guidance.
     """
 
+    is_original: bool = True
+    """The names are those of the original and of ComfyUI's files, not diffusers': a norm gives shift before scale."""
     in_channels: int = PACKED_CHANNELS
     """Of a token: those of the latents, and for Fill, Canny and Depth those of what the image is made from."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from xditd.gpu_workers.families.flux1.checkpoint import (
     MAX_BLOCKS,
     NORM_ALIAS,
+    as_diffusers,
     double_block,
     embedder,
     single_block,
@@ -104,7 +105,7 @@ class Flux1ControlNet:
 
     def entries(self, config: Flux1ControlNetConfig, names: Collection[str]) -> Iterator[Entry]:
         original = _original_entries(config)
-        yield from original if config.is_original else _as_diffusers(original)
+        yield from original if config.is_original else as_diffusers(original)
 
     def heads(self, config: Flux1ControlNetConfig) -> int:
         return config.heads
@@ -151,10 +152,3 @@ def _original_entries(config: Flux1ControlNetConfig) -> Iterator[Entry]:
     for i in range(config.single_blocks):
         yield from single_block(f"single_blocks.{i}", h, f"{SINGLE}.{i}")
         yield from layer_entries(f"controlnet_single_blocks.{i}", (h, h), f"controlnet_single_blocks.{i}")
-
-
-def _as_diffusers(entries: Iterator[Entry]) -> Iterator[Entry]:
-    """List the same parameters as tensors of their own names."""
-    for entry in entries:
-        for target, rows in entry.targets:
-            yield tensor_entry(target, (rows, *entry.shape[1:]))

@@ -30,6 +30,8 @@ LATENTS: Final = LatentFacts(
 
 REFERENCES: Final = "reference_latents"
 CONTROL: Final = "control_latents"
+CONTROL_IMAGE: Final = "control_image"
+IMAGE: Final = "image"
 MASKED_IMAGE: Final = "masked_image_latents"
 MASK: Final = "mask"
 _OF_LATENTS: Final = ("batch", LATENT_CHANNELS, "latent_height", "latent_width")
@@ -43,14 +45,18 @@ _IMAGES: Final = {
             is_needed=False,
         ),
     ),
-    CONTROL_CHANNELS: (ArgumentFacts(name=CONTROL, shape=_OF_LATENTS),),
+    CONTROL_CHANNELS: (
+        ArgumentFacts(name=CONTROL, shape=_OF_LATENTS, is_needed=False),
+        ArgumentFacts(name=CONTROL_IMAGE, shape=("pictures", 3, "height", "width"), is_needed=False),
+    ),
     FILL_CHANNELS: (
-        ArgumentFacts(name=MASKED_IMAGE, shape=_OF_LATENTS),
+        ArgumentFacts(name=MASKED_IMAGE, shape=_OF_LATENTS, is_needed=False),
+        ArgumentFacts(name=IMAGE, shape=("pictures", 3, "height", "width"), is_needed=False),
         ArgumentFacts(name=MASK, shape=("batch", 1, "height", "width")),
     ),
 }
-"""What an image is made from besides the text, by input channels: latents of a VAE, and pixels of a mask, in [0, 1]
-with 1 for those that are made anew."""
+"""What an image is made from besides the text, by input channels: latents of a VAE, or a picture that the workers
+encode, and pixels of a mask, in [0, 1] with 1 for those that are made anew."""
 
 
 def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
@@ -79,6 +85,7 @@ def facts_of(config: Flux1Config, layout: ParallelLayout) -> TransformerFacts:
         guidance="embedded" if config.has_guidance else "none",
         default_guidance_scale=30.0 if config.in_channels == FILL_CHANNELS else 3.5,
         default_steps=50 if config.in_channels == FILL_CHANNELS else 28,
+        starts=("image", "mask") if config.in_channels == PACKED_CHANNELS else (),
         has_step_cache=True,
         prompt=FACTS,
     )

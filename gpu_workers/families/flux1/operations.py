@@ -38,6 +38,7 @@ class Flux1Operations:
 
     def build(self, config: Flux1Config) -> torch.nn.Module:
         return SequenceParallelFlux1(
+            is_original=config.is_original,
             in_channels=config.in_channels,
             out_channels=PACKED_CHANNELS,
             **config.class_arguments,
@@ -64,6 +65,9 @@ class Flux1Operations:
                 "lend them as bfloat16, or start the daemon with precision bf16",
                 names=[f"{target} is {each}" for target, each in exceptions.items()],
             )
+        if not config.is_original:
+            _run_plain_in_parts(layout)
+            return None
         if layout.fused_attention is None or (is_cuda and dtype == torch.float32):
             return None
         if layout.degrees.ring > 1:
@@ -147,6 +151,21 @@ def _times(inputs: Inputs, options: CallOptions) -> Times | None:
     # Rounded as the timestep is, so that equal sigmas compare equal.
     rounded = torch.tensor(foreseen, dtype=inputs.arguments["timestep"].dtype).tolist()
     return Times(moments.pop(), scales.pop() if scales else None, tuple(rounded))
+
+
+def _run_plain_in_parts(layout: ParallelLayout) -> None:
+    """Log that plain blocks run, since the matrices that fused ones read are in several tensors.
+
+    Raises:
+        Unsupported: the settings ask for fused blocks, or for products in eight bits.
+    """
+    if layout.precision != "bf16" or layout.requested_kernels == "fused":
+        asked = "kernels 'fused'" if layout.precision == "bf16" else f"precision {layout.precision!r}"
+        raise Unsupported(
+            f"flux1: {asked} with a file in diffusers' naming, in which query, key and value are tensors of their own: "
+            "lend the original file (flux1-dev.safetensors), or start the daemon without it"
+        )
+    logger.info("plain blocks run: query, key and value are tensors of their own")
 
 
 def _run_plain_in_ring(heads: int, layout: ParallelLayout) -> None:

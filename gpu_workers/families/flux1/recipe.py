@@ -11,31 +11,64 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from xditd.gpu_workers.families.flux1.config import LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, Flux1Config
-from xditd.gpu_workers.families.flux1.facts import CONTROL, MASK, MASKED_IMAGE, REFERENCES
+from xditd.gpu_workers.families.flux1.config import (
+    CONTROL_CHANNELS,
+    FILL_CHANNELS,
+    LATENT_CHANNELS,
+    PATCH,
+    PIXELS_PER_LATENT,
+    Flux1Config,
+)
+from xditd.gpu_workers.families.flux1.facts import CONTROL, CONTROL_IMAGE, IMAGE, MASK, MASKED_IMAGE, REFERENCES
 from xditd.gpu_workers.families.flux1.timesteps import SCALE, time_dtype
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
-from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
+from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Sampled, Wanted
+from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
 from xditd.gpu_workers.parallel.token_partition import partition_tokens
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.limits import MAX_SIDE_PIXELS
+
+_PICTURES: Final = {CONTROL_CHANNELS: (CONTROL, CONTROL_IMAGE), FILL_CHANNELS: (MASKED_IMAGE, IMAGE)}
+"""Latents and the picture that is given in place of them, by input channels."""
 
 
 class Flux1Recipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: Flux1Config, wanted: Wanted) -> None:
-        """There are no settings beyond those of every family."""
+        check_schedule(wanted.schedule, EULER, has_sigmas=wanted.sigmas is not None)
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
         return time_dtype(dtype, variant)
+
+    def sampled(self, config: Flux1Config, wanted: Wanted, conditioning: Mapping[str, Any]) -> Sampled:
+        """Return the pictures of Canny, Depth and Fill, which the pipelines sample: Fill's after the noise."""
+        if config.in_channels not in _PICTURES:
+            return Sampled()
+        latents, picture = _PICTURES[config.in_channels]
+        if (conditioning.get(latents) is None) == (conditioning.get(picture) is None):
+            raise BadRequest(f"{picture}, {latents}: give either the picture or its latents")
+        pixels = conditioning.get(picture)
+        if pixels is None:
+            return Sampled()
+        check_shape(picture, pixels, (None, 3, wanted.height, wanted.width))
+        if pixels.shape[0] not in (1, wanted.batch):
+            raise BadRequest(
+                f"{picture}: {pixels.shape[0]} for {wanted.batch} images: give one for each, or one for all"
+            )
+        if picture == CONTROL_IMAGE:
+            return Sampled(before={latents: pixels.repeat_interleave(wanted.batch // pixels.shape[0], dim=0)})
+        mask = conditioning[MASK]
+        check_shape(MASK, mask, (wanted.batch, 1, wanted.height, wanted.width))
+        masked = (pixels * (1 - mask[: pixels.shape[0]])).contiguous(memory_format=torch.channels_last)
+        return Sampled(skipped=pixels.shape[0], after={latents: masked})  # in the pipeline's order in memory, of Pillow
 
     def start(
         self, model: Model[Flux1Config], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
@@ -117,6 +150,9 @@ class Flux1Run:
         predicted = result if isinstance(result, torch.Tensor) else torch.stack(result)
         return predicted[:, : latents.shape[1]].to(latents.dtype)
 
+    def packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, FluxPipeline._pack_latents(latents.contiguous(), *latents.shape))
+
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         height, width = self.size
         return cast(torch.Tensor, FluxPipeline._unpack_latents(latents, height, width, 1))
@@ -165,6 +201,8 @@ def _packed_reference(
 def _channels_beside(model: Model[Flux1Config], wanted: Wanted, conditioning: Mapping[str, Any]) -> torch.Tensor | None:
     """Check and pack what the image is made from besides the text, (batch, tokens, channels)."""
     size = (wanted.height // PIXELS_PER_LATENT, wanted.width // PIXELS_PER_LATENT)
+    if (needed := _PICTURES.get(model.config.in_channels)) and conditioning.get(needed[0]) is None:
+        raise BadRequest(f"{needed[1]}, {needed[0]}: give either the picture or its latents")
     named = {name: conditioning[name] for name in (CONTROL, MASKED_IMAGE, MASK) if name in conditioning}
     for name, each in named.items():
         shape = (1, wanted.height, wanted.width) if name == MASK else (LATENT_CHANNELS, *size)
@@ -186,7 +224,7 @@ def _scheduled(
     """Set the timesteps: the model's own schedule, or given sigmas without a shift."""
     given = wanted.sigmas
     settings = dict(config.scheduler) if given is None else {"shift": 1.0, "use_dynamic_shifting": False}
-    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    scheduler = euler(wanted.schedule, settings)
     known = scheduler.config
     shift = calculate_shift(
         image_tokens,

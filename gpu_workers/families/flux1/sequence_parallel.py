@@ -95,9 +95,10 @@ class SequenceParallelFlux1(FluxTransformer2DModel):
 
     fused: FusedFlux1 | None = None
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, is_original: bool = True, **config: Any) -> None:
         super().__init__(**config)
-        self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
+        if is_original:
+            self.norm_out = CheckpointOrderNorm(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.attn.processor = TrimmingFluxAttnProcessor()
         self._norms = QueryKeyNorms(self)

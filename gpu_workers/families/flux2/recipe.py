@@ -28,6 +28,7 @@ from xditd.gpu_workers.families.flux2.facts import FLOAT32_TIME, KV_CACHE, NEGAT
 from xditd.gpu_workers.families.flux2.module import CACHE, ReferenceCache
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
+from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.limits import MAX_SIDE_PIXELS
@@ -39,6 +40,7 @@ class Flux2Recipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: Flux2Config, wanted: Wanted) -> None:
+        check_schedule(wanted.schedule, EULER, has_sigmas=wanted.sigmas is not None)
         kv_cache = wanted.options.get(KV_CACHE, 0)
         if kv_cache not in (0, 1):
             raise BadRequest(f"{KV_CACHE} {kv_cache:g}: use 1, or 0 for none")
@@ -222,7 +224,7 @@ def _scheduled(wanted: Wanted, image_tokens: int, device: torch.device) -> FlowM
     """Set the timesteps: the model's own schedule, or given sigmas without a shift."""
     given = wanted.sigmas
     settings = SCHEDULER if given is None else {"shift": 1.0, "use_dynamic_shifting": False}
-    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    scheduler = euler(wanted.schedule, settings)
     sigmas = np.linspace(1.0, 1 / wanted.steps, wanted.steps) if given is None else list(given)
     mu = compute_empirical_mu(image_tokens, wanted.steps)
     retrieve_timesteps(scheduler, wanted.steps, device, sigmas=sigmas, mu=mu)

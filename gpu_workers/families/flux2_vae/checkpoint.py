@@ -24,6 +24,7 @@ from xditd.gpu_workers.models.ldm_vae import (
     decoder_widths,
     encoder_entries,
     encoder_widths,
+    ldm_name,
 )
 from xditd.ipc.errors import Unsupported
 
@@ -34,16 +35,7 @@ _MARK: Final = "bn.running_mean"
 _DECODER: Final = "decoder.conv_in.weight"
 _PLAIN: Final = "not the VAE of FLUX.2; lend flux2-vae.safetensors"
 
-_BLOCKS: Final = re.compile(
-    r"^(?:encoder\.down|decoder\.up)_blocks\.(\d+)\.(?:resnets\.(\d+)|(?:down|up)samplers\.0)\.(.*)$"
-)
 _RENAMED: Final = (
-    (re.compile(r"^(encoder|decoder)\.mid_block\.resnets\.0\."), r"\1.mid.block_1."),
-    (re.compile(r"^(encoder|decoder)\.mid_block\.resnets\.1\."), r"\1.mid.block_2."),
-    (re.compile(r"^(encoder|decoder)\.mid_block\.attentions\.0\.group_norm\."), r"\1.mid.attn_1.norm."),
-    (re.compile(r"^(encoder|decoder)\.mid_block\.attentions\.0\.to_([qkv])\."), r"\1.mid.attn_1.\2."),
-    (re.compile(r"^(encoder|decoder)\.mid_block\.attentions\.0\.to_out\.0\."), r"\1.mid.attn_1.proj_out."),
-    (re.compile(r"^(encoder|decoder)\.conv_norm_out\."), r"\1.norm_out."),
     # Black Forest Labs' own modules have these inside of the encoder and the decoder.
     (re.compile(r"^encoder\.quant_conv\."), "quant_conv."),
     (re.compile(r"^decoder\.post_quant_conv\."), "post_quant_conv."),
@@ -65,17 +57,9 @@ class Flux2Vae:
         return _MARK in names and _DECODER in names
 
     def canonical(self, name: str) -> str:
-        found = _BLOCKS.match(name)
-        if found:
-            side = "encoder.down" if name.startswith("encoder.") else "decoder.up"
-            # diffusers numbers the decoder's levels in the order in which they run.
-            level = int(found[1]) if side == "encoder.down" else LEVELS - 1 - int(found[1])
-            if found[2] is None:
-                return f"{side}.{level}.{'down' if side == 'encoder.down' else 'up'}sample.{found[3]}"
-            return f"{side}.{level}.block.{found[2]}.{found[3].replace('conv_shortcut.', 'nin_shortcut.')}"
         for pattern, ldm in _RENAMED:
             name = pattern.sub(ldm, name)
-        return name
+        return ldm_name(name, LEVELS)
 
     def configure(self, shapes: Mapping[str, Shape]) -> Flux2VaeConfig:
         levels, residuals = count_levels(self.name, shapes)

@@ -1,4 +1,6 @@
-"""The VAE of FLUX.1 (``ae.safetensors``) and VAEs of the same structure, in ldm naming, whole or decoder only.
+"""The VAE of FLUX.1 (``ae.safetensors``) and VAEs of the same structure, in ldm naming or diffusers'.
+
+They are whole, or a decoder only.
 
 Widths, depth and the mid attention are read from shapes. The tensors do not show the 32 groups of the norms and the
 scaling of latents. SD3's VAE has the same structure and names with another scaling, and is of this family: the
@@ -16,13 +18,16 @@ from typing import TYPE_CHECKING
 from xditd.gpu_workers.families.flux_vae.config import LATENT_CHANNELS, LEVELS, FluxVaeConfig
 from xditd.gpu_workers.models.entries import Entry, Shape
 from xditd.gpu_workers.models.family import Kind
-from xditd.gpu_workers.models.ldm_vae import count_levels, decoder_entries, decoder_widths, encoder_entries
+from xditd.gpu_workers.models.ldm_vae import count_levels, decoder_entries, decoder_widths, encoder_entries, ldm_name
 from xditd.ipc.errors import Unsupported
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux_vae.operations import FluxVaeOperations
 
 _MARKS = {"decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight", "decoder.conv_out.weight"}
+_PROJECTIONS = ("decoder.mid.attn_1.q.weight", "decoder.mid.attn_1.proj_out.weight")
+_IN_DIFFUSERS = "decoder.mid_block.resnets.0.conv1.weight"
+_OTHER = "post_quant_conv.weight"
 _FOREIGN = "bn.running_mean"
 """Statistics by which FLUX.2's VAE, of the same names, normalises its latents."""
 
@@ -40,10 +45,12 @@ class FluxVae:
     def claims(self, names: Collection[str]) -> bool:
         # FLUX.2's VAE has statistics; those of Wan and Qwen-Image, in diffusers' names, have norms of gamma alone.
         is_another = _FOREIGN in names or any(name.endswith(".gamma") for name in names)
-        return not _MARKS.isdisjoint(names) and not is_another
+        # Those of other models in diffusers' names have 1x1 convolutions beside the latents.
+        has_marks = not _MARKS.isdisjoint(names)
+        return has_marks and not is_another and not (_IN_DIFFUSERS in names and _OTHER in names)
 
     def canonical(self, name: str) -> str:
-        return name
+        return ldm_name(name, LEVELS)
 
     def configure(self, shapes: Mapping[str, Shape]) -> FluxVaeConfig:
         levels, residuals = count_levels(self.name, shapes)
@@ -61,16 +68,17 @@ class FluxVae:
             residuals=residuals,
             has_mid_attention=any(name.startswith("decoder.mid.attn_1.") for name in shapes),
             has_encoder=any(name.startswith("encoder.") for name in shapes),
+            has_linear_attention=all(len(shapes.get(name, ())) == 2 for name in _PROJECTIONS),
         )
 
     def entries(self, config: FluxVaeConfig, names: Collection[str]) -> Iterator[Entry]:
+        attention = {
+            "has_attention": config.has_mid_attention,
+            "linear_attention": config.has_linear_attention,
+        }
         if config.has_encoder:
-            yield from encoder_entries(
-                config.channels, config.residuals, 2 * LATENT_CHANNELS, has_attention=config.has_mid_attention
-            )
-        yield from decoder_entries(
-            config.channels, config.residuals, LATENT_CHANNELS, has_attention=config.has_mid_attention
-        )
+            yield from encoder_entries(config.channels, config.residuals, 2 * LATENT_CHANNELS, **attention)
+        yield from decoder_entries(config.channels, config.residuals, LATENT_CHANNELS, **attention)
 
     def heads(self, config: FluxVaeConfig) -> int:
         return 0

@@ -23,3 +23,5 @@ class FluxVaeConfig:
     residuals: int
     has_mid_attention: bool
     has_encoder: bool
+    has_linear_attention: bool = False
+    """Projections of its attentions are matrices, as in files with diffusers' naming, and not 1x1 convolutions."""

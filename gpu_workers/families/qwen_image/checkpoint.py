@@ -53,6 +53,8 @@ class QwenImage:
     ignored: re.Pattern[str] | None = None
     fused_widths: tuple[int, ...] = ()
     swapped_halves: frozenset[str] = frozenset()
+    job_settings = frozenset({"zero_cond_t"})
+    """What ``config.json`` says and a job's variant decides."""
 
     def claims(self, names: Collection[str]) -> bool:
         return any(map(_MARK.match, names))

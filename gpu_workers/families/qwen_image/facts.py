@@ -72,5 +72,6 @@ def transformer_facts(config: QwenImageConfig, layout: ParallelLayout) -> Transf
         guidance="classifier_free",
         default_guidance_scale=4.0,
         default_steps=50,
+        starts=("image", "mask"),
         prompt=FACTS,
     )

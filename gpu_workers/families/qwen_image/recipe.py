@@ -34,6 +34,7 @@ from xditd.gpu_workers.families.qwen_image.references import References, packed
 from xditd.gpu_workers.models.guidance import Guidance, texts_for
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
+from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
 from xditd.ipc.errors import BadRequest
 
 MASKS = {PROMPT: PROMPT_MASK, NEGATIVE: NEGATIVE_MASK}
@@ -43,12 +44,17 @@ class QwenImageRecipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: QwenImageConfig, wanted: Wanted) -> None:
+        check_schedule(wanted.schedule, EULER, has_sigmas=wanted.sigmas is not None)
+        settings = SCHEDULER if wanted.schedule is None else wanted.schedule.settings
         shift = wanted.options.get(SHIFT)
+        if shift is not None and not settings.get("use_dynamic_shifting", False):
+            raise BadRequest(f"{SHIFT} {shift:g} beside a scheduler with a fixed shift: set shift in its settings")
         if shift is not None and wanted.sigmas is not None:
             raise BadRequest(f"{SHIFT} {shift:g} with sigmas, which are used as they are: give one of both")
         if shift is not None and not 0 < shift < math.inf:
             raise BadRequest(f"{SHIFT} {shift:g}: use a number above 0, such as 3 for Qwen-Image-Lightning")
-        if wanted.steps == 1 and shift is None and wanted.sigmas is None:
+        is_stretched = shift is None and wanted.sigmas is None and settings.get("shift_terminal")
+        if wanted.steps == 1 and is_stretched:
             raise BadRequest(
                 "steps 1: the schedule is stretched between its first and its last step, of which there have to be "
                 f"two; give more steps, the option {SHIFT}, or sigmas"
@@ -135,9 +141,19 @@ class QwenImageRun:
         found = [each if isinstance(each, torch.Tensor) else torch.stack(each) for each in rows]
         return self.guidance.combine([each[:, : latents.shape[1]] for each in found]).to(latents.dtype)
 
+    def packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, QwenImagePipeline._pack_latents(latents.contiguous(), *latents.shape))
+
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         unpacked = QwenImagePipeline._unpack_latents(latents, *self.size, PIXELS_PER_LATENT)
         return cast(torch.Tensor, unpacked.squeeze(2))
+
+
+def _shifted(shift: float | None) -> dict[str, Any]:
+    """Return the settings of a shift that is the same for all sizes, as the schedules of distilled weights have it."""
+    if shift is None:
+        return {}
+    return {"base_shift": math.log(shift), "max_shift": math.log(shift), "shift_terminal": None}
 
 
 def _scheduled(wanted: Wanted, image_tokens: int, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
@@ -145,11 +161,9 @@ def _scheduled(wanted: Wanted, image_tokens: int, device: torch.device) -> FlowM
     shift, given = wanted.options.get(SHIFT), wanted.sigmas
     if given is not None:
         settings: dict[str, Any] = {"shift": 1.0, "use_dynamic_shifting": False}
-    elif shift is not None:  # the same for all sizes, as the schedules of distilled weights have it
-        settings = {**SCHEDULER, "base_shift": math.log(shift), "max_shift": math.log(shift), "shift_terminal": None}
     else:
         settings = dict(SCHEDULER)
-    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    scheduler = euler(wanted.schedule, settings, _shifted(shift))
     known = scheduler.config
     mu = calculate_shift(
         image_tokens, known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift

@@ -85,6 +85,10 @@ def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerF
         guidance="classifier_free",
         default_guidance_scale=5.0,
         default_steps=50,
+        default_height=480,
+        default_width=832,
+        default_frames=81,
+        default_fps=24 if config.has_time_per_token else 16,
         prompt=FACTS,
     )
 

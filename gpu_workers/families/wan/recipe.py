@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from xditd.gpu_workers.families.wan.checks import check_split, check_texts
 from xditd.gpu_workers.families.wan.config import PATCH, TIMESTEPS, WanConfig
@@ -36,13 +35,16 @@ from xditd.gpu_workers.families.wan.pictures import (
 )
 from xditd.gpu_workers.models.job_checks import prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
-from xditd.ipc.errors import BadRequest
+from xditd.gpu_workers.models.schedules import EULER as ONLY_EULER
+from xditd.gpu_workers.models.schedules import EULER_OR_UNIPC, build_scheduler, check_schedule
+from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.requests import Schedule
 
-_UNIPC: Final[Mapping[str, Any]] = {
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "num_train_timesteps": TIMESTEPS,
-}
+EULER_SCHEDULE: Final = Schedule(class_name="FlowMatchEulerDiscreteScheduler")
+UNIPC_SCHEDULE: Final = Schedule(
+    class_name="UniPCMultistepScheduler",
+    settings={"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": TIMESTEPS},
+)
 """The scheduler beside the weights of every release."""
 _IMAGE: Final = "encoder_hidden_states_image"
 LIMITS: Final = {SHIFT: (0.01, 100.0), BOUNDARY: (0.0, 1.0), SECOND_SCALE: (0.0, 1000.0)}
@@ -55,6 +57,7 @@ class WanRecipe:
     """The least and the greatest value of each option that is a number."""
 
     def check(self, config: WanConfig, wanted: Wanted) -> None:
+        check_schedule(wanted.schedule, EULER_OR_UNIPC, has_sigmas=wanted.sigmas is not None)
         for name, (low, high) in self.limits.items():
             value = wanted.options.get(name)
             if value is not None and (isinstance(value, bool) or not low <= value <= high):
@@ -62,6 +65,13 @@ class WanRecipe:
         euler = wanted.options.get(EULER, False)
         if not isinstance(euler, bool):
             raise BadRequest(f"options: {EULER}={euler!r} is not True or False")
+        if (schedule := wanted.schedule) is not None:
+            if EULER in wanted.options and euler != (schedule.class_name in ONLY_EULER):
+                raise BadRequest(f"options: {EULER}={euler} beside a scheduler {schedule.class_name}: leave one out")
+            if schedule.settings.get("use_dynamic_shifting", False):
+                raise Unsupported(
+                    "scheduler: use_dynamic_shifting=True has no shift in the pipelines of videos; set it to False"
+                )
         if wanted.stages == 1 and (given := sorted({BOUNDARY, SECOND_SCALE} & set(wanted.options))):
             raise BadRequest(f"options: {given[0]} without a second transformer would have no effect: leave it out")
         if wanted.sigmas is not None and SHIFT in wanted.options:
@@ -201,15 +211,19 @@ def _scheduled(config: WanConfig, wanted: Wanted, device: torch.device) -> Any:
     """Set the timesteps: the schedule with its shift, or given sigmas without one."""
     given = wanted.sigmas
     shift = 1.0 if given is not None else wanted.options.get(SHIFT, config.default_shift)
-    scheduler: Any
-    if wanted.options.get(EULER, False):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule = wanted.schedule
+    if schedule is None:
+        schedule = EULER_SCHEDULE if wanted.options.get(EULER, False) else UNIPC_SCHEDULE
+    is_euler = schedule.class_name in ONLY_EULER
+    name = "shift" if is_euler else "flow_shift"
+    is_own = wanted.schedule is not None and SHIFT not in wanted.options
+    scheduler = build_scheduler(schedule, {} if is_own else {name: shift})
+    if is_euler:
         if given is None:
             scheduler.set_timesteps(wanted.steps, device=device)
         else:
             scheduler.set_timesteps(sigmas=list(given), device=device)
     else:
-        scheduler = UniPCMultistepScheduler(flow_shift=shift, **_UNIPC)
         scheduler.set_timesteps(wanted.steps, device=device, sigmas=None if given is None else np.array(given))
     scheduler.set_begin_index(0)
     return scheduler

@@ -8,7 +8,7 @@ not grow with the length.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, cast
@@ -156,6 +156,27 @@ class WanVaeOperations:
         means, deviations = _statistics(release, z)
         normal = (z - means) / deviations if is_image else (z - means) * (1.0 / deviations)
         return (normal - scaling.shift) * scaling.factor
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        model: Model[WanVaeConfig],
+        image: torch.Tensor,
+        scaling: LatentScaling,
+        draw: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
+    ) -> torch.Tensor:
+        """Encode images to samples of the posterior, with the noise that ``draw`` gives."""
+        check_has_encoder(model.config.has_encoder)
+        if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
+            raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
+        release = model.config.release
+        check_sides(image.shape[-2], image.shape[-1], release.pixels)
+        (image,) = prepare(model, image=image)
+        found = cast(AutoencoderKLWan, model.module).encode(image.unsqueeze(2)).latent_dist
+        noise = draw(tuple(found.mean.shape), found.mean.dtype).to(found.mean.device)
+        z = found.mean + found.std * noise
+        means, deviations = _statistics(release, z)
+        return (((z - means) * (1.0 / deviations) - scaling.shift) * scaling.factor)[:, :, 0]
 
 
 class _Split:

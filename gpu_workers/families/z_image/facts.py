@@ -46,5 +46,6 @@ def transformer_facts(config: ZImageConfig, layout: ParallelLayout) -> Transform
         guidance="classifier_free",
         default_guidance_scale=0.0,
         default_steps=8,
+        starts=("image", "mask"),
         prompt=FACTS,
     )

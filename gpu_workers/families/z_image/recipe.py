@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 
 from xditd.gpu_workers.families.z_image.checks import check_list, check_split, check_texts
 from xditd.gpu_workers.families.z_image.config import (
@@ -29,6 +29,7 @@ from xditd.gpu_workers.families.z_image.config import (
 )
 from xditd.gpu_workers.families.z_image.facts import CFG_NORMALIZATION, CFG_TRUNCATION, COMFYUI, SHIFT
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
+from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
 from xditd.ipc.errors import BadRequest
 
 TRAINED_TIMESTEPS: Final = 1000
@@ -40,10 +41,15 @@ class ZImageRecipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: ZImageConfig, wanted: Wanted) -> None:
+        check_schedule(wanted.schedule, EULER, has_sigmas=wanted.sigmas is not None)
         options = wanted.options
         shift = options.get(SHIFT)
         if shift is not None and wanted.sigmas is not None:
             raise BadRequest(f"{SHIFT} {shift:g} with sigmas, which are used as they are: give one of both")
+        if shift is not None and wanted.schedule is not None and wanted.schedule.settings.get("use_dynamic_shifting"):
+            raise BadRequest(
+                f"{SHIFT} {shift:g} beside a scheduler with dynamic shifting, which has none: leave it out"
+            )
         if shift is not None and not 0 < shift < math.inf:
             raise BadRequest(f"{SHIFT} {shift:g}: use a number above 0, such as {TURBO_SHIFT:g} or {BASE_SHIFT:g}")
         if not 0 <= options.get(CFG_NORMALIZATION, 0) < math.inf:
@@ -70,7 +76,7 @@ class ZImageRecipe:
             check_list(name, each, wanted.batch)
             check_texts(name, each, model.config)
         check_split(model.layout, rows * columns, [len(text) for each in texts.values() for text in each])
-        scheduler = _scheduled(wanted, model.device)
+        scheduler = _scheduled(wanted, rows * columns, model.device)
         if wanted.variant == COMFYUI:
             times = 1 - scheduler.sigmas[:-1].to(model.device)
         else:
@@ -124,6 +130,9 @@ class ZImageRun:
             predictions = [self._guided(positive, negative, scale) for positive, negative in pairs]
         return -torch.stack(predictions).squeeze(2)
 
+    def packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
 
@@ -137,15 +146,20 @@ class ZImageRun:
         return guided * torch.where(norm > most, most / norm, 1.0)
 
 
-def _scheduled(wanted: Wanted, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
+def _scheduled(wanted: Wanted, image_tokens: int, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
     """Set the timesteps: the pipeline's schedule with its shift, or given sigmas without one."""
     if wanted.sigmas is not None:
         shift, sigmas = 1.0, list(wanted.sigmas)
     else:
         shift = wanted.options.get(SHIFT, BASE_SHIFT if wanted.guidance_scale > 0 else TURBO_SHIFT)
         sigmas = get_default_z_image_sigmas(wanted.steps)
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAINED_TIMESTEPS, shift=shift)
-    scheduler.set_timesteps(sigmas=sigmas, device=device)
+    own = {"num_train_timesteps": TRAINED_TIMESTEPS, "shift": shift}
+    scheduler = euler(wanted.schedule, own, {"shift": wanted.options[SHIFT]} if SHIFT in wanted.options else {})
+    known = scheduler.config
+    mu = calculate_shift(
+        image_tokens, known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift
+    )
+    scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
     scheduler.set_begin_index(0)
     return scheduler
 

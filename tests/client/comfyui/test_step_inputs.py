@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xditd.client.comfyui import step_inputs
 from xditd.client.comfyui.step_inputs import KNOWN_ROWS, StepInputs, Texts
 
 
@@ -67,6 +68,17 @@ def test_only_a_few_rows_are_remembered(keeper):
     assert len(keeper.rows) == KNOWN_ROWS + 2
     inputs.read(1, {"time": torch.zeros(1)}, texts(0.0, width=4), keeper)  # another shape is another row
     assert len(keeper.rows) == KNOWN_ROWS + 3
+
+
+def test_fewer_rows_are_remembered_if_they_are_large(keeper, monkeypatch):
+    monkeypatch.setattr(step_inputs, "LARGE_BYTES", 5 * 16)  # rows of 16 bytes
+    inputs = StepInputs()
+    read = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 2.0, 3.0, 4.0, 5.0]
+    for value in read:
+        inputs.read(1, {"time": torch.zeros(1)}, texts(value), keeper)
+    assert len(keeper.rows) == 6
+    inputs.read(1, {"time": torch.zeros(1)}, texts(1.0), keeper)
+    assert len(keeper.rows) == 7
 
 
 def test_the_host_waits_once_a_step(keeper, monkeypatch):

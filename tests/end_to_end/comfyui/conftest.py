@@ -184,6 +184,10 @@ def weightless(connected, variant_file) -> Callable[..., Any]:
     return lambda name, seed=0: load_unet(str(variant_file(name, seed)))
 
 
+TEXT_SIZES = {"context_dim": 128, "pooled_dim": 128}
+"""Of the transformer of :class:`Server`, whose text encoders are tiny."""
+
+
 class Server:
     """A ComfyUI process with folders of its own."""
 
@@ -222,7 +226,8 @@ class Server:
 
     def picture(self, prompt_id: str, wait_until: Callable[..., Any]) -> np.ndarray:
         done = wait_until(lambda: self.outcome(prompt_id), "the prompt to end", self.log)
-        assert done["status"]["status_str"] == "success", json.dumps(done["status"])[-3000:]
+        said = [each.get("exception_message") or name for name, each in done["status"]["messages"]]
+        assert done["status"]["status_str"] == "success", said
         (image,) = [image for output in done["outputs"].values() for image in output.get("images", [])]
         return np.asarray(Image.open(self.base / "output" / image["subfolder"] / image["filename"])).astype(int)
 
@@ -241,9 +246,10 @@ class Server:
 def start_server(comfy, daemon, tmp_path_factory, wait_until) -> Iterator[Callable[[], Server]]:
     running: list[Server] = []
     base = tmp_path_factory.mktemp("comfyui")
-    for folder in ("models/diffusion_models", "models/text_encoders", "models/vae", "custom_nodes", "input"):
+    models = ("diffusion_models", "text_encoders", "vae", "controlnet")
+    for folder in (*(f"models/{each}" for each in models), "custom_nodes", "input"):
         (base / folder).mkdir(parents=True)
-    transformer = checkpoints.flux1_state_dict(1, context_dim=128, pooled_dim=128)
+    transformer = checkpoints.flux1_state_dict(1, **TEXT_SIZES)
     save_file(transformer, base / "models/diffusion_models/flux1-dev.safetensors")
     text_checkpoints.write_clip_l(base / "models/text_encoders/clip_l.safetensors", seed=5)
     text_checkpoints.write_t5(base / "models/text_encoders/t5xxl_fp16.safetensors", seed=6)

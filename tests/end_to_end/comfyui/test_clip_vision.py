@@ -21,6 +21,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 PROJECTION = "visual_projection.weight"
 EMBEDDINGS = "vision_model.embeddings"
+KINDS = ("weight", "bias")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,37 @@ def test_every_layer_shows_in_wans_image_node(comfy, connected, state, tmp_path,
     name = "vision_model.encoder.layers.1.mlp.fc2.weight"
     changed = {**state, name: torch.zeros_like(state[name])}
     assert relative_error(states(remote(changed, tmp_path / "changed.safetensors")), right) > 100 * TOLERANCE
+
+
+def in_open_clips_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Spell a model as OpenCLIP does, with one matrix of queries, keys and values."""
+    spelled = {
+        f"{EMBEDDINGS}.class_embedding": "class_embedding",
+        f"{EMBEDDINGS}.patch_embedding.weight": "conv1.weight",
+        f"{EMBEDDINGS}.position_embedding.weight": "positional_embedding",
+        **{f"vision_model.pre_layrnorm.{kind}": f"ln_pre.{kind}" for kind in KINDS},
+        **{f"vision_model.post_layernorm.{kind}": f"ln_post.{kind}" for kind in KINDS},
+    }
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    parts["self_attn.out_proj"] = "attn.out_proj"
+    found = {f"visual.{theirs}": state[name] for name, theirs in spelled.items()}
+    for number in range(SIZES["num_hidden_layers"]):
+        layer, block = f"vision_model.encoder.layers.{number}", f"visual.transformer.resblocks.{number}"
+        for kind in KINDS:
+            found |= {f"{block}.{theirs}.{kind}": state[f"{layer}.{name}.{kind}"] for name, theirs in parts.items()}
+            joined = [state[f"{layer}.self_attn.{part}_proj.{kind}"] for part in ("q", "k", "v")]
+            found[f"{block}.attn.in_proj_{kind}"] = torch.cat(joined)
+    return found | {"visual.proj": state[PROJECTION].T.contiguous()}
+
+
+def test_open_clips_names(comfy, connected, state, tmp_path, relative_error):
+    spelled = remote(in_open_clips_names(state), tmp_path / "open_clip.safetensors")
+    with torch.no_grad():
+        actual, expected = (
+            comfy.nodes.CLIPVisionEncode().encode(each, image(), "center")[0] for each in (spelled, stock(comfy, state))
+        )
+    for name in ("penultimate_hidden_states", "image_embeds"):
+        assert relative_error(actual[name], expected[name]) <= TOLERANCE
 
 
 def test_what_is_refused(comfy, connected, state, tmp_path):

@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from comfyui_workflows import EXAMPLES, prompt_of, read_example
+from diffusers import FluxControlNetModel  # noqa: F401 - before ComfyUI is on the path
+from flux1_controlnets import MODES, comfyui_state, diffusers_state
+from PIL import Image
+from safetensors.torch import save_file
 
 from xditd.client.comfyui.families import adapters, search_words
 
@@ -62,6 +66,27 @@ def test_examples_give_the_same_image_and_again_lend_nothing(server, prompt, wai
     lends = server.log.read_text().count("component lent")
     server.picture(server.queue(prompt("flux1_accelerate", seed=8)), wait_until)
     assert server.log.read_text().count("component lent") == lends
+
+
+def test_control_by_the_edges_of_an_image(server, prompt, whole_file, wait_until):
+    """The example of a ControlNet: the picture of stock, whose ControlNet and transformer run in ComfyUI."""
+    name = "FLUX.1-dev-ControlNet-Union-Pro-2.0.safetensors"
+    state = diffusers_state(comfyui_state(5, modes=MODES, context_dim=128, pooled_dim=128))
+    save_file(state, server.base / "models" / "controlnet" / name)
+    (server.base / "models" / "vae" / "whole.safetensors").symlink_to(whole_file)  # with an encoder, for the edges
+    Image.radial_gradient("L").resize((128, 128)).convert("RGB").save(server.base / "input" / "example.png")
+    given = {"vae_name": "whole.safetensors", "strength": 1.0}
+    controlled = prompt("flux1_controlnet", **given)
+    found = server.picture(server.queue(controlled), wait_until)
+    assert found.shape == (128, 128, 3)
+    (accelerate,) = (key for key, node in controlled.items() if node["class_type"] == "XDiTAccelerate")
+    (sampler,) = (node for node in controlled.values() if node["class_type"] == "KSampler")
+    assert sampler["inputs"]["model"] == [accelerate, 0]
+    sampler["inputs"]["model"] = controlled.pop(accelerate)["inputs"]["model"]
+    stock = server.picture(server.queue(controlled), wait_until)
+    assert np.abs(found - stock).max() <= 1
+    without = server.picture(server.queue(prompt("flux1_controlnet", **given | {"strength": 0.0})), wait_until)
+    assert np.abs(found - without).max() > 10
 
 
 @pytest.mark.parametrize("example", ["flux1_xdit", "flux1_accelerate"])

@@ -7,6 +7,8 @@ from functools import cache
 from typing import Any
 
 import comfyui_text
+import gguf_files
+import packed_checkpoints
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,12 @@ TOLERANCE = 1e-5
 NAMES = list(comfyui_text.ENCODERS)
 LONG = "a lighthouse on a cliff at dusk, long exposure, " * 30
 TEXTS = ["", "a lighthouse", "a (lighthouse:1.4) on a [cliff] (at dusk:0.6)", LONG]
+DEEP = {
+    "klein_4b": ["", TEXTS[2], LONG * 2],
+    "klein_8b": TEXTS[2:3],  # it differs from the other in names alone
+    "flux2_dev": ["", TEXTS[2], LONG[:400]],
+}
+"""Texts for encoders of some 30 layers."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +40,6 @@ def state() -> Callable[[str], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def stock(comfy, state) -> Callable[[str], Any]:
-    return cache(lambda name: comfyui_text.stock_clip(comfy, comfyui_text.ENCODERS[name], state(name)))
-
-
-@pytest.fixture(scope="module")
 def file_of(state, tmp_path_factory) -> Callable[[str], str]:
     folder = tmp_path_factory.mktemp("text_families")
 
@@ -47,6 +50,11 @@ def file_of(state, tmp_path_factory) -> Callable[[str], str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def stock(comfy, file_of) -> Callable[[str], Any]:
+    return cache(lambda name: comfyui_text.stock_clip(comfy, comfyui_text.ENCODERS[name], file_of(name)))
 
 
 @pytest.fixture
@@ -74,16 +82,16 @@ def compare(actual: Any, expected: Any, relative_error: Callable[..., float]) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_clip_text_encode(name, comfy, clip_of, stock, relative_error):
     ours, theirs = clip_of(name), stock(name)
-    found = []
-    for text in TEXTS if name != "klein_8b" else TEXTS[1:3]:  # it differs from klein_4b in names alone
+    texts, found = DEEP.get(name, TEXTS), []
+    for text in texts:
         expected = comfy.nodes.CLIPTextEncode().encode(theirs, text)[0]
         compare(comfy.nodes.CLIPTextEncode().encode(ours, text)[0], expected, relative_error)
         found.append(expected[0][0])
     assert len({states.double().sum().item() for states in found}) == len(found)
+    assert name == "klein_8b" or found[-1].shape[1] > 300
     if name == "wan":  # the others' tokenizers read brackets as text
         plain = comfy.nodes.CLIPTextEncode().encode(theirs, "a lighthouse on a [cliff] at dusk")[0][0][0]
         assert relative_error(found[2], plain) > 1e-2
-    assert name == "klein_8b" or found[3].shape[1] > 300
 
 
 def pictures(*sizes: tuple[int, int]) -> list[torch.Tensor]:
@@ -176,6 +184,17 @@ def test_clip_save_writes_what_stock_writes(comfy, clip_of, stock):
         assert comfyui_text.ENCODERS[name].tokenizer in saved
 
 
+def test_a_norm_behind_the_first_layers_is_not_used(comfy, connected, state, stock, tmp_path, relative_error):
+    """ComfyUI has none in a Mistral Small 3 of fewer than its 40 layers, whatever the file holds."""
+    from xditd.client.comfyui.nodes.clip_loader import load_clip
+
+    norm = torch.full((comfyui_text.MISTRAL_WIDTH,), 3.0)
+    save_file(state("flux2_dev") | {"model.norm.weight": norm}, tmp_path / "with_norm.safetensors")
+    clip = load_clip(str(tmp_path / "with_norm.safetensors"), type="flux2")
+    found = [comfy.nodes.CLIPTextEncode().encode(each, "a cliff")[0] for each in (clip, stock("flux2_dev"))]
+    compare(*found, relative_error)
+
+
 def test_what_is_refused(comfy, clip_of, connected, file_of, state, tmp_path):
     from xditd.client.comfyui.nodes.clip_loader import load_clip
 
@@ -199,3 +218,45 @@ def test_what_is_refused(comfy, clip_of, connected, file_of, state, tmp_path):
         save_file({key: each for key, each in state(name).items() if key != tensor}, tmp_path / "bare.safetensors")
         with pytest.raises(Unsupported, match=f"bare: it has no tensor {tensor}, which is the tokenizer"):
             load_clip(str(tmp_path / "bare.safetensors"), type=comfyui_text.ENCODERS[name].type)
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "plain", "float8", "old", "int8_convrot"])
+@pytest.mark.parametrize("name", ["wan", "z_image", "qwen_image"])
+def test_packed_files(name, format, comfy, connected, state, tmp_path, relative_error):
+    """Each is held as stock holds it, in the dtype of its norms or packed, and computes in float32."""
+    from xditd.client.comfyui.nodes.clip_loader import load_clip
+
+    encoder = comfyui_text.ENCODERS[name]
+    weights = {key: each for key, each in state(name).items() if key != encoder.tokenizer}
+    path = tmp_path / "packed.safetensors"
+    apart = {key: each.to(torch.bfloat16) for key, each in weights.items() if format != "plain" and is_apart(key)}
+    given = {key: each for key, each in weights.items() if key not in apart}
+    if format == "bfloat16":
+        made = packed_checkpoints.Packed({key: each.to(torch.bfloat16) for key, each in given.items()})
+    else:
+        made = packed_checkpoints.pack(given, format, torch.bfloat16)
+    made.tensors |= apart | ({encoder.tokenizer: state(name)[encoder.tokenizer]} if encoder.tokenizer else {})
+    for key, each in made.tensors.items():
+        if key.endswith("weight_scale") and each.ndim == 1:  # with one dimension, stock fails
+            made.tensors[key] = each[:, None]
+    made.save(path)
+    text = "a (lighthouse:1.4) on a cliff"
+    found = []
+    for clip in (load_clip(str(path), type=encoder.type), comfyui_text.stock_clip(comfy, encoder, path)):
+        tokens = clip.tokenize(text, images=pictures((56, 84)) if name == "qwen_image" else [])
+        found.append(clip.encode_from_tokens_scheduled(tokens))
+    compare(*found, relative_error)
+
+
+def is_apart(name: str) -> bool:
+    """Tables and vision towers, which files in these formats keep in bfloat16."""
+    return name.endswith(("shared.weight", "embed_tokens.weight", "bias.weight")) or name.startswith("visual.")
+
+
+def test_a_gguf_has_no_tokenizer_for_comfyui(connected, state, tmp_path):
+    from xditd.client.comfyui.nodes.clip_loader import load_clip
+
+    weights = {key: each for key, each in state("wan").items() if key != "spiece_model"}
+    gguf_files.write_t5(tmp_path / "umt5.gguf", weights, "q8_0")
+    with pytest.raises(Unsupported, match="umt5: it has no tensor spiece_model, which is the tokenizer that ComfyUI"):
+        load_clip(str(tmp_path / "umt5.gguf"), type="wan")

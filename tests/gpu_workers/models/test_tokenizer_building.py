@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizer_folders
 
-from xditd.gpu_workers.models.tokenizer_building import build_tokenizer
+from xditd.gpu_workers.models.tokenizer_building import build_tokenizer, refuse_foreign_errors
 from xditd.ipc.errors import BadCheckpoint, Unsupported, XditdError
 
 Files = dict[str, bytes]
@@ -114,3 +114,18 @@ def test_equal_files_are_built_once(t5: Files, monkeypatch: pytest.MonkeyPatch) 
     for number in range(8):
         cache.build(changed(t5, "tokenizer_config.json", model_max_length=100 + number), "others")
     assert cache.build(t5, "again") is not first
+
+
+def test_a_failing_template_is_named_without_the_prompt() -> None:
+    named = pytest.raises(BadCheckpoint, match=r"^mine: transformers cannot tokenize: ValueError$")
+    with named, refuse_foreign_errors("mine", "tokenize", has_prompts=True):
+        raise ValueError("a secret cat")
+
+    class PanicException(BaseException):
+        """As Rust's code in tokenizers raises it."""
+
+    named = pytest.raises(BadCheckpoint, match="mine: transformers cannot build: PanicException: index 7")
+    with named, refuse_foreign_errors("mine", "build"):
+        raise PanicException("index 7")
+    with pytest.raises(KeyboardInterrupt), refuse_foreign_errors("mine", "build"):
+        raise KeyboardInterrupt

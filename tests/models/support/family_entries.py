@@ -70,7 +70,9 @@ class FamilyEntry:
 def _flux1(variant: str, **changes: Any) -> FamilyEntry:
     config = Flux1Config(3072, 19, 38, context_channels=4096, pooled_channels=768, has_guidance=True)
     encoders = (("T5 v1.1 XXL", 1), ("CLIP-L", 1))
-    return FamilyEntry("flux1", variant, replace(config, **changes), vae="flux_vae", encoders=encoders)
+    config = replace(config, **changes)
+    layouts = {ORIGINAL: config, DIFFUSERS: replace(config, is_original=False)}
+    return FamilyEntry("flux1", variant, config, layouts, "flux_vae", encoders)
 
 
 def _controlnet(variant: str, double: int, single: int, modes: int = 0) -> FamilyEntry:
@@ -105,8 +107,15 @@ def _vaes() -> tuple[FamilyEntry, ...]:
     widths = (128, 256, 512, 512)
     flux2 = Flux2VaeConfig(widths, widths, residuals=2, has_quant_conv=True)
     by_names = {ORIGINAL: ("decoder.middle.0.residual.0.gamma",), DIFFUSERS: ()}
+    flux = FluxVaeConfig(widths, 2, has_mid_attention=True, has_encoder=True)
     return (
-        FamilyEntry("flux_vae", "FLUX.1, Z-Image", FluxVaeConfig(widths, 2, has_mid_attention=True, has_encoder=True)),
+        FamilyEntry(
+            "flux_vae",
+            "FLUX.1, Z-Image",
+            flux,
+            {ORIGINAL: flux, DIFFUSERS: replace(flux, has_linear_attention=True)},
+            by_class=(DIFFUSERS,),
+        ),
         FamilyEntry(
             "flux2_vae",
             "FLUX.2",

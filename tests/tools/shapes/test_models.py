@@ -13,6 +13,7 @@ from shapes.models import PARTS, build_parts, load_parts, write_folder
 from shapes.original import write_originals
 
 from xditd.gpu_workers.families.clip_l import ClipL
+from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.families.flux1.checkpoint import Flux1
 from xditd.gpu_workers.families.flux_vae.checkpoint import FluxVae
 from xditd.gpu_workers.families.t5 import T5
@@ -57,6 +58,17 @@ def test_families_of_the_workers_read_the_single_files(folder: Path, tmp_path: P
         shapes = {family.canonical(name): tuple(tensor.shape) for name, tensor in tensors.items()}
         config = family.configure(shapes)
         assert {entry.source: entry.shape for entry in family.entries(config, names)} == shapes
+
+
+def test_diffusers_converters_undo_the_names_of_single_files(folder: Path, tmp_path: Path) -> None:
+    written = write_originals(folder, tmp_path)
+    own = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    converted = reference.convert_transformer(load_file(written["transformer"]))
+    assert converted.keys() == own.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in own.items())
+    own = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    vae = reference.load_vae(written["vae"]).state_dict()
+    assert all(torch.equal(vae[name].reshape(tensor.shape), tensor) for name, tensor in own.items())
 
 
 def test_a_file_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:

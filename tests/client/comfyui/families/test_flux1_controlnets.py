@@ -94,3 +94,20 @@ def test_a_picture_is_kept_once_and_is_that_of_every_row() -> None:
     of_rows = pictures.keep(torch.randn(3, 16, 4, 6), slice(1, 3), 2, keep)
     assert isinstance(of_rows, KeptTensor)
     assert of_rows.shape == (2, 6, 64)
+
+
+def test_pictures_of_inference_mode_are_kept_by_content():
+    """ComfyUI's executor makes them so, and torch counts no versions of them."""
+    pictures, kept = KeptPictures(), []
+
+    def keep(tensor: torch.Tensor) -> KeptTensor:
+        kept.append(tensor)
+        return KeptTensor(tensor)
+
+    with torch.inference_mode():
+        hint = torch.ones(1, 16, 4, 4)
+        first = pictures.keep(hint, slice(0, 1), 1, keep)
+        assert pictures.keep(hint, slice(0, 1), 1, keep) is first
+        hint += 1
+        assert pictures.keep(hint, slice(0, 1), 1, keep) is not first
+    assert len(kept) == 2

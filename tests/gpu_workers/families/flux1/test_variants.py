@@ -179,7 +179,7 @@ def test_other_channels_are_refused_by_name(cache: ModelCache) -> None:
 
 @pytest.mark.parametrize(
     ("channels", "names", "scale"),
-    [(64, (), 3.5), (128, ("control_latents",), 3.5), (384, ("masked_image_latents", "mask"), 30.0)],
+    [(64, (), 3.5), (128, (), 3.5), (384, ("mask",), 30.0)],
 )
 def test_facts_say_what_an_image_is_made_from(
     cache: ModelCache, plug: Plugger, channels: int, names: tuple[str, ...], scale: float

@@ -1,0 +1,181 @@
+"""``xditd generate --from FILE``: take from a file's metadata what the command line does not say."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from xditd import __version__
+from xditd.client import models_file
+from xditd.client.cli.printing import print_error
+from xditd.client.metadata.file_hashes import is_same
+from xditd.client.metadata.reading import read_record
+from xditd.client.metadata.record import FileRecord, Record
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.name_lists import listed
+
+if TYPE_CHECKING:
+    from xditd.client.pipeline.settings import RunSettings
+
+_INPUTS: Final = {
+    "image": ("image", "--image FILE"),
+    "mask": ("mask", "--mask FILE"),
+    "last_image": ("last_image", "--last-image FILE"),
+    "references": ("references", "--reference FILE"),
+    "control": ("control_images", "--control-image FILE (or --control, with its ControlNet)"),
+}
+"""Pictures that a record counts and does not hold: the argument, and the flag that gives them again."""
+
+_SHOWN_DIGITS: Final = 10
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A record that is repeated. ``index`` is the picture to write of those that are made; ``None``: all.
+
+    ``checks_model`` says whether the model was chosen by its name in the record, and has to have the same files.
+    """
+
+    where: str
+    record: Record
+    index: int | None
+    checks_model: bool
+
+    def check_model(self, made: RunSettings) -> None:
+        """Compare the files of the model, and the values of its scheduler, with those of the record.
+
+        Raises:
+            BadRequest: a file of a role is another one; names it.
+        """
+        from xditd.client.metadata.of_runs import files_of
+
+        if not self.checks_model:
+            return
+        found = files_of(made)
+        for role, files in self.record.model.files.items():
+            known = {each.sample for each in found.get(role, ())}
+            other = [each for each in files if each.sample is not None and each.sample not in known]
+            if other:
+                has = listed(map(_shown, found.get(role, ()))) or "none"
+                raise BadRequest(
+                    f"{self.where}: made with the {role} {_shown(other[0])}, and the model {made.model} has {has}; "
+                    f"give --model {made.model} to use it all the same"
+                )
+
+
+def apply_record(parsed: argparse.Namespace) -> None:
+    """Fill in what the command line leaves open. Sets ``parsed.repeated``.
+
+    Raises:
+        BadRequest: the file has no record, or what it was made from is neither in the record nor given.
+    """
+    where = str(parsed.from_file)
+    record = read_record(parsed.from_file)
+    if record.version != __version__:
+        print_error(f"xditd generate: {where}: made by xditd {record.version}; {__version__} may give other bits")
+    _check_inputs(parsed, record, where)
+    has_other_text = any(getattr(parsed, name) is not None for name in ("prompt", "embeds", "random_embeds"))
+    if not has_other_text:
+        parsed.prompt, parsed.random_embeds = record.prompt, record.random_embeds
+        if record.text_tokens is not None:
+            parsed.text_tokens = record.text_tokens
+    if parsed.negative_prompt is None and parsed.embeds is None:
+        parsed.negative_prompt = record.negative_prompt
+    checks_model = _choose_model(parsed, record, where)
+    index = None
+    if parsed.num_images is None and parsed.prompt is not None and record.num_images > 1:
+        parsed.num_images, index = record.num_images, record.index
+    simple = {
+        "seed": record.seed,
+        "size": (record.width, record.height),
+        "steps": record.steps,
+        "guidance": record.guidance,
+        "strength": record.strength,
+        "step_cache": record.step_cache or None,
+        "frames": record.frames if record.frames > 1 else None,
+        "fps": record.fps,
+        "compute_dtype": record.compute_dtype,
+    }
+    for name, value in simple.items():
+        if getattr(parsed, name) is None:
+            setattr(parsed, name, value)
+    if record.options:
+        parsed.option = {**record.options, **(parsed.option or {})}
+    if parsed.lora is None and record.loras:
+        parsed.lora = {str(_found(each.file, where)): each.strength for each in record.loras}
+    parsed.repeated = Repeated(where, record, index, checks_model)
+
+
+def _check_inputs(parsed: argparse.Namespace, record: Record, where: str) -> None:
+    """Refuse what cannot be repeated by this command, and ask for pictures that only the caller has."""
+    inputs = record.inputs
+    for is_there, what in (
+        (inputs.noise, "noise of its own"),
+        (inputs.sigmas, "a schedule of its own (sigmas)"),
+        (record.variant is not None and inputs.conditioning, f"the variant {record.variant}"),
+    ):
+        if is_there:
+            raise BadRequest(f"{where}: made by a program with {what}, which `xditd generate` does not take")
+    has_text = any(getattr(parsed, name) is not None for name in ("prompt", "embeds", "random_embeds"))
+    if inputs.conditioning and not has_text:
+        raise BadRequest(
+            f"{where}: made by a program from text embeddings, which its metadata do not hold; give a prompt, or them "
+            "by --embeds FILE"
+        )
+    if inputs.embeds is not None and not has_text:
+        raise BadRequest(f"{where}: made with the text embeddings {_shown(inputs.embeds)}; give them by --embeds FILE")
+    if inputs.embeds is not None and parsed.embeds is not None and is_same(inputs.embeds, parsed.embeds) is False:
+        print_error(f"xditd generate: {parsed.embeds}: not the text embeddings of {where}, {_shown(inputs.embeds)}")
+    missing = [
+        f"{flag} ({count} of them)" if count > 1 else flag
+        for name, (argument, flag) in _INPUTS.items()
+        if (count := getattr(inputs, name))
+        and getattr(parsed, argument) is None
+        and not (name == "control" and parsed.control)
+    ]
+    if missing:
+        raise BadRequest(f"{where}: made from pictures, which its metadata do not hold; give {', '.join(missing)}")
+
+
+def _choose_model(parsed: argparse.Namespace, record: Record, where: str) -> bool:
+    """Choose the model by its name, unless one is given. Returns whether its files have to be those of the record."""
+    if parsed.model is not None or parsed.transformer is not None:
+        return False
+    name = record.model.name
+    if name is not None and name in models_file.names():
+        parsed.model = name
+        return True
+    files = [f"{role} {_shown(each)}" for role, found in record.model.files.items() for each in found]
+    named = f" {name!r}" if name is not None else ""
+    raise BadRequest(
+        f"{where}: made with the model{named} ({listed(files) or 'of unknown files'}), which is no name in "
+        f"{models_file.models_path()}; give it by --model, or its parts by --transformer, --vae and so on"
+    )
+
+
+def _found(file: FileRecord, where: str) -> Path:
+    """Return the path of a LoRA: of this name, and with these bytes, in the current folder or in that of the picture.
+
+    Raises:
+        BadRequest: there is none, or another one.
+    """
+    remedy = "give LoRAs by --lora FILE=STRENGTH; they replace all those of the picture"
+    folders = [Path(), Path(os.path.abspath(where)).parent]
+    for folder in folders:
+        path = folder / file.name
+        if path.is_file():
+            if is_same(file, path) is False:
+                raise BadRequest(f"{where}: made with the LoRA {_shown(file)}, and {path} is another file; {remedy}")
+            return path
+    raise BadRequest(
+        f"{where}: made with the LoRA {_shown(file)}, which is neither in the current folder nor beside it; {remedy}"
+    )
+
+
+def _shown(file: FileRecord) -> str:
+    """Return the name of a file and the first digits of its hash."""
+    digest: Any = file.sha256 or file.sample
+    return f"{file.name} ({digest[:_SHOWN_DIGITS]})" if digest else file.name

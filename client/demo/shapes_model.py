@@ -1,0 +1,121 @@
+"""``shapes``, the small FLUX.1 of a source checkout, which draws what the words say; an installed wheel has none.
+
+The demo lends it if its folder is there, and generated weights otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from xditd.client.demo.checkpoints import save_aligned
+from xditd.client.demo.original_names import transformer_tensors, vae_tensors
+from xditd.client.subprograms import module_command, module_environment
+from xditd.client.tensor_files import read_tensors
+from xditd.ipc.errors import DeadlineExceeded, PeerError
+
+if TYPE_CHECKING:
+    import torch
+
+ENCODERS: Final = ("text_encoder", "text_encoder_2")
+TOKENIZERS: Final = ("tokenizer", "tokenizer_2")
+_WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
+_SHIFT: Final = 0.5
+"""FLUX.1's for 256 image tokens."""
+_DEADLINE_S: Final = 120.0
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What the demo asks for, and the colours and forms that a right picture shows."""
+
+    text: str
+    shows: frozenset[tuple[str, str]]
+
+
+SENTENCES: Final = (
+    Sentence(
+        "A large purple heart to the left of a small blue star, on a light green background.",
+        frozenset({("purple", "heart"), ("blue", "star")}),
+    ),
+    Sentence("一个大的绿色圆形，米色条纹背景。", frozenset({("green", "circle")})),
+    Sentence(
+        "A red crescent in the upper left corner and an orange arrow at the bottom, on a white background.",
+        frozenset({("red", "crescent"), ("orange", "arrow")}),
+    ),
+)
+"""Each with a combination of colour and form that training never saw."""
+
+
+def find_shapes() -> Path | None:
+    """Return the folder of the model in the checkout that this file lies in, if it is there with its weights."""
+    folder = _checkout() / "models" / "shapes"
+    return folder if (folder / "transformer" / _WEIGHTS).is_file() else None
+
+
+def _checkout() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
+def write_originals(folder: Path, transformer: Path, vae: Path, dtype: torch.dtype) -> None:
+    """Write transformer and VAE of a pipeline's folder as published files have them, in ``dtype``.
+
+    Raises:
+        BadCheckpoint: a file of the folder is no safetensors file, or lacks tensors.
+        OutputFailed: a file cannot be written.
+    """
+    for part, path, rename in (("transformer", transformer, transformer_tensors), ("vae", vae, vae_tensors)):
+        tensors = rename(read_tensors(folder / part / _WEIGHTS))
+        save_aligned({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, path)
+
+
+def shifted_sigmas(steps: int) -> tuple[float, ...]:
+    """Return the sigmas of FLUX.1's schedule for 256 image tokens, without the last one, 0.
+
+    Source: diffusers, ``FlowMatchEulerDiscreteScheduler``, ``time_shift``.
+    """
+    import math
+
+    shift = math.exp(_SHIFT)
+    return tuple(shift * sigma / (1 + (shift - 1) * sigma) for sigma in (1 - step / steps for step in range(steps)))
+
+
+def read_pictures(images: Sequence[Path]) -> list[dict[str, Any]] | None:
+    """Read pictures back with the checkout's ``tools/shapes/reading.py``; ``None`` where there is none.
+
+    Each has ``things`` (form, colour, place and size), ``pattern`` and ``background``.
+
+    Raises:
+        PeerError: the program failed; the message has the end of what it said.
+        DeadlineExceeded: it took longer than two minutes.
+    """
+    tools = _checkout() / "tools"
+    if not (tools / "shapes" / "reading.py").is_file():
+        return None
+    environment = module_environment()
+    paths = [str(tools), *filter(None, [environment.get("PYTHONPATH")])]
+    command = module_command("shapes.reading", [str(path) for path in images])
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**environment, "PYTHONPATH": ":".join(paths)},
+            timeout=_DEADLINE_S, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise DeadlineExceeded(f"reading the pictures: did not finish within {_DEADLINE_S:.0f} s") from None
+    if done.returncode != 0:
+        raise PeerError(f"reading the pictures: exit status {done.returncode}: {done.stderr[-2000:]}")
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def differs(sentence: Sentence, read: Mapping[str, Any]) -> str:
+    """Say how a picture differs from its sentence; "" is a right one."""
+    seen = [(each["colour"] or "unclear", each["form"] or "something") for each in read["things"]]
+    if len(seen) == len(sentence.shows) and set(seen) == sentence.shows:
+        return ""
+    named = ", ".join(" ".join(each) for each in sorted(seen)) or "nothing"
+    return f"{sentence.text!r} shows {named}"

@@ -1,0 +1,180 @@
+"""The arguments of a call of a pipeline: their names, types and defaults, before any model has to know of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from xditd.client.pipeline.pictures import as_list
+from xditd.ipc import limits
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.name_lists import listed
+from xditd.ipc.suggestions import did_you_mean
+
+Texts = str | Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call as it was given: ``None`` where the default counts.
+
+    ``prompts`` has one for each picture or for each group of ``num_images``; ``batch`` is how many pictures there are.
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...] | None
+    batch: int
+    defaults: Mapping[str, Any]
+    conditioning: Mapping[str, Any] | None = None
+    image: Any = None
+    mask: Any = None
+    last_image: Any = None
+    references: tuple[Any, ...] = ()
+    control: Any = None
+    loras: tuple[Any, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sigmas: Any = None
+    seed: int | None = None
+    num_images: int = 1
+    strength: float | None = None
+    options: Mapping[str, Any] | None = None
+    step_cache: float = 0.0
+
+
+UNSET: Final[Mapping[str, Any]] = {"references": (), "loras": (), "num_images": 1, "step_cache": 0.0}
+"""What an argument is if it is not given, where that is not ``None``."""
+
+ARGUMENTS: Final = (
+    "prompt",
+    "negative_prompt",
+    "image",
+    "mask",
+    "last_image",
+    "references",
+    "control",
+    "loras",
+    "width",
+    "height",
+    "frames",
+    "steps",
+    "guidance",
+    "sigmas",
+    "seed",
+    "num_images",
+    "strength",
+    "options",
+    "step_cache",
+    "conditioning",
+    "on_progress",
+    "on_preview",
+    "deadline_s",
+)
+"""Every argument of a call."""
+
+
+def is_given(name: str, value: Any) -> bool:
+    """Whether a call has this argument."""
+    unset = UNSET.get(name)
+    if unset is None:
+        return value is not None
+    return len(value) > 0 if isinstance(unset, tuple) else value != unset
+
+
+def check_refused(given: Mapping[str, Any], refused: Mapping[str, str], title: str) -> None:
+    """Refuse the arguments that a model does not take.
+
+    Raises:
+        BadRequest: names each, and says why.
+    """
+    wrong = [name for name, value in given.items() if name in refused and is_given(name, value)]
+    if wrong:
+        raise BadRequest(
+            f"{title} cannot honour {listed(wrong)}: {'; '.join(f'{name}: {refused[name]}' for name in wrong)}; leave "
+            f"{'it' if len(wrong) == 1 else 'them'} out"
+        )
+
+
+def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
+    """Check the arguments of a call, and fill in the pipeline's own negative prompt.
+
+    Raises:
+        BadRequest: an argument of another type, or numbers that no call can use; names it and its value.
+    """
+    conditioning = given.get("conditioning")
+    prompts = _texts("prompt", given.get("prompt"))
+    if (prompts is None) == (conditioning is None):
+        raise BadRequest("prompt, conditioning: give either the words, or the tensors that stand for them")
+    negative = given.get("negative_prompt")
+    negatives = _texts("negative_prompt", negative)
+    if conditioning is not None and negatives is not None:
+        raise BadRequest("negative_prompt beside conditioning: its tensors have the negative prompt, too; leave it out")
+    count = _count("num_images", given.get("num_images", 1), 1, limits.MAX_BATCH)
+    if prompts is not None and negatives is not None and len(negatives) not in (1, len(prompts)):
+        raise BadRequest(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one for each")
+    if prompts is not None and negatives is not None and len(negatives) == 1:
+        negatives *= len(prompts)
+    rows = len(prompts or ()) or _rows_of(conditioning or {})
+    if rows * count > limits.MAX_BATCH:
+        raise BadRequest(
+            f"num_images: {count} of {rows} prompts are {rows * count} pictures; at most {limits.MAX_BATCH}"
+        )
+    known = {each.name for each in fields(Call)} - {"prompts", "negatives", "batch", "defaults", "references", "loras"}
+    rest = {name: value for name, value in given.items() if name in known and value is not None}
+    for name in ("width", "height", "frames", "steps"):
+        if name in rest:
+            _count(name, rest[name], 1, limits.MAX_SIDE_PIXELS)
+    for name in ("guidance", "strength"):
+        if name in rest and (isinstance(rest[name], bool) or not isinstance(rest[name], int | float)):
+            raise BadRequest(f"{name}: {rest[name]!r} is not a number")
+        if name in rest and not math.isfinite(rest[name]):
+            raise BadRequest(f"{name}: {rest[name]!r} is not a finite number")
+    if "seed" in rest:
+        _count("seed", rest["seed"], 0, 2**63 - 1)
+    references = given.get("references")
+    return Call(
+        prompts=prompts or (),
+        negatives=negatives,
+        batch=rows * count,
+        defaults=defaults,
+        references=() if references is None else tuple(as_list(references)),
+        loras=tuple(given.get("loras") or ()),
+        **{**rest, "num_images": count},
+    )
+
+
+def check_defaults(given: Mapping[str, Any] | None, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the defaults that a pipeline is opened with.
+
+    Raises:
+        BadRequest: one that no call has; names it.
+    """
+    for name in given or {}:
+        if name not in known:
+            raise BadRequest(f"defaults: {name!r} is not known; give {listed(known)}{did_you_mean(str(name), known)}")
+    return {name: value for name, value in (given or {}).items() if value is not None}
+
+
+def _texts(name: str, value: Texts | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not texts or not all(isinstance(each, str) for each in texts):
+        raise BadRequest(f"{name}: {value!r:.100} is no text, and no list of texts")
+    return texts
+
+
+def _count(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise BadRequest(f"{name}: {value!r} is not a whole number from {low} to {high}")
+    return value
+
+
+def _rows_of(conditioning: Mapping[str, Any]) -> int:
+    first = next(iter(conditioning.values()), None)
+    return len(first) if first is not None and hasattr(first, "__len__") else 1

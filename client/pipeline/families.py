@@ -1,0 +1,260 @@
+"""What each model makes of the arguments of a call, as its pipeline in diffusers does, beyond what its facts say.
+
+These are sizes of pictures, and which of two meanings an argument has. Sources: diffusers, the pipelines that
+``folders.PIPELINES`` lists; tests compare the bits with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from xditd.client.pipeline import pictures
+from xditd.client.pipeline.adapter import Adapter, Encode, Plan, SeePicture
+from xditd.client.pipeline.calls import Call
+from xditd.client.pipeline.sources import Source
+from xditd.ipc.errors import BadRequest
+from xditd.ipc.facts import TransformerFacts
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+PIXELS: Final = 1024 * 1024
+KONTEXT_SIZES: Final = (
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+    (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
+    (1568, 672),
+)  # fmt: skip
+"""The sizes that FLUX.1 Kontext was trained with: its reference gets the one of the nearest aspect."""
+
+
+class Flux1(Adapter):
+    """FLUX.1: a picture is a start, or of Fill what the mask is of; one reference, which Kontext takes."""
+
+    def defaults(self) -> dict[str, Any]:
+        found = super().defaults()
+        if self.source.pipeline_class in ("FluxImg2ImgPipeline", "FluxInpaintPipeline"):
+            found["guidance"] = 7.0
+        return found
+
+    @property
+    def is_fill(self) -> bool:
+        return "masked_image_latents" in self.takes
+
+    @property
+    def has_control(self) -> bool:
+        return not self.is_fill
+
+    def add_image(self, call: Call, plan: Plan, see: SeePicture) -> None:
+        if not self.is_fill:
+            super().add_image(call, plan, see)
+            return
+        if call.mask is None:
+            raise BadRequest(f"mask: {self.title} paints what it shows anew; give it beside image")
+        picture = pictures.rgb(pictures.opened(call.image, "image"))
+        plan.conditioning["image"] = pictures.pixels_of(pictures.resized(picture, plan.width, plan.height))
+        mask = pictures.mask_of(pictures.opened(call.mask, "mask"), plan.width, plan.height)
+        plan.conditioning["mask"] = mask.repeat(call.batch, 1, 1, 1)
+
+    def plan(self, call: Call, encode: Encode, see: SeePicture) -> Plan:
+        if self.is_fill and call.image is None:
+            raise BadRequest(f"image: {self.title} needs the picture and its mask")
+        return super().plan(call, encode, see)
+
+    def references(self, given: Sequence[Image.Image]) -> Sequence[Image.Image]:
+        if len(given) > 1:
+            raise BadRequest(f"references: {len(given)}; {self.title} takes one: join several pictures into one")
+        return given
+
+    def reference(self, picture: Image.Image) -> Image.Image:
+        aspect = picture.width / picture.height
+        _, width, height = min((abs(aspect - w / h), w, h) for w, h in KONTEXT_SIZES)
+        multiple = self.facts.latents.pixels * self.facts.latents.multiple
+        return pictures.resized(picture, width // multiple * multiple, height // multiple * multiple)
+
+
+class Flux2(Adapter):
+    """FLUX.2: klein's base is guided, its distilled weights are not, and a folder says which it has."""
+
+    def defaults(self) -> dict[str, Any]:
+        found = super().defaults()
+        if self.source.settings.get("is_distilled") is False and self.facts.guidance == "classifier_free":
+            found |= {"guidance": 4.0, "steps": 50}
+        return found
+
+    def guidance(self, scale: float | None, default: float, negative: Sequence[str] | None) -> tuple[float, bool]:
+        if self.source.settings.get("is_distilled") is True and scale is not None and scale > self.guides_above:
+            raise BadRequest(f"guidance {scale:g}: the folder says that its weights are distilled; leave it out")
+        return super().guidance(scale, default, negative)
+
+    def options(self) -> dict[str, Any]:
+        return {"kv_cache": 1} if self.source.pipeline_class == "Flux2KleinKVPipeline" else {}
+
+    def size(self, call: Call) -> tuple[int, int]:
+        if not call.references:
+            return super().size(call)
+        first = self.reference(pictures.opened(call.references[0], "references[0]"))
+        return call.width or first.width, call.height or first.height
+
+    def reference(self, picture: Image.Image) -> Image.Image:
+        width, height = picture.size
+        if min(width, height) < 64 or max(width / height, height / width) > 8:
+            raise BadRequest(f"references: {width}x{height} pixels; use 64 or more on a side, and 8:1 at most")
+        if width * height > PIXELS:
+            scale = math.sqrt(PIXELS / (width * height))
+            picture = pictures.resized(picture, int(width * scale), int(height * scale))
+            width, height = picture.size
+        multiple = self.facts.latents.pixels * self.facts.latents.multiple
+        wide, high = width // multiple * multiple, height // multiple * multiple
+        left, top = (width - wide) // 2, (height - high) // 2
+        return picture.crop((left, top, left + wide, top + high))
+
+
+def area_size(picture: Image.Image, area: int) -> tuple[int, int]:
+    """Return the width and height of about so many pixels, in multiples of 32, with a picture's aspect."""
+    ratio = picture.width / picture.height
+    width = math.sqrt(area * ratio)
+    height = width / ratio
+    return round(width / 32) * 32, round(height / 32) * 32
+
+
+class QwenImage(Adapter):
+    """Qwen-Image: guided with a negative prompt alone. The encoder sees references, too."""
+
+    empty_negative = None
+
+    @property
+    def is_first_edit(self) -> bool:
+        return self.source.pipeline_class == "QwenImageEditPipeline"
+
+    def refused(self) -> dict[str, str]:
+        found = super().refused()
+        if self.source.pipeline_class in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+            why = "its pipeline edits references; give the picture as references="
+            found |= {"image": why, "mask": why, "strength": why}
+        return found
+
+    def size(self, call: Call) -> tuple[int, int]:
+        if not call.references:
+            return super().size(call)
+        one = call.references[0] if self.is_first_edit else call.references[-1]
+        width, height = area_size(pictures.opened(one, "references"), PIXELS)
+        return call.width or width, call.height or height
+
+    def references(self, given: Sequence[Image.Image]) -> Sequence[Image.Image]:
+        if self.is_first_edit and len(given) > 1:
+            raise BadRequest(f"references: {len(given)}; {self.title} takes one (2509 and later: several)")
+        return given
+
+    def reference(self, picture: Image.Image) -> Image.Image:
+        return pictures.resized(picture, *area_size(picture, PIXELS))
+
+    def add_references(self, call: Call, plan: Plan, encode: Encode) -> None:
+        super().add_references(call, plan, encode)
+        if self.source.pipeline_class in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline") and not call.references:
+            raise BadRequest(f"references: {self.title} of this folder edits pictures; give one or more")
+        plan.text_images = [pictures.rgb(pictures.opened(each, "references")) for each in call.references]
+        if self.is_first_edit:
+            plan.text_options = {"edit": True}
+
+
+class ZImage(Adapter):
+    """Z-Image: guided above 0. Without a size, a picture decides."""
+
+    guides_above = 0.0
+
+    def strength(self, call: Call) -> float:
+        is_own = call.strength is None and call.defaults["strength"] == self.default_strength
+        return 1.0 if is_own and call.mask is not None else super().strength(call)
+
+    def size(self, call: Call) -> tuple[int, int]:
+        if call.image is None or (call.width and call.height):
+            return super().size(call)
+        picture = pictures.opened(call.image, "image")
+        multiple = self.facts.latents.pixels * self.facts.latents.multiple
+        wide, high = (side // multiple * multiple for side in picture.size)
+        return call.width or wide, call.height or high
+
+
+class Wan(Adapter):
+    """Wan: pictures are frames of the video."""
+
+    def options(self) -> dict[str, Any]:
+        ratio = self.source.settings.get("boundary_ratio")
+        return {} if ratio is None or "transformer_2" not in self.source.parts else {"boundary_ratio": float(ratio)}
+
+    def add_image(self, call: Call, plan: Plan, see: SeePicture) -> None:
+        given = {"image": call.image} | ({} if call.last_image is None else {"last_image": call.last_image})
+        opened = {name: pictures.rgb(pictures.opened(each, name)) for name, each in given.items()}
+        for name, picture in opened.items():
+            plan.conditioning[name] = pictures.pixels_of(pictures.resized(picture, plan.width, plan.height))
+        if "image_embeds" in self.takes:
+            import torch
+
+            plan.conditioning["image_embeds"] = torch.cat([see(each) for each in opened.values()])
+
+    def plan(self, call: Call, encode: Encode, see: SeePicture) -> Plan:
+        for name, value in (("image", call.image), ("last_image", call.last_image)):
+            if name in self.takes and self.takes[name].is_needed and value is None:
+                raise BadRequest(f"{name}: {self.title} makes videos from one; give {name}=")
+        if call.last_image is not None and call.image is None:
+            raise BadRequest("last_image without image: give the first picture, too")
+        return super().plan(call, encode, see)
+
+
+class WanVace(Wan):
+    """Wan VACE: a control video with a mask, and references, each on a white canvas of the video's size."""
+
+    def add_control(self, call: Call, plan: Plan) -> None:
+        if call.mask is not None and call.control is None:
+            raise BadRequest("mask without control: give the video that it is of, a list of pictures")
+        for name, given in (("video", call.control), ("mask", call.mask)):
+            if given is not None:
+                plan.conditioning[name] = self._video(name, given, plan)
+
+    def _video(self, name: str, given: Any, plan: Plan) -> torch.Tensor:
+        import torch
+
+        argument = "control" if name == "video" else name
+        opened = [pictures.rgb(pictures.opened(each, f"{argument}[{n}]")) for n, each in enumerate(given)]
+        if len(opened) != plan.frames:
+            raise BadRequest(f"{argument}: {len(opened)} pictures for {plan.frames} frames; give one for each")
+        frames = [pictures.pixels_of(pictures.resized(each, plan.width, plan.height)) for each in opened]
+        video = torch.stack(frames, dim=2)
+        return video if name == "video" else torch.clamp((video + 1) / 2, min=0, max=1)[:, :1]
+
+    def add_references(self, call: Call, plan: Plan, encode: Encode) -> None:  # noqa: ARG002 (the job encodes them)
+        import torch
+
+        canvases = []
+        for number, each in enumerate(call.references):
+            picture = pictures.rgb(pictures.opened(each, f"references[{number}]"))
+            multiple = self.facts.latents.pixels  # as the pipeline's processor, which gets no size
+            wide, high = (side // multiple * multiple for side in picture.size)
+            pixels = pictures.pixels_of(pictures.resized(picture, wide, high))
+            scale = min(plan.height / high, plan.width / wide)
+            size = (int(high * scale), int(wide * scale))
+            pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
+            canvas = torch.ones(3, plan.height, plan.width)
+            top, left = (plan.height - size[0]) // 2, (plan.width - size[1]) // 2
+            canvas[:, top : top + size[0], left : left + size[1]] = pixels
+            canvases.append(canvas)
+        if canvases:
+            plan.conditioning["reference_images"] = canvases
+
+
+ADAPTERS: Final[Mapping[str, type[Adapter]]] = {
+    "flux1": Flux1,
+    "flux2": Flux2,
+    "qwen_image": QwenImage,
+    "z_image": ZImage,
+    "wan": Wan,
+    "wan_vace": WanVace,
+}
+
+
+def adapter_for(family: str, facts: TransformerFacts, source: Source, title: str) -> Adapter:
+    """Return the rules of a family; those of most families for one that is installed from elsewhere."""
+    return ADAPTERS.get(family, Adapter)(facts, source, title)

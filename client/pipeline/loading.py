@@ -1,0 +1,197 @@
+"""The parts of a pipeline on loan: lent when they are needed, lent again when their daemon has gone, and returned."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from xditd.client.client import Client
+from xditd.client.loans import Loan
+from xditd.client.pipeline.files import tokenizer_path
+from xditd.client.pipeline.sources import TRANSFORMER, VAE, Part, Source
+from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported, XditdError
+from xditd.ipc.name_lists import listed
+from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType
+
+logger = logging.getLogger(__name__)
+
+
+class Loans:
+    """The loans of a pipeline's parts and LoRAs. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        client: Client,
+        source: Source,
+        *,
+        compute_dtype: ComputeDType | None,
+        acceleration: Acceleration | None,
+        device: str | None,
+    ) -> None:
+        self._client = client
+        self._source = source
+        self._compute_dtype = compute_dtype
+        self._acceleration = acceleration
+        self._device = device
+        self._lock = threading.Lock()
+        self._parts: dict[str, Loan] = {}
+        self._tokenizers: dict[str, Loan] = {}
+        self._loras: dict[str, Loan] = {}
+
+    @property
+    def parts(self) -> Mapping[str, Loan]:
+        """The loans by role, live or not."""
+        return dict(self._parts)
+
+    @property
+    def are_live(self) -> bool:
+        return set(self._parts) == set(self._source.parts) and all(each.is_live for each in self._parts.values())
+
+    def lend(self) -> None:
+        """Lend all parts that are not lent.
+
+        Raises:
+            Unsupported: a transformer or VAE that no family runs.
+            BadCheckpoint, OutOfMemory and others: as :meth:`Client.lend`.
+        """
+        with self._lock:
+            for role, part in self._source.parts.items():
+                known = self._parts.get(role)
+                if known is None or not known.is_live:
+                    self._parts[role] = self._lend(role, part)
+
+    def renew(self) -> None:
+        """Lend all parts again, after a loan has ended that counted as live: another program has ended it.
+
+        What is still lent stays so meanwhile, and is not copied again.
+
+        Raises:
+            XditdError: as :meth:`lend`.
+        """
+        with self._lock:
+            old = [*self._parts.values(), *self._tokenizers.values(), *self._loras.values()]
+            self._tokenizers, self._loras = {}, {}
+            for role, part in self._source.parts.items():
+                self._parts[role] = self._lend(role, part)
+        _return(old)
+
+    def _lend(self, role: str, part: Part) -> Loan:
+        label = f"{self._source.name}/{role}"
+        # A folder is lent with its configuration, which a family has to agree with.
+        is_folder = part.variant is not None or (part.prefix is None and _has_config(part.path))
+        kind = None if is_folder else part.kind
+        loan = self._client.lend(
+            part.path,
+            kind=kind,
+            label=label,
+            device=self._device,
+            variant=part.variant,
+            compute_dtype=self._compute_dtype,
+            prefix=part.prefix or "",
+        )
+        if part.kind is not None and loan.kind is not part.kind:
+            loan.return_()
+            is_class = loan.kind is ComponentKind.MODULE
+            what = f"a {loan.facts.class_name} that no family runs" if is_class else f"a {loan.kind.value}"
+            raise Unsupported(
+                f"{role}: {part.path}: {what}, and a pipeline needs a {part.kind.value} of a family (docs/models.md "
+                "lists them); accelerate(pipe) runs any pipeline of diffusers"
+            )
+        return loan
+
+    def encoders(self, needed: Mapping[str, Sequence[str]]) -> dict[str, Loan]:
+        """Return the loans of text encoders by the roles of ``needed``, which has the families of each.
+
+        Those of files that were given in another order are found by their families.
+
+        Raises:
+            Unsupported: one is missing; names its role and its families.
+        """
+        given = [self._parts[role] for role in self._source.encoders]
+        found: dict[str, Loan] = {}
+        for role, families in needed.items():
+            own = self._parts.get(role)
+            if own is None or own.family not in families:
+                own = next((loan for loan in given if loan.family in families), None)
+            if own is None:
+                raise Unsupported(
+                    f"prompt: {self._source.name} has no {role} ({listed(families)}): give text_encoders= to "
+                    "Pipeline.open, or conditioning= in place of the prompt"
+                )
+            found[role] = own
+        return found
+
+    def tokenizers(self, needed: Mapping[str, Sequence[str]]) -> dict[str, Loan]:
+        """Return the loans of tokenizers by the roles of ``needed``, which has the classes of each; lend them first.
+
+        Raises:
+            Unsupported: one is missing; names its role and its classes.
+            BadCheckpoint: as :meth:`Client.lend_tokenizer`.
+        """
+        found: dict[str, Loan] = {}
+        with self._lock:
+            for role, classes in needed.items():
+                path = tokenizer_path(self._source.tokenizers, role, classes)
+                if path is None:
+                    raise Unsupported(
+                        f"prompt: {self._source.name} has no {role} ({listed(classes)}): give tokenizers= to "
+                        "Pipeline.open, a folder with them, or conditioning= in place of the prompt"
+                    )
+                known = self._tokenizers.get(path)
+                if known is None or not known.is_live:
+                    label = f"{self._source.name}/{role}"
+                    known = self._tokenizers[path] = self._client.lend_tokenizer(path, label=label)
+                found[role] = known
+        return found
+
+    def lora(self, given: Any) -> Loan:
+        """Return the loan of a LoRA, lent once.
+
+        Raises:
+            BadCheckpoint and others: as :meth:`Client.lend_lora`.
+        """
+        if isinstance(given, Loan):
+            given.check()
+            return given
+        if not isinstance(given, str | os.PathLike):
+            raise BadRequest(f"loras: {given!r:.100} is no path, and no loan of lend_lora()")
+        path = os.path.realpath(os.path.expanduser(os.fspath(given)))
+        with self._lock:
+            known = self._loras.get(path)
+            if known is None or not known.is_live:
+                if not os.path.exists(path):
+                    raise BadCheckpoint(f"loras: {path}: no such file or folder")
+                label = f"{self._source.name}/{os.path.basename(path)}"
+                known = self._loras[path] = self._client.lend_lora(path, label=label, device=self._device)
+            return known
+
+    def return_all(self) -> None:
+        """Return all loans that live; errors of a daemon that has gone are of no account."""
+        with self._lock:
+            every: Iterable[Loan] = (*self._loras.values(), *self._parts.values(), *self._tokenizers.values())
+            self._loras, self._parts, self._tokenizers = {}, {}, {}
+        _return(every)
+
+    @property
+    def transformer(self) -> Loan:
+        return self._parts[TRANSFORMER]
+
+    @property
+    def vae(self) -> Loan | None:
+        return self._parts.get(VAE)
+
+
+def _return(loans: Iterable[Loan]) -> None:
+    for loan in loans:
+        try:
+            if loan.is_live:
+                loan.return_()
+        except XditdError as error:
+            logger.info("loan not returned label=%s reason=%s", loan.label, error.detail)
+
+
+def _has_config(path: str) -> bool:
+    return os.path.isdir(path) and os.path.isfile(os.path.join(path, "config.json"))

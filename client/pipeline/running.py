@@ -1,0 +1,348 @@
+"""One call of a pipeline: words and pictures to a generation, and its events and result back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from xditd.client.client import Client
+from xditd.client.jobs.controls import Control
+from xditd.client.jobs.generation import GenerationJob, draw_seed
+from xditd.client.loans import Loan, LoanWithLoras
+from xditd.client.pipeline.adapter import Adapter, Plan
+from xditd.client.pipeline.calls import Call
+from xditd.client.pipeline.loading import Loans
+from xditd.client.pipeline.results import PipelineResult
+from xditd.client.pipeline.settings import RunSettings
+from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, Source
+from xditd.client.results import GenerationResult
+from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported
+from xditd.ipc.facts import ArgumentFacts
+from xditd.ipc.replies import AnyEvent, StepDone
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+OnProgress = Callable[[AnyEvent], object]
+Ended = Callable[[BaseException | None], None]
+"""Is called when a job has ended, with the error that ended it."""
+OnPreview = Callable[["Image.Image", int, int], object]
+
+
+class PipelineJob:
+    """A running call. It runs even if its events are not read.
+
+    Iterate over it for a :class:`StepDone` after every step, then call ``result()``; leaving a ``with`` block, or any
+    exception while waiting, cancels it. For one thread at a time, except ``cancel()``.
+    """
+
+    def __init__(self, job: GenerationJob, settings: RunSettings, ended: Ended) -> None:
+        self._job = job
+        self._ended: Ended | None = ended
+        self._result: PipelineResult | None = None
+        self.settings = settings
+
+    @property
+    def total_steps(self) -> int:
+        return self._job.total_steps
+
+    @property
+    def request_id(self) -> str:
+        return self._job.request_id
+
+    def __iter__(self) -> Iterator[StepDone]:
+        for event in self.events():
+            if isinstance(event, StepDone):
+                yield event
+
+    def events(self) -> Iterator[AnyEvent]:
+        """Iterate over all events, as :meth:`GenerationJob.events` does."""
+        try:
+            yield from self._job.events()
+        except LeaseLost as error:
+            self._end(error)
+            raise
+
+    def preview(self) -> Image.Image:
+        """Return the first picture as the last step predicts it, of a job that was started with previews.
+
+        Raises:
+            BadRequest: as :meth:`GenerationJob.preview`.
+        """
+        from xditd.client.image_files import image_to_pil
+
+        return image_to_pil(self._job.preview()[0])
+
+    def result(self) -> PipelineResult:
+        """Wait for the end and return the result; further calls return the same object.
+
+        Raises:
+            Cancelled: by ``cancel()``, or by leaving the ``with`` block.
+            XditdError: the error that ended the job.
+        """
+        if self._result is None:
+            try:
+                found = self._job.result()
+            except BaseException as error:
+                self._end(error)
+                raise
+            self._end()
+            self._result = PipelineResult(_with_seed(found, self.settings.seed), self.settings)
+        return self._result
+
+    def cancel(self) -> None:
+        """Stop the job at its next step, without waiting. For any thread."""
+        self._job.cancel()
+
+    def _end(self, error: BaseException | None = None) -> None:
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended(error)
+
+    def __enter__(self) -> PipelineJob:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._job.__exit__(kind, error, traceback)
+        self._end()
+
+    def __del__(self) -> None:
+        self._end()
+
+    def __repr__(self) -> str:
+        return f"<PipelineJob of {self.settings.model}, {self._job!r}>"
+
+
+def _with_seed(found: GenerationResult, seed: int) -> GenerationResult:
+    if found.seed is None:
+        object.__setattr__(found, "seed", seed)
+    return found
+
+
+class Runner:
+    """Starts calls on the loans of a pipeline."""
+
+    def __init__(self, client: Client, source: Source, loans: Loans, adapter: Adapter) -> None:
+        self._client = client
+        self._source = source
+        self._loans = loans
+        self._adapter = adapter
+
+    def start(self, call: Call, *, previews: bool, deadline_s: float | None, ended: Ended) -> PipelineJob:
+        """Encode words and pictures, and start the generation.
+
+        Raises:
+            BadRequest: an argument that the model cannot honour; names it.
+            Unsupported: words, and the pipeline has no text encoders or tokenizers.
+            XditdError: as :meth:`Client.generate`.
+        """
+        adapter, loans = self._adapter, self._loans
+        default = float(call.defaults["guidance"])
+        negatives = call.negatives
+        if negatives is None and call.defaults.get("negative_prompt") is not None and call.conditioning is None:
+            negatives = (str(call.defaults["negative_prompt"]),) * len(call.prompts)
+            if not adapter.is_guided(call.guidance, default):
+                negatives = None
+        if call.conditioning is None:
+            scale, is_guided = adapter.guidance(call.guidance, default, negatives)
+            if is_guided and negatives is None:
+                negatives = (adapter.empty_negative or "",) * len(call.prompts)
+        else:
+            scale = default if call.guidance is None else float(call.guidance)
+        transformer, second, encoder_loras = self._with_loras(call)
+        plan = adapter.plan(call, self._encode_picture, self._see_picture)
+        if call.conditioning is None:
+            texts = self._encode_words(call, negatives, plan, transformer, encoder_loras)
+        else:
+            texts = dict(call.conditioning)
+        conditioning = {**self._for_images(texts, call.num_images), **plan.conditioning}
+        controls = self._controls(call)
+        seed = draw_seed() if call.seed is None else call.seed
+        options = {**adapter.options(), **(call.options or {})}
+        steps = int(call.steps or call.defaults["steps"])
+        strength = 1.0 if plan.start_image is None else adapter.strength(call)
+        scheduler = None if call.sigmas is not None else self._source.scheduler
+        job = self._client.generate(
+            transformer,
+            conditioning,
+            vae=loans.vae,
+            height=plan.height,
+            width=plan.width,
+            frames=plan.frames,
+            transformer_2=second,
+            steps=steps,
+            sigmas=call.sigmas,
+            guidance_scale=scale,
+            seed=seed,
+            previews="image" if previews else False,
+            step_cache=call.step_cache,
+            variant=self._source.variant,
+            options=options,
+            controls=controls,
+            scheduler=scheduler,
+            start_image=plan.start_image,
+            start_mask=plan.start_mask,
+            strength=strength,
+            deadline_s=deadline_s,
+        )
+        settings = RunSettings(
+            model=self._source.name,
+            family=loans.transformer.family,
+            prompts=call.prompts,
+            negative_prompts=negatives or (),
+            width=plan.width,
+            height=plan.height,
+            frames=plan.frames,
+            fps=int(call.defaults["fps"]),
+            steps=steps,
+            guidance=scale,
+            num_images=call.num_images,
+            seed=seed,
+            strength=strength,
+            step_cache=call.step_cache,
+            options=options,
+            scheduler=scheduler,
+            variant=self._source.variant,
+            files={role: (part.path,) for role, part in self._source.parts.items()},
+            loras=tuple((_path_of(each[0]), each[1]) for each in call.loras),
+            has_image=call.image is not None,
+            has_mask=call.mask is not None,
+            references=len(call.references),
+            has_control=call.control is not None,
+            has_last_image=call.last_image is not None,
+            has_sigmas=call.sigmas is not None,
+            refused=frozenset(adapter.refused()),
+        )
+        return PipelineJob(job, settings, ended)
+
+    # --- Words ---------------------------------------------------------------------------------------
+
+    def _encode_words(
+        self,
+        call: Call,
+        negatives: Sequence[str] | None,
+        plan: Plan,
+        transformer: Loan | LoanWithLoras,
+        encoder_loras: Sequence[tuple[Loan, Any]],
+    ) -> Mapping[str, Any]:
+        facts = self._adapter.facts.prompt
+        if facts is None:
+            raise Unsupported(
+                f"prompt: workers encode no words for {self._adapter.title}; give conditioning= in place of the prompt"
+            )
+        classes = facts.image_tokenizers if plan.text_images else facts.tokenizers
+        encoders = self._loans.encoders(facts.encoders)
+        return self._client.encode_prompt(
+            transformer,
+            list(call.prompts),
+            negative_prompt=None if negatives is None else list(negatives),
+            images=list(plan.text_images),
+            options=plan.text_options or None,
+            encoders={role: _with_those_of(loan, encoder_loras) for role, loan in encoders.items()},
+            tokenizers=self._loans.tokenizers(classes),
+        )
+
+    def _for_images(self, texts: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """Repeat what each prompt has for its ``count`` pictures."""
+        takes: Mapping[str, ArgumentFacts] = self._adapter.takes
+        if count == 1:
+            return dict(texts)
+        found: dict[str, Any] = {}
+        for name, value in texts.items():
+            facts = takes.get(name)
+            if facts is None or facts.is_shared or value is None:
+                found[name] = value
+            elif facts.is_list:
+                found[name] = [each for each in value for _ in range(count)]
+            elif facts.shape[:1] == ("batch",):
+                found[name] = value.repeat_interleave(count, dim=0)
+            else:
+                found[name] = value
+        return found
+
+    # --- LoRAs ---------------------------------------------------------------------------------------
+
+    def _with_loras(
+        self, call: Call
+    ) -> tuple[Loan | LoanWithLoras, Loan | LoanWithLoras | None, list[tuple[Loan, Any]]]:
+        """Return the transformers with their LoRAs, and the LoRAs with their strengths for text encoders.
+
+        Raises:
+            BadRequest: no pair of a LoRA and a strength, or with two transformers no role.
+        """
+        parts = self._loans.parts
+        second = parts.get(SECOND)
+        by_role: dict[str, list[tuple[Loan | str, Any]]] = {TRANSFORMER: [], SECOND: []}
+        every: list[tuple[Loan, Any]] = []
+        for given in call.loras:
+            if not isinstance(given, tuple | list) or len(given) not in (2, 3):
+                raise BadRequest(f"loras: {given!r:.100}; give pairs, [('x.safetensors', 0.8)]")
+            source, strength, *role = given
+            if second is not None and not role:
+                raise BadRequest(
+                    f"loras: {self._source.name} has two transformers; say which one has {_path_of(source)}: "
+                    f"(path, strength, '{TRANSFORMER}') or (path, strength, '{SECOND}')"
+                )
+            wanted = role[0] if role else TRANSFORMER
+            if wanted not in by_role or (wanted == SECOND and second is None):
+                raise BadRequest(f"loras: {wanted!r} is no transformer of {self._source.name}")
+            loan = self._loans.lora(source)
+            every.append((loan, strength))
+            families = {} if loan.facts.lora is None else loan.facts.lora.families
+            of_text = any(parts[encoder].family in families for encoder in self._source.encoders)
+            if parts[wanted].family in families or not of_text:
+                by_role[wanted].append((loan, strength))
+        first = parts[TRANSFORMER]
+        lent = first.with_loras(by_role[TRANSFORMER]) if by_role[TRANSFORMER] else first
+        if second is not None and by_role[SECOND]:
+            return lent, second.with_loras(by_role[SECOND]), every
+        return lent, second, every
+
+    # --- Pictures ------------------------------------------------------------------------------------
+
+    def _encode_picture(self, pixels: torch.Tensor) -> torch.Tensor:
+        vae = self._loans.vae
+        if vae is None:
+            raise Unsupported(f"references: {self._source.name} was opened without a VAE to encode them; give vae=")
+        return self._client.encode(vae, pixels, transformer=self._loans.transformer)
+
+    def _see_picture(self, picture: Image.Image) -> torch.Tensor:
+        encoder = self._loans.parts.get(IMAGE_ENCODER)
+        if encoder is None:
+            raise Unsupported(
+                f"image: {self._source.name} needs the image encoder (CLIP vision) beside its transformer; give "
+                "image_encoder= to Pipeline.open"
+            )
+        from xditd.client.pipeline.clip_pictures import clip_pixels
+
+        arguments = {"pixel_values": clip_pixels(picture), "output_hidden_states": True}
+        states: torch.Tensor = self._client.call(encoder, arguments)["hidden_states"][-2]
+        return states
+
+    def _controls(self, call: Call) -> Sequence[Control]:
+        if call.control is None or "control_image" in self._adapter.takes or "video" in self._adapter.takes:
+            return ()
+        given = call.control if isinstance(call.control, list | tuple) else [call.control]
+        if not all(isinstance(each, Control) for each in given):
+            raise BadRequest(
+                f"control: {self._adapter.title} takes ControlNets; give Control(client.lend(file), picture), "
+                "or a list of them"
+            )
+        return list(given)
+
+
+def _with_those_of(encoder: Loan, loras: Sequence[tuple[Loan, Any]]) -> Loan | LoanWithLoras:
+    own = [
+        (lora, strength)
+        for lora, strength in loras
+        if lora.facts.lora is not None and encoder.family in lora.facts.lora.families
+    ]
+    return encoder.with_loras(own) if own else encoder
+
+
+def _path_of(given: Any) -> str:
+    return given.label if isinstance(given, Loan) else str(given)

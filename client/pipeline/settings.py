@@ -1,0 +1,53 @@
+"""``RunSettings``: what a call of a pipeline was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a call was made with: given arguments, and the defaults of those that were not.
+
+    ``files`` are the paths of all parts by role, ``loras`` those of LoRAs with their strengths.
+    """
+
+    model: str
+    family: str
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance: float
+    num_images: int
+    seed: int
+    strength: float = 1.0
+    step_cache: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] | None = None
+    variant: str = "class"
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loras: tuple[tuple[str, Any], ...] = ()
+    has_image: bool = False
+    has_mask: bool = False
+    references: int = 0
+    has_control: bool = False
+    has_last_image: bool = False
+    has_sigmas: bool = False
+    refused: frozenset[str] = frozenset()
+    """Arguments that the model does not take: their values here have no meaning."""
+
+    @property
+    def prompt(self) -> str:
+        """The only prompt, or all of them, a line each."""
+        return "\n".join(self.prompts)
+
+    @property
+    def negative_prompt(self) -> str:
+        """As :attr:`prompt`."""
+        return "\n".join(self.negative_prompts)

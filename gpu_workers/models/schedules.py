@@ -1,0 +1,96 @@
+"""Schedulers of diffusers in a generation: the family's own, or the one whose settings the client sends.
+
+A client that opens a pipeline's folder sends what its ``scheduler_config.json`` says, so that the steps are those of
+diffusers' pipeline with that folder. What a loop without the pipeline cannot do is refused by its name and value.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Final
+
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.name_lists import listed
+from xditd.ipc.requests import Schedule
+from xditd.ipc.suggestions import did_you_mean
+
+TRAINED_TIMESTEPS: Final = 1000
+
+_CLASSES: Final[Mapping[str, Any]] = {
+    each.__name__: each for each in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)
+}
+_ONLY: Final[Mapping[str, Mapping[str, object]]] = {
+    "FlowMatchEulerDiscreteScheduler": {
+        "num_train_timesteps": TRAINED_TIMESTEPS,
+        "invert_sigmas": False,
+        "stochastic_sampling": False,
+    },
+    "UniPCMultistepScheduler": {
+        "num_train_timesteps": TRAINED_TIMESTEPS,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "trained_betas": None,
+        "solver_p": None,
+        "use_dynamic_shifting": False,
+    },
+}
+"""The one value of a setting with which the loop does what diffusers' pipelines do."""
+
+
+def check_schedule(given: Schedule | None, classes: tuple[str, ...], *, has_sigmas: bool) -> None:
+    """Check the scheduler of a generation, for a family that runs ``classes``.
+
+    Raises:
+        Unsupported: another class, or a setting that the loop cannot obey; names it and its value.
+        BadRequest: a setting that the class does not have, a value that it refuses, or sigmas beside a scheduler.
+    """
+    if given is None:
+        return
+    if given.class_name not in classes:
+        raise Unsupported(
+            f"scheduler {given.class_name}: this model runs with {listed(classes)}; use one of their configurations"
+        )
+    if has_sigmas:
+        raise BadRequest("sigmas beside a scheduler: they are used as they are, without its shift; give one of both")
+    known = list(inspect.signature(_CLASSES[given.class_name].__init__).parameters)[1:]
+    for name, value in given.settings.items():
+        if name not in known:
+            raise BadRequest(
+                f"scheduler: {name}={value!r} is no setting of {given.class_name}; leave it out"
+                f"{did_you_mean(name, known)}"
+            )
+    defaults = inspect.signature(_CLASSES[given.class_name].__init__).parameters
+    for name, wanted in _ONLY[given.class_name].items():
+        value = given.settings.get(name, defaults[name].default)
+        if value != wanted:
+            raise Unsupported(f"scheduler: {name}={value!r} of {given.class_name} cannot be run, {wanted!r} can")
+    build_scheduler(given, {})
+
+
+def build_scheduler(given: Schedule, changed: Mapping[str, Any]) -> Any:
+    """Return the scheduler with its settings, of which ``changed`` replaces some.
+
+    Raises:
+        BadRequest: a value that the class refuses.
+        Unsupported: one that needs a package that is not installed.
+    """
+    settings = {**given.settings, **changed}
+    try:
+        return _CLASSES[given.class_name](**settings)
+    except ImportError as error:
+        raise Unsupported(f"scheduler {given.class_name} with {settings}: {error}") from error
+    except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
+        raise BadRequest(f"scheduler {given.class_name} with {settings}: {error}") from error
+
+
+def euler(given: Schedule | None, own: Mapping[str, Any], changed: Mapping[str, Any] | None = None) -> Any:
+    """Return the Euler scheduler of a generation: the client's, or the family's ``own`` settings."""
+    schedule = Schedule(class_name="FlowMatchEulerDiscreteScheduler", settings=dict(own)) if given is None else given
+    return build_scheduler(schedule, changed or {})
+
+
+EULER: Final = ("FlowMatchEulerDiscreteScheduler",)
+EULER_OR_UNIPC: Final = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")

@@ -1,0 +1,193 @@
+"""Every argument of a call changes the result, or is refused by its name: for each family and variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pipeline_folders as folders
+import pytest
+import torch
+import wan_models
+from pipeline_parts import image, mask
+from safetensors.torch import save_file
+
+from xditd.client import BadRequest, Pipeline
+from xditd.client.pipeline import families
+from xditd.client.pipeline.calls import ARGUMENTS
+
+PICTURE, MASK = image(96, 64), mask(96, 64)
+FRAMES = [image(96, 64, seed=number) for number in range(5)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, what its calls need, and values of the arguments that it takes besides those of all pipelines."""
+
+    make: Callable[[], Any]
+    texts: Callable[..., dict[str, Any]]
+    needs: dict[str, Any] = field(default_factory=dict)
+    takes: dict[str, Any] = field(default_factory=dict)
+    is_guided: bool = False
+
+
+STARTS = {"image": PICTURE, "strength": {"image": PICTURE, "strength": 0.3}, "mask": {"image": PICTURE, "mask": MASK}}
+VIDEO: dict[str, Any] = {"frames": 9, "guidance": 2.0, "options": {"shift": 2.0}}
+CASES = {
+    "FLUX.1 dev": Case(
+        folders.flux1, folders.flux1_texts,
+        takes={**STARTS, "guidance": 2.0, "references": [PICTURE], "step_cache": 1.0},
+    ),
+    "FLUX.1 Fill": Case(
+        lambda: folders.flux1("FluxFillPipeline", 384), folders.flux1_texts,
+        needs={"image": PICTURE, "mask": MASK},
+        takes={"guidance": 2.0, "step_cache": 1.0, "image": FRAMES[0], "mask": image(96, 64)},
+    ),
+    "FLUX.1 Depth": Case(
+        lambda: folders.flux1("FluxControlPipeline", 128), folders.flux1_texts,
+        needs={"control": PICTURE}, takes={"guidance": 2.0, "step_cache": 1.0, "control": FRAMES[0]},
+    ),
+    "FLUX.2 dev": Case(
+        folders.flux2, folders.flux2_texts,
+        takes={"guidance": 2.0, "references": [PICTURE]},
+    ),
+    "Qwen-Image": Case(
+        folders.qwen_image, folders.qwen_image_texts, is_guided=True,
+        takes={**STARTS, "guidance": 2.0, "references": [PICTURE], "options": {"shift": 2.0}},
+    ),
+    "Z-Image": Case(
+        folders.z_image, folders.z_image_texts, is_guided=True,
+        takes={**STARTS, "guidance": 2.0, "options": {"shift": 2.0}},
+    ),
+    "Wan": Case(folders.wan, folders.wan_texts, needs={"frames": 5}, is_guided=True, takes=VIDEO),
+    "Wan I2V": Case(
+        lambda: folders.wan("WanImageToVideoPipeline", wan_models.IMAGE, image_processor=None, image_encoder=None),
+        folders.wan_texts, needs={"frames": 5, "image": PICTURE}, is_guided=True,
+        takes={**VIDEO, "image": FRAMES[0], "last_image": FRAMES[1]},
+    ),
+    "Wan VACE": Case(
+        lambda: folders.wan("WanVACEPipeline", wan_models.TWO_CONTROLS), folders.wan_texts, needs={"frames": 5},
+        is_guided=True,
+        takes={
+            **VIDEO, "control": FRAMES, "mask": {"control": FRAMES, "mask": [MASK] * 5}, "references": [PICTURE],
+        },
+    ),
+}  # fmt: skip
+OF_ALL = {
+    "width": 64,
+    "height": 96,
+    "steps": 3,
+    "sigmas": [0.9, 0.4],
+    "seed": 2,
+    "num_images": 2,
+}
+"""Arguments of every pipeline."""
+VALUES = {
+    "negative_prompt": "a dog",
+    "image": PICTURE,
+    "mask": MASK,
+    "last_image": PICTURE,
+    "references": [PICTURE],
+    "control": PICTURE,
+    "frames": 5,
+    "guidance": 2.0,
+    "strength": 0.5,
+    "options": {"shift": 2.0},
+    "step_cache": 0.5,
+}
+"""Arguments that some pipelines refuse."""
+ELSEWHERE = {"prompt", "negative_prompt", "loras", "conditioning", "on_progress", "on_preview", "deadline_s"}
+"""Arguments with tests of their own."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_argument_acts_or_is_refused(
+    opened: Callable[..., Pipeline], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "PIXELS", 64 * 64)  # of references: many more are many tokens
+    monkeypatch.setattr(families, "KONTEXT_SIZES", [(64, 96), (96, 64)])
+    case = CASES[name]
+    pipe = opened(case.make())
+    off = 0.0 if name == "Z-Image" else 1.0
+    base = {"steps": 2, "seed": 1, "width": 96, "height": 64, **({"guidance": off} if case.is_guided else {})}
+
+    def run(**given: Any) -> torch.Tensor:
+        guided = case.is_guided and given.get("guidance", base.get("guidance")) > off
+        texts = case.texts(1, negative=guided) if case.is_guided else case.texts(1)
+        return pipe(conditioning=texts, **{**base, **case.needs, **given}).generation.latents
+
+    plain = run()
+    assert torch.equal(plain, run())
+    assert set(pipe.arguments) == set(ARGUMENTS)
+    for argument in (each for each in ARGUMENTS if each not in ELSEWHERE):
+        if pipe.arguments[argument]:
+            assert argument not in case.takes, argument
+            with pytest.raises(BadRequest, match=rf"cannot honour {argument}: "):
+                run(**{argument: VALUES[argument]})
+            continue
+        value = OF_ALL.get(argument, case.takes.get(argument))
+        if value is None:
+            assert argument in ("control", "options", "negative_prompt"), f"{argument} has no value in the table"
+            continue
+        given = value if isinstance(value, dict) and argument in value else {argument: value}
+        found = run(**given)
+        assert found.shape != plain.shape or not torch.equal(found, plain), argument
+
+
+def test_a_lora_acts(opened: Callable[..., Pipeline], tmp_path: Any) -> None:
+    pipeline = folders.flux1()
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    factors = {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": folders.rows(1, 4, layer.in_features),
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": folders.rows(2, layer.out_features, 4),
+    }
+    save_file(factors, tmp_path / "style.safetensors")
+    pipe, texts = opened(pipeline), folders.flux1_texts()
+    given = {"conditioning": texts, "steps": 2, "seed": 1, "width": 96, "height": 64}
+    plain = pipe(**given).generation.latents
+    path = tmp_path / "style.safetensors"
+    with_lora = pipe(**given, loras=[(path, 0.8)])
+    assert not torch.equal(with_lora.generation.latents, plain)
+    assert torch.equal(pipe(**given, loras=[(path, 0.0)]).generation.latents, plain)
+    assert with_lora.settings.loras == ((str(path), 0.8),)
+    assert sum("style" in each.label for each in pipe.client.status().components) == 1
+    with pytest.raises(BadRequest, match="give pairs"):
+        pipe(**given, loras=["style.safetensors"])
+
+
+def test_a_pair_of_transformers_asks_which_one_a_lora_is_for(opened: Callable[..., Pipeline]) -> None:
+    pipe = opened(folders.wan(transformer_2=wan_models.reference(wan_models.state_dict(1)), boundary_ratio=0.8))
+    with pytest.raises(BadRequest, match=r"two transformers; say which one has x\.safetensors"):
+        pipe(conditioning=folders.wan_texts(), frames=5, loras=[("x.safetensors", 0.8)])
+
+
+def test_wrong_values_are_named(opened: Callable[..., Pipeline]) -> None:
+    pipe, texts = opened(folders.flux1()), folders.flux1_texts()
+    for given, message in (
+        ({}, "prompt, conditioning: give either"),
+        ({"prompt": "a cat", "conditioning": texts}, "prompt, conditioning: give either"),
+        ({"prompt": ["a cat", 1]}, r"prompt: .* is no text"),
+        ({"conditioning": texts, "seed": -1}, "seed: -1 is not a whole number"),
+        ({"conditioning": texts, "num_images": 65}, "num_images: 65 is not a whole number from 1 to 64"),
+        ({"conditioning": texts, "steps": 2.5}, r"steps: 2.5 is not a whole number"),
+        ({"conditioning": texts, "guidance": float("nan")}, "guidance: nan is not a finite number"),
+        ({"conditioning": texts, "image": "no.png"}, r"image: .*no.png: no picture"),
+        ({"conditioning": texts, "image": object()}, "image: a object is no picture"),
+        ({"conditioning": texts, "mask": MASK}, "mask without image"),
+        ({"conditioning": texts, "strength": 0.5}, "strength 0.5 without image would have no effect"),
+        (
+            {"conditioning": texts, "image": PICTURE, "strength": 0.0, "steps": 4},
+            "strength 0 of 4 steps",
+        ),
+        ({"conditioning": texts, "image": PICTURE, "references": [PICTURE]}, "image beside references"),
+        ({"conditioning": texts, "references": [PICTURE] * 2}, "references: 2; .* takes one"),
+        ({"conditioning": texts, "control": PICTURE}, "control: .* takes ControlNets"),
+        ({"conditioning": texts, "options": {"shift": 2.0}}, "cannot honour options"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            pipe(width=96, height=64, **given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="stepz"):
+        pipe(conditioning=texts, stepz=3)  # type: ignore[call-arg]
+    with pytest.raises(BadRequest, match="stepz: no argument of a job"):
+        pipe.start(conditioning=texts, stepz=3)

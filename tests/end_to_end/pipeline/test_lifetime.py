@@ -1,0 +1,133 @@
+"""Pipelines of long-lived programs: restarts of the daemon, idle and named unloading, threads and event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pipeline_folders as folders
+import pytest
+import torch
+from running_daemon import RunningDaemon, until
+
+from xditd.client import Cancelled, Client, Closed, Pipeline, UnknownComponent
+
+GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
+LONG: dict[str, Any] = {**GIVEN, "steps": 1000}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folders.saved(folders.flux1(), tmp_path / "flux")
+
+
+@pytest.fixture
+def pipe(client: Client, folder: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(folder, client=client) as opened:
+        yield opened
+
+
+def run(pipe: Pipeline, **given: Any) -> torch.Tensor:
+    return pipe(conditioning=folders.flux1_texts(), **{**GIVEN, **given}).generation.latents
+
+
+@pytest.mark.slow
+def test_a_restarted_daemon_gets_the_models_again(start_daemon: Callable[..., RunningDaemon], folder: Path) -> None:
+    daemon = start_daemon(1)
+    daemon.wait_ready()
+    with Pipeline.open(folder, runtime_dir=daemon.runtime_dir) as pipe:
+        before = run(pipe)
+        daemon.stop()
+        until(lambda: not pipe.is_loaded, "the client to notice")
+        again = start_daemon(1, folder=daemon.runtime_dir.parent)
+        again.wait_ready()
+        assert torch.equal(run(pipe), before)
+        assert pipe.is_loaded
+        again.stop()
+
+
+def test_unloading_by_hand_and_by_name(pipe: Pipeline, client: Client) -> None:
+    before = run(pipe)
+    assert {each.label for each in client.status().components} == {"flux/transformer", "flux/vae"}
+    pipe.unload()
+    assert not client.status().components
+    assert not pipe.is_loaded
+    assert torch.equal(run(pipe), before)
+    assert client.unload("flux") == 2
+    assert not client.status().components
+    with pytest.raises(UnknownComponent, match="flux: no component is lent under this name; nothing is lent"):
+        client.unload("flux")
+    assert torch.equal(run(pipe), before)
+    pipe.close()
+    assert not client.status().components
+    with pytest.raises(Closed, match="flux is closed"):
+        run(pipe)
+    client.status()  # which is its owner's
+
+
+def test_an_idle_pipeline_returns_its_models(client: Client, folder: Path) -> None:
+    with Pipeline.open(folder, client=client, keep_alive=0.2) as pipe:
+        before = run(pipe)
+        until(lambda: not pipe.is_loaded and not client.status().components, "the models to be returned")
+        assert torch.equal(run(pipe), before)
+
+
+def test_futures_and_their_cancellation(pipe: Pipeline) -> None:
+    texts = folders.flux1_texts()
+    right = run(pipe)
+    futures = [pipe.submit(conditioning=texts, **{**GIVEN, "seed": 1 + number % 2}) for number in range(6)]
+    found = [each.result(timeout=60).generation.latents for each in futures]
+    assert all(torch.equal(each, right) for each in found[::2])
+    assert not any(torch.equal(each, right) for each in found[1::2])
+    started = threading.Event()
+    long = pipe.submit(conditioning=texts, on_progress=lambda _: started.set(), **LONG)
+    assert started.wait(60)
+    long.cancel()
+    with pytest.raises(Cancelled):
+        long.result(timeout=60)
+    assert torch.equal(run(pipe), right)
+
+
+def test_an_event_loop(pipe: Pipeline, client: Client) -> None:
+    texts = folders.flux1_texts()
+    right = run(pipe)
+
+    async def all_of_it() -> list[torch.Tensor]:
+        many = await asyncio.gather(*(pipe.run_async(conditioning=texts, **GIVEN) for _ in range(3)))
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(
+            pipe.run_async(conditioning=texts, on_progress=lambda _: loop.call_soon_threadsafe(started.set), **LONG)
+        )
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return [each.generation.latents for each in many]
+
+    assert all(torch.equal(each, right) for each in asyncio.run(all_of_it()))
+    until(lambda: not client.status().jobs, "the cancelled job to end")
+
+
+def test_nothing_is_left_when_it_is_closed(client: Client, folder: Path) -> None:
+    pipe = Pipeline.open(folder, client=client)
+    running = pipe.submit(conditioning=folders.flux1_texts(), **LONG)
+    until(running.running, "the call to run")
+    pipe.close()
+    with pytest.raises(Exception, match=r"cancelled|closed|returned"):
+        running.result(timeout=60)
+    assert not [each for each in threading.enumerate() if each.name.startswith("xditd-pipeline")]
+    until(lambda: not client.status().jobs and not client.status().components, "jobs and loans to end")
+
+
+def test_a_job_that_is_watched_and_left(pipe: Pipeline) -> None:
+    with pipe.start(conditioning=folders.flux1_texts(), **LONG) as job:
+        for event in job:
+            assert event.total_steps == 1000
+            break
+    with pytest.raises(Cancelled):
+        job.result()
+    assert "<PipelineJob of flux" in repr(job)

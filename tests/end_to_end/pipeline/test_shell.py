@@ -1,0 +1,119 @@
+"""``xditd generate`` with words: the library's pictures, files that say how they were made, and their repetition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pipeline_folders as folders
+import prompt_pipelines
+import pytest
+from PIL import Image, ImageChops
+
+from xditd.client import Client, Pipeline
+from xditd.client.cli import exits
+from xditd.client.cli.main import main
+from xditd.client.demo.checkpoints import flux1_state_dict
+from xditd.client.metadata.reading import read_record
+
+GIVEN = ["--size", "96x64", "--steps", "2", "--seed", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline of FLUX.1."""
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    from xditd.gpu_workers.families.flux1 import reference
+
+    parts = tmp_path_factory.mktemp("words")
+    prompt_pipelines.flux1(parts)
+    pipeline = folders.flux1(
+        transformer=reference.transformer_from(flux1_state_dict(3, context_dim=128, pooled_dim=128)),
+        text_encoder=CLIPTextModel.from_pretrained(parts / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(parts / "tokenizer"),
+        text_encoder_2=T5EncoderModel.from_pretrained(parts / "text_encoder_2"),
+        tokenizer_2=T5TokenizerFast.from_pretrained(parts / "tokenizer_2"),
+    )
+    return folders.saved(pipeline, parts / "flux")
+
+
+@pytest.fixture
+def shell(one_worker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the verb on a daemon with one worker, with names of models of this test's own."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*given: str) -> int:
+        return main(["generate", "--runtime-dir", str(one_worker.runtime_dir), "--json", *given])
+
+    return run
+
+
+def same(left: Path, right: Image.Image) -> bool:
+    return ImageChops.difference(Image.open(left), right).getbbox() is None
+
+
+def test_a_prompt_gives_the_librarys_pictures(
+    shell: Callable[..., int], folder: Path, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shell("a cat", "--model", str(folder), *GIVEN, "-n", "2", "-o", "cats/") == exits.DONE
+    said = json.loads(capsys.readouterr().out)
+    assert said["images"] == ["cats/00000.png", "cats/00001.png"]
+    with Pipeline.open(folder, client=client) as pipe:
+        result = pipe("a cat", num_images=2, width=96, height=64, steps=2, seed=1)
+    assert all(same(Path(path), image) for path, image in zip(said["images"], result.images, strict=True))
+    found = read_record("cats/00001.png")
+    assert (found.prompt, found.seed, found.index, found.num_images) == ("a cat", 1, 1, 2)
+    assert (found.model.name, found.model.family, found.negative_prompt) == ("flux", "flux1", None)
+    assert {"transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"} == set(found.model.files)
+    assert all(each.sample for files in found.model.files.values() for each in files)
+    (saved,) = result.save(tmp_path / "library.png", 1)
+    assert read_record(saved) == found
+    (saved,) = result.save(tmp_path / "plain.png", 1, metadata=False)
+    assert b"xditd" not in saved.read_bytes()
+
+
+def test_a_picture_is_repeated_by_its_file(
+    shell: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "add", "mine", str(folder), "--steps", "2", "--size", "96x64"]) == exits.DONE
+    assert shell("a cat", "--model", "mine", "-n", "2", "-o", "cat.png") == exits.DONE
+    assert shell("--from", "cat-1.png", "-o", "again.webp", "--json") == exits.DONE
+    assert shell("--from", "cat-1.png", "-o", "again.png") == exits.DONE
+    assert same(Path("again.png"), Image.open("cat-1.png"))
+    assert not same(Path("again.png"), Image.open("cat-0.png"))
+    assert not Path("again-0.png").exists()
+    assert read_record("again.webp") == read_record("cat-1.png")
+    assert shell("--from", "cat-1.png", "a dog", "-o", "dog.png") == exits.DONE
+    assert not same(Path("dog.png"), Image.open("cat-1.png"))
+    assert (read_record("dog.png").prompt, read_record("dog.png").seed) == ("a dog", read_record("cat-1.png").seed)
+    main(["models", "rm", "mine"])
+    capsys.readouterr()
+    assert shell("--from", "cat-1.png", "-o", "gone.png") == exits.MISUSE
+    assert "made with the model 'mine'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["a cat", "--negative-prompt", "a dog"], "negative_prompt: it has no classifier-free guidance"),
+        (["a cat", "--frames", "5"], "frames: it makes pictures"),
+        (
+            ["a cat", "--control-image", "c.png"],
+            "control: flux1 (flux) takes ControlNets",
+        ),
+        (["a cat", "--option", "shift=3"], "options: it has no options"),
+        (["a cat", "--lora", "gone.safetensors:1"], "gone.safetensors"),
+    ],
+)
+def test_what_the_model_does_not_take_is_refused_and_nothing_written(
+    shell: Callable[..., int], folder: Path, given: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shell(*given, "--model", str(folder), *GIVEN) in (exits.MISUSE, exits.FAILED)
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+    assert not Path("out.png").exists()

@@ -1,0 +1,133 @@
+"""Folders, single files, all-in-one checkpoints and names give the same pipeline; what is none is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flux1_variants
+import pipeline_folders as folders
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from xditd.client import BadCheckpoint, BadRequest, Client, Pipeline, Unsupported
+from xditd.client.demo.checkpoints import flux_vae_state_dict
+
+GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True,
+             "base_shift": 0.6, "max_shift": 1.3}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folders.saved(folders.flux1(), tmp_path / "flux")
+
+
+@pytest.fixture
+def right(client: Client, folder: Path) -> torch.Tensor:
+    with Pipeline.open(folder, client=client) as pipe:
+        return pipe(conditioning=folders.flux1_texts(), **GIVEN).generation.latents
+
+
+def test_single_files_and_an_all_in_one_checkpoint_give_the_same(
+    client: Client, tmp_path: Path, right: torch.Tensor
+) -> None:
+    transformer, vae = flux1_variants.state_of(64), flux_vae_state_dict(1)
+    save_file(transformer, tmp_path / "t.safetensors")
+    save_file(vae, tmp_path / "v.safetensors")
+    whole = {f"model.diffusion_model.{name}": each for name, each in transformer.items()}
+    whole |= {f"first_stage_model.{name}": each for name, each in vae.items()}
+    save_file(whole, tmp_path / "all.safetensors")
+    texts = folders.flux1_texts()
+    parts = {"transformer": tmp_path / "t.safetensors", "vae": tmp_path / "v.safetensors"}
+    with Pipeline.open(**parts, scheduler=SCHEDULER, client=client) as pipe:
+        assert pipe.name == "t"
+        assert torch.equal(pipe(conditioning=texts, **GIVEN).generation.latents, right)
+    with Pipeline.open(tmp_path / "all.safetensors", scheduler=SCHEDULER, client=client) as pipe:
+        assert set(pipe.loans) == {"transformer", "vae"}
+        assert torch.equal(pipe(conditioning=texts, **GIVEN).generation.latents, right)
+    with Pipeline.open(transformer=parts["transformer"], client=client) as pipe:
+        assert not torch.equal(pipe(conditioning=texts, **GIVEN).generation.latents, right)  # the family's scheduler
+
+
+def test_a_name_of_models_toml(
+    client: Client, tmp_path: Path, folder: Path, right: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "xditd").mkdir()
+    entry = f'[mine]\nfolder = "{folder}"\ndefaults = {{ steps = 2, size = "96x64" }}\n'
+    (tmp_path / "xditd" / "models.toml").write_text(entry)
+    with Pipeline.open("mine", client=client) as pipe:
+        assert (pipe.name, pipe.defaults["steps"], pipe.defaults["width"]) == ("mine", 2, 96)
+        assert torch.equal(pipe(conditioning=folders.flux1_texts(), seed=1).generation.latents, right)
+    with pytest.raises(BadRequest, match="mind"):
+        Pipeline.open("mind", client=client)
+
+
+def test_a_scheduler_is_obeyed_or_refused_by_name_and_value(client: Client, folder: Path, right: torch.Tensor) -> None:
+    texts = folders.flux1_texts()
+
+    def run(**scheduler: Any) -> torch.Tensor:
+        with Pipeline.open(folder, scheduler={**SCHEDULER, **scheduler}, client=client) as pipe:
+            return pipe(conditioning=texts, **GIVEN).generation.latents
+
+    assert torch.equal(run(), right)
+    for changed in ({"max_shift": 2.0}, {"shift_terminal": 0.1}, {"use_dynamic_shifting": False}):
+        assert not torch.equal(run(**changed), right), changed
+    for changed, message in (
+        ({"stochastic_sampling": True}, r"stochastic_sampling=True .* cannot be run"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps=500"),
+        ({"shifted": 1}, "shifted=1 is no setting of FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "DDIMScheduler"}, "scheduler DDIMScheduler: this model runs with"),
+    ):
+        with pytest.raises((BadRequest, Unsupported), match=message):
+            run(**changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "StableDiffusionPipeline"}, "a StableDiffusionPipeline, which no family runs.*accelerate"),
+        ({"_class_name": None}, "names no class"),
+        ({"transformer": [None, None]}, "it has no transformer"),
+        ({"adapter": ["diffusers", "X"]}, "the part adapter of a FluxPipeline is not known"),
+        ({"magic": 3}, "magic=3 of FluxPipeline is not known"),
+        ({"text_encoder": ["transformers", "CLIPTextModel"]}, "text_encoder, and there is no such folder"),
+    ],
+)
+def test_folders_that_cannot_be_opened(client: Client, folder: Path, change: dict[str, Any], message: str) -> None:
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises((BadCheckpoint, Unsupported), match=message):
+        Pipeline.open(folder, client=client)
+    assert not client.status().components
+
+
+def test_a_configuration_that_the_family_does_not_have(client: Client, folder: Path) -> None:
+    """Such a model would run as its class does; a pipeline says so, and runs it not otherwise."""
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 1.5}))
+    with pytest.raises(Unsupported, match=r"vae: .*no family runs"):
+        Pipeline.open(folder, client=client)
+
+
+def test_what_is_no_pipeline(client: Client, folder: Path, tmp_path: Path) -> None:
+    for given, error, message in (
+        ({}, BadRequest, "no transformer"),
+        ({"source": tmp_path / "nothing"}, BadCheckpoint, "no such file or folder"),
+        ({"source": folder / "vae"}, BadCheckpoint, "no folder of a pipeline"),
+        ({"source": folder, "defaults": {"stepz": 3}}, BadRequest, "defaults: 'stepz' is not known.*steps"),
+        ({"source": folder, "keep_alive": -1.0}, BadRequest, "keep_alive"),
+        ({"source": folder, "text_encoders": {"clip": folder}}, BadRequest, "'clip' is no role"),
+    ):
+        with pytest.raises(error, match=message):
+            Pipeline.open(**given, client=client)  # type: ignore[arg-type]
+
+
+def test_words_need_encoders_and_tokenizers(opened: Callable[..., Pipeline]) -> None:
+    pipe = opened(folders.flux1())
+    with pytest.raises(Unsupported, match=r"has no text_encoder .*give text_encoders= to Pipeline\.open"):
+        pipe("a cat", **GIVEN)

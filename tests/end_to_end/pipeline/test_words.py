@@ -1,0 +1,187 @@
+"""Words to pictures with the folder's own tokenizers and encoders, as diffusers' pipeline makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import flux1_words
+import pipeline_folders as folders
+import prompt_pipelines
+import pytest
+import qwen2_5_vl_models
+import qwen_image_models
+import torch
+from pipeline_latents import latents
+from safetensors.torch import save_file
+
+from xditd.client import Client, Pipeline
+from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
+
+GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline of FLUX.1."""
+    return flux1_words.saved(tmp_path_factory.mktemp("words") / "flux")
+
+
+def theirs(folder: Path, prompt: Any, **given: Any) -> torch.Tensor:
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(1)
+    found = pipeline(
+        prompt, num_inference_steps=2, height=64, width=96, generator=generator, output_type="latent", **given
+    )
+    return FluxPipeline._unpack_latents(found.images, 64, 96, 8)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_prompt(client: Client, folder: Path, count: int) -> None:
+    with Pipeline.open(folder, client=client) as pipe:
+        found = pipe("a cat", num_images=count, **GIVEN)
+        assert torch.equal(found.generation.latents, theirs(folder, "a cat", num_images_per_prompt=count))
+        assert (found.seed, found.settings.prompt, len(found.images)) == (1, "a cat", count)
+        assert found.to_numpy().shape == (count, 64, 96, 3)
+
+
+def test_several_prompts(client: Client, folder: Path) -> None:
+    prompts = ["a cat", "two dogs (small:1.2) 猫"]
+    with Pipeline.open(folder, client=client) as pipe:
+        found = pipe(prompts, num_images=2, **GIVEN).generation.latents
+    assert torch.equal(found, theirs(folder, prompts, num_images_per_prompt=2))
+
+
+def test_encoders_in_another_order_and_one_folder_of_tokenizers(client: Client, folder: Path, tmp_path: Path) -> None:
+    save_file(flux1_state_dict(3, context_dim=128, pooled_dim=128), tmp_path / "t.safetensors")
+    save_file(flux_vae_state_dict(1), tmp_path / "v.safetensors")
+    with Pipeline.open(
+        transformer=tmp_path / "t.safetensors", vae=tmp_path / "v.safetensors",
+        text_encoders=[folder / "text_encoder_2", folder / "text_encoder"], tokenizers=folder,
+        scheduler=folder / "scheduler", client=client,
+    ) as pipe:  # fmt: skip
+        assert torch.equal(pipe("a cat", **GIVEN).generation.latents, theirs(folder, "a cat"))
+
+
+def test_progress_and_previews(client: Client, folder: Path) -> None:
+    steps: list[Any] = []
+    previews: list[Any] = []
+    with Pipeline.open(folder, client=client) as pipe:
+
+        def show(image: Any, step: int, total: int) -> None:
+            previews.append((image.size, step, total))
+
+        pipe("a cat", on_progress=steps.append, on_preview=show, **GIVEN)
+        assert previews == [((96, 64), 1, 2), ((96, 64), 2, 2)]
+        assert [type(each).__name__ for each in steps if type(each).__name__ == "StepDone"] == ["StepDone"] * 2
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("no more")
+
+        with pytest.raises(RuntimeError, match="no more"):
+            pipe("a cat", on_progress=fail, **{**GIVEN, "steps": 50})
+        assert pipe("a cat", **GIVEN).count == 1
+
+
+# --- Other families --------------------------------------------------------------------------------
+
+
+def z_image_with_words(parts: Path) -> Any:
+    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+    prompt_pipelines.z_image(parts)
+    pipeline = folders.z_image()
+    pipeline.register_modules(
+        text_encoder=Qwen3ForCausalLM.from_pretrained(parts / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def klein_with_words(parts: Path) -> Any:
+    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+    prompt_pipelines.flux2_klein(parts)
+    pipeline = folders.flux2("Flux2KleinPipeline", is_distilled=False)
+    pipeline.register_modules(
+        text_encoder=Qwen3ForCausalLM.from_pretrained(parts / "text_encoder"),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def wan_with_words(parts: Path) -> Any:
+    from transformers import T5TokenizerFast, UMT5EncoderModel
+
+    prompt_pipelines.wan(parts)
+    pipeline = folders.wan()
+    pipeline.register_modules(
+        text_encoder=UMT5EncoderModel.from_pretrained(parts / "text_encoder"),
+        tokenizer=T5TokenizerFast.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+def qwen_image_with_words(parts: Path) -> Any:
+    from transformers import Qwen2Tokenizer
+
+    prompt_pipelines.qwen_image(parts)
+    config = replace(qwen_image_models.BASE, text_channels=128)
+    pipeline = folders.qwen_image()
+    pipeline.register_modules(
+        transformer=qwen_image_models.reference(qwen_image_models.state_dict(0, config), config),
+        text_encoder=qwen2_5_vl_models.reference(),
+        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
+WORDS = {
+    "z_image": (z_image_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
+    "flux2": (klein_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
+    "wan": (wan_with_words, {"guidance_scale": 2.5, "num_frames": 5}, {"guidance": 2.5, "frames": 5}),
+    "qwen_image": (
+        qwen_image_with_words, {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
+        {"guidance": 2.5, "negative_prompt": "a dog"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WORDS)
+def test_words_of_other_families(opened: Callable[..., Pipeline], family: str, tmp_path: Path) -> None:
+    """With guidance, by the negative prompt that the pipeline takes if none is given."""
+    make, of_theirs, of_ours = WORDS[family]
+    pipeline = make(tmp_path / "parts")
+    pipe = opened(pipeline)
+    right = latents(pipeline, family, prompt="a cat", num_inference_steps=2, **of_theirs)
+    found = pipe("a cat", **GIVEN, **of_ours)
+    assert torch.equal(found.generation.latents, right)
+
+
+@pytest.mark.parametrize("kind", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+def test_words_with_pictures(
+    opened: Callable[..., Pipeline], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder sees the reference: another one gives another picture."""
+    from xditd.client.pipeline import families
+
+    monkeypatch.setattr(families, "PIXELS", 64 * 64)
+    plain = qwen_image_with_words(tmp_path / "parts")
+    pipeline = getattr(diffusers, kind)(**{**plain.components, "processor": None})
+    pipe = opened(pipeline, tokenizers={"processor": tmp_path / "parts" / "processor"})
+    seen, picture = [], qwen2_5_vl_models.picture(90, 64)
+    encode = pipe.client.encode_prompt
+    monkeypatch.setattr(
+        pipe.client, "encode_prompt", lambda *given, **more: seen.append(more) or encode(*given, **more)
+    )
+    pipe("make it blue", references=[picture], negative_prompt=" ", guidance=2.0, **GIVEN)
+    (given,) = seen
+    assert [each.size for each in given["images"]] == [(90, 64)]  # which the workers resize
+    assert given["options"] == ({"edit": True} if kind == "QwenImageEditPipeline" else None)
+    assert set(given["tokenizers"]) == {"processor"}
