@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from comfyui_families import VARIANTS
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TESTS = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("float64_forwards.py")
