@@ -162,6 +162,8 @@ class Outputs:
 
         if Path(path).suffix.lower() == ".mp4":
             raise BadRequest(f"output file {path}: a video has several frames; give --frames COUNT")
+        if not Path(path).suffix:
+            raise BadRequest(f"output file {path}: has no suffix; give a picture, {path}.png, or a folder, {path}/")
         return check_image_target(path, self._width, self._height)
 
     def _check_apart(self) -> None:
