@@ -10,7 +10,6 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -55,11 +54,6 @@ def describe(path: str | os.PathLike[str]) -> FileRecord:
     except (OSError, ValueError):
         return FileRecord(name=name)
     return FileRecord(name=name, bytes=known.bytes, sample=known.sample, sha256=known.sha256)
-
-
-def describe_all(files: Mapping[str, Iterable[str | os.PathLike[str]]]) -> dict[str, tuple[FileRecord, ...]]:
-    """Describe the files of a model by role."""
-    return {role: tuple(map(describe, paths)) for role, paths in files.items()}
 
 
 def is_same(record: FileRecord, path: str | os.PathLike[str]) -> bool | None:

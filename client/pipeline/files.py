@@ -11,8 +11,6 @@ from typing import Any, Final
 from xditd.client.pipeline.folders import INDEX, is_pipeline, read_folder, read_scheduler
 from xditd.client.pipeline.sources import (
     ENCODERS,
-    IMAGE_ENCODER,
-    SECOND,
     TRANSFORMER,
     VAE,
     Part,
@@ -171,6 +169,3 @@ def _root_of(prefix: str) -> str:
     """Return what all names of one text encoder in a checkpoint begin with: ``text_encoders.t5xxl.``."""
     first, *rest = prefix.rstrip(".").split(".")
     return f"{first}.{rest[0]}." if first == "text_encoders" and rest else f"{first}."
-
-
-ROLES: Final = (TRANSFORMER, SECOND, VAE, IMAGE_ENCODER)

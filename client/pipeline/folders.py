@@ -48,14 +48,10 @@ _TOKENIZERS: Final = ("tokenizer", "processor")
 _NOT_READ: Final = ("feature_extractor", "image_processor", "safety_checker")
 """Parts that no job reads: a safety checker's extractor, and the processor of an image encoder, whose values are
 those of CLIP."""
-_SETTINGS: Final[Mapping[str, tuple[Any, ...]]] = {
-    "boundary_ratio": (),
-    "expand_timesteps": (),
-    "is_distilled": (),
-    "force_zeros_for_empty_prompt": (),
-    "text_encoder_out_layers": (),
-}
-"""Values beside the parts that a pipeline's class has, with those that have no effect here."""
+_SETTINGS: Final = frozenset(
+    {"boundary_ratio", "expand_timesteps", "is_distilled", "force_zeros_for_empty_prompt", "text_encoder_out_layers"}
+)
+"""Values that may stand beside the parts."""
 
 
 def is_pipeline(path: str) -> bool:

@@ -1,37 +1,26 @@
-"""The lent components of one rank: map, verify, plug and unmap them.
-
-| block | on its own GPU | on another rank's GPU | on the CPU |
-|---|---|---|---|
-| ``cuda_ipc`` | mapped | one peer copy | refused |
-| ``host_shm``, ``file`` | a share of one upload | the same | mapped; unaligned slices (64 bytes) are copied |
-
-Each rank uploads a share of host memory and gets the others' shares by peer copy. It uploads small components whole.
-"""
+"""The lent components of one rank: prepare, plug, find, copy and unmap them."""
 
 from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import cast
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
 from xditd.gpu_workers.kernels.cache_folder import cache_folder
-from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.component import Component
+from xditd.gpu_workers.models.component_assembly import ComponentAssembly
 from xditd.gpu_workers.models.component_loading import TensorLoader
 from xditd.gpu_workers.models.file_watch import FileWatch, stale_file_error
 from xditd.gpu_workers.models.lent_copies import LentCopies
 from xditd.gpu_workers.models.lora_binding import LentLora
 from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, prepare_variant, strengths_of
-from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.models.tokenizer_building import TokenizerCache
-from xditd.gpu_workers.models.tokenizer_component import make_tokenizer
 from xditd.gpu_workers.packed.linear import PackedMemory
 from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
@@ -40,20 +29,16 @@ from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, share_value
 from xditd.gpu_workers.weights.blocks import OpenBlock, OpenBlocks
 from xditd.ipc.errors import (
     BadRequest,
-    ForeignGpu,
     Internal,
     OtherRankFailed,
     UnknownComponent,
 )
-from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import LoraUse
 from xditd.ipc.status import LoraCounts
 from xditd.ipc.tensors import (
-    Block,
     ComponentKind,
     CopiedBytes,
-    CudaIpcBlock,
     FileDigest,
     Manifest,
 )
@@ -80,10 +65,17 @@ class Components:
         self.loras = LoraCounters()
         self.files = FileWatch(layout)
         self.plugs = 0
-        self._loader = TensorLoader(layout.device, self.gpu_copies, products)
+        self._assembly = ComponentAssembly(
+            device=layout.device,
+            peer_uuids=peer_uuids,
+            blocks=self.blocks,
+            files=self.files,
+            models=self.models,
+            class_models=self.class_models,
+            loader=TensorLoader(layout.device, self.gpu_copies, products),
+            tokenizers=TokenizerCache() if layout.rank == 0 else None,
+        )
         self._device = layout.device
-        self._tokenizers = TokenizerCache() if layout.rank == 0 else None
-        self._peer_uuids = peer_uuids
         self._kept: dict[str, LentCopies] = {}
         self._prepared: dict[str, Component] = {}
         self._plugged: dict[str, Component] = {}
@@ -116,7 +108,10 @@ class Components:
             kept = None
         try:
             known = {found.block: found.digest for found in digests}
-            component = self._assemble(component_id, manifest, exporter, opened, known, kept, changed or ())
+            others = (*self._prepared.values(), *self._plugged.values())
+            component = self._assembly.assemble(
+                component_id, manifest, exporter, opened, known, kept, changed or (), others
+            )
         except BaseException as error:
             # The traceback's frames hold views of the blocks, and a block with views cannot be unmapped.
             traceback.clear_frames(error.__traceback__)
@@ -335,71 +330,6 @@ class Components:
             if block is not None:
                 self.blocks.release(block)
         component.opened.clear()
-
-    def _assemble(
-        self,
-        component_id: str,
-        manifest: Manifest,
-        exporter: ProcessIdentity,
-        opened: list[OpenBlock | None],
-        digests: Mapping[int, bytes],
-        kept: LentCopies | None,
-        changed: Collection[str],
-    ) -> Component:
-        clock = Clock()
-        with raise_on_all_ranks():
-            if faults := manifest.faults():
-                raise BadRequest(
-                    f"manifest of {manifest.label}: {listed(faults, joint='; ', chars=SENTENCE_CHARS)}", names=faults
-                )
-            if manifest.kind is ComponentKind.TOKENIZER:
-                opened.extend(self._open(block, exporter, None) for block in manifest.blocks)
-                made = make_tokenizer(component_id, manifest, opened, clock, self._tokenizers)
-                while opened:  # what is built holds no lent memory
-                    self.blocks.release(cast(OpenBlock, opened.pop()))
-                return made
-            match = match_manifest(manifest, self.models, self.class_models)
-            reserved = match.reserve()
-            clock.mark("match")
-            for number, block in enumerate(manifest.blocks):
-                opened.append(self._open(block, exporter, digests.get(number)))
-            clock.mark("map")
-        self.files.begin_digests(opened)  # in the background
-        # Not with modules that run as their class, which may write to their tensors.
-        others = [
-            (each.manifest, each.lent_copies)
-            for each in (*self._prepared.values(), *self._plugged.values())
-            if isinstance(match, CheckpointMatch) and isinstance(each.match, CheckpointMatch)
-        ]
-        loaded = self._loader.load(manifest, match, opened, clock, kept, changed, others)
-        self.files.wait_for_small_digests(opened)
-        # The memory that a plug fills (fp8 weights) counts as copied, too.
-        filled = (
-            CopiedBytes(device_to_device=reserved)
-            if self._device.type == "cuda"
-            else CopiedBytes(host_to_host=reserved)
-        )
-        return Component(
-            component_id,
-            match,
-            loaded.bindings,
-            manifest,
-            match.facts(manifest),
-            loaded.tensors,
-            match.by_canonical_name(loaded.tensors),
-            opened,
-            loaded.copies,
-            [*loaded.copies.buffers, *loaded.made],
-            loaded.copied + filled,
-            clock.marks_ms,
-        )
-
-    def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:
-        """Map a block; return ``None`` if another rank maps it and sends its bytes."""
-        if isinstance(block, CudaIpcBlock) and block.device_uuid not in self._peer_uuids:
-            known = listed(uuid for uuid in self._peer_uuids if uuid) or "none, they run on the CPU"
-            raise ForeignGpu(f"device memory on GPU {block.device_uuid}: the workers' GPUs are {known}")
-        return self.blocks.acquire(block, exporter, digest) if self.blocks.is_local(block) else None
 
 
 def _shares_storage(tensor: torch.Tensor, source: torch.Tensor) -> bool:
