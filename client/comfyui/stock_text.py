@@ -95,9 +95,7 @@ class StockTextModel(RemoteTextModel):
 
     _stock: Any
 
-    def __init__(
-        self, part: tuple[RemoteWeights, Mapping[str, str]], stock: Any, transformer: RemoteTransformer
-    ) -> None:
+    def __init__(self, part: Part, stock: Any, transformer: RemoteTransformer) -> None:
         """``stock`` is an instance of ComfyUI's class, on the meta device; ``part``: see ``TextModel.parts``."""
         super().__init__([part])
         encoder = getattr(stock, stock.clip)

@@ -11,7 +11,7 @@ from typing import Any
 from xditd.client.client import Client
 from xditd.client.loans import Loan
 from xditd.client.pipeline.files import tokenizer_path
-from xditd.client.pipeline.sources import TRANSFORMER, VAE, Part, Source
+from xditd.client.pipeline.sources import IMAGE_ENCODER, TRANSFORMER, VAE, Part, Source
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType
@@ -90,6 +90,7 @@ class Loans:
             device=self._device,
             variant=part.variant,
             compute_dtype=self._compute_dtype,
+            acceleration=self._acceleration if role == IMAGE_ENCODER else None,
             prefix=part.prefix or "",
         )
         if part.kind is not None and loan.kind is not part.kind:

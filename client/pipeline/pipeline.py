@@ -105,8 +105,9 @@ class Pipeline:
         in the order of the model's, or by role (``text_encoder``, ``text_encoder_2``); ``tokenizers`` is a folder with
         those of each encoder, one tokenizer's own, or a checkout of ComfyUI; ``image_encoder`` the CLIP vision model of
         Wan 2.1 I2V. A folder's scheduler is obeyed with all of its settings; ``scheduler`` replaces it, by its file or
-        its values. ``variant`` (``fp16``) selects weights in a folder. ``compute_dtype``, ``acceleration`` and
-        ``device`` are those of :meth:`Client.lend`.
+        its values. ``variant`` (``fp16``) selects weights in a folder. ``compute_dtype`` and ``device`` are
+        those of :meth:`Client.lend`, and so is ``acceleration`` for an image encoder, the one part that runs as its
+        class.
 
         ``name`` is in the labels of loans (``NAME/transformer``), for ``Client.unload``; it is the folder's or file's
         unless given. With ``keep_alive``, the models are returned after so many seconds without a call, and the next
@@ -149,6 +150,11 @@ class Pipeline:
             variant=variant,
             name=name,
         )
+        if acceleration is not None and IMAGE_ENCODER not in found.parts:
+            raise BadRequest(
+                f"acceleration {acceleration!r} would have no effect: {found.name} has no image_encoder, and families "
+                "run its other parts; leave it out"
+            )
         own = client or Client(runtime_dir, name=f"pipeline {found.name}"[:64], wait_s=wait_s, deadline_s=deadline_s)
         loans = Loans(own, found, compute_dtype=compute_dtype, acceleration=acceleration, device=device)
         pipe = cls(own, found, loans, owns_client=client is None, defaults=defaults, keep_alive=keep_alive)

@@ -8,26 +8,31 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.models import SCHEDULE_SHIFT
 from shapes.pool import PATCHES, Pool, autocast, tokens
+from shapes.profiling import Parts, profile
 from shapes.vae_training import Budget
 
 LONG_TEXT: Final = 512
 """What FluxPipeline pads sentences to unless told otherwise."""
-LONG_EVERY: Final = 8
-"""One step of so many pads sentences to 512 tokens."""
+LONG_SHARE: Final = 0.4
+"""Of the batch in steps with long sentences: about as many tokens as in the others."""
 WEAKEST_GUIDANCE: Final = 1.0
 STRONGEST_GUIDANCE: Final = 5.0
 GUIDED_FROM: Final = 0.1
 GUIDED_FULLY: Final = 0.3
 """Sigmas below the former are not guided, above the latter they are in full: guidance at the end of sampling would only
 push colours out of their range (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024)."""
+_PROFILED_AT: Final = 2
+_TIMED: Final = range(160, 200)
 _SHARD_BYTES: Final = 15_000_000
 
 
@@ -61,18 +66,28 @@ class Flow(torch.nn.Module):
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """One phase: rectified flow; with ``is_distilled``, guidance from a teacher that answers with and without words."""
+    """One phase: rectified flow; with ``is_distilled``, guidance from a teacher that answers with and without words.
+
+    The rate falls from ``rate`` to its share ``final``. Patches that objects cover count ``object_weight`` times in the
+    first half of the budget, and as the others from three quarters on: objects are few pixels, but most of what is
+    to be learned; at the end the velocity must be the unweighted mean. One step of ``long_every`` pads sentences to
+    512 tokens; 0: none does.
+    """
 
     budget: Budget
     is_distilled: bool = False
     batch: int = 256
     rate: float = 1e-3
     text_rate: float = 5e-4
+    final: float = 0.01
+    object_weight: float = 1.0
+    long_every: int = 16
     decay: float = 0.999
     refresh_every: int = 8
     dropped: float = 0.1
     seed: int = 0
     is_compiled: bool = True
+    is_profiled: bool = False
 
     @property
     def name(self) -> str:
@@ -89,16 +104,17 @@ class FlowTraining:
         self._teacher = copy.deepcopy(self.ema) if settings.is_distilled else None
         texts = (flow.text_encoder, flow.text_encoder_2)
         self._parameters = list(flow.parameters())
-        self._optimizer = torch.optim.AdamW(
+        self._peaks = [settings.rate, settings.text_rate]
+        self._optimizer = adamw(
             [
-                {"params": list(flow.transformer.parameters()), "peak": settings.rate},
-                {"params": [each for text in texts for each in text.parameters()], "peak": settings.text_rate},
+                {"params": list(flow.transformer.parameters())},
+                {"params": [each for text in texts for each in text.parameters()]},
             ],
-            lr=settings.rate,
-            betas=(0.9, 0.98),
-            weight_decay=0.01,
-            fused=device.type == "cuda",
+            settings.rate,
+            device,
+            decay=0.01,
         )
+        self._update = GraphedStep(settings.name, self._learn, device)
         self._generator = torch.Generator(device)
         self._no_words = tuple(each.to(device) for each in tokens([""]))
         if settings.is_compiled and device.type == "cuda":
@@ -114,32 +130,47 @@ class FlowTraining:
         Each step draws from a generator seeded with its number, so a training that is resumed repeats the same steps.
         """
         settings = self.settings
-        started, recent, told = time.monotonic(), [], self.step
+        started, recent, told, told_at = time.monotonic(), [], self.step, 0.0
+        is_profiled = settings.is_profiled and self.device.type == "cuda"
+        parts = Parts(("refresh", "batch and noise", "update", "averages"))
         while (progress := settings.budget.progress(started, self.step)) < 1 and self.step != (until or -1):
             warm = min(1.0, (self.step + 1) / 200)
-            for group in self._optimizer.param_groups:
-                group["lr"] = group["peak"] * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+            share = warm * (settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * progress)))
+            set_rate(self._optimizer, [peak * share for peak in self._peaks])
+            extra = (settings.object_weight - 1) * min(1.0, max(0.0, 3 - 4 * progress))
+            timed = parts if is_profiled and self.step - told in _TIMED else None
+            if timed:
+                timed.begin()
             if self.step and self.step % settings.refresh_every == 0:
                 pool.refresh()
-            loss = self._step(pool)
+            if timed:
+                timed.mark()
+            if is_profiled and self.step - told == _PROFILED_AT:
+                loss = profile(settings.name, partial(self._step, pool, extra))
+            else:
+                loss = self._step(pool, extra, timed)
             self.step += 1
+            if is_profiled and self.step - told == _TIMED.stop:
+                print(f"{settings.name}: on the GPU's stream a step has {parts}", flush=True)
             if self.step % 20 == 0:
                 recent = [*recent[-24:], loss.item()]  # waits for the GPU, so that the clock is right
             if self.step % 200 == 0:
                 now = time.monotonic() - started
                 print(
                     f"{settings.name}: step {self.step} loss {sum(recent) / len(recent):.4f}, {now:.0f} s, "
-                    f"{(self.step - told) / max(now, 1e-9):.1f} steps/s",
+                    f"{200 / max(now - told_at, 1e-9):.1f} steps/s",
                     flush=True,
                 )
+                told_at = now
         print(f"{settings.name}: {self.step} steps, {time.monotonic() - started:.0f} s", flush=True)
         return sum(recent) / len(recent) if recent else float(loss)
 
-    def _step(self, pool: Pool) -> torch.Tensor:
+    def _step(self, pool: Pool, extra: float, timed: Parts | None = None) -> torch.Tensor:
         settings, device = self.settings, self.device
-        count = settings.batch
+        is_long = settings.long_every and self.step % settings.long_every == settings.long_every - 1
+        count = max(1, round(settings.batch * LONG_SHARE)) if is_long else settings.batch
         generator = self._generator.manual_seed(settings.seed * 1_000_003 + self.step)
-        latents, clip, t5 = pool.batch(count, generator)
+        latents, clip, t5, covered = pool.batch(count, generator)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         sigmas = torch.sigmoid(torch.randn(count, generator=generator, device=device) + SCHEDULE_SHIFT)
         even = torch.rand(count, generator=generator, device=device)
@@ -149,29 +180,56 @@ class FlowTraining:
         if self._teacher is None:
             is_dropped = (torch.rand(count, generator=generator, device=device) < settings.dropped)[:, None]
             clip, t5 = (torch.where(is_dropped, *both) for both in zip(self._no_words, (clip, t5), strict=True))
-            target = noise - latents
         else:
             span = torch.rand(count, generator=generator, device=device)
-            asked = guidance + span * (STRONGEST_GUIDANCE - WEAKEST_GUIDANCE)
-            with torch.no_grad(), autocast(device):
-                with_words = self._teacher(noisy, sigmas, guidance, clip, t5).float()
-                nothing = (empty.expand(count, -1) for empty in self._no_words)
-                without = self._teacher(noisy, sigmas, guidance, *nothing).float()
-            strength = (asked - 1) * ((sigmas - GUIDED_FROM) / (GUIDED_FULLY - GUIDED_FROM)).clamp(0, 1)
-            target = with_words + strength[:, None, None] * (with_words - without)
-            guidance = asked
-        if self.step % LONG_EVERY == LONG_EVERY - 1:
+            guidance = guidance + span * (STRONGEST_GUIDANCE - WEAKEST_GUIDANCE)
+        if is_long:
             t5 = torch.nn.functional.pad(t5, (0, LONG_TEXT - t5.shape[1]))
-        with autocast(device):
-            velocity = self.flow(noisy, sigmas, guidance, clip, t5)
-        loss = torch.nn.functional.mse_loss(velocity.float(), target)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
+        weights = 1 + extra * covered
+        if timed:
+            timed.mark()
+        loss = self._update(noisy, sigmas, guidance, clip, t5, noise - latents, weights)
+        if timed:
+            timed.mark()
         decay = min(settings.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), self._parameters, 1 - decay)
+        if timed:
+            timed.mark()
+        return loss
+
+    def _learn(
+        self,
+        noisy: torch.Tensor,
+        sigmas: torch.Tensor,
+        guidance: torch.Tensor,
+        clip: torch.Tensor,
+        t5: torch.Tensor,
+        target: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Change the weights once, and return the loss; nothing here waits for the GPU, so that it can be recorded.
+
+        ``target`` is (batch, 256, 64), ``weights`` of patches are (batch, 256). In the distilled phase, the teacher's
+        guided answer takes the target's place.
+        """
+        if self._teacher is not None:
+            weakest = torch.full_like(guidance, WEAKEST_GUIDANCE)
+            with torch.no_grad(), autocast(self.device):
+                with_words = self._teacher(noisy, sigmas, weakest, clip, t5).float()
+                nothing = (empty.expand(len(noisy), -1) for empty in self._no_words)
+                without = self._teacher(noisy, sigmas, weakest, *nothing).float()
+            strength = (guidance - 1) * ((sigmas - GUIDED_FROM) / (GUIDED_FULLY - GUIDED_FROM)).clamp(0, 1)
+            target = with_words + strength[:, None, None] * (with_words - without)
+        self._optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device):
+            velocity = self.flow(noisy, sigmas, guidance, clip, t5)
+        error = (velocity.float() - target).square().mean(-1)
+        loss = (weights * error).mean() / weights.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def save_state(self, folder: Path) -> None:

@@ -102,7 +102,7 @@ def train_lora(
         if step and step % 4 == 0:
             pool.refresh()
         generator.manual_seed(seed * 1_000_003 + step)
-        latents, clip, t5 = pool.batch(batch, generator)
+        latents, clip, t5, _ = pool.batch(batch, generator)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         sigmas = torch.sigmoid(torch.randn(batch, generator=generator, device=device) + SCHEDULE_SHIFT)
         noisy = torch.lerp(latents, noise, sigmas[:, None, None])

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 
 from shapes.draw import draw, encode
 from shapes.models import LATENT_SCALE, LATENT_SHIFT
+from shapes.scenes import MAX_OBJECTS
 from shapes.text_tokens import CLIP_TOKENS, T5_TOKENS, clip_tokenizer, t5_tokenizer
 from shapes.words import sample_request
 
@@ -85,6 +86,7 @@ class Pool:
         self.latents = torch.zeros(count, 16, 2 * PATCHES, 2 * PATCHES, dtype=torch.float16, device=device)
         self.clip = torch.zeros(count, CLIP_TOKENS, dtype=torch.int32, device=device)
         self.t5 = torch.zeros(count, T5_TOKENS, dtype=torch.int32, device=device)
+        self.covered = torch.zeros(count, PATCHES**2, dtype=torch.float16, device=device)
         self._next, self._outline = first, outline
         self._chunks = chunks(seed, first, size, workers)
         for _ in range(slots):
@@ -100,11 +102,14 @@ class Pool:
         self.latents[here] = encode_latents(self._vae, images).to(torch.float16)
         self.clip[here] = clip.to(self._device, non_blocking=True)
         self.t5[here] = t5.to(self._device, non_blocking=True)
+        self.covered[here] = covered_patches(scenes.to(self._device)).to(torch.float16)
 
-    def batch(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose pictures: latents as the transformer sees them, packed (count, 256, 64) float32, and both tokens."""
+    def batch(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Choose pictures: packed latents (count, 256, 64) float32, CLIP's tokens, T5's tokens, and which patches
+        objects cover, (count, 256) float32."""
         chosen = torch.randint(len(self.latents), (count,), generator=generator, device=self._device)
-        return pack(self.latents[chosen].float()), self.clip[chosen], self.t5[chosen]
+        latents = pack(self.latents[chosen].float())
+        return latents, self.clip[chosen], self.t5[chosen], self.covered[chosen].float()
 
 
 @torch.no_grad()
@@ -119,6 +124,20 @@ def encode_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 def autocast(device: torch.device) -> torch.autocast:
     """Compute in bfloat16 on a GPU, in float32 on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def covered_patches(rows: torch.Tensor) -> torch.Tensor:
+    """Say which patches the squares around objects touch, (scenes, 256) bool, row by row as :func:`pack` has them.
+
+    ``rows`` are as :func:`~shapes.draw.encode` writes them.
+    """
+    middles = (torch.arange(PATCHES, device=rows.device) + 0.5) / PATCHES
+    things = rows[:, :MAX_OBJECTS]
+    x, y, r = (things[..., field, None] for field in (2, 3, 4))
+    columns = (middles - x).abs() < r + 0.5 / PATCHES
+    lines = (middles - y).abs() < r + 0.5 / PATCHES
+    is_there = things[:, :, 0, None, None] >= 0
+    return (is_there & lines[..., :, None] & columns[..., None, :]).any(1).flatten(1)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

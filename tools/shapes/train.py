@@ -60,12 +60,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--distill-steps", type=int, default=0, help="in place of seconds")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--final", type=float, default=0.01, help="share of the rate at the end of the flow's phase")
+    parser.add_argument("--object-weight", type=float, default=4.0, help="of patches with objects, in the first half")
+    parser.add_argument("--long-every", type=int, default=16, help="one step of so many has 512 tokens; 0: none")
     parser.add_argument("--distill-rate", type=float, default=3e-4)
     parser.add_argument("--pool", type=int, default=65_536, help="pictures whose latents are kept")
     parser.add_argument("--chunk", type=int, default=256, help="pictures that are drawn at once")
-    parser.add_argument("--refresh-every", type=int, default=8, help="steps until a chunk of the pool is replaced")
+    parser.add_argument("--refresh-every", type=int, default=24, help="steps until a chunk of the pool is replaced")
     parser.add_argument("--workers", type=int, default=8, help="processes that write sentences")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print what the flow's steps spend on the GPU")
     parser.add_argument("--sentences", type=int, default=200, help="of the judge at the end; 0: none")
     parser.add_argument("--state", type=Path, help="continue the flow's phase from here, and save it here at its end")
     parser.add_argument("--folder", type=Path, help="write the pipeline's folder here")
@@ -118,11 +122,15 @@ def main(arguments: list[str] | None = None) -> None:
                 is_distilled=is_distilled,
                 batch=given.batch,
                 rate=given.distill_rate if is_distilled else given.rate,
-                text_rate=(given.distill_rate if is_distilled else given.rate) / 2,
+                text_rate=given.distill_rate / 2 if is_distilled else given.rate,
+                final=0.01 if is_distilled else given.final,
+                object_weight=1.0 if is_distilled else given.object_weight,
+                long_every=given.long_every,
                 decay=0.998 if is_distilled else 0.999,
                 refresh_every=given.refresh_every,
                 seed=given.seed + 101 * is_distilled,
                 is_compiled=not given.no_compile,
+                is_profiled=given.profile,
             ),
         )
         for name in PARTS[:1] + PARTS[2:]:
@@ -149,7 +157,7 @@ def _vae(
 ) -> torch.nn.Module:
     if given.vae_seconds or given.vae_steps:
         budget = Budget(given.vae_seconds, given.vae_steps)
-        settings = VaeSettings(budget, batch=given.vae_batch, seed=given.seed, workers=min(4, given.workers))
+        settings = VaeSettings(budget, batch=given.vae_batch, seed=given.seed, workers=given.workers)
         vae = train_vae(settings, device)
         save_weights(vae, given.out / "vae.safetensors")
         load_weights(vae, given.out / "vae.safetensors")  # as rounded: the transformer learns latents of what is kept

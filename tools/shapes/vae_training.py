@@ -6,14 +6,20 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from random import Random
+from typing import Final
 
 import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
-from shapes.draw import OUTLINE, draw
+from shapes.draw import OUTLINE, PIXELS, draw
+from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.models import LATENT_SCALE, LATENT_SHIFT, build_vae
 from shapes.pool import autocast, chunks
+
+CROP: Final = 128
+"""Pixels on each side of what both halves are trained on; the decoder then learns whole pictures."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """Both halves are trained for ``joint`` of the budget, then the decoder."""
+    """Both halves are trained for ``joint`` of the budget on crops of two batches, then the decoder on pictures."""
 
     budget: Budget
     batch: int = 48
     rate: float = 1.5e-3
     kl: float = 1e-7
-    joint: float = 0.7
+    joint: float = 0.6
     seed: int = 0
     workers: int = 4
 
@@ -52,13 +58,14 @@ def train_vae(settings: VaeSettings, device: torch.device) -> AutoencoderKL:
     """
     torch.manual_seed(settings.seed)
     vae = build_vae().to(device, memory_format=torch.channels_last).train()
-    data = chunks(settings.seed + 1_000_003, 0, settings.batch, settings.workers)
+    data = chunks(settings.seed + 1_000_003, 0, 2 * settings.batch, settings.workers)
     started = time.monotonic()
     step = _train(vae, settings, device, data, started, 0, settings.joint)
     print(f"vae: {step} steps with both halves, {time.monotonic() - started:.0f} s", flush=True)
     _rescale(vae, device, data)
     vae.encoder.requires_grad_(False)
-    step = _train(vae, settings, device, data, started, step, 1.0)
+    halves = ((part,) for chunk in data for part in chunk[0].split(settings.batch))
+    step = _train(vae, settings, device, halves, started, step, 1.0)
     print(f"vae: {step} steps, {time.monotonic() - started:.0f} s", flush=True)
     return vae.eval().requires_grad_(False)
 
@@ -75,44 +82,82 @@ def _train(
     """Train until a share of the budget is used; the rate falls to nearly nothing at its end. Return the step."""
     is_joint = step == 0
     parameters = [each for each in vae.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, settings.rate, betas=(0.9, 0.98), fused=device.type == "cuda")
+    optimizer = adamw([{"params": parameters}], settings.rate, device, decay=0.01)
+    learning = _Learning(vae, optimizer, parameters, settings.kl, is_joint)
+    whole, half = (
+        GraphedStep(f"vae {name}", update, device)
+        for name, update in (("whole", learning.whole), ("half", learning.half))
+    )
     generator = torch.Generator(device)
     begun = settings.budget.progress(started, step)
     first = step
     while (progress := settings.budget.progress(started, step)) < until:
         share = (progress - begun) / max(until - begun, 1e-9)
         rate = settings.rate * (1.0 if is_joint else 0.5) * min(1.0, (step - first + 1) / 100)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        set_rate(optimizer, [rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))])
         generator.manual_seed(settings.seed * 1_000_003 + step)
-        outline = OUTLINE if step % 8 >= 6 else 0.0
-        images = draw(next(data)[0], device, outline=outline).to(memory_format=torch.channels_last)
-        with autocast(device):
-            with torch.set_grad_enabled(is_joint):
-                posterior = vae.encode(images).latent_dist
-            mean = posterior.mean.float()
-            noise = torch.randn(mean.shape, generator=generator, device=device)
-            if is_joint:
-                latents = mean + posterior.std.float() * noise
-            else:
-                strength = torch.rand(len(mean), 1, 1, 1, generator=generator, device=device) * (0.2 / LATENT_SCALE)
-                latents = mean + strength * noise
-            target = images
-            if is_joint and step % 2:
-                latents, target = functional.avg_pool2d(latents, 2), functional.avg_pool2d(images, 2)
-            decoded = vae.decode(latents).sample.float()
-        loss = functional.l1_loss(decoded, target) + functional.mse_loss(decoded, target)
+        images = draw(next(data)[0], device, outline=OUTLINE if step % 8 >= 6 else 0.0)
         if is_joint:
-            variance = posterior.logvar.float()
-            loss = loss + settings.kl * 0.5 * (mean.square() + variance.exp() - 1 - variance).sum((1, 2, 3)).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+            corner = Random(f"{settings.seed} {step}")
+            x, y = (corner.randint(0, images.shape[-1] - CROP) for _ in range(2))
+            images = images[:, :, y : y + CROP, x : x + CROP]
+        images = images.contiguous(memory_format=torch.channels_last)
+        places = (len(images), 16, images.shape[2] // 8, images.shape[3] // 8)
+        noise = torch.randn(places, generator=generator, device=device)
+        if not is_joint:
+            noise *= torch.rand(len(images), 1, 1, 1, generator=generator, device=device) * (0.2 / LATENT_SCALE)
+        loss = (half if is_joint and step % 2 else whole)(images, noise)
         if step % 100 == 0:
             print(f"vae: step {step} loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True)
         step += 1
     return step
+
+
+class _Learning:
+    """The two kinds of steps; neither reads a value on the host, so that they can be recorded."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[torch.nn.Parameter],
+        kl: float,
+        is_joint: bool,
+    ) -> None:
+        self._vae, self._optimizer, self._parameters = vae, optimizer, parameters
+        self._kl, self._is_joint = kl, is_joint
+
+    def whole(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return self._learn(images, noise, is_half=False)
+
+    def half(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return self._learn(images, noise, is_half=True)
+
+    def _learn(self, images: torch.Tensor, noise: torch.Tensor, *, is_half: bool) -> torch.Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        with autocast(images.device):
+            with torch.set_grad_enabled(self._is_joint):
+                posterior = self._vae.encode(images).latent_dist
+            mean = posterior.mean.float()
+            latents = mean + (posterior.std.float() * noise if self._is_joint else noise)
+            target = images
+            if is_half:
+                latents, target = functional.avg_pool2d(latents, 2), functional.avg_pool2d(images, 2)
+            decoded = self._vae.decode(latents).sample.float()
+        off = decoded - target
+        # Differences of neighbours: edges say what a form is, and are few pixels.
+        edges = off.diff(dim=2).abs().mean() + off.diff(dim=3).abs().mean()
+        loss = off.abs().mean() + off.square().mean() + edges
+        if self._is_joint:
+            variance = posterior.logvar.float()
+            deviation = mean.square() + variance.exp() - 1 - variance
+            scale = images.shape[-1] ** 2 / PIXELS**2  # a crop's divergence counts as a picture's
+            loss = loss + self._kl / scale * 0.5 * deviation.sum((1, 2, 3)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
 
 @torch.no_grad()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from shapes.draw import draw, encode
 from shapes.flow_training import Flow, FlowSettings, FlowTraining
 from shapes.lora import Lora
 from shapes.models import build_clip, build_t5, build_transformer
-from shapes.pool import pack, tokens
-from shapes.vae_training import Budget
+from shapes.pool import covered_patches, pack, tokens
+from shapes.scenes import Scene, Thing
+from shapes.vae_training import Budget, VaeSettings, train_vae
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 
@@ -21,14 +25,15 @@ class FewLatents:
     def __init__(self) -> None:
         self.latents = torch.randn(4, 16, 32, 32, generator=torch.Generator().manual_seed(1))
         self.clip, self.t5 = tokens(["a red circle", "a blue star", "一个绿色的圆环", ""])
+        self.covered = (torch.arange(4 * 256).view(4, 256) % 5 == 0).float()
         self.refreshed = 0
 
     def refresh(self) -> None:
         self.refreshed += 1
 
-    def batch(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         chosen = torch.randint(4, (count,), generator=generator)
-        return pack(self.latents[chosen]), self.clip[chosen], self.t5[chosen]
+        return pack(self.latents[chosen]), self.clip[chosen], self.t5[chosen], self.covered[chosen]
 
 
 def fresh_flow() -> Flow:
@@ -41,7 +46,15 @@ def fresh_flow() -> Flow:
 
 
 def training(steps: int, *, is_distilled: bool = False) -> FlowTraining:
-    settings = FlowSettings(Budget(0, steps), is_distilled=is_distilled, batch=1, refresh_every=2, is_compiled=False)
+    settings = FlowSettings(
+        Budget(0, steps),
+        is_distilled=is_distilled,
+        batch=1,
+        refresh_every=2,
+        long_every=3,
+        object_weight=4.0,
+        is_compiled=False,
+    )
     return FlowTraining(fresh_flow(), settings, CPU)
 
 
@@ -72,10 +85,50 @@ def test_both_phases_change_all_models() -> None:
         assert changed == {"transformer", "text_encoder", "text_encoder_2"}
 
 
+class NothingRead(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: values read on the host, and random numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "is_nonzero", "aten.rand", "normal_")):
+            raise AssertionError(f"{name} in a step that is recorded")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_distilled", [False, True])
+def test_a_step_reads_nothing_on_the_host(is_distilled: bool) -> None:
+    begun, pool = training(2, is_distilled=is_distilled), FewLatents()
+    step = begun._learn
+
+    def watched(*inputs: torch.Tensor) -> torch.Tensor:
+        with NothingRead():
+            return step(*inputs)
+
+    begun._optimizer.step = lambda: None  # type: ignore[method-assign]  # on a CPU it counts on the host
+    begun._update._step = watched
+    assert begun.train(pool) > 0
+
+
+def test_covered_patches_are_those_that_objects_change() -> None:
+    things = (Thing("square", "red", "large", 0, 0.2, 0.25, 0.15), Thing("star", "blue", "small", 5, 0.8, 0.5, 0.09))
+    rows = encode([Scene(things, "plain", "white"), Scene((), "plain", "white")])
+    covered = covered_patches(rows)
+    changed = (draw(rows) < 0.999).any(1).unfold(1, 16, 16).unfold(2, 16, 16).flatten(3).any(-1).flatten(1)
+    assert not (changed & ~covered).any()
+    assert 0 < int(covered[0].sum()) < 2 * int(changed[0].sum())
+    assert not covered[1].any()
+
+
+def test_the_vae_learns_with_both_halves_then_its_decoder(capsys: pytest.CaptureFixture[str]) -> None:
+    vae = train_vae(VaeSettings(Budget(0, 3), batch=1, workers=0), CPU)
+    assert "vae: 3 steps" in capsys.readouterr().out
+    assert all(each.isfinite().all() for each in vae.parameters())
+
+
 def test_a_lora_starts_as_nothing_and_leaves_no_trace(tmp_path: Path) -> None:
     flow = fresh_flow().requires_grad_(False)
     lora = Lora(flow.transformer, 4, torch.Generator().manual_seed(1))
-    latents, clip, t5 = FewLatents().batch(1, torch.Generator().manual_seed(1))
+    latents, clip, t5, _ = FewLatents().batch(1, torch.Generator().manual_seed(1))
     given = (latents, torch.full((1,), 0.5), torch.ones(1), clip, t5)
     plain = flow(*given)
     with lora.applied():
