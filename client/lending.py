@@ -127,6 +127,8 @@ def describe(
     started = time.perf_counter()
     try:
         check_given(label=label, device=device, generation=generation, as_class=as_class)
+        if not isinstance(prefix, str):
+            raise BadRequest(f"prefix: {prefix!r:.100} is of type {type(prefix).__name__}, use a text")
         if isinstance(source, (str, bytes, os.PathLike)):
             path = path_of(source)
             label = label or os.fsencode(label_of(path)).decode("utf-8", "replace")  # names need not be Unicode

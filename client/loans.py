@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Protocol
 
@@ -173,7 +173,7 @@ class LoanWithLoras:
 
     def __init__(self, loan: Loan, loras: Sequence[tuple[Loan | str, Strength]]) -> None:
         self.loan = loan
-        if not isinstance(loras, Sequence) or isinstance(loras, str | bytes):
+        if not isinstance(loras, Sequence | Iterator) or isinstance(loras, str | bytes):
             raise BadRequest(
                 f"loras: {loras!r:.100} is of type {type(loras).__name__}: a list of pairs is needed, of a loan of "
                 "lend_lora() and a strength, such as [(lora, 0.8)]; an empty list for none"

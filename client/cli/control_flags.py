@@ -15,6 +15,7 @@ from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.limits import MAX_CONTROL_MODES
 from xditd.ipc.loras import MAX_SCALE
+from xditd.ipc.settings.client import CONTROLS_VARIABLE
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
     from xditd.client.jobs.controls import Control
     from xditd.client.loans import Loan
 
-VARIABLE: Final = "XDITD_CONTROLS"
 METAVAR: Final = "FILE=PICTURE[@SCALE][:start=SHARE][:end=SHARE][:mode=NUMBER]"
 _HELP: Final = (
     "file of a ControlNet and its picture, such as canny.safetensors=edges.png@0.6; the share of the steps in which it "
     "runs, and for a union the kind of the picture, may follow: union.safetensors=map.png@0.6:end=0.5:mode=2; the VAE "
     "encodes pictures, which have the size of the result; may be repeated; the variable takes several, separated by "
-    f"commas [{VARIABLE}]"
+    f"commas [{CONTROLS_VARIABLE}]"
 )
 _OPTIONS: Final = ("start", "end", "mode")
 
@@ -47,7 +47,7 @@ class ControlFlag:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    default = os.environ.get(VARIABLE) or None
+    default = os.environ.get(CONTROLS_VARIABLE) or None
     parser.add_argument(
         "--control", type=parse, action=_Extend, default=default, metavar=METAVAR, help=_HELP.replace("%", "%%")
     )

@@ -28,6 +28,7 @@ _ONE_HOST_ONLY: Final = frozenset(
         "lend",
         "lend_lora",
         "lend_tokenizer",
+        "unload",
         "return_",
         "check_memory",
         "adopt",

@@ -362,6 +362,11 @@ VERB_FLAGS: Final[dict[str, type[msgspec.Struct]]] = {
 }
 
 
+CONTROLS_VARIABLE: Final = "XDITD_CONTROLS"
+"""Of ``xditd generate --control``, which no struct of flags has."""
+
+
 def variables() -> frozenset[str]:
     """List the environment variables of all verbs."""
-    return frozenset(each.variable for struct in VERB_FLAGS.values() for each in settings_of(struct))
+    own = (each.variable for struct in VERB_FLAGS.values() for each in settings_of(struct))
+    return frozenset({CONTROLS_VARIABLE, *own})

@@ -56,7 +56,7 @@ def test_names_that_the_terminal_does_not_have_are_escaped():
     assert "Traceback" not in done.stderr
 
 
-OTHERS = {"serve", "doctor", "demo", "install-service", "comfyui", "generate", "cluster", "completion", "top"}
+OTHERS = {"serve", "doctor", "demo", "install-service", "comfyui", "generate", "cluster", "completion", "top", "models"}
 """Verbs that need no daemon, have verbs of their own, or are tested elsewhere; ``top`` has no ``--json``."""
 
 

@@ -74,6 +74,8 @@ CASES = {
         },
     ),
 }  # fmt: skip
+SHORT = ("FLUX.1 dev", "Z-Image", "Wan VACE")
+"""The pipelines that each test run covers; the others are for long runs."""
 OF_ALL = {
     "width": 64,
     "height": 96,
@@ -101,7 +103,9 @@ ELSEWHERE = {"prompt", "negative_prompt", "loras", "conditioning", "on_progress"
 """Arguments with tests of their own."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=() if each in SHORT else pytest.mark.long) for each in CASES]
+)
 def test_each_argument_acts_or_is_refused(
     opened: Callable[..., Pipeline], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
