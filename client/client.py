@@ -181,7 +181,9 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             height=height,
             width=width,
             frames=frames,
-            second=None if transformer_2 is None else self._component(transformer_2, ComponentKind.TRANSFORMER),
+            second=None
+            if transformer_2 is None
+            else self._component(transformer_2, ComponentKind.TRANSFORMER, "transformer_2"),
             steps=steps,
             sigmas=sigmas,
             guidance_scale=guidance_scale,
@@ -192,8 +194,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             variant=variant,
             options=options,
             controls=[
-                (self._component(each.controlnet, ComponentKind.CONTROLNET), each)
-                for each in checked_controls("controls", controls, Control)
+                (self._component(each.controlnet, ComponentKind.CONTROLNET, f"controls[{number}].controlnet"), each)
+                for number, each in enumerate(checked_controls("controls", controls, Control))
             ],
             scheduler=scheduler,
             start_image=start_image,
@@ -363,10 +365,12 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
     def _transformer(self, component: Loan | LoanWithLoras | str | None) -> Component | None:
         return None if component is None else self._component(component, ComponentKind.TRANSFORMER)
 
-    def _component(self, component: Loan | LoanWithLoras | str, kind: ComponentKind) -> Component:
+    def _component(
+        self, component: Loan | LoanWithLoras | str, kind: ComponentKind, name: str | None = None
+    ) -> Component:
         if isinstance(component, LoanWithLoras):
-            return Component(component_id_of(component.loan, kind), component.facts, component.uses())
-        component_id = component_id_of(component, kind)
+            return Component(component_id_of(component.loan, kind, name), component.facts, component.uses())
+        component_id = component_id_of(component, kind, name)
         return Component(component_id, self.facts(component))
 
     # --- The session ---------------------------------------------------------------------------

@@ -243,26 +243,29 @@ def kind_named(kind: ComponentKind | str) -> ComponentKind:
         raise BadRequest(f"kind {kind!r}: unknown; choose one of {known}") from None
 
 
-def component_id_of(component: Loan | str, kind: ComponentKind) -> str:
+def component_id_of(component: Loan | str, kind: ComponentKind, name: str | None = None) -> str:
     """Return the id of a live loan of this kind; a component id is returned unchanged.
+
+    ``name`` is that of the argument in messages, without it that of the kind.
 
     Raises:
         BadRequest: neither a loan nor an id, or a loan of another kind.
         LeaseLost: the loan has ended.
     """
+    name = name or kind.value
     if isinstance(component, str):
         return component
     if not isinstance(component, Loan):
-        raise BadRequest(f"{kind.value}: a loan or a component id is needed, not {type(component).__name__}")
+        raise BadRequest(f"{name}: a loan or a component id is needed, not {type(component).__name__}")
     component.check()
     if component.kind is kind:
         return component.component_id
     if component.kind is ComponentKind.MODULE:
         raise BadRequest(
-            f"{kind.value}: {component.label} was lent to run as its class, by client.call(); for this job lend a "
+            f"{name}: {component.label} was lent to run as its class, by client.call(); for this job lend a "
             f"{kind.value} of a family (docs/models.md lists them), without as_class"
         )
-    raise BadRequest(f"{kind.value}: {component.label} is a {component.kind.value}; name a {kind.value}")
+    raise BadRequest(f"{name}: {component.label} is a {component.kind.value}; name a {kind.value}")
 
 
 def _checked(loan: Loan, given: object) -> tuple[Loan | str, Strength]:

@@ -70,6 +70,8 @@ class GenerationResult:
         if self.image is None:
             raise BadRequest("image: the job had no VAE; pass vae=... to generate, or decode the latents")
         count = len(self.image)
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise BadRequest(f"index: {index!r:.100} is not a whole number; the batch has {count}, numbered from 0")
         if not -count <= index < count:
             raise BadRequest(f"index {index}: the batch has {count} images, numbered from 0")
         return self.image[index]
@@ -101,9 +103,15 @@ class GenerationResult:
         ``metadata`` is false; other formats do not.
 
         Raises:
-            BadRequest: as :meth:`to_pil`; the suffix names no format that can hold it; or PyAV is not installed.
+            BadRequest: as :meth:`to_pil`; the suffix names no format that can hold it; ``fps`` of a video is not a
+                whole number from 1 to 1000; or PyAV is not installed.
             OutputFailed: the path cannot be written, or the disk has no room; save the image elsewhere.
         """
+        self._of(index)
+        if self.is_video:
+            from xditd.client.video_files import check_fps
+
+            check_fps(fps)
         record = self.record_text(index, fps) if metadata else None
         if self.is_video or (self._of(index).ndim == 4 and Path(path).suffix.lower() in ("", ".mp4")):
             from xditd.client.video_files import write_video

@@ -126,14 +126,19 @@ def encode_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int, re
     return buffer.getvalue()
 
 
+def check_fps(fps: object) -> None:
+    """Raise ``BadRequest`` unless a video may have as many frames a second."""
+    if isinstance(fps, bool) or not isinstance(fps, int) or not 1 <= fps <= MAX_FPS:
+        raise BadRequest(f"fps: {fps!r:.100} is not a whole number from 1 to {MAX_FPS}")
+
+
 def _check_settings(target: Path, height: int, width: int, fps: int) -> None:
     if target.suffix.lower() != _SUFFIX:
         raise BadRequest(
             f"video file {target}: {target.suffix} is not written; use {_SUFFIX}, or a path without a suffix for a "
             "folder of PNG files"
         )
-    if isinstance(fps, bool) or not isinstance(fps, int) or not 1 <= fps <= MAX_FPS:
-        raise BadRequest(f"fps: {fps!r} is not a whole number from 1 to {MAX_FPS}")
+    check_fps(fps)
     if height % 2 or width % 2:
         raise BadRequest(f"video file {target}: {width}x{height} pixels are not even; save it to a folder of PNG files")
 

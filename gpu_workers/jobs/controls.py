@@ -226,7 +226,7 @@ def encode_sample(
     The latents are a sample of the VAE's distribution with the noise that ``draw`` gives, or its mode without.
 
     Raises:
-        BadRequest: no VAE, or a wrong size.
+        BadRequest: no VAE, a wrong size, or values that are not finite.
         Unsupported: a VAE that draws no samples, with ``draw``.
     """
     if vae is None:
@@ -235,6 +235,7 @@ def encode_sample(
         )
     facts, operations = vae.vae_facts, vae.model.operations_for("vae")
     check_shape(place, image, (None, facts.image_channels, wanted.height, wanted.width))
+    check_finite({place: image})
     if is_picture:  # as diffusers has pictures of Pillow: convolutions round by it
         image = image.contiguous(memory_format=torch.channels_last)
     if draw is None:

@@ -121,6 +121,9 @@ def read_start(
         mask = io.read("start_mask", job.start_mask, context.device)
         check_shape("start_mask", mask, (None, 1, wanted.height, wanted.width))
         check_finite({"start_mask": mask})
+        least, most = torch.stack(mask.aminmax()).tolist()
+        if not (least >= -0.01 and most <= 1.01):  # but for the rounding of a resize
+            raise BadRequest(f"start_mask: values from {least:g} to {most:g}, use 0 to 1")
         size = latents.shape[-2:]
         mask = torch.nn.functional.interpolate(mask.float(), size=tuple(size))
         mask = for_batch("start_mask", mask, wanted.batch)

@@ -1,10 +1,13 @@
 """Results of videos: frames, an .mp4 by PyAV, and a folder of PNG files without it."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from sample_records import WHOLE  # noqa: E402
 
 from xditd.client import GenerationResult  # noqa: E402
 from xditd.ipc.errors import BadRequest, OutputFailed  # noqa: E402
@@ -69,6 +72,20 @@ def test_a_video_is_written_with_its_frames_and_their_rate(result, tmp_path):
 def test_what_cannot_be_written_is_refused(result, tmp_path, name, fps, says):
     with pytest.raises(BadRequest, match=says):
         result.save(tmp_path / name, fps=fps)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [0, 2.5, "x", True, 2**70])
+def test_fps_is_named_also_with_a_record(result, tmp_path, fps):
+    with pytest.raises(BadRequest, match=r"^fps: .* is not a whole number from 1 to 1000"):
+        replace(result, record=WHOLE).save(tmp_path / "cat.mp4", fps=fps)
+
+
+@pytest.mark.parametrize("index", ["0", None, 0.0, True])
+def test_an_index_is_a_whole_number(result, tmp_path, index):
+    for use in (result.to_frames, lambda index: replace(result, record=WHOLE).save(tmp_path / "cat.mp4", index)):
+        with pytest.raises(BadRequest, match=r"^index: .* is not a whole number; the batch has \d"):
+            use(index)
     assert not list(tmp_path.iterdir())
 
 

@@ -128,7 +128,9 @@ def test_what_does_not_fit_is_refused_and_loans_end(client: Client, lent: Any, t
         client.generate(lent.transformer, TEXT, controls=[Control(lent.unions[0], PICTURES[0], mode=1)], **job)
     with pytest.raises(BadRequest, match="is a controlnet; name a transformer"):
         client.generate(lent.unions[0], TEXT, **job)
-    with pytest.raises(BadRequest, match="is a transformer; name a controlnet"):
+    with pytest.raises(BadRequest, match=r"^transformer_2: .* is a controlnet; name a transformer"):
+        client.generate(lent.transformer, TEXT, transformer_2=lent.unions[0], **job)
+    with pytest.raises(BadRequest, match=r"^controls\[0\].controlnet: .* is a transformer; name a controlnet"):
         client.generate(lent.transformer, TEXT, controls=[Control(lent.transformer, latents=latents)], **job)
     save_file(z_image_models.state_dict(1), tmp_path / "z.safetensors")
     other = client.lend(tmp_path / "z.safetensors")
@@ -142,3 +144,17 @@ def test_what_does_not_fit_is_refused_and_loans_end(client: Client, lent: Any, t
     gone = Control(lent.unions[0].component_id, latents=latents, mode=1)
     with pytest.raises((UnknownComponent, LeaseLost, BadRequest)):
         client.generate(lent.transformer, TEXT, controls=[gone], **job).result()
+
+
+def test_values_of_pictures_and_masks_are_refused_by_name(client: Client, lent: Any) -> None:
+    job: dict[str, Any] = {"vae": lent.vae, "height": HEIGHT, "width": WIDTH, "steps": 1, "seed": 1}
+    nowhere = torch.full((1, 3, HEIGHT, WIDTH), float("nan"))
+    control = Control(lent.unions[0], nowhere, mode=1)
+    with pytest.raises(BadRequest, match=r"^controls\[0\].image: some values are not finite"):
+        client.generate(lent.transformer, TEXT, controls=[control], **job).result()
+    with pytest.raises(BadRequest, match=r"^start_image: some values are not finite"):
+        client.generate(lent.transformer, TEXT, start_image=nowhere, **job).result()
+    for value in (-1.0, 2.0):
+        mask = torch.full((1, 1, HEIGHT, WIDTH), value)
+        with pytest.raises(BadRequest, match=f"^start_mask: values from {value:g} to {value:g}, use 0 to 1"):
+            client.generate(lent.transformer, TEXT, start_image=PICTURES[0], start_mask=mask, **job).result()
