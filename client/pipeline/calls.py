@@ -94,10 +94,18 @@ def check_refused(given: Mapping[str, Any], refused: Mapping[str, str], title: s
     """
     wrong = [name for name, value in given.items() if name in refused and is_given(name, value)]
     if wrong:
+        if len(wrong) == 1:
+            raise BadRequest(f"{title} cannot honour {wrong[0]}: {refused[wrong[0]]}; leave it out")
+        reasons = "; ".join(f"{name}: {refused[name]}" for name in wrong)
+        raise BadRequest(f"{title} cannot honour {listed(wrong)}: {reasons}; leave them out")
+
+
+def _loras(given: Any) -> tuple[Any, ...]:
+    if given is not None and not isinstance(given, list | tuple):
         raise BadRequest(
-            f"{title} cannot honour {listed(wrong)}: {'; '.join(f'{name}: {refused[name]}' for name in wrong)}; leave "
-            f"{'it' if len(wrong) == 1 else 'them'} out"
+            f"loras: {given!r:.100} is of type {type(given).__name__}; give pairs, [('x.safetensors', 0.8)]"
         )
+    return tuple(given or ())
 
 
 def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
@@ -143,7 +151,7 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
         batch=rows * count,
         defaults=defaults,
         references=() if references is None else tuple(as_list(references)),
-        loras=tuple(given.get("loras") or ()),
+        loras=_loras(given.get("loras")),
         **{**rest, "num_images": count},
     )
 

@@ -7,15 +7,30 @@ from typing import Any
 
 from xditd.client.pipeline.files import PathLike
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VAE
+from xditd.ipc.errors import BadRequest
 
 
 def entry_of(source: PathLike) -> dict[str, Any]:
-    """Return the entry of ``models.toml`` of this name, as arguments of ``open``; empty for a path."""
-    if not isinstance(source, str) or os.sep in source or source.startswith("~") or os.path.exists(source):
+    """Return the entry of ``models.toml`` of this name, as arguments of ``open``; empty for a path.
+
+    Raises:
+        BadRequest: there is no such entry, or it is wrong; or the name is that of an entry and of another file or
+            folder here, which would be another model or lack the entry's defaults.
+    """
+    if not isinstance(source, str) or os.sep in source or source.startswith("~"):
         return {}
     from xditd.client import models_file
 
+    is_path = os.path.exists(source)
+    if is_path and source not in models_file.names():
+        return {}
     entry = models_file.find(source)
+    own = entry.folder or entry.checkpoint
+    if is_path and not (own and os.path.exists(own) and os.path.samefile(own, source)):
+        raise BadRequest(
+            f"model {source!r:.200}: {models_file.models_path()} has one of this name, and the current folder another: "
+            f"give {os.path.join(os.curdir, source)!r} for that here, or rename one of the two"
+        )
     size = entry.defaults.size
     return {
         "name": entry.name,

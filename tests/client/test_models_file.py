@@ -8,6 +8,7 @@ import pytest
 
 from xditd.client import models_file
 from xditd.client.models_file import ModelDefaults
+from xditd.client.pipeline.named import entry_of
 from xditd.ipc.errors import BadRequest
 
 WHOLE = """
@@ -127,3 +128,23 @@ def test_files_that_are_none_are_refused(file: Path) -> None:
     with pytest.raises(BadRequest, match="Is a directory"):
         models_file.load(file)
     assert models_file.names(file) == ()
+
+
+def test_a_name_that_is_also_another_path_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tmp_path / "models"
+    for folder in (tmp_path / "config" / "xditd", models / "flux", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "config" / "xditd" / "models.toml").write_text(f'[flux]\nfolder = "{models}/flux"\n')
+    monkeypatch.chdir(tmp_path)
+    assert entry_of("flux")["source"] == f"{models}/flux"
+    monkeypatch.chdir(models)
+    assert entry_of("flux")["source"] == f"{models}/flux"  # the entry's own folder
+    (tmp_path / "elsewhere" / "flux").mkdir()
+    (tmp_path / "elsewhere" / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(BadRequest, match=r"model 'flux': .*models.toml has one of this name.*'\./flux' for that here"):
+        entry_of("flux")
+    assert entry_of("./flux") == entry_of("other") == {}
+    with pytest.raises(BadRequest, match="not in"):
+        entry_of("absent")
