@@ -38,6 +38,7 @@ def checked(parts: Path, text: str, *, asks_workers: bool = False) -> dict[str, 
     return {check.name: check for check in found}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_workers_code_names_families_and_parts_that_do_not_fit(parts: Path) -> None:
     found = checked(

@@ -37,6 +37,7 @@ UNSEEN: dict[str, dict[str, str]] = {
 """By class: a pattern of mutations that change no result of its calls, and why."""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(

@@ -166,6 +166,7 @@ def test_a_pair_of_transformers_asks_which_one_a_lora_is_for(opened: Callable[..
         pipe(conditioning=folders.wan_texts(), frames=5, loras=[("x.safetensors", 0.8)])
 
 
+@pytest.mark.long
 def test_wrong_values_are_named(opened: Callable[..., Pipeline]) -> None:
     pipe, texts = opened(folders.flux1()), folders.flux1_texts()
     for given, message in (

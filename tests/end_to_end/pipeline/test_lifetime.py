@@ -34,6 +34,7 @@ def run(pipe: Pipeline, **given: Any) -> torch.Tensor:
     return pipe(conditioning=folders.flux1_texts(), **{**GIVEN, **given}).generation.latents
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_restarted_daemon_gets_the_models_again(start_daemon: Callable[..., RunningDaemon], folder: Path) -> None:
     daemon = start_daemon(1)

@@ -435,6 +435,7 @@ def wait(blocks: CompiledBlocks, key: object, limit_s: float = 250.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_another_process_compiles_and_this_one_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare()
