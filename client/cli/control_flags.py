@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from xditd.client.cli.flags import Extend
 from xditd.client.cli.generations import size_of
 from xditd.client.tensor_files import require_torch
 from xditd.ipc.addresses import expand_home
@@ -49,22 +50,8 @@ class ControlFlag:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = os.environ.get(CONTROLS_VARIABLE) or None
     parser.add_argument(
-        "--control", type=parse, action=_Extend, default=default, metavar=METAVAR, help=_HELP.replace("%", "%%")
+        "--control", type=parse, action=Extend, default=default, metavar=METAVAR, help=_HELP.replace("%", "%%")
     )
-
-
-class _Extend(argparse.Action):
-    """Joins the lists of a flag that is given several times; the first one replaces the default."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,  # noqa: ARG002 - argparse passes it
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,  # noqa: ARG002
-    ) -> None:
-        found = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(found if isinstance(found, list) else []), *(values or ())])
 
 
 def parse(text: str) -> list[ControlFlag]:

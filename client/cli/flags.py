@@ -71,7 +71,7 @@ def add_paths(parser: argparse.ArgumentParser, setting: Setting) -> None:
     parser.add_argument(
         *setting.flags,
         type=user_path,
-        action=_Append,
+        action=Append,
         default=[user_path(each) for each in given.split(os.pathsep) if each] or None,
         metavar=setting.metavar,
         dest=setting.name,
@@ -79,8 +79,13 @@ def add_paths(parser: argparse.ArgumentParser, setting: Setting) -> None:
     )
 
 
-class _Append(argparse.Action):
+class Append(argparse.Action):
     """Appends to a list; the first value replaces the default."""
+
+    @staticmethod
+    def items(values: Any) -> Sequence[Any]:
+        """Return what one use of the flag adds."""
+        return (values,)
 
     def __call__(
         self,
@@ -90,7 +95,15 @@ class _Append(argparse.Action):
         option_string: str | None = None,  # noqa: ARG002
     ) -> None:
         found = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(found if found is not self.default and found else ()), values])
+        setattr(namespace, self.dest, [*(found if found is not self.default and found else ()), *self.items(values)])
+
+
+class Extend(Append):
+    """Joins the lists of a flag that is given several times; the first one replaces the default."""
+
+    @staticmethod
+    def items(values: Any) -> Sequence[Any]:
+        return values or ()
 
 
 class _Merge(argparse.Action):
