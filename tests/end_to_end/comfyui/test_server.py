@@ -41,7 +41,7 @@ def prompt(server) -> Callable[..., dict[str, Any]]:
 def test_nodes_help_translations_and_examples_are_offered(server):
     offered = server.ask("/object_info")
     ours = {name for name, node in offered.items() if node["category"] == "xDiT"}
-    assert len(ours) == 6
+    assert len(ours) == 8
     for name, asked in (("XDiTAccelerate", "model"), ("XDiTKSampler", "model"), ("XDiTUNetLoader", "unet_name")):
         tooltip = offered[name]["input"]["required"][asked][1]["tooltip"]
         assert all(adapter.title in tooltip for adapter in adapters())
