@@ -103,7 +103,7 @@ class FlowTraining:
         self.ema = copy.deepcopy(flow).eval().requires_grad_(False)
         self._teacher = copy.deepcopy(self.ema) if settings.is_distilled else None
         texts = (flow.text_encoder, flow.text_encoder_2)
-        self._parameters = list(flow.parameters())
+        self._parameters: list[torch.Tensor] = list(flow.parameters())
         self._peaks = [settings.rate, settings.text_rate]
         self._optimizer = adamw(
             [
@@ -130,7 +130,8 @@ class FlowTraining:
         Each step draws from a generator seeded with its number, so a training that is resumed repeats the same steps.
         """
         settings = self.settings
-        started, recent, told, told_at = time.monotonic(), [], self.step, 0.0
+        started, told, told_at = time.monotonic(), self.step, 0.0
+        recent: list[float] = []
         is_profiled = settings.is_profiled and self.device.type == "cuda"
         parts = Parts(("refresh", "batch and noise", "update", "averages"))
         while (progress := settings.budget.progress(started, self.step)) < 1 and self.step != (until or -1):

@@ -161,7 +161,7 @@ def _vae(
         vae = train_vae(settings, device)
         save_weights(vae, given.out / "vae.safetensors")
         load_weights(vae, given.out / "vae.safetensors")  # as rounded: the transformer learns latents of what is kept
-    vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae = vae.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     report["vae"] = _vae_report(vae, device, given)
     print("vae:", report["vae"], flush=True)
     return vae
