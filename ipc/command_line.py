@@ -10,7 +10,6 @@ from xditd.ipc.settings.daemon import CONFIG_VARIABLE, SETTINGS
 from xditd.ipc.settings.setting import PREFIX
 from xditd.ipc.suggestions import did_you_mean
 
-
 _REQUIRED: Final = "the following arguments are required"
 """How argparse begins its message about arguments that are missing."""
 

@@ -27,9 +27,12 @@ def code_for(error: XditdError) -> int:
     return MISUSE if isinstance(error, BadRequest) else FAILED
 
 
-def configure_logging(level: str, is_verbose: bool = False) -> None:
-    """Log to stderr, because stdout is for data: records of this level and above, if verbose also those of INFO."""
-    lowest = logging.getLevelNamesMapping()[level.upper()]
+def configure_logging(level: str | None, is_verbose: bool = False) -> None:
+    """Log to stderr, because stdout is for data: records of this level and above, if verbose also those of INFO.
+
+    Without a level, records of WARNING and above, ours and those of other libraries.
+    """
+    lowest: int = logging.WARNING if level is None else logging.getLevelName(level.upper())
     logging.basicConfig(
         level=min(lowest, logging.INFO) if is_verbose else lowest,
         stream=sys.stderr,

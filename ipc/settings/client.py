@@ -44,7 +44,14 @@ class DaemonFlags(msgspec.Struct, frozen=True, kw_only=True):
 class JobFlags(DaemonFlags, frozen=True, kw_only=True):
     """Flags of a generation, of ``generate`` and ``cluster``."""
 
-    log_level: Annotated[LogLevel, _LOG_LEVEL] = "warning"
+    log_level: Annotated[
+        LogLevel | None,
+        about(
+            "lowest level that is logged on stderr: debug, info, warning or error (default: warning; info of "
+            "`cluster join`)",
+            metavar="LEVEL",
+        ),
+    ] = None
     verbose: Annotated[bool, _VERBOSE] = False
     transformer: Annotated[str | None, about("transformer checkpoint, one safetensors or GGUF file", kind="path")] = (
         None
@@ -317,14 +324,6 @@ class InstallFlags(JsonFlags, frozen=True, kw_only=True):
 class ClusterFlags(JobFlags, frozen=True, kw_only=True):
     """Flags of ``cluster``: those of a generation are for ``submit``."""
 
-    log_level: Annotated[
-        LogLevel | None,
-        about(
-            "lowest level that is logged on stderr: debug, info, warning or error (default: info of join, else "
-            "warning)",
-            metavar="LEVEL",
-        ),
-    ] = None
     address: Annotated[
         str | None,
         about("the head's IP address and port, such as 10.0.0.1:6379", variable="XDITD_CLUSTER", metavar="IP:PORT"),
