@@ -15,11 +15,12 @@ from xditd.ipc.settings.client import DemoFlags
 SUMMARY = "run everything once on a small model"
 DESCRIPTION = """\
 Start a daemon with two workers (on GPUs if there are any), lend a small FLUX.1 and its VAE to it from this process,
-generate images, and compare with plain diffusers. In a source checkout with models/shapes the images show what three
-sentences say; elsewhere weights are random, and two images show clouds of colour. Nothing is downloaded."""
+generate images, and compare with plain diffusers. In a source checkout the model is shapes, and three images show what
+their sentences say, one of them Chinese; an installed package has no model, so weights are random, and two images show
+areas of colour. Nothing is downloaded."""
 EXAMPLES = """\
 examples:
-  xditd demo --out out             writes out/demo.png (and more), out/demo.json, out/daemon.log and out/checkpoints/
+  xditd demo --out out             writes pictures, demo.html, demo.json, daemon.log and checkpoints/ into out/
   xditd demo --device cpu --keep   then: xditd status --runtime-dir FOLDER, which it prints
 """
 

@@ -1,6 +1,6 @@
 """Run the demo: write checkpoints, start a daemon, lend, generate images, compare with diffusers.
 
-With ``shapes`` the images show what three sentences say; with generated weights, two images show clouds of colour.
+With ``shapes`` the images show what three sentences say; with generated weights, two images show areas of colour.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from xditd.client.client import Client
 from xditd.client.demo import parity, shapes_model
 from xditd.client.demo.daemon_process import DaemonProcess, outside_sockets
 from xditd.client.demo.output import writing_to
+from xditd.client.demo.page import write_page
 from xditd.client.demo.report import Picture, Report
 from xditd.client.loans import Loan
 from xditd.client.results import GenerationResult
@@ -243,6 +244,7 @@ class DemoRun:
             read = found[at] if found else None
             picture = Picture(str(image), sentence.text, read, shapes_model.differs(sentence, read) if read else "")
             self.report.pictures.append(picture)
+        write_page(self.options.out / "demo.html", self.report.pictures)
 
     def _lend(self, client: Client, files: Checkpoints, device_kind: str) -> tuple[Loan, Loan]:
         """Lend the transformer by its path and the VAE as tensors."""

@@ -12,6 +12,7 @@ from xditd import __version__
 from xditd.client.cli.generate import describe_loan
 from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
+from xditd.client.demo.shapes_model import shown
 from xditd.client.loans import Loan
 from xditd.client.output_files import write_file
 from xditd.ipc.protocol import PROTOCOL_VERSION
@@ -121,7 +122,12 @@ class Report:
             ("parity", f"{self.parity:.2g} against plain diffusers (limit {self.parity_bar:g})"),
             ("image", f"{self.image}, {self.size[0]}x{self.size[1]}, {self.steps} steps"),
         ]
-        rows += [(Path(each.image).name, each.sentence) for each in self.pictures]
+        for each in self.pictures:
+            rows.append((Path(each.image).name, each.sentence))
+            if each.read:
+                rows.append(("", f"read: {shown(each.read)}"))
+        if self.pictures:
+            rows.append(("page", Path(self.image).with_name("demo.html")))
         if self.kept_runtime_dir:
             rows.append(("daemon kept", f"xditd status --runtime-dir {self.kept_runtime_dir}"))
         return table(("DEMO", ""), rows)

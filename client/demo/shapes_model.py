@@ -5,8 +5,8 @@ The demo lends it if its folder is there, and generated weights otherwise.
 
 from __future__ import annotations
 
-import json
-import subprocess
+import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.demo.checkpoints import save_aligned
 from xditd.client.demo.original_names import transformer_tensors, vae_tensors
-from xditd.client.subprograms import module_command, module_environment
 from xditd.client.tensor_files import read_tensors
-from xditd.ipc.errors import DeadlineExceeded, PeerError
+from xditd.ipc.errors import OutputFailed
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +25,6 @@ TOKENIZERS: Final = ("tokenizer", "tokenizer_2")
 _WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 _SHIFT: Final = 0.5
 """FLUX.1's for 256 image tokens."""
-_DEADLINE_S: Final = 120.0
 
 
 @dataclass(frozen=True)
@@ -87,28 +85,28 @@ def shifted_sigmas(steps: int) -> tuple[float, ...]:
 def read_pictures(images: Sequence[Path]) -> list[dict[str, Any]] | None:
     """Read pictures back with the checkout's ``tools/shapes/reading.py``; ``None`` where there is none.
 
-    Each has ``things`` (form, colour, place and size), ``pattern`` and ``background``.
+    Each has ``things`` (form, colour, place and size), ``pattern`` and ``background``. The module is imported into this
+    process, whose torch is there already: a process of its own would take seconds to import it.
 
     Raises:
-        PeerError: the program failed; the message has the end of what it said.
-        DeadlineExceeded: it took longer than two minutes.
+        OutputFailed: a file is no picture, or is gone.
     """
     tools = _checkout() / "tools"
     if not (tools / "shapes" / "reading.py").is_file():
         return None
-    environment = module_environment()
-    paths = [str(tools), *filter(None, [environment.get("PYTHONPATH")])]
-    command = module_command("shapes.reading", [str(path) for path in images])
+    sys.path.insert(0, str(tools))
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**environment, "PYTHONPATH": ":".join(paths)},
-            timeout=_DEADLINE_S, check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise DeadlineExceeded(f"reading the pictures: did not finish within {_DEADLINE_S:.0f} s") from None
-    if done.returncode != 0:
-        raise PeerError(f"reading the pictures: exit status {done.returncode}: {done.stderr[-2000:]}")
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+        reading = importlib.import_module("shapes.reading")
+    finally:
+        sys.path.remove(str(tools))
+    found: list[dict[str, Any]] = []
+    for image in images:
+        try:
+            found.append(reading.read_file(image))
+        except OSError as error:
+            raise OutputFailed(
+                f"{image}: cannot be read back: {error}; does another program write to its folder?"
+            ) from error
     return found
 
 
@@ -117,5 +115,10 @@ def differs(sentence: Sentence, read: Mapping[str, Any]) -> str:
     seen = [(each["colour"] or "unclear", each["form"] or "something") for each in read["things"]]
     if len(seen) == len(sentence.shows) and set(seen) == sentence.shows:
         return ""
-    named = ", ".join(" ".join(each) for each in sorted(seen)) or "nothing"
-    return f"{sentence.text!r} shows {named}"
+    return f"{sentence.text!r} shows {shown(read)}"
+
+
+def shown(read: Mapping[str, Any]) -> str:
+    """Name the objects that were read in a picture, such as "blue star, purple heart"."""
+    seen = sorted((each["colour"] or "unclear", each["form"] or "something") for each in read["things"])
+    return ", ".join(" ".join(each) for each in seen) or "nothing"

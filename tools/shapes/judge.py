@@ -69,16 +69,16 @@ def _faults(request: Request, reading: Reading, found: list[Found | None], left:
     for other in left:
         yield f"also {other.colour or 'unclear'} {other.form or 'something'}"
     for at in request.sizes:
-        match = found[at]
-        if match and match.size != scene.things[at].size:
-            yield f"{scene.things[at].form}: {match.size}"
+        sized = found[at]
+        if sized and sized.size != scene.things[at].size:
+            yield f"{scene.things[at].form}: {sized.size}"
     for at in request.places:
-        match = found[at]
-        if match and match.cell != scene.things[at].cell:
-            yield f"{scene.things[at].form}: at {match.x:.2f}, {match.y:.2f}"
+        placed = found[at]
+        if placed and placed.cell != scene.things[at].cell:
+            yield f"{scene.things[at].form}: at {placed.x:.2f}, {placed.y:.2f}"
     for at, relation, other_at in request.relations:
-        one, other = found[at], found[other_at]
-        if one and other and not _holds(one, relation, other):
+        one, reference = found[at], found[other_at]
+        if one and reference and not _holds(one, relation, reference):
             yield f"{scene.things[at].form} not {relation}"
     if request.has_background and (reading.pattern, reading.background) != (scene.pattern, scene.background):
         yield f"background {reading.pattern} {reading.background}"

@@ -206,13 +206,13 @@ def write_folder(folder: Path, parts: Mapping[str, torch.nn.Module]) -> None:
         "tokenizer": ("transformers", "CLIPTokenizer"),
         "tokenizer_2": ("transformers", "T5TokenizerFast"),
     }
-    index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.42.1", "_name_or_path": "shapes"}
+    index: dict[str, Any] = {"_class_name": "FluxPipeline", "_diffusers_version": "0.42.1", "_name_or_path": "shapes"}
     index |= {name: list(classes[name]) for name in sorted(classes)}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     build_scheduler().save_pretrained(folder / "scheduler")
     write_tokenizers(folder)
     for name in PARTS:
-        module = parts[name]
+        module: Any = parts[name]
         (folder / name).mkdir(exist_ok=True)
         if name.startswith("text_encoder"):
             module.config.architectures = [type(module).__name__]

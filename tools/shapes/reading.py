@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -83,18 +83,23 @@ def read(image: torch.Tensor, *, outline: float = 0.0) -> Reading:
     return Reading(tuple(sorted(things, key=lambda each: each.x)), pattern, background)
 
 
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a square picture's file; return ``things``, each with its size and cell, ``pattern`` and ``background``.
+
+    Raises:
+        OSError: it cannot be opened, or is no picture.
+    """
+    with Image.open(path) as image:
+        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        reading = read(pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1)
+    things = [{**asdict(each), "size": each.size, "cell": each.cell} for each in reading.things]
+    return {"things": things, "pattern": reading.pattern, "background": reading.background}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Read pictures of shapes, and write what they show as JSON.")
     parser.add_argument("images", nargs="+", type=Path, help="square image files")
-    given = parser.parse_args()
-    found = []
-    for path in given.images:
-        with Image.open(path) as image:
-            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-            reading = read(pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1)
-        things = [{**asdict(each), "size": each.size, "cell": each.cell} for each in reading.things]
-        found.append({"things": things, "pattern": reading.pattern, "background": reading.background})
-    json.dump(found, sys.stdout)
+    json.dump([read_file(path) for path in parser.parse_args().images], sys.stdout)
 
 
 @cache

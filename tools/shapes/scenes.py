@@ -85,7 +85,7 @@ def sample_scene(rng: Random, cells: tuple[int, ...], *, held_out: bool = False)
     background = rng.choice([name for name in BACKGROUNDS if pattern == "plain" or name != "white"])
     for attempt in range(100):
         sizes = [rng.choice(tuple(SIZES)) if attempt < 20 else "small" for _ in cells]
-        things = tuple(_placed(rng, *pair, *rest) for pair, *rest in zip(pairs, sizes, cells, strict=True))
+        things = tuple(_placed(rng, *pair, size, cell) for pair, size, cell in zip(pairs, sizes, cells, strict=True))
         if all(_apart(one, other) for one, other in combinations(things, 2)):
             return Scene(things, pattern, background)
     raise AssertionError(f"cells {cells}: no places without overlap")

@@ -76,7 +76,7 @@ def _learn_merges(words: list[tuple[str, ...]]) -> list[tuple[str, str]]:
 
     Source: Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units", algorithm 1.
     """
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs = Counter(pair for word in words for pair in pairwise(word))
         if not pairs:
@@ -169,7 +169,7 @@ def _t5_files() -> dict[str, str]:
     from tokenizers.models import Unigram
 
     tokenizer = Tokenizer(Unigram(t5_pieces(), unk_id=2, byte_fallback=False))
-    metaspace = {"replacement": "▁", "prepend_scheme": "always", "split": True}
+    metaspace: dict[str, Any] = {"replacement": "▁", "prepend_scheme": "always", "split": True}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)]
     )

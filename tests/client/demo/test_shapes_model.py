@@ -13,8 +13,9 @@ from shapes.draw import draw, encode
 from shapes.scenes import Scene, Thing, is_held_out
 
 from xditd.client.demo import shapes_model
+from xditd.client.demo.page import write_page
 from xditd.client.demo.report import Picture, Report
-from xditd.ipc.errors import PeerError
+from xditd.ipc.errors import OutputFailed
 
 SENTENCE = shapes_model.SENTENCES[0]
 
@@ -48,7 +49,7 @@ def test_a_picture_file_is_read_back(picture: Path) -> None:
 
 def test_a_picture_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "demo.png").write_bytes(b"no picture")
-    with pytest.raises(PeerError, match="reading the pictures: exit status 1"):
+    with pytest.raises(OutputFailed, match=r"demo\.png: cannot be read back"):
         shapes_model.read_pictures([tmp_path / "demo.png"])
 
 
@@ -68,6 +69,7 @@ def test_a_picture_that_differs_fails_the_demo(picture: Path) -> None:
     report.pictures = [Picture(str(picture), SENTENCE.text, {"things": []}, "")]
     assert report.faults() == []
     assert SENTENCE.text in report.summary()
+    assert "read: nothing" in report.summary()
     report.pictures = [dataclasses.replace(report.pictures[0], fault="'a heart' shows nothing")]
     assert report.faults() == ["a picture differs from its sentence: 'a heart' shows nothing"]
     assert report.as_json()["pictures"][0]["fault"]  # type: ignore[index]
@@ -80,3 +82,11 @@ def test_a_folder_without_weights_is_no_model(tmp_path: Path, monkeypatch: pytes
     assert shapes_model.read_pictures([]) is None
     (tmp_path / "models" / "shapes" / "transformer" / "diffusion_pytorch_model.safetensors").touch()
     assert shapes_model.find_shapes() == tmp_path / "models" / "shapes"
+
+
+def test_the_page_shows_pictures_with_their_sentences(picture: Path, tmp_path: Path) -> None:
+    read = {"things": [{"colour": "red", "form": ""}]}
+    write_page(tmp_path / "demo.html", [Picture(str(picture), "a <heart> & 一颗星", read, "")])
+    page = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    assert '<img src="demo.png" alt="a &lt;heart&gt; &amp; 一颗星">' in page
+    assert "<figcaption>a &lt;heart&gt; &amp; 一颗星<br><small>read: red something</small>" in page
