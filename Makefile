@@ -24,6 +24,8 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 export HF_HUB_OFFLINE := 1
+# Tests and benchmarks start many processes: where Python must not write bytecode, each compiles every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench stress clean

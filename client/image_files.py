@@ -6,8 +6,7 @@ import io
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from xditd.client.output_files import check_target
-from xditd.ipc.addresses import user_path
+from xditd.client.output_files import check_target, output_path
 from xditd.ipc.errors import BadRequest, OutputFailed
 from xditd.ipc.suggestions import did_you_mean
 
@@ -44,9 +43,11 @@ def image_format(path: str | os.PathLike[str], width: int, height: int) -> str:
     """
     from PIL import Image
 
-    target = user_path(path)
+    target = output_path(path)
     suffix = target.suffix.lower()
     remedy = f"use one of {', '.join(_SUGGESTED)}"
+    if not target.name or target.is_dir():
+        raise BadRequest(f"image file {target}: is a folder; name a file in it, such as {target / 'out.png'}")
     if not suffix:
         raise BadRequest(f"image file {target}: has no suffix to tell the format by; {remedy}, such as {target}.png")
     formats = Image.registered_extensions()
@@ -87,7 +88,7 @@ def check_record(record: str, path: str | os.PathLike[str]) -> None:
     Raises:
         BadRequest: it is too long for a JPEG.
     """
-    if user_path(path).suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"):
+    if output_path(path).suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"):
         _holding(record, "JPEG")
 
 

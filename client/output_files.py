@@ -17,6 +17,22 @@ _ALLOCATION_UNKNOWN: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 """Errors of ``posix_fallocate`` where the file system does not support it."""
 
 
+def output_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that a caller gave for output, with ``~`` expanded.
+
+    Raises:
+        BadRequest: it is empty, or no path at all.
+    """
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(text, str):
+        raise BadRequest(
+            f"path: {path!r:.100} is of type {type(path).__name__}; name the output file by a text or a pathlib.Path"
+        )
+    if not text:
+        raise BadRequest("path: '' names no file; name the output file, such as 'out.png'")
+    return user_path(text)
+
+
 def check_target(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:
     """Check that a file of ``size_bytes`` can be written at a path. Creates no folder and leaves no file.
 
@@ -26,7 +42,7 @@ def check_target(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:
         BadRequest: the path names a folder, a device or something else that is not a regular file.
         OutputFailed: the folder cannot be written or created, or the disk has no room.
     """
-    target = user_path(path)
+    target = output_path(path)
     try:
         real = Path(os.path.realpath(target))
         if real.is_dir():
@@ -49,7 +65,7 @@ def check_folder_target(path: str | os.PathLike[str], size_bytes: int = 1) -> Pa
         BadRequest: there is something else at the path.
         OutputFailed: the folder cannot be written or created, or the disk has no room.
     """
-    target = user_path(path)
+    target = output_path(path)
     try:
         real = Path(os.path.realpath(target))
         if real.exists() and not real.is_dir():
@@ -67,7 +83,7 @@ def check_folder(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:
     Raises:
         OutputFailed: the folder cannot be created or written, or the disk has no room.
     """
-    folder = user_path(path)
+    folder = output_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try_writing(folder, size_bytes)
@@ -103,7 +119,7 @@ def write_file(path: str | os.PathLike[str], *parts: bytes, mode: int | None = N
     Raises:
         OutputFailed: the path cannot be written, or the disk has no room; an existing file is unchanged.
     """
-    target = user_path(path)
+    target = output_path(path)
     try:
         real = Path(os.path.realpath(target))
         _check_regular_file(target, real)

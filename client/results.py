@@ -69,12 +69,20 @@ class GenerationResult:
     def _of(self, index: int) -> torch.Tensor:
         if self.image is None:
             raise BadRequest("image: the job had no VAE; pass vae=... to generate, or decode the latents")
-        count = len(self.image)
+        self.check_index(index)
+        return self.image[index]
+
+    def check_index(self, index: int) -> None:
+        """Check the number of an image or video of the batch, from 0, or from the last one at -1.
+
+        Raises:
+            BadRequest: no whole number, or out of range.
+        """
+        count = len(self.latents) if self.image is None else len(self.image)
         if isinstance(index, bool) or not isinstance(index, int):
             raise BadRequest(f"index: {index!r:.100} is not a whole number; the batch has {count}, numbered from 0")
         if not -count <= index < count:
             raise BadRequest(f"index {index}: the batch has {count} images, numbered from 0")
-        return self.image[index]
 
     def record_text(self, index: int = 0, fps: int | None = None) -> str | None:
         """Return the JSON text with which one image or video of the batch says how it was made; ``None`` without any.
@@ -103,25 +111,27 @@ class GenerationResult:
         ``metadata`` is false; other formats do not.
 
         Raises:
-            BadRequest: as :meth:`to_pil`; the suffix names no format that can hold it; ``fps`` of a video is not a
-                whole number from 1 to 1000; or PyAV is not installed.
+            BadRequest: as :meth:`to_pil`; the path is empty, a folder or no path at all; the suffix names no format
+                that can hold it; ``fps`` of a video is not a whole number from 1 to 1000; or PyAV is not installed.
             OutputFailed: the path cannot be written, or the disk has no room; save the image elsewhere.
         """
+        from xditd.client.output_files import output_path, write_file
+
         self._of(index)
+        target = output_path(path)
         if self.is_video:
             from xditd.client.video_files import check_fps
 
             check_fps(fps)
         record = self.record_text(index, fps) if metadata else None
-        if self.is_video or (self._of(index).ndim == 4 and Path(path).suffix.lower() in ("", ".mp4")):
+        if self.is_video or (self._of(index).ndim == 4 and target.suffix.lower() in ("", ".mp4")):
             from xditd.client.video_files import write_video
 
-            return write_video(path, self._of(index), fps, record)
+            return write_video(target, self._of(index), fps, record)
         from xditd.client.image_files import encode_image, image_format
-        from xditd.client.output_files import write_file
 
         image = self.to_pil(index)
-        return write_file(path, encode_image(image, image_format(path, *image.size), record))
+        return write_file(target, encode_image(image, image_format(target, *image.size), record))
 
     def __repr__(self) -> str:
         image = "no image" if self.image is None else f"image {tensor_text(self.image)}"

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.image_files import encode_image, image_to_pil
-from xditd.client.output_files import check_folder_target, check_target, spare_folders, write_file
-from xditd.ipc.addresses import user_path
+from xditd.client.output_files import check_folder_target, check_target, output_path, spare_folders, write_file
 from xditd.ipc.errors import BadRequest, OutputFailed
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def check_video_target(path: str | os.PathLike[str], frames: int, height: int, w
             needed and not installed, or the folder has frames of a longer video.
         OutputFailed: the path cannot be written, or the disk has no room for the uncompressed frames of a folder.
     """
-    target = user_path(path)
+    target = output_path(path)
     if not target.suffix:
         check_folder_target(target, _PIXEL_BYTES * frames * height * width)
         _check_longer(target, frames)
@@ -60,7 +59,7 @@ def write_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int, rec
         BadRequest: as :func:`check_video_target`.
         OutputFailed: the path cannot be written, or the encoder failed.
     """
-    target = user_path(path)
+    target = output_path(path)
     if target.suffix:
         return write_file(target, encode_video(target, video, fps, record))
     _check_longer(target, video.shape[1])
@@ -106,7 +105,7 @@ def encode_video(path: str | os.PathLike[str], video: torch.Tensor, fps: int, re
         BadRequest: as :func:`check_video_target`.
         OutputFailed: the encoder failed.
     """
-    target = user_path(path)
+    target = output_path(path)
     height, width = video.shape[2:]
     _check_settings(target, height, width, fps)
     av = _import_av(target)

@@ -60,6 +60,9 @@ class LatentFacts(Described, frozen=True, kw_only=True):
     scaling: LatentScaling
     """Of a transformer: the scaling of its inputs and outputs. Of a VAE: its family's default, for jobs without a
     transformer; the tensors do not show it, and VAEs of several models have the same."""
+    space: Name | None = None
+    """The latent space: transformers and VAEs of one name fit each other, those of two do not, whatever the shapes.
+    ``None`` of a family that names none: shapes alone are compared."""
 
     def shape(self, batch: int, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """Return the shape of the latents of ``batch`` images or videos of ``height`` x ``width`` pixels."""
@@ -98,10 +101,10 @@ class LatentFacts(Described, frozen=True, kw_only=True):
             )
 
     def check_vae(self, vae: LatentFacts) -> None:
-        """Check that a VAE's latents have the same shape as this transformer's. The scaling may differ.
+        """Check that a VAE's latents have the shape and the space of this transformer's. The scaling may differ.
 
         Raises:
-            BadRequest: another number of channels, or of pixels for each latent.
+            BadRequest: another number of channels, or of pixels for each latent, or another latent space.
         """
         for what, mine, its in (
             ("channels", self.channels, vae.channels),
@@ -111,6 +114,11 @@ class LatentFacts(Described, frozen=True, kw_only=True):
         ):
             if mine != its:
                 raise BadRequest(f"vae: its latents have {its} {what}, the transformer's {mine}; lend that model's VAE")
+        if None not in (self.space, vae.space) and self.space != vae.space:
+            raise BadRequest(
+                f"vae: its latents are of the space {vae.space}, the transformer's of {self.space}, and images would "
+                "be noise; lend that model's VAE"
+            )
 
 
 class PromptFacts(Described, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xditd.client.output_files import output_path
 from xditd.client.pipeline.settings import RunSettings
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest
@@ -76,6 +77,7 @@ class PipelineResult:
 
     def record(self, index: int = 0) -> Record:
         """Return how a picture or video was made, as its file says it; reads the model's files for their hashes."""
+        self.generation.check_index(index)
         from xditd.client.metadata.of_runs import record_of_run
 
         return record_of_run(self.settings, index % self.count, self.count)
@@ -94,7 +96,9 @@ class PipelineResult:
         Files say how they were made, unless ``metadata`` is false; `xditd generate --from` repeats them.
         """
         rate = self.settings.fps if fps is None else fps
-        one = Path(path)
+        one = output_path(path)
+        if not one.name:
+            raise BadRequest(f"path: {one} is a folder; name a file in it, such as {one / 'out.png'}")
         found = []
         for number in range(self.count) if index is None else (index,):
             made = replace(self.generation, record=self.record(number) if metadata else None)

@@ -84,7 +84,7 @@ VAE = ComponentFacts(
     dtype="float32",
     bytes_by_dtype={"float32": 64},
     vae=VaeFacts(
-        latents=LatentFacts(channels=16, pixels=8, scaling=LatentScaling(factor=0.36, shift=0.12)),
+        latents=LatentFacts(channels=16, pixels=8, scaling=LatentScaling(factor=0.36, shift=0.12), space="flux1"),
         image_channels=3,
         has_encoder=True,
     ),

@@ -1,11 +1,18 @@
 """Results: a short representation, and saving to files."""
 
+import dataclasses
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from xditd.client import GenerationResult, TextEncoding  # noqa: E402
+from xditd.client.pipeline.results import PipelineResult  # noqa: E402
+from xditd.client.pipeline.settings import RunSettings  # noqa: E402
 from xditd.ipc.errors import BadRequest, OutputFailed  # noqa: E402
+
+SIZES = {"width": 16, "height": 16, "frames": 1, "fps": 16, "steps": 2, "guidance": 1.0, "num_images": 1, "seed": 7}
+RUN = RunSettings(model="model", family="flux1", prompts=("cat",), negative_prompts=(), **SIZES)
 
 
 def result(image=True):
@@ -26,6 +33,44 @@ def test_results_are_shown_in_one_line_without_values():
 def test_a_missing_image_is_an_error():
     with pytest.raises(BadRequest, match="index 1: the batch has 1 images"):
         result().to_pil(1)
+
+
+@pytest.mark.parametrize("image", [(1, 3, 16, 16), (1, 3, 5, 16, 16)], ids=["image", "video"])
+@pytest.mark.parametrize(
+    ("path", "refusal"),
+    [
+        (5, "path: 5 is of type int; name the output file by a text or a pathlib.Path"),
+        (None, "path: None is of type NoneType; name the output file"),
+        (b"out.png", "path: b'out.png' is of type bytes; name the output file"),
+        ("", "path: '' names no file; name the output file, such as 'out.png'"),
+    ],
+)
+def test_what_is_no_path_is_refused(image, path, refusal):
+    made = dataclasses.replace(result(), image=torch.zeros(image))
+    with pytest.raises(BadRequest, match=refusal):
+        made.save(path)
+    with pytest.raises(BadRequest, match=refusal):
+        PipelineResult(made, RUN).save(path)
+
+
+def test_numbers_and_folders_are_refused_by_a_pipelines_result():
+    made = PipelineResult(result(), RUN)
+    with pytest.raises(BadRequest, match="index: 'a' is not a whole number; the batch has 1"):
+        made.save("out.png", "a")
+    with pytest.raises(BadRequest, match="index 3: the batch has 1"):
+        made.record(3)
+    with pytest.raises(BadRequest, match=r"path: \. is a folder; name a file in it, such as out\.png"):
+        made.save(".")
+
+
+def test_a_folder_is_no_image_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shots.png").mkdir()
+    with pytest.raises(BadRequest, match=r"shots\.png: is a folder; name a file in it, such as .*shots\.png/out\.png"):
+        result().save(tmp_path / "shots.png")
+    with pytest.raises(BadRequest, match=r"image file \.: is a folder; name a file in it, such as out\.png"):
+        result().save(".")
+    assert [each.name for each in tmp_path.iterdir()] == ["shots.png"]
 
 
 def test_saving_can_be_repeated_after_an_error(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 import family_entries
 import family_tables
+import msgspec
 import pytest
 from family_entries import FamilyEntry
 
@@ -15,7 +16,7 @@ from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.models.registry import detect, own_families
 from xditd.gpu_workers.models.resolution import Resolution, resolve
-from xditd.ipc.errors import BadCheckpoint, Unsupported
+from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
 
 ENTRIES = family_entries.ENTRIES
 LAYOUTS = [(entry, layout) for entry in ENTRIES for layout in entry.layouts]
@@ -46,6 +47,19 @@ def test_its_vae_and_its_text_encoders_fit_it(entry: FamilyEntry) -> None:
     fitting = [each for each in vaes if (each.channels, each.pixels) == (facts.latents.channels, facts.latents.pixels)]
     assert len(fitting) == 1
     facts.latents.check_vae(fitting[0])
+    spaces = {each.variant: family_tables.facts(each).latents.space for each in family_tables.of_kind("vae")}
+    assert facts.latents.space in spaces.values()
+    for other in family_tables.of_kind("vae"):
+        latents = family_tables.facts(other).latents
+        if spaces[other.variant] == facts.latents.space:
+            continue
+        with pytest.raises(BadRequest, match="lend that model's VAE"):
+            facts.latents.check_vae(latents)
+        alike = msgspec.structs.replace(facts.latents, space=latents.space)
+        with pytest.raises(
+            BadRequest, match=f"of the space {latents.space}, the transformer's of {facts.latents.space}"
+        ):
+            facts.latents.check_vae(alike)
     widths = {each.variant: family_tables.facts(each).width for each in family_tables.of_kind("text_encoder")}
     taken = {each.shape[-1] for each in facts.conditioning}
     for name, layers in entry.encoders:

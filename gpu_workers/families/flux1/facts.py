@@ -26,6 +26,7 @@ LATENTS: Final = LatentFacts(
     pixels=PIXELS_PER_LATENT,
     multiple=PATCH,
     scaling=LatentScaling(factor=0.3611, shift=0.1159),
+    space="flux1",
 )
 
 REFERENCES: Final = "reference_latents"

@@ -24,6 +24,7 @@ LATENTS: Final = LatentFacts(
     channels=CHANNELS,
     pixels=PIXELS_PER_LATENT,
     scaling=LatentScaling(factor=1.0, shift=0.0),  # its VAE normalises latents by statistics of its own
+    space="flux2",
 )
 
 

@@ -20,6 +20,8 @@ EPSILON: Final = 1e-4
 """Added to the variances of the statistics."""
 
 SCALING: Final = LatentScaling(factor=1.0, shift=0.0)
+SPACE: Final = "flux2"
+"""The latent space of FLUX.2."""
 
 
 @dataclass(frozen=True, slots=True)

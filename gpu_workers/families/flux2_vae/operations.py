@@ -20,6 +20,7 @@ from xditd.gpu_workers.families.flux2_vae.config import (
     PATCH,
     PIXELS_PER_LATENT,
     SCALING,
+    SPACE,
     Z_CHANNELS,
     Flux2VaeConfig,
 )
@@ -73,7 +74,7 @@ class Flux2VaeOperations:
 
     def facts(self, config: Flux2VaeConfig) -> VaeFacts:
         return VaeFacts(
-            latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, scaling=SCALING),
+            latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, scaling=SCALING, space=SPACE),
             image_channels=IMAGE_CHANNELS,
             has_encoder=config.has_encoder,
         )

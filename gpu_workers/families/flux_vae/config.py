@@ -10,6 +10,10 @@ from xditd.ipc.facts import LatentScaling
 SCALING: Final = LatentScaling(factor=0.3611, shift=0.1159)
 """Of FLUX.1 and Z-Image: the default of jobs without a scaling."""
 
+SPACE: Final = "flux1"
+"""The latent space of FLUX.1 and Z-Image. VAEs with the same tensors in other spaces, such as SD3's, are not told
+apart."""
+
 LATENT_CHANNELS = 16
 LEVELS = 4
 PIXELS_PER_LATENT = 2 ** (LEVELS - 1)

@@ -17,6 +17,7 @@ from xditd.gpu_workers.families.flux_vae.config import (
     LEVELS,
     PIXELS_PER_LATENT,
     SCALING,
+    SPACE,
     FluxVaeConfig,
 )
 from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, check_sides, prepare
@@ -57,7 +58,7 @@ class FluxVaeOperations:
 
     def facts(self, config: FluxVaeConfig) -> VaeFacts:
         return VaeFacts(
-            latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, scaling=SCALING),
+            latents=LatentFacts(channels=LATENT_CHANNELS, pixels=PIXELS_PER_LATENT, scaling=SCALING, space=SPACE),
             image_channels=IMAGE_CHANNELS,
             has_encoder=config.has_encoder,
         )

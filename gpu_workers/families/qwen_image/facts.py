@@ -35,6 +35,7 @@ LATENTS: Final = LatentFacts(
     pixels=PIXELS_PER_LATENT,
     multiple=PATCH,
     scaling=LatentScaling(factor=1.0, shift=0.0),  # its VAE has a mean and a deviation for each channel
+    space="wan_2_1",
 )
 
 

@@ -79,6 +79,7 @@ def transformer_facts(config: WanConfig, layout: ParallelLayout) -> TransformerF
             multiple=2,
             frames=FRAMES,
             scaling=LatentScaling(factor=1.0, shift=0.0),  # its VAE normalises each channel by its own statistics
+            space="wan_2_2" if config.has_time_per_token else "wan_2_1",
         ),
         options=(SHIFT, EULER, BOUNDARY, SECOND_SCALE),
         stages=2,

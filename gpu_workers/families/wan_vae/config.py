@@ -28,10 +28,11 @@ FRAMES_PER_LATENT: Final = 4
 class Release:
     """What the VAEs of one release have in common.
 
-    ``patch`` x ``patch`` pixels are the channels of one at the full resolution. ``has_averages``: each level adds the
-    average of its input to its result, or repeats of it.
+    ``space`` names that of the latents. ``patch`` x ``patch`` pixels are the channels of one at the full resolution.
+    ``has_averages``: each level adds the average of its input to its result, or repeats of it.
     """
 
+    space: str
     pixels: int
     patch: int
     has_averages: bool
@@ -50,6 +51,7 @@ class Release:
 
 
 WAN_2_1: Final = Release(
+    space="wan_2_1",
     pixels=8,
     patch=1,
     has_averages=False,
@@ -65,6 +67,7 @@ WAN_2_1: Final = Release(
 """Qwen-Image's, too."""
 
 WAN_2_2: Final = Release(
+    space="wan_2_2",
     pixels=16,
     patch=2,
     has_averages=True,

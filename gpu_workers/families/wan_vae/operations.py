@@ -68,7 +68,11 @@ class WanVaeOperations:
         release = config.release
         return VaeFacts(
             latents=LatentFacts(
-                channels=release.channels, pixels=release.pixels, frames=FRAMES_PER_LATENT, scaling=SCALING
+                channels=release.channels,
+                pixels=release.pixels,
+                frames=FRAMES_PER_LATENT,
+                scaling=SCALING,
+                space=release.space,
             ),
             image_channels=IMAGE_CHANNELS,
             has_encoder=config.has_encoder,

@@ -42,6 +42,7 @@ def transformer_facts(config: ZImageConfig, layout: ParallelLayout) -> Transform
             pixels=PIXELS_PER_LATENT,
             multiple=PATCH,
             scaling=LatentScaling(factor=0.3611, shift=0.1159),  # its VAE is FLUX.1's
+            space="flux1",
         ),
         guidance="classifier_free",
         default_guidance_scale=0.0,

@@ -445,14 +445,19 @@ def test_latents_of_a_transformer_are_scaled_as_its_facts_say(client, daemon, mo
     assert given == [None, None, sd3, sd3]
     with pytest.raises(BadRequest, match="component c2: a vae where a transformer is needed"):
         client.decode("c2", latents, transformer="c2")
-    other = msgspec.structs.replace(sample_facts.LATENTS, pixels=16)
-    told = msgspec.structs.replace(sample_facts.TRANSFORMER.transformer, latents=other)
-    changed = msgspec.structs.replace(sample_facts.TRANSFORMER, transformer=told)
     facts = client.facts
-    monkeypatch.setattr(client, "facts", lambda component: changed if component == "c1" else facts(component))
-    for run, tensor in ((client.decode, latents), (client.encode, image)):
-        with pytest.raises(BadRequest, match="vae: its latents have 8 pixels on a side for each latent, the transf"):
-            run("c2", tensor, transformer="c1")
+    for change, refusal in (
+        ({"pixels": 16}, "vae: its latents have 8 pixels on a side for each latent, the transformer's 16"),
+        ({"space": "wan_2_1"}, "vae: its latents are of the space flux1, the transformer's of wan_2_1"),
+    ):
+        other = msgspec.structs.replace(sample_facts.LATENTS, **change)
+        told = msgspec.structs.replace(sample_facts.TRANSFORMER.transformer, latents=other)
+        changed = msgspec.structs.replace(sample_facts.TRANSFORMER, transformer=told)
+        found = {"c1": changed, "c2": facts("c2")}
+        monkeypatch.setattr(client, "facts", found.__getitem__)
+        for run, tensor in ((client.decode, latents), (client.encode, image)):
+            with pytest.raises(BadRequest, match=refusal):
+                run("c2", tensor, transformer="c1")
     assert len(given) == 4
 
 

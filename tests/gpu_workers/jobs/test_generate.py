@@ -208,10 +208,11 @@ def test_an_image_is_decoded_with_the_scaling_of_the_transformer(
     [
         ({"channels": 4}, "vae: its latents have 16 channels, the transformer's 4; lend that model's VAE"),
         ({"pixels": 16}, "vae: its latents have 8 pixels on a side for each latent, the transformer's 16"),
+        ({"space": "other"}, "vae: its latents are of the space flux1, the transformer's of other, and images would"),
     ],
 )
 def test_a_vae_of_other_latents_is_refused_before_a_step(
-    changes: dict[str, int],
+    changes: dict[str, int | str],
     message: str,
     lent: OneRank,
     messages: ModuleType,
@@ -229,6 +230,24 @@ def test_a_vae_of_other_latents_is_refused_before_a_step(
         assert lent.steps == []
     lent.run(job)
     assert lent.steps == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("use", ["image", "start", "preview"])
+def test_flux1_takes_no_vae_of_wan_whose_latents_have_the_same_shape(
+    use: str, lent: OneRank, messages: ModuleType, demo_vae: State
+) -> None:
+    import wan_vaes
+
+    lent.lend("vae", wan_vaes.state_dict())
+    room = lent.room()
+    both = {"transformer": "transformer", "vae": "vae"}
+    outputs = {"image": {"out_image": (1, 3, 64, 64)}, "preview": {"out_preview": (1, 3, 64, 64)}}.get(use, {})
+    start = room.input(torch.zeros(1, 3, 64, 64)) if use == "start" else None
+    job = messages.generate(room, noise=messages.noise(), components=both, outputs=outputs)
+    job = msgspec.structs.replace(job, start_image=start)
+    with pytest.raises(BadRequest, match="vae: its latents are of the space wan_2_1, the transformer's of flux1"):
+        lent.run(job)
+    assert lent.steps == []
 
 
 def test_options_are_refused_by_name_with_those_that_are_taken(
