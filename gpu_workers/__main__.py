@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
+from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.loopback import check_loopback
 from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import XditdError
@@ -15,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> int:
     """Run a worker group until it ends; return the exit status. If it is not 0, a line on stderr says why."""
+    die_with_parent(os.getppid())  # before the imports: the daemon may be killed while they take their seconds
     logging.basicConfig(level="INFO", format="%(levelname)s leader %(name)s: %(message)s")
     try:
         check_loopback()

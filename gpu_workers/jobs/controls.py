@@ -60,7 +60,6 @@ def read_part_controls(
                 component.model,
                 inputs,
                 each.scale,
-                _plug(context, component),
                 each.blocks,
                 partial(finite.note_part, RESIDUALS),
                 partial(context.check_finite, finite, component),
@@ -79,7 +78,6 @@ class _Picture:
     picture: Mapping[str, Any]
     steps: Sequence[bool]
     """Of each step, whether it runs."""
-    plug: Callable[[], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +166,7 @@ def read_controls(
         check_finite({f"{place}: latents of the picture": latents})
         steps = [_runs(step, wanted.steps, each) for step in range(wanted.steps)]
         picture = operations.picture(component.model, latents, each.mode)
-        found.append(_Picture(component, each.scale, picture, steps, _plug(context, component)))
+        found.append(_Picture(component, each.scale, picture, steps))
     _check_alike(counts)
     return GenerationControls(found, any(each.image is not None for each in given))
 
@@ -177,16 +175,12 @@ def _beside(part: Inputs, control: _Picture, finite: FiniteCheck) -> Control:
     model = control.component.model
     inputs = model.operations_for("controlnet").beside(control.component.match.config, part, control.picture)
     note = partial(finite.note_part, RESIDUALS)
-    return Control(model, inputs, control.scale, control.plug, note=note)
+    return Control(model, inputs, control.scale, note=note)
 
 
 def _runs(step: int, steps: int, control: WantedControl) -> bool:
     """Return whether a ControlNet runs in a step, by the rule of diffusers' pipelines."""
     return not (step / steps < control.start or (step + 1) / steps > control.end)
-
-
-def _plug(context: JobContext, component: Component) -> Callable[[], None]:
-    return partial(context.components.plug_again, component)
 
 
 def _check_alike(counts: Mapping[str, Mapping[str, int]]) -> None:

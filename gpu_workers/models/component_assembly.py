@@ -10,7 +10,7 @@ Each rank uploads a share of host memory and gets the others' shares by peer cop
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import torch
@@ -68,7 +68,7 @@ class ComponentAssembly:
         digests: Mapping[int, bytes],
         kept: LentCopies | None,
         changed: Collection[str],
-        others: Iterable[Component],
+        others: Collection[Component],
     ) -> Component:
         """Check, map, verify, copy where needed, and bind. All ranks fail together.
 
@@ -95,7 +95,8 @@ class ComponentAssembly:
                 while opened:  # what is built holds no lent memory
                     self._blocks.release(cast(OpenBlock, opened.pop()))
                 return made
-            match = match_manifest(manifest, self._models, self._class_models)
+            taken = {id(each.match.model) for each in others if each.component_id != component_id}
+            match = match_manifest(manifest, self._models, self._class_models, taken)
             reserved = match.reserve()
             clock.mark("match")
             for number, block in enumerate(manifest.blocks):

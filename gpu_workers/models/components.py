@@ -157,18 +157,6 @@ class Components:
             self._plug(component)
         return component
 
-    def plug_again(self, component: Component) -> None:
-        """Plug a component's weights if another one of the same model has taken their place since :meth:`get`.
-
-        All ranks call this together.
-
-        Raises:
-            OutOfMemory, OtherRankFailed: no memory for what a plug needs besides the lent tensors.
-        """
-        if not component.is_loaded:
-            with raise_on_all_ranks():
-                self._plug(component)
-
     def find(self, component_id: str, kind: str) -> Component:
         """Return a component of which a job reads the configuration alone, as :meth:`get`, but without its weights.
 

@@ -1,6 +1,6 @@
 """ControlNets of a forward: each runs before the transformer, which gets the sum of their residuals.
 
-Several ControlNets of one architecture have one model, so each has its weights plugged before it runs.
+Several ControlNets of one architecture have a model each, whose weights stay plugged.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Control:
-    """One ControlNet of one forward. ``plug`` gives its model the weights; all ranks call it together."""
+    """One ControlNet of one forward. Its model has its weights."""
 
     model: CachedModel
     inputs: Inputs
     scale: float
-    plug: Callable[[], object]
     blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """By the transformer's argument: for each block in turn, the number of its residual."""
     note: Callable[[torch.Tensor], object] = lambda _: None
@@ -75,7 +74,6 @@ def with_controls(model: CachedModel, operations: TransformerOperations[Any], in
     """
     total: dict[str, list[torch.Tensor]] = {}
     for control in inputs.controls:
-        control.plug()
         component_layouts.use(control.model.layout)
         found = control.model.operations_for("controlnet").residuals(control.model, control.inputs, variant)
         for each in found.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 import torch
@@ -28,8 +28,12 @@ LoadedMatch = CheckpointMatch | ModuleMatch | LoraMatch
 AnyMatch = LoadedMatch | TokenizerMatch
 
 
-def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassModels) -> LoadedMatch:
+def match_manifest(
+    manifest: Manifest, models: ModelCache, class_models: ClassModels, taken: Collection[int] = ()
+) -> LoadedMatch:
     """Match a manifest to a model of a family, or to a module that runs as its class, or as a LoRA.
+
+    ``taken`` as :meth:`ModelCache.match` takes them.
 
     Raises:
         UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: the tensors do not fit.
@@ -52,7 +56,7 @@ def match_manifest(manifest: Manifest, models: ModelCache, class_models: ClassMo
             described = describe({name: info.shape for name, info in tensors.items()})
             if described is not None:
                 return class_models.match(described, tensors, compute_dtype)
-        return models.match(tensors, None if manifest.kind is None else manifest.kind.value, compute_dtype)
+        return models.match(tensors, None if manifest.kind is None else manifest.kind.value, compute_dtype, taken)
     except RequestError as error:
         raise named(manifest.label, error) from error
 

@@ -54,7 +54,7 @@ class ModelCache:
         self.built = 0
         self.reused = 0
         self.packed = memory or PackedMemory(layout.device)
-        self._models: dict[Key, CachedModel] = {}
+        self._models: dict[tuple[Key, int], CachedModel] = {}
         self._resolutions: dict[Signature, Resolution] = {}
         self._layouts: dict[tuple[int, torch.dtype], ParallelLayout] = {}
 
@@ -83,11 +83,13 @@ class ModelCache:
         tensors: Mapping[str, TensorInfo],
         kind: Kind | None = None,
         compute_dtype: torch.dtype | None = None,
+        taken: Collection[int] = (),
     ) -> CheckpointMatch:
         """Match a checkpoint: find its family, check every tensor, and build or reuse its model.
 
         With a ``kind``, tensors of other components in the same file are skipped. ``compute_dtype`` is that of packed
-        weights, if the client gave one. A model is reused for weights in the same formats.
+        weights, if the client gave one. A model is reused for weights in the same formats; a ControlNet gets none of
+        those ``taken``, the ids of models of other components, since several run in each step.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
@@ -114,11 +116,14 @@ class ModelCache:
             resolution.compute_dtype,
             formats,
         )
-        model = self._models.get(key)
+        number = 0
+        while resolution.family.kind == "controlnet" and id(self._models.get((key, number))) in taken:
+            number += 1
+        model = self._models.get((key, number))
         is_reused = model is not None
         if model is None:
             model = self._build(resolution)
-            self._models[key] = model
+            self._models[key, number] = model
             self.built += 1
         else:
             self.reused += 1

@@ -130,6 +130,9 @@ class FakeExecutor:
     def while_idle(self) -> None:
         """Nothing is mapped between two commands."""
 
+    def after_ready(self) -> None:
+        pass
+
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         return {}
 

@@ -39,17 +39,17 @@ def plugged(cache: ModelCache, state: Mapping[str, torch.Tensor]) -> CachedModel
 
 @dataclass(frozen=True)
 class DirectControls:
-    """ControlNets that run in every step: each model with its picture's arguments, its scale, and how it is plugged."""
+    """ControlNets that run in every step: each model with its picture's arguments and its scale."""
 
-    given: Sequence[tuple[CachedModel, Mapping[str, Any], float, Callable[[], object]]] = ()
+    given: Sequence[tuple[CachedModel, Mapping[str, Any], float]] = ()
 
     @classmethod
-    def of(cls, *given: tuple[CachedModel, torch.Tensor, int | None, float, Callable[[], object]]) -> DirectControls:
+    def of(cls, *given: tuple[CachedModel, torch.Tensor, int | None, float]) -> DirectControls:
         """Take latents (batch, 16, height, width) of pictures and their modes."""
         return cls(
             [
-                (model, model.operations_for("controlnet").picture(model, latents, mode), scale, plug)
-                for model, latents, mode, scale, plug in given
+                (model, model.operations_for("controlnet").picture(model, latents, mode), scale)
+                for model, latents, mode, scale in given
             ]
         )
 
@@ -57,8 +57,8 @@ class DirectControls:
         return [replace(part, controls=tuple(self._beside(part))) for part in parts]
 
     def _beside(self, part: Inputs) -> Iterator[Control]:
-        for model, picture, scale, plug in self.given:
-            yield Control(model, model.operations_for("controlnet").beside(model.config, part, picture), scale, plug)
+        for model, picture, scale in self.given:
+            yield Control(model, model.operations_for("controlnet").beside(model.config, part, picture), scale)
 
 
 @torch.inference_mode()

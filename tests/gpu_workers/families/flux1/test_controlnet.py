@@ -200,7 +200,7 @@ def test_a_single_controlnet_has_the_bits_of_the_pipeline_with_latents(
 
 
 def test_several_controlnets_have_the_bits_of_the_pipeline(rank: OneRank) -> None:
-    """Two of one architecture share a model, whose weights are plugged in turn; a third is of another."""
+    """Two are of one architecture, a third is of another."""
     from diffusers import FluxMultiControlNetModel
 
     state, vae_state = flux1_state_dict(1), flux_vae_state_dict(1)
@@ -229,6 +229,24 @@ def test_several_controlnets_have_the_bits_of_the_pipeline(rank: OneRank) -> Non
         for n in range(3)
     ]
     assert torch.equal(generated(rank, controls, given=text(1), sampling={"seed": 7}, has_vae=True), unpacked(expected))
+
+
+def test_two_controlnets_of_one_architecture_stay_plugged(rank: OneRank) -> None:
+    rank.lend("transformer", flux1_state_dict(1))
+    for number in range(2):
+        rank.lend(f"controlnet {number}", comfyui_state(number))
+    controls = [{"component_id": f"controlnet {number}", "latents": CONTROL} for number in range(2)]
+    plugs, built = rank.components.plugs, rank.components.models.built
+    both = generated(rank, controls, given=text(1), noise=numbers(3, 1, *LATENTS))
+    assert rank.components.plugs == plugs
+    # A model that is free again is used again: a third takes the place of the first, and nothing is built.
+    rank.components.unmap("controlnet 0")
+    rank.lend("controlnet 2", comfyui_state(0))
+    rank.lend("controlnet 1", comfyui_state(1))  # lent again: in its own model
+    again = [{"component_id": f"controlnet {number}", "latents": CONTROL} for number in (2, 1)]
+    plugs = rank.components.plugs
+    assert torch.equal(generated(rank, again, given=text(1), noise=numbers(3, 1, *LATENTS)), both)
+    assert (rank.components.plugs, rank.components.models.built) == (plugs, built)
 
 
 @pytest.mark.parametrize("name", ["controlnet_blocks.0.weight", "single_blocks.1.linear2.bias"])

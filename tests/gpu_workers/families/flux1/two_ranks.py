@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +52,20 @@ CONTROLLED = {
 
 
 def controls_of(cache: Any, height: int, width: int, batch: int) -> Any:
-    """Two unions of one architecture, which share a model, and a ControlNet of another."""
+    """Two unions of one architecture, and a ControlNet of another."""
     from direct_jobs import DirectControls
     from flux1_controlnets import MODES, comfyui_state
 
     from xditd.gpu_workers.models.entries import TensorInfo
 
-    given = []
+    given: list[Any] = []
     for number, modes in enumerate((MODES, MODES, 0)):
         state = comfyui_state(number, modes=modes)
-        match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()})
-        bindings = match.bind(state)
+        taken = {id(model) for model, *_ in given}
+        match = cache.match({name: TensorInfo.of(tensor) for name, tensor in state.items()}, taken=taken)
+        match.model.plug(match.bind(state))
         latents = torch.randn(batch, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(number))
-        given.append((match.model, latents, number if modes else None, 0.5, partial(match.model.plug, bindings)))
+        given.append((match.model, latents, number if modes else None, 0.5))
     return DirectControls.of(*given)
 
 

@@ -33,6 +33,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
     "odd text, odd sides": ((1, 7, (5, 9)), "class"),
     "batch of two, one text padded": ((2, 41, (4, 7), (), (41, 13)), "class"),
     "batch of three, references": ((3, 9, (4, 6), ((3, 5), (2, 4)), (9, 5, 7)), "class"),
+    "batch of two, no token of one text counts": ((2, 9, (4, 6), (), (0, 9)), "class"),
+    "no token of a text counts": ((1, 9, (4, 6), (), (0,)), "class"),
     "references at timestep zero": ((1, 9, (4, 7), ((3, 5),)), "zero_cond_t"),
 }
 

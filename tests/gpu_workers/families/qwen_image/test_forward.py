@@ -35,6 +35,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "two rows": (2, 40, (4, 6)),
     "two texts, one padded": (2, 33, (4, 6), (), (33, 12)),
     "all texts padded": (3, 9, (2, 3), (), (3, 8, 1)),
+    "no token of a text counts": (1, 9, (4, 6), (), (0,)),
+    "no token of one text of two counts": (2, 9, (4, 6), (), (0, 9)),
     "one reference": (1, 20, (4, 6), ((3, 5),)),
     "two references, larger than the image, two rows, one text padded": (2, 9, (4, 6), ((7, 9), (2, 2)), (9, 4)),
 }

@@ -71,6 +71,9 @@ SAMPLES = {
     "guided batch, one text padded": Sample(
         scale=2.5, negatives=9, batch=2, lengths=(20, 4), negative_lengths=(9, 9), size=(6, 10)
     ),
+    "guided, no token of the texts counts": Sample(
+        scale=2.5, negatives=9, batch=2, lengths=(0, 4), negative_lengths=(0, 0), size=(6, 10)
+    ),
     "given sigmas": Sample(sigmas=(1.0, 0.7, 0.31)),
     "the schedule of Lightning": Sample(shift=3.0, steps=4),
     "a large image's schedule": Sample(size=(128, 128), tokens=3, steps=2),

@@ -106,7 +106,7 @@ def with_controls(cache: Any, lent: Any, state: dict[str, torch.Tensor]) -> dict
         match = cache.match({name: TensorInfo.of(tensor) for name, tensor in control.items()})
         match.model.plug(match.bind(control))
         latents = torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(number))
-        uses.append((match.model, latents, 1 if modes else None, 0.5, lambda: None))
+        uses.append((match.model, latents, 1 if modes else None, 0.5))
     for label, each in (("union", uses[:1]), ("double blocks alone", uses[1:]), ("both", uses)):
         result = generate(lent, **given, steps=1, controls=DirectControls.of(*each))
         kept, lent.module.fused = lent.module.fused, None
