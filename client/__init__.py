@@ -5,14 +5,11 @@ Importing this package does not import torch; the first use of tensors does.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from xditd.client.client import Client
-from xditd.client.jobs.arguments import KeptTensor, RowsOf
-from xditd.client.jobs.controls import CallControl, Control
-from xditd.client.jobs.generation import GenerationJob
 from xditd.client.loans import Loan, LoanWithLoras
-from xditd.client.results import GenerationResult, TextEncoding
 from xditd.ipc.errors import (
     AlreadyRunning,
     BadCheckpoint,
@@ -55,10 +52,14 @@ if TYPE_CHECKING:
     from xditd.client.arenas import Arena
     from xditd.client.async_client import AsyncClient, AsyncGenerationJob
     from xditd.client.diffusers.accelerate import accelerate, unaccelerate
+    from xditd.client.jobs.arguments import KeptTensor, RowsOf
+    from xditd.client.jobs.controls import CallControl, Control
+    from xditd.client.jobs.generation import GenerationJob
     from xditd.client.pipeline.pipeline import Pipeline
     from xditd.client.pipeline.results import PipelineResult
     from xditd.client.pipeline.running import PipelineJob
     from xditd.client.pipeline.settings import RunSettings
+    from xditd.client.results import GenerationResult, TextEncoding
 
 __all__ = [
     "AlreadyRunning",
@@ -122,30 +123,29 @@ __all__ = [
 ]
 
 
+_MODULES = {
+    "Arena": "arenas",
+    "AsyncClient": "async_client",
+    "AsyncGenerationJob": "async_client",
+    "CallControl": "jobs.controls",
+    "Control": "jobs.controls",
+    "GenerationJob": "jobs.generation",
+    "GenerationResult": "results",
+    "KeptTensor": "jobs.arguments",
+    "Pipeline": "pipeline.pipeline",
+    "PipelineJob": "pipeline.running",
+    "PipelineResult": "pipeline.results",
+    "RowsOf": "jobs.arguments",
+    "RunSettings": "pipeline.settings",
+    "TextEncoding": "results",
+    "accelerate": "diffusers.accelerate",
+    "unaccelerate": "diffusers.accelerate",
+}
+"""Names that are imported on first use, so that a program that only asks for the status needs no modules of jobs."""
+
+
 def __getattr__(name: str) -> object:
-    # Imported on first use, so that a program that only asks for the status does not import the transports.
-    if name in ("accelerate", "unaccelerate"):
-        from xditd.client.diffusers import accelerate
-
-        return getattr(accelerate, name)
-    if name in ("AsyncClient", "AsyncGenerationJob"):
-        from xditd.client import async_client
-
-        return getattr(async_client, name)
-    if name == "Pipeline":
-        from xditd.client.pipeline.pipeline import Pipeline
-
-        return Pipeline
-    if name in ("PipelineResult", "RunSettings"):
-        from xditd.client.pipeline import results
-
-        return getattr(results, name)
-    if name == "PipelineJob":
-        from xditd.client.pipeline.running import PipelineJob
-
-        return PipelineJob
-    if name == "Arena":
-        from xditd.client.arenas import Arena
-
-        return Arena
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -9,24 +9,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from xditd.client.daemon_methods import DaemonMethods
-from xditd.client.io_blocks import IoPool
-from xditd.client.jobs.arguments import KeptTensor
 from xditd.client.jobs.component import Component
-from xditd.client.jobs.controls import CallControl, Control, checked_controls, checked_list
-from xditd.client.jobs.generation import GenerationJob, draw_seed
-from xditd.client.jobs.job_requests import (
-    check_parts,
-    decode_request,
-    encode_request,
-    generate_request,
-)
-from xditd.client.jobs.runner import Runner
-from xditd.client.jobs.text_requests import encode_text_request
 from xditd.client.lifetime import Lifetime
 from xditd.client.loan_methods import LoanMethods
 from xditd.client.loans import Loan, LoanWithLoras, any_component_id, component_id_of
 from xditd.client.prompt_methods import PromptMethods
-from xditd.client.results import TextEncoding
 from xditd.client.waiting import check_seconds
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
 from xditd.ipc.errors import BadRequest
@@ -34,8 +21,14 @@ from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.replies import Decoded, Encoded, TextEncoded
 from xditd.ipc.tensors import ComponentKind
 
+# Modules of jobs are imported by the methods that run them: a program that asks for the status needs none.
 if TYPE_CHECKING:
     import torch
+
+    from xditd.client.jobs.arguments import KeptTensor
+    from xditd.client.jobs.controls import CallControl, Control
+    from xditd.client.jobs.generation import GenerationJob
+    from xditd.client.results import TextEncoding
 
 SILENCE_DEADLINE_S: Final = 600.0
 """Default for lends and jobs: the longest time without progress. It is longer than the default of the daemon's
@@ -80,6 +73,9 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         wait_s: float = 0.0,
         cluster: str | None = None,
     ) -> None:
+        from xditd.client.io_blocks import IoPool
+        from xditd.client.jobs.runner import Runner
+
         del cluster  # __new__ has looked at it
         check_seconds("deadline_s", deadline_s)
         runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(user_path(runtime_dir).absolute())
@@ -169,6 +165,11 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             BadRequest: an invalid value; the message names it and the remedy.
             LeaseLost: a loan has ended.
         """
+        from xditd.client.jobs.controls import Control, checked_controls
+        from xditd.client.jobs.generation import draw_seed
+        from xditd.client.jobs.job_requests import generate_request
+        from xditd.client.metadata.of_jobs import record_of
+
         if seed is not None and noise is not None:
             raise BadRequest("seed and noise: both are given, but each sets the noise; leave one out")
         if seed is None and noise is None:
@@ -202,8 +203,6 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             start_mask=start_mask,
             strength=strength,
         )
-        from xditd.client.metadata.of_jobs import record_of  # for jobs alone, like torch
-
         components = {"transformer": transformer, "transformer_2": transformer_2, "vae": vae}
         record = record_of(job.sampling, lent.facts, components, controls=len(controls))
         return self._runner.generate(job, deadline_s, self, record)
@@ -213,6 +212,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
 
         The workers drop it when this process exits, or when they need room for tensors that were used more recently.
         """
+        from xditd.client.jobs.arguments import KeptTensor
+
         return KeptTensor(tensor)
 
     def call(
@@ -248,6 +249,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             BadRequest: an argument that cannot be sent, or that the class does not take.
             LeaseLost: the loan has ended.
         """
+        from xditd.client.jobs.controls import checked_list
+
         return self.call_parts(
             component,
             [arguments],
@@ -274,6 +277,9 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
         parallel on different GPUs; a tensor that several parts use is sent once. ``controls`` are those of each part.
         """
+        from xditd.client.jobs.controls import CallControl, checked_controls, checked_list
+        from xditd.client.jobs.job_requests import check_parts
+
         facts = component.facts if isinstance(component, LoanWithLoras) else self.facts(component)
         if facts.kind is not ComponentKind.MODULE:
             if method != "forward":
@@ -318,6 +324,9 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             BadRequest: an unknown token id, too many tokens, a mask, layers or images that the encoder does not take,
                 images that do not fit the token ids, or an encoder without a pooled state.
         """
+        from xditd.client.jobs.text_requests import encode_text_request
+        from xditd.client.results import TextEncoding
+
         component = self._component(encoder, ComponentKind.TEXT_ENCODER)
         job = encode_text_request(component, token_ids, pooled=pooled, mask=mask, layers=layers, images=images)
         found = self._runner.run(job, TextEncoded, deadline_s)
@@ -341,6 +350,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         Raises:
             BadRequest: latents of another shape, or a transformer whose latents have another size than this VAE's.
         """
+        from xditd.client.jobs.job_requests import decode_request
+
         if not isinstance(clamp, bool):
             raise BadRequest(f"clamp: {clamp!r:.100} is of type {type(clamp).__name__}, use True or False")
         job = decode_request(self._component(vae, ComponentKind.VAE), latents, self._transformer(transformer))
@@ -359,6 +370,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
 
         ``transformer`` is the one that will use the latents, as in :meth:`decode`.
         """
+        from xditd.client.jobs.job_requests import encode_request
+
         job = encode_request(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
         return self._runner.run(job, Encoded, deadline_s)["latents"]
 

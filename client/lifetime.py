@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from typing import TYPE_CHECKING
 
-from xditd.client.io_blocks import IoPool
 from xditd.client.session import ClosedState, Session
 from xditd.ipc.addresses import RuntimeDir
+
+if TYPE_CHECKING:
+    from xditd.client.io_blocks import IoPool
 
 
 class Lifetime:

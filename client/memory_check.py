@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from xditd.client.connection import Connection
-from xditd.client.io_blocks import IoPool
 from xditd.client.mailboxes import Timeouts
 from xditd.ipc.errors import StaleSource
 from xditd.ipc.name_lists import listed
 from xditd.ipc.replies import AnyEvent, MemoryChecked, Queued
 from xditd.ipc.requests import CheckMemory
+
+if TYPE_CHECKING:
+    from xditd.client.io_blocks import IoPool
 
 logger = logging.getLogger(__name__)
 

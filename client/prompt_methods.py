@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from xditd.client.conditioning import Conditioning
-from xditd.client.jobs.arguments import check_text
 from xditd.client.jobs.component import Component
-from xditd.client.jobs.prompt_requests import Texts, prompt_request
-from xditd.client.jobs.runner import Runner
 from xditd.client.loans import Loan, LoanWithLoras
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
     import torch
+
+    from xditd.client.conditioning import Conditioning
+    from xditd.client.jobs.prompt_requests import Texts
+    from xditd.client.jobs.runner import Runner
 
 
 class PromptMethods:
@@ -101,6 +101,9 @@ class PromptMethods:
         device: torch.device | str | None,
         deadline_s: float | None,
     ) -> Any:
+        from xditd.client.jobs.arguments import check_text
+        from xditd.client.jobs.prompt_requests import prompt_request
+
         for name, roles in (("encoders", encoders), ("tokenizers", tokenizers)):
             if not isinstance(roles, Mapping):
                 raise BadRequest(f"{name}: {roles!r:.100} is of type {type(roles).__name__}, use a dict by role")

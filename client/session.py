@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from xditd.client.connection import CONTROL_DEADLINE_S, Connection
 from xditd.client.discovery import close_quietly, find_daemon
-from xditd.client.io_blocks import IoPool
 from xditd.client.loans import Loan
 from xditd.client.mailboxes import Ending, Timeouts
 from xditd.client.memory_check import MemoryCheck, log_event
@@ -33,6 +32,7 @@ from xditd.ipc.requests import Adopt, Cancel, GetStatus, Goodbye, Lend, ReturnLo
 from xditd.ipc.tensors import CopiedBytes, Tier
 
 if TYPE_CHECKING:
+    from xditd.client.io_blocks import IoPool
     from xditd.client.lending import Offer
 
 logger = logging.getLogger(__name__)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NoReturn
 
 from xditd.ipc.settings.daemon import CONFIG_VARIABLE, SETTINGS
 from xditd.ipc.settings.setting import PREFIX
 from xditd.ipc.suggestions import did_you_mean
+
+_REQUIRED: Final = "the following arguments are required"
+"""How argparse begins its message about arguments that are missing."""
 
 
 def known_variables() -> frozenset[str]:
@@ -31,10 +34,11 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser, also for verbs, that refuses an unknown flag with a suggestion."""
+    """An argument parser, also for verbs, that refuses an unknown flag with a suggestion, and prints no usage."""
 
     def __init__(self, **options: Any) -> None:
         self.flags: list[str] = []
+        self._given: list[str] = []
         super().__init__(**options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
@@ -45,8 +49,21 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and exit with an error if unknown arguments are left."""
+        self._given = [] if args is None else list(args)
         parsed, extra = super().parse_known_args(args, namespace)
         if extra:
-            hints = (did_you_mean(word.partition("=")[0], self.flags) for word in extra if word.startswith("-"))
-            self.error(f"unrecognized arguments: {' '.join(extra)}{next(filter(None, hints), '')}")
+            self.error(self._unrecognized(extra))
         return parsed, []
+
+    def _unrecognized(self, extra: Sequence[str]) -> str:
+        hints = (did_you_mean(word.partition("=")[0], self.flags) for word in extra if word.startswith("-"))
+        return f"unrecognized arguments: {' '.join(extra)}{next(filter(None, hints), '')}"
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, and where to read on, to stderr; exit with status 2."""
+        if message.startswith(_REQUIRED):  # argparse looks for these first, and a misspelt flag may be the reason
+            unknown = [
+                word for word in self._given if word.startswith("--") and word.partition("=")[0] not in self.flags
+            ]
+            message += f"; {self._unrecognized(unknown)}" if unknown else ""
+        self.exit(2, f"{self.prog}: error: {message}\ntry '{self.prog} --help'\n")

@@ -54,7 +54,9 @@ def run(parsed: argparse.Namespace) -> int:
         parsed.refuse("hash FILE is needed" if parsed.file is None else f"{parsed.action} takes no FILE; use flags")
     if parsed.action != "hash" and parsed.address is None:
         parsed.refuse("--address IP:PORT is needed: that of the cluster's head")
-    exits.configure_logging(parsed.log_level)
+    # join serves until it is ended, and its log is that of a service
+    usual = "info" if parsed.action == "join" else None
+    exits.configure_logging(parsed.log_level or usual, parsed.verbose)
     actions = {"join": _join, "leave": _leave, "status": _status, "submit": _submit, "hash": _hash}
     return actions[parsed.action](parsed)
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    exits.configure_logging(parsed.log_level)
+    exits.configure_logging(parsed.log_level, parsed.verbose)
     signal.signal(signal.SIGTERM, _interrupt)
 
     from xditd.client.cli.progress import bar

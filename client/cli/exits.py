@@ -27,8 +27,15 @@ def code_for(error: XditdError) -> int:
     return MISUSE if isinstance(error, BadRequest) else FAILED
 
 
-def configure_logging(level: str) -> None:
-    """Log to stderr, because stdout is for data."""
+def configure_logging(level: str | None, is_verbose: bool = False) -> None:
+    """Log to stderr, because stdout is for data: records of this level and above, if verbose also those of INFO.
+
+    Without a level, records of WARNING and above, ours and those of other libraries.
+    """
+    lowest: int = logging.WARNING if level is None else logging.getLevelName(level.upper())
     logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+        level=min(lowest, logging.INFO) if is_verbose else lowest,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
     )

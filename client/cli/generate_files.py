@@ -40,7 +40,7 @@ def check(parsed: argparse.Namespace) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Lend the files, generate, and write the results."""
     check(parsed)
-    exits.configure_logging(parsed.log_level)
+    exits.configure_logging(parsed.log_level, parsed.verbose)
 
     from xditd.client.cli.progress import watch
     from xditd.client.client import Client

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.cli import control_flags, exits
@@ -84,7 +86,7 @@ def check(parsed: argparse.Namespace) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Open the model, generate, and write the results."""
     check(parsed)
-    exits.configure_logging(parsed.log_level)
+    exits.configure_logging(parsed.log_level, parsed.verbose)
 
     from xditd.client.cli.progress import watch
     from xditd.client.pipeline.pipeline import Pipeline
@@ -192,7 +194,7 @@ def _report(
 ) -> None:
     """Print what was made, and of what."""
     made, generation = result.settings, result.generation
-    loans: list[Loan] = list(pipe.loans.values())
+    loans: Mapping[str, Loan] = pipe.loans
     seconds = {"lend": lend_s, "generate": generation.timings_ms["round_trip"] / 1e3}
     if parsed.json:
         report = {
@@ -215,13 +217,15 @@ def _report(
             "seconds": seconds,
             "timings_ms": generation.timings_ms,
             "reused_steps": generation.reused_steps,
-            "components": [describe_loan(loan) for loan in loans],
+            "components": [{"role": role, **describe_loan(loan)} for role, loan in loans.items()],
         }
         print(json_text(report, indent=2))
         return
-    for loan in loans:
+    for role, loan in loans.items():
         tiers = "+".join(tier.value for tier in loan.tiers)
-        print(f"{loan.kind.value}: {loan.label}, {size_text(loan.lent_bytes)} by {tiers}, copied: "
+        path = os.path.basename(pipe.files[role][0])
+        named = "" if path == role else f"{path}, "
+        print(f"{role}: {named}{size_text(loan.lent_bytes)} by {tiers}, copied: "
               f"{copied_text(loan.copied)}")  # fmt: skip
     written = ", ".join(str(path) for path in (*outputs.images, outputs.latents) if path is not None)
     reused = f", {generation.reused_steps} of {made.steps} steps reused" if made.step_cache else ""

@@ -82,7 +82,7 @@ class _Parser(Parser):
     as_json = False
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and the message, and exit with status 2."""
+        """Print the message, and exit with status 2."""
         if self.as_json:
             print_json_error(BadRequest(message))
         super().error(message)

@@ -25,6 +25,7 @@ _RUNTIME_DIR: Final = about(
 )
 _JSON: Final = about("print JSON on stdout, for programs")
 _LOG_LEVEL: Final = about("lowest level that is logged on stderr: debug, info, warning or error", metavar="LEVEL")
+_VERBOSE: Final = about("also log on stderr what is done: everything of level info", short="-v")
 
 
 class JsonFlags(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +44,15 @@ class DaemonFlags(msgspec.Struct, frozen=True, kw_only=True):
 class JobFlags(DaemonFlags, frozen=True, kw_only=True):
     """Flags of a generation, of ``generate`` and ``cluster``."""
 
-    log_level: Annotated[LogLevel, _LOG_LEVEL] = "info"
+    log_level: Annotated[
+        LogLevel | None,
+        about(
+            "lowest level that is logged on stderr: debug, info, warning or error (default: warning; info of "
+            "`cluster join`)",
+            metavar="LEVEL",
+        ),
+    ] = None
+    verbose: Annotated[bool, _VERBOSE] = False
     transformer: Annotated[str | None, about("transformer checkpoint, one safetensors or GGUF file", kind="path")] = (
         None
     )
@@ -201,7 +210,8 @@ class GenerateFlags(JobFlags, frozen=True, kw_only=True):
 class DemoFlags(JsonFlags, frozen=True, kw_only=True):
     """Flags of ``demo``."""
 
-    log_level: Annotated[LogLevel, _LOG_LEVEL] = "info"
+    log_level: Annotated[LogLevel, _LOG_LEVEL] = "warning"
+    verbose: Annotated[bool, _VERBOSE] = False
     out: Annotated[
         str, about("folder for the demo's output files", kind="path", metavar="DIR", variable="XDITD_DEMO_OUT")
     ] = "out"

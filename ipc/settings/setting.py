@@ -105,7 +105,8 @@ class Setting:
     @property
     def choices(self) -> tuple[str, ...]:
         """The allowed words, if only certain words are allowed."""
-        return get_args(_strip_annotated(self.type)) if get_origin(_strip_annotated(self.type)) is Literal else ()
+        types = [_strip_annotated(each) for each in _union_members(self.type) if each is not type(None)]
+        return get_args(types[0]) if len(types) == 1 and get_origin(types[0]) is Literal else ()
 
     def read(self, value: object, source: str) -> Any:
         """Convert the value of a flag, a variable or a file key, which errors call ``source``.

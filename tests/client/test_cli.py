@@ -1,6 +1,7 @@
 """The ``xditd`` command: exit codes, stdout, and flags with their variables."""
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 import sample_facts
 
+from xditd import __version__
 from xditd.client.cli import exits, flags, tables
 from xditd.client.cli.main import VERBS, build_parser, main
 from xditd.ipc.errors import BadRequest, Busy, DaemonUnreachable
@@ -89,6 +91,11 @@ STATUS = DaemonStatus(
 
 def answers_status(daemon):
     daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=STATUS)]
+
+
+def test_python_m_xditd_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "xditd", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"xditd {__version__}\n"
 
 
 def test_status_is_a_table_for_people(daemon, folder, capsys):
@@ -306,6 +313,62 @@ def test_misuse_exits_with_2(arguments, says, capsys):
     captured = capsys.readouterr()
     assert says in captured.err
     assert captured.out == ""
+
+
+USAGE_ERRORS = [
+    [["--jsno"]],
+    [["statsu"]],
+    *([[verb, "--no-such-flag"]] for verb in sorted(set(VERBS) - {"serve"})),
+    [["generate", "--sise", "64x64"]],
+    [["generate"]],
+    [["generate", "a cat"]],
+    [["models", "add"]],
+    [["models", "sort"]],
+    [["adopt"]],
+    [["top", "--every"]],
+    [["cluster", "submit"]],
+    [["completion", "tcsh"]],
+]
+
+
+@pytest.mark.parametrize("given", [each for (each,) in USAGE_ERRORS], ids=" ".join)
+def test_a_usage_error_is_two_lines_and_the_second_says_where_to_read_on(given, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == exits.MISUSE
+    captured = capsys.readouterr()
+    first, second = captured.err.splitlines()
+    program = first.partition(": error: ")[0]
+    assert program.split()[1:] == [word for word in given if word in ("add", *VERBS)][: len(program.split()) - 1]
+    assert second == f"try '{program} --help'"
+    wrong = next((word for word in given if word.startswith("-")), given[-1] if given[0] not in VERBS else "")
+    assert wrong in first
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["generate", "a cat"], {"WARNING"}),
+        (["generate", "a cat", "-v"], {"WARNING", "INFO"}),
+        (["generate", "a cat", "--verbose", "--log-level", "debug"], {"WARNING", "INFO", "DEBUG"}),
+        (["generate", "a cat", "--log-level", "error"], set()),
+        (["demo"], {"WARNING"}),
+    ],
+)
+def test_lines_below_warning_reach_the_terminal_only_if_asked_for(arguments, shown, monkeypatch, capsys):
+    parsed = build_parser().parse_args(arguments)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    logging.Logger.manager._clear_cache()
+    exits.configure_logging(parsed.log_level, parsed.verbose)
+    for name in ("xditd.client.session", "urllib3.connectionpool"):
+        for level in (logging.WARNING, logging.INFO, logging.DEBUG):
+            logging.getLogger(name).log(level, "said by %s", name)
+    said = capsys.readouterr().err.splitlines()
+    assert {line.split()[1] for line in said} == shown
+    assert len(said) == 2 * len(shown)
 
 
 def test_errors_have_their_exit_codes():

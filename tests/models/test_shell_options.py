@@ -46,7 +46,8 @@ ARGUMENT = {"option": "options", "control_images": "control"}
 """Arguments of the library that have another name than their setting."""
 
 ELSEWHERE = {
-    "runtime_dir", "json", "log_level", "transformer", "transformer_2", "vae", "device", "compute_dtype", "model",
+    "runtime_dir", "json", "log_level", "verbose",
+    "transformer", "transformer_2", "vae", "device", "compute_dtype", "model",
     "text_encoders", "tokenizers", "image_encoder", "scheduler", "variant",
     "embeds", "random_embeds", "text_tokens", "fps", "out", "save_latents", "no_metadata", "from_file",
 }  # fmt: skip

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shapes.graphs import GraphedStep, adamw, set_rate
-from shapes.models import SCHEDULE_SHIFT
 from shapes.pool import PATCHES, Pool, autocast, tokens
 from shapes.profiling import Parts, profile
 from shapes.vae_training import Budget
@@ -31,6 +30,12 @@ GUIDED_FROM: Final = 0.1
 GUIDED_FULLY: Final = 0.3
 """Sigmas below the former are not guided, above the latter they are in full: guidance at the end of sampling would only
 push colours out of their range (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024)."""
+SIGMA_MEAN: Final = 2.0
+SIGMA_DEVIATION: Final = 1.5
+"""Of the logits of sigmas in training. What words say of places, forms and colours is decided above a sigma of 0.9, as
+latents of drawn forms show through weaker noise; half of all sigmas lie there."""
+EVEN_SHARE: Final = 0.1
+"""Of sigmas that are spread evenly from 0 to 1."""
 _PROFILED_AT: Final = 2
 _TIMED: Final = range(160, 200)
 _SHARD_BYTES: Final = 15_000_000
@@ -173,9 +178,10 @@ class FlowTraining:
         generator = self._generator.manual_seed(settings.seed * 1_000_003 + self.step)
         latents, clip, t5, covered = pool.batch(count, generator)
         noise = torch.randn(latents.shape, generator=generator, device=device)
-        sigmas = torch.sigmoid(torch.randn(count, generator=generator, device=device) + SCHEDULE_SHIFT)
+        logits = torch.randn(count, generator=generator, device=device) * SIGMA_DEVIATION + SIGMA_MEAN
         even = torch.rand(count, generator=generator, device=device)
-        sigmas = torch.where(torch.rand(count, generator=generator, device=device) < 0.1, even, sigmas)
+        is_even = torch.rand(count, generator=generator, device=device) < EVEN_SHARE
+        sigmas = torch.where(is_even, even, torch.sigmoid(logits))
         noisy = torch.lerp(latents, noise, sigmas[:, None, None])
         guidance = torch.full((count,), WEAKEST_GUIDANCE, device=device)
         if self._teacher is None:

@@ -24,8 +24,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from shapes.draw import draw, encode, save_sheet
-from shapes.flow_training import Flow, FlowSettings, FlowTraining
-from shapes.judge import faults, held_out_requests, judge, pipeline_sampler, print_table, table
+from shapes.flow_training import WEAKEST_GUIDANCE, Flow, FlowSettings, FlowTraining
+from shapes.judge import GUIDANCE, faults, held_out_requests, judge, pipeline_sampler, print_table, table
 from shapes.models import (
     LATENT_SCALE,
     LATENT_SHIFT,
@@ -220,7 +220,9 @@ def _judge(
     requests = held_out_requests(given.sentences)
     pipeline = build_pipeline({part: module.eval() for part, module in parts.items()})
     with torch.no_grad():
-        images, found = judge(pipeline_sampler(pipeline), requests, batch=100 if device.type == "cuda" else 8)
+        # Until guidance is distilled, the model knows the weakest only.
+        sampler = pipeline_sampler(pipeline, guidance=GUIDANCE if name == "distilled" else WEAKEST_GUIDANCE)
+        images, found = judge(sampler, requests, batch=100 if device.type == "cuda" else 8)
     rows = table(requests, found)
     print(f"{name}: judged in {time.monotonic() - started:.0f} s", flush=True)
     print_table(rows)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,21 @@ def test_a_prompt_gives_the_librarys_pictures(
     assert read_record(saved) == found
     (saved,) = result.save(tmp_path / "plain.png", 1, metadata=False)
     assert b"xditd" not in saved.read_bytes()
+
+
+def test_what_was_lent_is_named_by_its_part_and_nothing_else_is_said(
+    one_worker: Any, folder: Path, tmp_path: Path
+) -> None:
+    program = "import sys; from xditd.client.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "generate", "a cat", "--model", str(folder), *GIVEN]
+    command += ["--runtime-dir", str(one_worker.runtime_dir), "-o", str(tmp_path / "cat.png")]
+    quiet = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    said = [line.split(":")[0] for line in quiet.stdout.splitlines()[:-1]]
+    assert sorted(said) == ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    # Bars are drawn over themselves; each other line would be of a log.
+    assert all(line.startswith("denoising") for line in re.split(r"[\r\n]+", quiet.stderr) if line), quiet.stderr
+    verbose = subprocess.run([*command, "-v"], capture_output=True, text=True, timeout=120, check=True)
+    assert " INFO " in verbose.stderr
 
 
 def test_a_picture_is_repeated_by_its_file(
