@@ -21,7 +21,6 @@ from xditd.gpu_workers.process.options import Options
 from xditd.ipc import layout_choice
 from xditd.ipc.errors import BadRequest, Unsupported, WorkersLost, XditdError
 from xditd.ipc.layout_choice import LayoutChoice
-from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.processes import describe_exit
 from xditd.ipc.worker_messages import CONFIGURATION_STATUS, UNEXPLAINED, VERDICT_PREFIX
 
@@ -30,22 +29,22 @@ logger = logging.getLogger(__name__)
 CPU_WORKERS = 2
 
 
-def lead(options: Options) -> int:
+def lead(options: Options, attempts: Sequence[str]) -> int:
     """Run the group until it ends; return the exit status.
+
+    ``attempts`` are the connections to other hosts that this process has tried so far; the ranks count them, too.
 
     Raises:
         RequestError: the configuration cannot work here; a restart would not help.
         WorkersLost: a rank has failed.
     """
-    outside = OutsideConnections.install()
-    preload.preload(preload.FOR_RANKS)
     gpus, can_fork = preload.count_gpus()
     devices = choose_devices(options, gpus)
     choice = layout_choice.choose_layout(len(devices), options.degrees)
     logger.info("layout chosen workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
     if not can_fork:
         logger.warning("an import has opened CUDA: ranks are spawned, and import everything again")
-    return _run(options, choice, devices, "fork" if can_fork else "spawn", outside.attempts)
+    return _run(options, choice, devices, "fork" if can_fork else "spawn", attempts)
 
 
 def choose_devices(options: Options, gpus: int) -> list[str]:
