@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
+import msgspec
+
+from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.loopback import check_loopback
 from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import XditdError
-from xditd.ipc.worker_messages import CONFIGURATION_STATUS, VERDICT_PREFIX
+from xditd.ipc.network_watch import OutsideConnections
+from xditd.ipc.worker_messages import CONFIGURATION_STATUS, STANDBY_FLAG, VERDICT_PREFIX
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Run a worker group until it ends; return the exit status. If it is not 0, a line on stderr says why."""
+    die_with_parent(os.getppid())  # before the imports: the daemon may be killed while they take their seconds
+    outside = OutsideConnections.install()
     logging.basicConfig(level="INFO", format="%(levelname)s leader %(name)s: %(message)s")
     try:
         check_loopback()
         # Imported here, since they import torch: if torch is missing, the handler below reports it.
-        from xditd.gpu_workers.process.leader import lead
+        from xditd.gpu_workers.process import leader, preload
         from xditd.gpu_workers.process.options import parse
 
-        options = parse(sys.argv[1:])
+        is_standby = sys.argv[1:] == [STANDBY_FLAG]
+        options = None if is_standby else parse(sys.argv[1:])
+        preload.preload(preload.FOR_RANKS)
+        if options is None:
+            preload.preload(preload.FOR_LENDS)
+            line = sys.stdin.readline()
+            if not line:
+                return 0  # the daemon has ended, or needs no other leader
+            options = parse(msgspec.json.decode(line, type=list[str]))
         logging.getLogger().setLevel(options.log_level.upper())
-        return lead(options)
+        return leader.lead(options, outside.attempts)
     except Exception as error:
         if not isinstance(error, XditdError):
             logger.exception("the leader failed")

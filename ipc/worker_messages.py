@@ -25,6 +25,9 @@ FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.M
 CONFIGURATION_STATUS: Final = 2
 """Exit status of a leader or a rank when a restart cannot help: a wrong setting, installation or limit."""
 
+STANDBY_FLAG: Final = "--standby"
+"""The only flag of a leader that imports first and then reads its flags from stdin, as one line with a JSON list."""
+
 VERDICT_PREFIX: Final = "worker group: "
 """Begins the line in which a leader prints why the group has ended."""
 

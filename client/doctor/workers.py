@@ -104,6 +104,9 @@ def _check_peers(count: int, peers: list[list[int]]) -> Finding:
 
 def _check_attention(facts: dict[str, Any]) -> Finding:
     if facts["attention"]:
-        return ok("attention", f"runs here: {', '.join(facts['attention'])}")
+        plain, fused = facts["attention_plain"], facts["attention_fused"]
+        runs = f"{fused} in fused kernels, {plain} in other modules" if fused and fused != plain else plain
+        others = ", ".join(name for name in facts["attention"] if name not in (plain, fused)) or "nothing else"
+        return ok("attention", f"auto runs {runs}; also here: {others}")
     why = facts["attention_error"] or "no backend ran"
     return fail("attention", why, "reinstall torch and xfuser for this machine (pip install 'xditd[workers]')")

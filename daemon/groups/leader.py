@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -38,7 +39,8 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
 class Leader:
     """Start the leader in a session of its own, and watch it until its process group is empty.
 
-    ``on_gone(exit_status, output)`` is called once, with a negative status for a signal.
+    ``on_gone(exit_status, output)`` is called once, with a negative status for a signal. A leader that ``waits`` reads
+    its flags from stdin: see :meth:`begin`.
     """
 
     def __init__(
@@ -48,13 +50,15 @@ class Leader:
         command: Sequence[str],
         environment: Mapping[str, str],
         on_gone: Callable[[int, WorkerOutput], None],
+        *,
+        waits: bool = False,
     ) -> None:
         self._loop = loop
-        self._on_gone = on_gone
+        self.on_gone = on_gone
         self._process = subprocess.Popen(
             command,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -73,6 +77,15 @@ class Leader:
     def last_output(self) -> str:
         """The last error that a process of the group did not handle, else the last line."""
         return self._output.last_error or self._output.last_line
+
+    def begin(self, arguments: Sequence[str]) -> None:
+        """Give a leader that waits its flags. If it has ended meanwhile, ``on_gone`` says so."""
+        assert self._process.stdin is not None  # because of waits
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(list(arguments)).encode() + b"\n")
+            self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def terminate(self) -> None:
         """Ask the leader to end the group, and kill whatever is left after :data:`TERM_GRACE_S`."""
@@ -116,8 +129,11 @@ class Leader:
         if self._empty_deadline is not None:
             self._empty_deadline.stop()
         self._output.close()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         os.close(self._pidfd)
-        self._on_gone(self._process.returncode, self._output)
+        self.on_gone(self._process.returncode, self._output)
 
     def _is_empty(self) -> bool:
         """Reap adopted ranks; true once the process group has no members."""

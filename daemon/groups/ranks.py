@@ -101,6 +101,11 @@ class Ranks:
         return self.ready[min(self.ready)] if self.ready else None
 
     @property
+    def device_kind(self) -> str:
+        """The kind of device of a complete group: ``cuda`` or ``cpu``."""
+        return self.ready[min(self.ready)].device_kind
+
+    @property
     def summary(self) -> str:
         """Describe a complete group for the log."""
         size, first = self.world_size, self.ready[min(self.ready)]

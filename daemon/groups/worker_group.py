@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
@@ -13,6 +14,7 @@ from xditd.daemon.groups.deadlines import CommandDeadline, LearnedDurations
 from xditd.daemon.groups.leader import Leader, leader_command
 from xditd.daemon.groups.lifecycle import GROUP_NEXT, GroupListener, RestartPolicy
 from xditd.daemon.groups.ranks import CommandMaker, Ranks, ReportReader, first_failure
+from xditd.daemon.groups.standby import Standby
 from xditd.daemon.groups.worker_output import WorkerOutput
 from xditd.daemon.operations.event_loop import Callback, Deadline, EventLoop, Timer
 from xditd.daemon.operations.log_buffer import LogBuffer
@@ -76,6 +78,7 @@ class WorkerGroup:
         self._environment = environment
         self._log_buffer = log_buffer
         self._leader: Leader | None = None
+        self._standby = Standby(loop, log_buffer, configuration, environment)
         self._is_ended_by_us = False
         self._outside_connections_before = 0
         self._started_s = 0.0
@@ -129,7 +132,9 @@ class WorkerGroup:
         self._reader.receivers[token] = self
         command = leader_command(self._configuration, token)
         try:
-            self._leader = Leader(self._loop, self._log_buffer, command, self._environment, self._leader_gone)
+            self._leader = self._standby.take(
+                command[len(self._configuration.worker_command) :], self._leader_gone
+            ) or Leader(self._loop, self._log_buffer, command, self._environment, self._leader_gone)
         except OSError as error:
             self._start_failed(command[0], error)
             return
@@ -164,12 +169,12 @@ class WorkerGroup:
 
     def shut_down(self, on_stopped: Callback) -> None:
         """End the group without a restart; ``on_stopped`` is called once its processes have ended."""
-        self._on_stopped = on_stopped
+        self._on_stopped = partial(self._standby.end, on_stopped)
         if self._restart_timer is not None:
             self._restart_timer.cancel()
         leader = self._leader
         if leader is None:
-            on_stopped()
+            self._on_stopped()
         elif self.is_idle and self._live_ranks().send_unanswered(lambda number: Shutdown(op_number=number)):
             self._mark_dead(WorkersLost("the daemon is stopping"))
             self._loop.deadline(SHUTDOWN_GRACE_S, leader.terminate)
@@ -178,6 +183,7 @@ class WorkerGroup:
 
     def kill(self) -> None:
         """Kill the group's processes now; for a daemon that exits without waiting."""
+        self._standby.kill()
         if self._leader is not None:
             self._leader.kill()
 
@@ -234,6 +240,7 @@ class WorkerGroup:
         self.detail = ""
         self._ready_s = self._loop.clock.now_s()
         logger.info("%s start_s=%.2f", ranks.summary, self._ready_s - self._started_s)
+        self._standby.start_later(ranks.device_kind)
         self.listener.group_ready()
 
     def _mark_dead(self, error: XditdError) -> None:
@@ -285,6 +292,7 @@ class WorkerGroup:
         self._restart_timer = self._loop.call_later(delay_s, self.start)
 
     def _give_up(self, why: str) -> None:
+        self._standby.end(lambda: None)
         self.state = move(GROUP_NEXT, self.state, GroupState.GIVEN_UP)
         self.detail = why
         error = WorkersUnavailable(f"{why}; see xditd logs, cure the cause, then restart the daemon")

@@ -46,6 +46,19 @@ def requested(backend: str, device: torch.device) -> str | None:
     return "SDPA" if device.type == "cpu" else None
 
 
+def automatic(device: torch.device) -> tuple[str, str | None]:
+    """Return what :data:`AUTO` runs on ``device`` without rings: in diffusers' modules, and in fused kernels, if any.
+
+    Raises:
+        Unsupported: what xDiT chooses does not run here.
+    """
+    from xfuser.core.distributed.runtime_state import RuntimeState
+
+    named = requested(AUTO, device) or str(RuntimeState._select_attention_backend(None).name)
+    plain = check(named, device)
+    return plain, for_fused(AUTO, plain, device) if device.type == "cuda" else None
+
+
 def check(backend: str, device: torch.device) -> str:
     """Run a backend once on ``device``; return xDiT's spelling of its name.
 

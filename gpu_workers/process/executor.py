@@ -63,6 +63,9 @@ class Executor(Protocol):
     def facts(self) -> RankFacts:
         """The facts of this rank."""
 
+    def after_ready(self) -> None:
+        """Do work that the first commands need, once the daemon knows that this rank is ready."""
+
     @property
     def idle_wait_s(self) -> float | None:
         """The longest wait for a command before the next :meth:`while_idle`; ``None``: no limit."""

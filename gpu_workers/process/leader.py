@@ -7,15 +7,16 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import cast
 
 import torch
 import torch.multiprocessing
 
-from xditd.gpu_workers.process import rank, start_faults
-from xditd.gpu_workers.process.die_with_parent import die_with_parent
+from xditd.gpu_workers.process import preload, rank, start_faults
 from xditd.gpu_workers.process.options import Options
 from xditd.ipc import layout_choice
 from xditd.ipc.errors import BadRequest, Unsupported, WorkersLost, XditdError
@@ -28,28 +29,31 @@ logger = logging.getLogger(__name__)
 CPU_WORKERS = 2
 
 
-def lead(options: Options) -> int:
+def lead(options: Options, attempts: Sequence[str]) -> int:
     """Run the group until it ends; return the exit status.
+
+    ``attempts`` are the connections to other hosts that this process has tried so far; the ranks count them, too.
 
     Raises:
         RequestError: the configuration cannot work here; a restart would not help.
         WorkersLost: a rank has failed.
     """
-    die_with_parent(os.getppid())
-    devices = choose_devices(options)
+    gpus, can_fork = preload.count_gpus()
+    devices = choose_devices(options, gpus)
     choice = layout_choice.choose_layout(len(devices), options.degrees)
     logger.info("layout chosen workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
-    return _run(options, choice, devices)
+    if not can_fork:
+        logger.warning("an import has opened CUDA: ranks are spawned, and import everything again")
+    return _run(options, choice, devices, "fork" if can_fork else "spawn", attempts)
 
 
-def choose_devices(options: Options) -> list[str]:
-    """Choose the device of each rank.
+def choose_devices(options: Options, gpus: int) -> list[str]:
+    """Choose the device of each rank, where torch sees ``gpus`` GPUs.
 
     Raises:
         BadRequest: more workers than GPUs.
         Unsupported: CUDA was asked for and there is none.
     """
-    gpus = torch.cuda.device_count()
     if options.device == "cuda" and not gpus:
         raise Unsupported(f"device cuda: torch {torch.__version__} sees no CUDA GPU; use --device cpu or auto")
     if options.device == "cpu" or not gpus:
@@ -60,10 +64,11 @@ def choose_devices(options: Options) -> list[str]:
     return [f"cuda:{index}" for index in range(workers)]
 
 
-def _run(options: Options, choice: LayoutChoice, devices: list[str]) -> int:
+def _run(options: Options, choice: LayoutChoice, devices: list[str], method: str, attempts: Sequence[str]) -> int:
     sigterm = _watch_sigterm()
-    spawn = torch.multiprocessing.get_context("spawn")
-    ranks: list[SpawnProcess] = []
+    context = torch.multiprocessing.get_context(method)
+    assert isinstance(context, (ForkContext, SpawnContext))
+    ranks: list[BaseProcess] = []
     error_pipes: list[Connection] = []
     # The file of torch's FileStore, in this process's memory: a file in a folder could be removed while it is needed,
     # and NCCL reads it whenever it makes another communicator.
@@ -71,15 +76,15 @@ def _run(options: Options, choice: LayoutChoice, devices: list[str]) -> int:
     store_path = f"/proc/{os.getpid()}/fd/{store}"
     try:
         for number, device in enumerate(devices):
-            reader, error_pipe = spawn.Pipe(duplex=False)
-            process = spawn.Process(
+            reader, error_pipe = context.Pipe(duplex=False)
+            started = context.Process(
                 target=rank.main,
-                args=(options, number, choice, device, error_pipe, os.getpid(), store_path),
+                args=(options, number, choice, device, error_pipe, os.getpid(), store_path, attempts),
                 daemon=True,
             )
-            process.start()
+            started.start()
             error_pipe.close()
-            ranks.append(process)
+            ranks.append(started)
             error_pipes.append(reader)
         is_terminated = _wait_for_ranks(ranks, error_pipes, sigterm)
     finally:
@@ -104,7 +109,7 @@ def _watch_sigterm() -> int:
     return readable
 
 
-def _wait_for_ranks(ranks: list[SpawnProcess], error_pipes: list[Connection], sigterm: int) -> bool:
+def _wait_for_ranks(ranks: list[BaseProcess], error_pipes: list[Connection], sigterm: int) -> bool:
     """Wait until all ranks have exited with status 0, or SIGTERM has come; return whether it has.
 
     Raises:
@@ -127,7 +132,7 @@ def _wait_for_ranks(ranks: list[SpawnProcess], error_pipes: list[Connection], si
     return False
 
 
-def _find_failure(ranks: list[SpawnProcess], error_pipes: list[Connection]) -> XditdError | None:
+def _find_failure(ranks: list[BaseProcess], error_pipes: list[Connection]) -> XditdError | None:
     """Return the error of the rank that failed first, or ``None``."""
     found: list[tuple[bool, XditdError]] = []
     for number, process in enumerate(ranks):

@@ -3,7 +3,7 @@
 ``import xfuser`` imports every pipeline that it wraps, and through them most of diffusers, transformers and scipy: more
 than half of what a rank took to start. Workers use its process groups, its attention backends and its USP. So packages
 whose ``__init__`` imports what nobody asks for stay deferred: their submodules can be imported, their own code does not
-run. That of diffusers runs when something asks for a name in it; that of xfuser never does.
+run. That of diffusers and of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from types import ModuleType
 from typing import Any, Final
 
 XFUSER_PACKAGES: Final = ("xfuser", "xfuser.model_executor", "xfuser.model_executor.layers")
-DIFFUSERS_PACKAGES: Final = ("diffusers.models.transformers",)
+ON_DEMAND_PACKAGES: Final = (
+    "diffusers.models.autoencoders",
+    "diffusers.models.transformers",
+    "diffusers.models.unets",
+    "scipy.integrate",  # of diffusers' schedulers, for the coefficients of LMS alone
+    "scipy.stats",  # likewise, for beta sigmas alone
+)
 _XFUSER_PARTS: Final = (
     "xfuser.core.distributed",
     "xfuser.core.distributed.attention_backend",
@@ -65,12 +71,17 @@ class _OnDemand(_Deferred):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
 
 
-def import_xfuser() -> None:
-    """Import what workers use of xfuser, and quieten it. Does nothing where all of xfuser is imported already."""
+def defer_packages() -> None:
+    """Put the packages in place whose code runs never, or on demand. No package that was imported before is changed."""
     for name in XFUSER_PACKAGES:
         _defer(name, _Never)
-    for name in DIFFUSERS_PACKAGES:
+    for name in ON_DEMAND_PACKAGES:
         _defer(name, _OnDemand)
+
+
+def import_xfuser() -> None:
+    """Import what workers use of xfuser, and quieten it. Does nothing where all of xfuser is imported already."""
+    defer_packages()
     with _without_pipelines():
         for name in _XFUSER_PARTS:
             importlib.import_module(name)
@@ -89,7 +100,10 @@ def _defer(name: str, kind: type[_Deferred]) -> None:
     """Put a package in place without running its code, unless it was imported before."""
     if name in sys.modules:
         return
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # its parent is not installed
+        return
     if spec is None or spec.submodule_search_locations is None:
         return  # another version without this package: its importers say so
     package = kind(name)

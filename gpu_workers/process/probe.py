@@ -15,6 +15,8 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+from xditd.ipc.errors import XditdError
+
 PACKAGES: Final = (
     "torch",
     "xfuser",
@@ -79,17 +81,30 @@ def _torch_facts() -> dict[str, Any]:
 
 
 def _attention_facts() -> dict[str, Any]:
-    """Return the names of the attention backends that run here, each tried on a few tokens."""
+    """Return the attention that the workers choose here, and all backends that run, each tried on a few tokens.
+
+    ``attention_plain`` is that of diffusers' modules, ``attention_fused`` that of fused kernels, empty without them.
+    """
     try:
         import torch
 
-        from xditd.gpu_workers.parallel import attention
+        from xditd.gpu_workers.parallel import attention, peer_memory
         from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         with contextlib.nullcontext() if device.type == "cuda" else xfuser_cpu.importable():
             lean_imports.import_xfuser()  # registers the backends
-        return {"attention": attention.working(device), "attention_error": ""}
+        plain, fused = attention.automatic(device)
+        if not peer_memory.is_possible(torch.cuda.device_count()):
+            fused = None
+        return {
+            "attention": attention.working(device),
+            "attention_plain": plain,
+            "attention_fused": fused or "",
+            "attention_error": "",
+        }
+    except XditdError as error:
+        return {"attention": [], "attention_error": error.detail}
     except (ImportError, OSError, RuntimeError) as error:
         return {"attention": [], "attention_error": f"{type(error).__name__}: {error}"}
 

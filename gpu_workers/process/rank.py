@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import sys
-import warnings
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import torch
 
-from xditd.gpu_workers.process import lean_imports, start_faults, xfuser_start
+from xditd.gpu_workers.process import lean_imports, preload, start_faults, xfuser_start
 from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.options import Options
@@ -32,18 +33,22 @@ def main(
     error_pipe: Connection,
     leader_pid: int,
     store_path: str,
+    attempts: Sequence[str],
 ) -> None:
     """Run one rank. If it cannot start, it writes the reason to ``error_pipe``.
 
-    ``store_path`` is the file of torch's FileStore, empty and made by the leader.
+    ``store_path`` is the file of torch's FileStore, empty and made by the leader; ``attempts`` are the connections to
+    other hosts that the leader has tried.
     """
     die_with_parent(leader_pid)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the leader's handler
     logging.basicConfig(
         level=options.log_level.upper(), format=f"%(levelname)s rank{rank} %(name)s: %(message)s", force=True
     )
-    logger.info("rank process runs rank=%d python_and_torch_s=%.2f", rank, age_s())
+    logger.info("rank process runs rank=%d process_s=%.2f", rank, age_s())
     outside = OutsideConnections.install()
-    _quiet_libraries()
+    outside.attempts.extend(attempts)
+    preload.quiet_libraries()
     where = torch.device(device)
     # With GPUs the host only copies small tensors, and waking sixteen threads for that took up to 10 ms.
     cores = len(os.sched_getaffinity(0))
@@ -75,9 +80,3 @@ def main(
         sys.exit(CONFIGURATION_STATUS if is_final else 1)
     CommandLoop(DaemonChannel(options.runtime_dir), executor, options.group_token).serve()
     xfuser_start.stop()
-
-
-def _quiet_libraries() -> None:
-    """Hide warnings of libraries about features that are not used here."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors without torchvision
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that xfuser calls

@@ -20,6 +20,7 @@ from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
+from xditd.gpu_workers.process import preload
 from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts, TimingsMs
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
@@ -65,6 +66,11 @@ class TorchExecutor:
         self._memory_bytes = 0
         self._measured_at = -MEASURE_EVERY_S
         self.after_answer()
+
+    def after_ready(self) -> None:
+        began_s = time.perf_counter()
+        preload.import_for_lends()
+        logger.info("what lends need is imported imports_s=%.2f", time.perf_counter() - began_s)
 
     @property
     def idle_wait_s(self) -> float | None:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import sample_facts
 
+from xditd import __version__
 from xditd.client.cli import exits, flags, tables
 from xditd.client.cli.main import VERBS, build_parser, main
 from xditd.ipc.errors import BadRequest, Busy, DaemonUnreachable
@@ -90,6 +91,11 @@ STATUS = DaemonStatus(
 
 def answers_status(daemon):
     daemon.answers[GetStatus] = lambda request: [Status(request_id=request.request_id, daemon=STATUS)]
+
+
+def test_python_m_xditd_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "xditd", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"xditd {__version__}\n"
 
 
 def test_status_is_a_table_for_people(daemon, folder, capsys):

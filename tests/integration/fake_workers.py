@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import enum
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -37,7 +38,7 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Generate
 from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, PackedProducts
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest
-from xditd.ipc.worker_messages import CallResults, DigestIo, Prepare, RankTally, Run
+from xditd.ipc.worker_messages import STANDBY_FLAG, CallResults, DigestIo, Prepare, RankTally, Run
 
 REFUSED_LABEL = "refused-by-the-last-rank"
 STUCK_LABEL = "cannot-be-unmapped"
@@ -129,6 +130,9 @@ class FakeExecutor:
 
     def while_idle(self) -> None:
         """Nothing is mapped between two commands."""
+
+    def after_ready(self) -> None:
+        pass
 
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         return {}
@@ -324,7 +328,15 @@ def main() -> int:
         "--log-level",
     ):
         parser.add_argument(flag, required=True)
-    options = parser.parse_args()
+    parser.add_argument("-m", help="nothing: a command that ends with -m xditd.gpu_workers gets a standby")
+    words = sys.argv[1:]
+    if words[-1] == STANDBY_FLAG:
+        die_with_parent(os.getppid())
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        words = [*words[:-1], *json.loads(line)]
+    options = parser.parse_args(words)
     options.world_size = 2 if options.workers == "auto" else int(options.workers)
     return lead(options)
 

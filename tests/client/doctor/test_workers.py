@@ -15,6 +15,8 @@ SOUND = {
     "error": "",
     "cuda": "13.0",
     "attention": ["CUDNN", "SDPA"],
+    "attention_plain": "CUDNN",
+    "attention_fused": "FLASH_3_FORWARD",
     "attention_error": "",
 }
 
@@ -29,6 +31,24 @@ def test_machine_without_faults():
     details = " ".join(each.detail for each in workers.check_workers(SOUND))
     for words in ("GPU-a", "GPU-b", "128 of 128 GiB", "CUDNN", "all 2 GPUs access each other directly", "torch 1.0"):
         assert words in details
+
+
+@pytest.mark.parametrize(
+    ("plain", "fused", "says"),
+    [
+        (
+            "CUDNN",
+            "FLASH_3_FORWARD",
+            "auto runs FLASH_3_FORWARD in fused kernels, CUDNN in other modules; also here: SDPA",
+        ),
+        ("CUDNN", "CUDNN", "auto runs CUDNN; also here: SDPA"),
+        ("SDPA", "", "auto runs SDPA; also here: CUDNN"),
+    ],
+)
+def test_the_attention_that_will_run_is_named(plain, fused, says):
+    facts = {**SOUND, "attention_plain": plain, "attention_fused": fused}
+    (finding,) = [each for each in workers.check_workers(facts) if each.check == "attention"]
+    assert finding.detail == says
 
 
 def test_optional_packages_are_named_where_they_are():
@@ -91,3 +111,5 @@ def test_real_probe_names_what_this_installation_has():
     assert facts["packages"]["torch"] == torch.__version__
     assert len(facts["gpus"]) == torch.cuda.device_count()
     assert "SDPA" in facts["attention"]
+    if not facts["gpus"]:
+        assert (facts["attention_plain"], facts["attention_fused"]) == ("SDPA", "")

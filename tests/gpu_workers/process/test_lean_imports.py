@@ -29,10 +29,11 @@ def run(body: str) -> Any:
 
 def test_a_rank_starts_without_pipelines_transformers_and_peft() -> None:
     found = run("""
-heavy = ("xfuser.model_executor.pipelines", "diffusers.pipelines.pipeline_utils", "transformers", "peft", "scipy")
+pipelines = ("xfuser.model_executor.pipelines", "diffusers.pipelines.pipeline_utils")
+heavy = (*pipelines, "transformers", "peft", "scipy.special")
 found["imported"] = [name for name in heavy if name in sys.modules]
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-others = ("peft", "diffusers.models.transformers.transformer_wan")
+others = ("peft", "diffusers.models.transformers.transformer_wan", "scipy.stats.distributions")
 found["with a class"] = [name for name in others if name in sys.modules]
 from xfuser.core.distributed import get_sp_group
 from xfuser.model_executor.layers.usp import USP
@@ -63,6 +64,24 @@ found["unknown"] = hasattr(package, "NoSuchModel")
         "pipeline": "diffusers.pipelines.pipeline_utils",
         "unknown": False,
     }
+
+
+def test_what_schedulers_use_of_scipy_is_there_when_they_use_it() -> None:
+    found = run("""
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+found["before"] = "scipy.stats.distributions" in sys.modules
+scheduler = EulerDiscreteScheduler(use_beta_sigmas=True)
+scheduler.set_timesteps(4)
+found["beta sigmas"] = len(scheduler.sigmas)
+scheduler = LMSDiscreteScheduler()
+scheduler.set_timesteps(4)
+found["coefficient"] = scheduler.get_lms_coefficient(2, 2, 0) != 0
+import scipy.stats
+from scipy import integrate
+found["classes"] = [hasattr(scipy.stats, "norm"), hasattr(integrate, "quad"), type(scipy.stats).__name__]
+""")
+    assert found == {"before": False, "beta sigmas": 5, "coefficient": True, "classes": [True, True, "module"]}
 
 
 def test_wrappers_of_xfuser_are_refused_by_name() -> None:

@@ -1,0 +1,118 @@
+"""What the ranks of a group import, imported once by the leader, which forks them.
+
+A forked rank has these modules at once and shares their memory with the others. CUDA does not survive a fork, so
+nothing here may open it: xfuser asks for the GPU while it is imported, and stays with the ranks. Threads do not survive
+one either: those of OpenBLAS, which numpy and scipy start, are stopped before a fork and start again (its own
+pthread_atfork); torch starts none until it computes. Figures: docs/starts.md.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import logging
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Final
+
+import torch
+
+from xditd.gpu_workers.process import lean_imports
+from xditd.gpu_workers.process.die_with_parent import die_with_parent
+from xditd.ipc.errors import WorkersLost
+from xditd.ipc.processes import describe_exit
+
+logger = logging.getLogger(__name__)
+
+FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
+"""What every rank needs before it is ready: torch's compiler, mostly."""
+
+FOR_LENDS: Final = (
+    "diffusers.loaders.peft",
+    "diffusers.loaders.single_file_model",
+    "diffusers.models.attention_processor",
+    "diffusers.models.autoencoders.vae",
+    "diffusers.models.cache_utils",
+    "diffusers.models.modeling_outputs",
+    "diffusers.models.modeling_utils",
+)
+"""What the first lend needs: the modules that all classes of diffusers share."""
+
+
+def quiet_libraries() -> None:
+    """Hide warnings of libraries about features that are not used here."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors without torchvision
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that xfuser calls
+
+
+def preload(names: tuple[str, ...]) -> None:
+    """Import modules in the leader, and make their objects permanent, so that ranks share their pages.
+
+    Call before ranks are forked. It imports nothing that opens CUDA.
+    """
+    began_s = time.perf_counter()
+    quiet_libraries()
+    with _without_collections():
+        lean_imports.leave_out_peft()
+        lean_imports.defer_packages()
+        for name in names:
+            importlib.import_module(name)
+    atexit.register(gc.unfreeze)  # else triton's bindings report leaks at exit
+    logger.info("leader has imported what ranks share imports_s=%.2f", time.perf_counter() - began_s)
+
+
+def import_for_lends() -> None:
+    """Import what the first lend needs, in a rank that has nothing else to do."""
+    with _without_collections():
+        for name in FOR_LENDS:
+            importlib.import_module(name)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Leave all objects that are made within out of garbage collections, which would visit them again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def count_gpus() -> tuple[int, bool]:
+    """Return the number of GPUs that torch sees, and whether ranks can be forked from this process.
+
+    A forked process counts: the driver's library, once opened, stays in the process that opened it.
+
+    Raises:
+        WorkersLost: that process did not answer.
+    """
+    fork = multiprocessing.get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+    process = fork.Process(target=_count_gpus, args=(writer, os.getpid()), daemon=True)
+    process.start()
+    writer.close()
+    try:
+        answer = reader.recv_bytes(maxlength=64).decode()
+    except EOFError:
+        answer = ""
+    process.join()
+    reader.close()
+    if process.exitcode or not answer:
+        raise WorkersLost(f"the process that counts GPUs {describe_exit(process.exitcode or 0)}")
+    count, is_opened = answer.split()
+    return int(count), is_opened == "0"
+
+
+def _count_gpus(writer: Connection, leader_pid: int) -> None:
+    die_with_parent(leader_pid)
+    # True where the parent had opened CUDA before the fork.
+    is_opened: Callable[[], bool] = torch.cuda._is_in_bad_fork
+    was_opened = is_opened()
+    writer.send_bytes(f"{torch.cuda.device_count()} {int(was_opened)}".encode())

@@ -1,0 +1,80 @@
+"""What the leader imports for the ranks that it forks, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from xditd.gpu_workers.process import preload
+from xditd.ipc.errors import WorkersLost
+
+PROGRAM = """
+import json, os, sys
+import torch
+asked = []
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
+    def ask(*given, name=name, own=getattr(torch.cuda, name)):
+        asked.append(name)
+        return own(*given)
+    setattr(torch.cuda, name, ask)
+from xditd.gpu_workers.process import leader, preload
+preload.preload(preload.FOR_RANKS + preload.FOR_LENDS)
+found = {"asked": list(asked), "xfuser": [name for name in sys.modules if name.startswith("xfuser.core")]}
+found["counted"] = preload.count_gpus()
+found["asked by the leader"] = asked
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.write(writer, str(len(os.listdir("/proc/self/task"))).encode())
+    os._exit(0)
+found["threads after a fork"] = os.read(reader, 9).decode()
+print(json.dumps(found))
+"""
+
+
+def test_the_leader_opens_no_cuda_and_is_forked_with_one_thread() -> None:
+    found = run(PROGRAM)
+    assert found.pop("counted")[1] is True
+    assert found == {"asked": [], "xfuser": [], "asked by the leader": [], "threads after a fork": "1"}
+
+
+def test_ranks_find_their_modules_imported() -> None:
+    """What a rank imports after its fork is code of this project and of xfuser, with few exceptions."""
+    found = run("""
+import json, sys
+from xditd.gpu_workers.process import leader, preload, lean_imports, xfuser_cpu
+preload.preload(preload.FOR_RANKS + preload.FOR_LENDS)
+before = set(sys.modules)
+with xfuser_cpu.importable():
+    lean_imports.import_xfuser()
+from xditd.gpu_workers.process.torch_executor import TorchExecutor
+preload.import_for_lends()
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+print(json.dumps([n for n in sys.modules if n not in before and not n.startswith(("xditd.", "xfuser", "yunchang"))]))
+""")
+    assert len(found) < 25, found
+
+
+def test_ranks_are_spawned_where_an_import_has_opened_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert preload.count_gpus() == (3, False)
+
+
+def test_a_driver_that_crashes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(WorkersLost, match="the process that counts GPUs was killed by SIGKILL"):
+        preload.count_gpus()
+
+
+def run(program: str) -> Any:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
