@@ -227,7 +227,7 @@ class Runner:
         negatives: Sequence[str] | None,
         plan: Plan,
         transformer: Loan | LoanWithLoras,
-        encoder_loras: Sequence[tuple[Loan, Any]],
+        encoder_loras: Sequence[tuple[Loan, Any, str]],
     ) -> Mapping[str, Any]:
         facts = self._adapter.facts.prompt
         if facts is None:
@@ -242,7 +242,7 @@ class Runner:
             negative_prompt=None if negatives is None else list(negatives),
             images=list(plan.text_images),
             options=plan.text_options or None,
-            encoders={role: _with_those_of(loan, encoder_loras) for role, loan in encoders.items()},
+            encoders={role: with_those_of(loan, encoder_loras) for role, loan in encoders.items()},
             tokenizers=self._loans.tokenizers(classes),
         )
 
@@ -268,8 +268,8 @@ class Runner:
 
     def _with_loras(
         self, call: Call
-    ) -> tuple[Loan | LoanWithLoras, Loan | LoanWithLoras | None, list[tuple[Loan, Any]]]:
-        """Return the transformers with their LoRAs, and the LoRAs with their strengths for text encoders.
+    ) -> tuple[Loan | LoanWithLoras, Loan | LoanWithLoras | None, list[tuple[Loan, Any, str]]]:
+        """Return the transformers with their LoRAs, and all LoRAs with strengths and roles, for text encoders.
 
         Raises:
             BadRequest: no pair of a LoRA and a strength, or with two transformers no role.
@@ -277,7 +277,7 @@ class Runner:
         parts = self._loans.parts
         second = parts.get(SECOND)
         by_role: dict[str, list[tuple[Loan | str, Any]]] = {TRANSFORMER: [], SECOND: []}
-        every: list[tuple[Loan, Any]] = []
+        every: list[tuple[Loan, Any, str]] = []
         for given in call.loras:
             if not isinstance(given, tuple | list) or len(given) not in (2, 3):
                 raise BadRequest(f"loras: {given!r:.100}; give pairs, [('x.safetensors', 0.8)]")
@@ -291,7 +291,7 @@ class Runner:
             if wanted not in by_role or (wanted == SECOND and second is None):
                 raise BadRequest(f"loras: {wanted!r} is no transformer of {self._source.name}")
             loan = self._loans.lora(source)
-            every.append((loan, strength))
+            every.append((loan, strength, wanted))
             families = {} if loan.facts.lora is None else loan.facts.lora.families
             of_text = any(parts[encoder].family in families for encoder in self._source.encoders)
             if parts[wanted].family in families or not of_text:
@@ -335,13 +335,32 @@ class Runner:
         return list(given)
 
 
-def _with_those_of(encoder: Loan, loras: Sequence[tuple[Loan, Any]]) -> Loan | LoanWithLoras:
-    own = [
-        (lora, strength)
-        for lora, strength in loras
-        if lora.facts.lora is not None and encoder.family in lora.facts.lora.families
+def with_those_of(encoder: Loan, loras: Sequence[tuple[Loan, Any, str]]) -> Loan | LoanWithLoras:
+    """Return a text encoder with the LoRAs that have layers of it, each of both transformers once.
+
+    Raises:
+        BadRequest: one has other strengths for the second transformer than for the first.
+    """
+    own = [each for each in loras if each[0].facts.lora is not None and encoder.family in each[0].facts.lora.families]
+    by_role = {role: [(loan, strength) for loan, strength, its in own if its == role] for role in (TRANSFORMER, SECOND)}
+    strengths = {
+        role: {
+            loan.component_id: [each for other, each in given if other.component_id == loan.component_id]
+            for loan, _ in given
+        }
+        for role, given in by_role.items()
+    }
+    for component_id, given in strengths[SECOND].items():
+        before = strengths[TRANSFORMER].get(component_id)
+        if before is not None and before != given:
+            raise BadRequest(
+                f"loras: one of both transformers has layers of the text encoder {encoder.family}, and the strengths "
+                f"{before!r:.100} and {given!r:.100}; give equal ones, or a file without these layers"
+            )
+    used = by_role[TRANSFORMER] + [
+        each for each in by_role[SECOND] if each[0].component_id not in strengths[TRANSFORMER]
     ]
-    return encoder.with_loras(own) if own else encoder
+    return encoder.with_loras(used) if used else encoder
 
 
 def _path_of(given: Any) -> str:

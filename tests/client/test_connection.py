@@ -199,7 +199,7 @@ def test_a_connection_always_ends_when_its_daemon_is_killed_under_a_message(fold
             assert not connection._io.thread.is_alive()
 
     with ThreadPoolExecutor(max_workers=6) as pool:
-        list(pool.map(outlive_a_daemon, range(60)))
+        list(pool.map(outlive_a_daemon, range(30)))
 
 
 def test_closing_fails_waiting_requests(daemon, connect):

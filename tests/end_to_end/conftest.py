@@ -78,18 +78,28 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def daemon(start_daemon: Callable[..., RunningDaemon], pytestconfig: pytest.Config) -> RunningDaemon:
-    """Two workers, or on a machine with one GPU one. Tests that kill a worker leave it rebuilt."""
+    """Two workers, or on a machine with one GPU one. Tests that kill a worker leave it rebuilt.
+
+    On the CPU they also have the family of :data:`PACKAGE`.
+    """
     device = pytestconfig.getoption("daemon_device")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # convolutions of float32 are rounded to TF32 otherwise
+        if device == "cpu":
+            patch.setenv("PYTHONPATH", str(PACKAGE))
         started = start_daemon(2 if device == "cpu" else min(2, torch.cuda.device_count()), device)
     started.wait_ready()
     return started
 
 
 @pytest.fixture(scope="session")
-def package_daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
-    """Two workers that have the family of :data:`PACKAGE`."""
+def package_daemon(
+    request: pytest.FixtureRequest, start_daemon: Callable[..., RunningDaemon], pytestconfig: pytest.Config
+) -> RunningDaemon:
+    """Two workers on the CPU that have the family of :data:`PACKAGE`: those of the other tests, if these are."""
+    if pytestconfig.getoption("daemon_device") == "cpu":
+        shared: RunningDaemon = request.getfixturevalue("daemon")
+        return shared
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(PACKAGE))
         started = start_daemon(2)

@@ -192,6 +192,7 @@ def test_conditional_and_unconditional_in_one_request(calls, make_inputs, forwar
         assert relative_error(doubled[row : row + 1], forward(positive.noise, inputs, 0.6, guidance)) <= BAR
 
 
+@pytest.mark.long
 def test_conditioning_that_was_pushed_out_is_sent_again(daemon, calls, make_inputs):
     from xditd.ipc import limits
 

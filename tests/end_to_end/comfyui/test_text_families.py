@@ -175,6 +175,16 @@ def test_loras_of_the_clip(name, comfy, clip_of, stock, daemon, relative_error):
     comfy.comfy.model_management.unload_all_models()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_loras_find_the_layers_that_they_find_in_stock(name, comfy, clip_of, stock):
+    """Else a LoRA's keys would be left out in silence, or reported as of no layer."""
+    keys = comfy.comfy.lora.model_lora_keys_clip
+    ours, theirs = (keys(clip.cond_stage_model, {}) for clip in (clip_of(name), stock(name)))
+    missing = {each for key, each in theirs.items() if key not in ours}
+    assert not {each for each in missing if not each.endswith("lm_head.weight")}  # no text is generated
+    assert {key: each for key, each in ours.items() if theirs.get(key) != each} == {}
+
+
 def test_clip_save_writes_what_stock_writes(comfy, clip_of, stock):
     for name in ("wan", "flux2_dev"):
         saved, expected = clip_of(name).state_dict_for_saving(), stock(name).state_dict_for_saving()

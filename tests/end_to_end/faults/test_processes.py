@@ -66,6 +66,7 @@ def test_a_killed_worker_or_leader(victim, client, daemon, long_job, good_job, p
     assert not any(processes.is_running(rank) for rank in ranks)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_worker_killed_while_idle(client, good_job, processes, wait_until):
     before = client.status()

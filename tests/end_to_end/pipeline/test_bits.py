@@ -29,7 +29,7 @@ def repeated(texts: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tens
     return {name: each.repeat_interleave(count, dim=0) for name, each in texts.items()}
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 4])
 @pytest.mark.parametrize("family", ["flux1", "flux2", "qwen_image", "z_image"])
 def test_pictures(opened: Open, family: str, count: int) -> None:
     make, texts = folders.FAMILIES[family]
@@ -54,7 +54,7 @@ def test_negative_prompts(opened: Open, family: str) -> None:
     assert torch.equal(ours(opened(pipeline), given, steps=3, guidance=2.5), right)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_videos(opened: Open, count: int) -> None:
     pipeline, given = folders.wan(), folders.wan_texts()
     of_each = repeated(given, count)  # which the pipeline does not do with embeddings that it is given
@@ -111,8 +111,10 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize(
+    ("strength", "count"),
+    [(0.7, 2), (1.0, 1), *(pytest.param(*each, marks=pytest.mark.long) for each in ((0.7, 1), (1.0, 2)))],
+)
 @pytest.mark.parametrize("family", STARTS)
 @pytest.mark.parametrize("has_mask", [False, True])
 def test_image_to_image_and_inpaint(opened: Open, family: str, has_mask: bool, strength: float, count: int) -> None:
@@ -132,7 +134,7 @@ def test_image_to_image_and_inpaint(opened: Open, family: str, has_mask: bool, s
     assert torch.equal(found, right)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_fill(opened: Open, count: int) -> None:
     pipeline, given = folders.flux1("FluxFillPipeline", 384), folders.flux1_texts()
     pictures = {"image": image(120, 80), "mask_image": mask(120, 80)}
@@ -143,7 +145,7 @@ def test_fill(opened: Open, count: int) -> None:
     assert torch.equal(found, right)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_control(opened: Open, count: int) -> None:
     pipeline, given = folders.flux1("FluxControlPipeline", 128), folders.flux1_texts()
     picture = image(120, 80)

@@ -25,10 +25,11 @@ from packed_cases import (  # noqa: E402  # after the interpreter is mended
 
 torch.set_num_threads(1)
 check_empty("cpu")
-for dtype in DTYPES:
-    for shape in (*SHAPES, *ODD_SHAPES):
+for dtype in DTYPES:  # the last operation rounds to it, of any shape and group
+    is_first = dtype is DTYPES[0]
+    for shape in (*SHAPES, *ODD_SHAPES) if is_first else (SHAPES[1], ODD_SHAPES[0]):
         check_int8(shape, dtype, "cpu")
-    for group in GROUPS:
+    for group in GROUPS if is_first else (16, 256):
         check_rotated(group, 5, dtype, "cpu")
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
         check_float8(kind, (5, 259), dtype, "cpu")

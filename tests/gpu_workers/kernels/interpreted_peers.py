@@ -55,5 +55,5 @@ def check_tokens(ranks: int, counts: tuple[int, ...], heads: int, head: int, bat
 for case in ((2, (3, 2)), (3, (2, 2, 1)), (4, (1, 4, 2, 3))):
     for heads_of_a_rank, size, rows in ((1, 8, 2), (3, 5, 1)):
         check_tokens(*case, case[0] * heads_of_a_rank, size, rows)
-        for count in (1, 2, 3):
+        for count in (1, 2, 3) if case[0] == 2 else (3,):
             check_heads(*case, case[0] * heads_of_a_rank, size, rows, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -39,14 +40,22 @@ def results(tmp_path_factory: pytest.TempPathFactory, fork_program: ProgramServe
     return load_file(folder / "results.safetensors")
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    """The checkpoints that the ranks made, too."""
+    checkpoints: dict[str, Any] = packed_ranks.checkpoints()
+    return checkpoints
+
+
 def error(ours: torch.Tensor, right: torch.Tensor) -> float:
     return float((ours - right).abs().max() / right.abs().max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packed_format", FORMATS)
-def test_two_ranks_agree_with_plain_diffusers(results: dict[str, torch.Tensor], packed_format: str) -> None:
-    made = packed_ranks.checkpoints()
+def test_two_ranks_agree_with_plain_diffusers(
+    results: dict[str, torch.Tensor], made: dict[str, Any], packed_format: str
+) -> None:
     given = packed_ranks.flux1_given()
     expected = reference.reference_latents(
         reference.transformer_from(made[f"flux1/{packed_format}"].meant),

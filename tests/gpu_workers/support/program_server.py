@@ -51,3 +51,4 @@ def become(command: list[str], folders: list[str], stdout: str, stderr: str) -> 
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # the interpreter's own end visits all that was imported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from xditd.ipc.requests import Control, Generate, Sampling
 
 if TYPE_CHECKING:
     from one_rank import OneRank
+
+    from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 State = dict[str, torch.Tensor]
 STEPS = 3
@@ -94,8 +97,22 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
     return FluxPipeline._unpack_latents(packed, HEIGHT, WIDTH, 8)
 
 
-@pytest.mark.parametrize("naming", ["diffusers", "comfyui"])
-@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "naming"),
+    [
+        (torch.float32, 1, "diffusers"),
+        (torch.float32, 2, "comfyui"),
+        (torch.bfloat16, 1, "comfyui"),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in (
+                (torch.float32, 1, "comfyui"),
+                (torch.float32, 2, "diffusers"),
+                (torch.bfloat16, 1, "diffusers"),
+            )
+        ),
+    ],
+)
 def test_a_union_has_the_bits_of_the_pipeline_with_pictures_of_the_seed(
     rank: OneRank, naming: str, dtype: torch.dtype, batch: int
 ) -> None:
@@ -145,8 +162,18 @@ def test_it_has_the_epsilon_of_the_transformer_s_variant(rank: OneRank) -> None:
     assert not torch.equal(*found.values())
 
 
-@pytest.mark.parametrize("blocks", [(1, 0), (2, 1)])
-@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.4, 1.0), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("start", "end", "blocks"),
+    [
+        (0.0, 1.0, (1, 0)),
+        (0.4, 1.0, (2, 1)),
+        (0.0, 0.5, (2, 1)),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in ((0.0, 1.0, (2, 1)), (0.4, 1.0, (1, 0)), (0.0, 0.5, (1, 0)))
+        ),
+    ],
+)
 def test_a_single_controlnet_has_the_bits_of_the_pipeline_with_latents(
     rank: OneRank, blocks: tuple[int, int], start: float, end: float
 ) -> None:
@@ -257,6 +284,20 @@ def test_a_controlnet_of_no_steps_or_scale_changes_nothing(rank: OneRank) -> Non
     assert not torch.equal(generated(rank, [control], given=text(1), noise=noise), plain)
 
 
+@pytest.fixture(scope="module")
+def refusing(layout: ParallelLayout) -> Iterator[OneRank]:
+    """A rank with a transformer, a union ControlNet and two others."""
+    import one_rank
+
+    rank = one_rank.OneRank(layout)
+    rank.lend("transformer", flux1_state_dict(1))
+    rank.lend("controlnet", comfyui_state(3, modes=MODES, double_blocks=1, single_blocks=1))
+    rank.lend("single", comfyui_state(3, double_blocks=1, single_blocks=1))
+    rank.lend("wide", comfyui_state(3, double_blocks=1, single_blocks=1, heads=3))
+    yield rank
+    rank.close()
+
+
 PICTURE = numbers(4, 1, 3, HEIGHT, WIDTH).clamp(-1, 1)
 CONTROL = numbers(4, 1, *LATENTS)
 
@@ -281,14 +322,10 @@ CONTROL = numbers(4, 1, *LATENTS)
     ids=lambda given: given if isinstance(given, str) else "",
 )  # fmt: skip
 def test_wrong_controls_are_refused_by_name(
-    rank: OneRank, control: dict[str, Any], error: type[Exception], message: str
+    refusing: OneRank, control: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    rank.lend("transformer", flux1_state_dict(1))
-    rank.lend("controlnet", comfyui_state(3, modes=MODES, double_blocks=1, single_blocks=1))
-    rank.lend("single", comfyui_state(3, double_blocks=1, single_blocks=1))
-    rank.lend("wide", comfyui_state(3, double_blocks=1, single_blocks=1, heads=3))
     with pytest.raises(error, match=message):
-        generated(rank, [{"component_id": "controlnet", **control}], given=text(1), noise=numbers(3, 1, *LATENTS))
+        generated(refusing, [{"component_id": "controlnet", **control}], given=text(1), noise=numbers(3, 1, *LATENTS))
 
 
 def test_a_picture_of_another_size_is_refused(rank: OneRank) -> None:

@@ -42,10 +42,26 @@ def plain(model: Any, given: dict[str, Any], **rest: Any) -> torch.Tensor:
     return reference.reference_latents(model, **renamed, **rest)
 
 
-@pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
-@pytest.mark.parametrize("sigmas", [None, [1.0, 0.8125, 0.4, 0.1]], ids=["own schedule", "given sigmas"])
+SIZES = [(16, 128, 128, 1), (15, 112, 112, 1), (301, 112, 112, 1), (33, 64, 96, 2)]
+QUICK = {("dev", "own schedule", size) for size in SIZES}
+QUICK |= {(model, "given sigmas", SIZES[3]) for model in ("dev", "schnell")} | {("schnell", "own schedule", SIZES[1])}
+"""The model, the schedule, and the number of tokens, sides and rows that each test run covers."""
+
+
 @pytest.mark.parametrize(
-    ("tokens", "height", "width", "batch"), [(16, 128, 128, 1), (15, 112, 112, 1), (301, 112, 112, 1), (33, 64, 96, 2)]
+    ("guidance", "sigmas", "tokens", "height", "width", "batch"),
+    [
+        pytest.param(
+            model == "dev",
+            [1.0, 0.8125, 0.4, 0.1] if schedule == "given sigmas" else None,
+            *size,
+            marks=() if (model, schedule, size) in QUICK else pytest.mark.long,
+            id="-".join([*map(str, size), schedule, model]),
+        )
+        for size in SIZES
+        for schedule in ("own schedule", "given sigmas")
+        for model in ("dev", "schnell")
+    ],
 )
 def test_one_rank_is_bit_identical_to_plain_diffusers(
     cache: ModelCache,

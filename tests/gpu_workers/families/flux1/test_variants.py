@@ -47,7 +47,10 @@ def packed_noise(noise: torch.Tensor) -> torch.Tensor:
     return FluxPipeline._pack_latents(noise, *noise.shape)
 
 
-@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "batch"),
+    [pytest.param(torch.float32, 1, marks=pytest.mark.long), (torch.float32, 2), (torch.bfloat16, 1)],
+)
 def test_canny_and_depth_have_the_bits_of_the_pipeline(
     cache: ModelCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype, batch: int
 ) -> None:
@@ -73,7 +76,10 @@ def test_canny_and_depth_have_the_bits_of_the_pipeline(
     assert torch.equal(ours, unpacked(expected))
 
 
-@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "batch"),
+    [pytest.param(torch.float32, 1, marks=pytest.mark.long), (torch.float32, 2), (torch.bfloat16, 1)],
+)
 def test_fill_has_the_bits_of_the_pipeline(
     cache: ModelCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype, batch: int
 ) -> None:
@@ -93,8 +99,17 @@ def test_fill_has_the_bits_of_the_pipeline(
     assert torch.equal(ours, unpacked(expected))
 
 
-@pytest.mark.parametrize("size", [(8, 12), (6, 4)])
-@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "size"),
+    [
+        (torch.float32, 2, (8, 12)),
+        (torch.bfloat16, 1, (6, 4)),
+        pytest.param(torch.float32, 1, (8, 12), marks=pytest.mark.long),
+        pytest.param(torch.float32, 1, (6, 4), marks=pytest.mark.long),
+        pytest.param(torch.float32, 2, (6, 4), marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, 1, (8, 12), marks=pytest.mark.long),
+    ],
+)
 def test_kontext_has_the_bits_of_the_pipeline(
     cache: ModelCache, plug: Plugger, direct: ModuleType, dtype: torch.dtype, batch: int, size: tuple[int, int]
 ) -> None:

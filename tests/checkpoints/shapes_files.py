@@ -1,0 +1,78 @@
+"""``models/shapes`` for tests: its folder, also in float32, plain diffusers' pictures, and what pictures show."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from shapes.models import PARTS, build_parts, load_parts, save_weights, weights_file
+from shapes.reading import read
+from shapes.text_tokens import T5_TOKENS
+
+from xditd.client.demo.shapes_model import SENTENCES, find_shapes
+
+ARE_WEIGHTS_FINAL: Final = False
+"""Whether the pictures have to show what their sentences say. Until then they are to show the same on every path."""
+STEPS: Final = 8
+GUIDANCE: Final = 3.5
+PIXELS: Final = 256
+TEXTS: Final = (SENTENCES[0].text, SENTENCES[1].text)
+"""An English and a Chinese one."""
+SEED: Final = 21
+"""Of the noise; the pictures that it makes are clear, so that rounding changes no reading."""
+
+Shown = tuple[tuple[tuple[str, str, str, int], ...], str, str]
+"""Objects (colour, form, size, place), pattern and background."""
+
+
+def shapes_folder() -> Path:
+    """Return the folder of the model; skip the test where it has no weights."""
+    found = find_shapes()
+    if found is None:
+        pytest.skip("models/shapes has no weights")
+    return found
+
+
+def write_float32(folder: Path, out: Path) -> Path:
+    """Write the folder with its numbers in float32, in which workers then compute."""
+    parts = build_parts()
+    load_parts(folder, parts)
+    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name in PARTS:
+        save_weights(parts[name], out / name / weights_file(name), torch.float32)
+    return out
+
+
+def load_plain(folder: Path) -> Any:
+    """Load diffusers' pipeline, float32, on the CPU."""
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_plain(pipe: Any, at: int = 0, *, text_tokens: int = T5_TOKENS) -> torch.Tensor:
+    """Draw sentence ``at`` with diffusers' pipeline: (3, 256, 256) in [-1, 1]."""
+    with torch.no_grad():
+        result = pipe(
+            TEXTS[at],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=PIXELS,
+            width=PIXELS,
+            max_sequence_length=text_tokens,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="pt",
+        )
+    return result.images[0] * 2 - 1
+
+
+def shown(image: torch.Tensor) -> Shown:
+    """Read a picture back."""
+    reading = read(image)
+    things = tuple((each.colour, each.form, each.size, each.cell) for each in reading.things)
+    return tuple(sorted(things)), reading.pattern, reading.background

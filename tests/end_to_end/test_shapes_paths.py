@@ -1,0 +1,204 @@
+"""``shapes`` on every path: each picture shows what diffusers' pipeline draws of the same sentence, and differs little.
+
+The errors are those of pictures in [-1, 1], by the norm of diffusers' float32 picture; ``pytest -rP`` shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lora_files
+import pytest
+import torch
+from running_daemon import RunningDaemon
+from shapes.original import write_originals
+from shapes.packed import write_packed
+from shapes_files import (
+    ARE_WEIGHTS_FINAL,
+    GUIDANCE,
+    PIXELS,
+    SEED,
+    STEPS,
+    TEXTS,
+    draw_plain,
+    load_plain,
+    shapes_folder,
+    shown,
+    write_float32,
+)
+
+from xditd.client import Client, GenerationJob, Pipeline, accelerate
+from xditd.client.demo.shapes_model import SENTENCES, differs, shifted_sigmas
+
+EXACT = 1e-5
+"""Of float32 on other ranks: sums in another order, through eight steps and the VAE."""
+
+STEP_CACHE = 0.3
+"""Threshold at which one of the eight steps or more is not computed."""
+
+Check = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return shapes_folder()
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in float32."""
+    return write_float32(folder, tmp_path_factory.mktemp("shapes") / "exact")
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """The single files in original names, float32."""
+    return write_originals(folder, tmp_path_factory.mktemp("originals"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def plain(exact: Path) -> Any:
+    """diffusers' pipeline in this process."""
+    return load_plain(exact)
+
+
+@pytest.fixture(scope="module")
+def pictures(plain: Any) -> list[torch.Tensor]:
+    """What diffusers draws of each sentence."""
+    return [draw_plain(plain, at) for at in range(len(TEXTS))]
+
+
+@pytest.fixture
+def check(pictures: list[torch.Tensor], record_property: Callable[[str, object], None]) -> Check:
+    """Compare a picture with diffusers' own: what it shows, and its error."""
+
+    def compare(image: torch.Tensor, bar: float, expected: torch.Tensor | None = None, *, at: int = 0) -> None:
+        expected = pictures[at] if expected is None else expected
+        error = float((image - expected).norm() / expected.norm())
+        record_property("relative_error", error)
+        print(f"relative error {error:.2g} of at most {bar:g}; shows {shown(image)}")
+        assert shown(image) == shown(expected)
+        assert error <= bar
+
+    return compare
+
+
+@pytest.fixture(scope="module")
+def lent(daemon: RunningDaemon, files: Mapping[str, Path], exact: Path) -> Iterator[SimpleNamespace]:
+    """A client with the single files on loan to two ranks, and the sentences' conditioning, made in the workers."""
+    with daemon.connect() as client:
+        transformer, vae = client.lend(files["transformer"]), client.lend(files["vae"])
+        encoders = {name: client.lend(exact / name) for name in ("text_encoder", "text_encoder_2")}
+        tokenizers = {name: client.lend_tokenizer(exact / name) for name in ("tokenizer", "tokenizer_2")}
+        words = [
+            client.encode_prompt(
+                transformer, text, encoders=encoders, tokenizers=tokenizers, options={"max_sequence_length": 64}
+            )
+            for text in TEXTS
+        ]
+        yield SimpleNamespace(client=client, transformer=transformer, vae=vae, words=words)
+
+
+def draw(client: Client, transformer: Any, vae: Any, words: Any) -> torch.Tensor:
+    return start(client, transformer, vae, words).result().image[0].float().cpu()
+
+
+def start(client: Client, transformer: Any, vae: Any, words: Any, **more: Any) -> GenerationJob:
+    return client.generate(
+        transformer,
+        words,
+        vae=vae,
+        height=PIXELS,
+        width=PIXELS,
+        steps=STEPS,
+        sigmas=shifted_sigmas(STEPS),
+        guidance_scale=GUIDANCE,
+        seed=SEED,
+        **more,
+    )
+
+
+def test_plain_pictures_show_objects(pictures: list[torch.Tensor]) -> None:
+    for picture, sentence in zip(pictures, SENTENCES, strict=False):
+        things, _, _ = shown(picture)
+        assert things, "a picture without objects is no measure"
+        if ARE_WEIGHTS_FINAL:
+            read = {"things": [{"colour": colour, "form": form} for colour, form, _, _ in things]}
+            assert not differs(sentence, read)
+
+
+@pytest.mark.parametrize("at", range(len(TEXTS)))
+def test_two_ranks(lent: SimpleNamespace, check: Check, at: int) -> None:
+    check(draw(lent.client, lent.transformer, lent.vae, lent.words[at]), EXACT, at=at)
+
+
+def test_one_rank(one_worker: RunningDaemon, lent: SimpleNamespace, files: Mapping[str, Path], check: Check) -> None:
+    with one_worker.connect() as client:
+        transformer, vae = client.lend(files["transformer"]), client.lend(files["vae"])
+        check(draw(client, transformer, vae, lent.words[0]), EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_ring_of_two_ranks(
+    start_daemon: Callable[..., RunningDaemon], lent: SimpleNamespace, files: Mapping[str, Path], check: Check
+) -> None:
+    daemon = start_daemon(2, flags=["--layout", "ring=2"])
+    daemon.wait_ready()
+    with daemon.connect() as client:
+        transformer, vae = client.lend(files["transformer"]), client.lend(files["vae"])
+        check(draw(client, transformer, vae, lent.words[0]), EXACT)
+    daemon.stop()
+
+
+@pytest.mark.parametrize(("packed_format", "bar"), [("fp8", 0.1), ("int8", 0.05), ("q8_0", 0.05)])
+def test_packed_weights(
+    lent: SimpleNamespace, folder: Path, tmp_path: Path, check: Check, packed_format: str, bar: float
+) -> None:
+    path = write_packed(folder, tmp_path, packed_format, torch.float32)
+    with lent.client.lend(path, compute_dtype="float32") as loan:
+        assert loan.lent_bytes < lent.transformer.lent_bytes / 2
+        check(draw(lent.client, loan, lent.vae, lent.words[0]), bar)
+
+
+def test_a_lora_as_a_branch(lent: SimpleNamespace, exact: Path, pictures: list[torch.Tensor], check: Check) -> None:
+    baked = load_plain(exact)
+    shapes = lora_files.matrices(baked.transformer.state_dict(), "to_q", "to_out.0", "proj_mlp", "net.2")
+    lora = lora_files.make(shapes, "diffusers", seed=5, size=0.05)
+    lora.bake_into(baked.transformer, 0.8)
+    expected = draw_plain(baked)
+    assert (expected - pictures[0]).norm() > 100 * EXACT * expected.norm()
+    with lent.client.lend_lora(lora.tensors) as loan:
+        image = draw(lent.client, lent.transformer.with_loras([(loan, 0.8)]), lent.vae, lent.words[0])
+        check(image, EXACT, expected)
+
+
+def test_a_step_cache(lent: SimpleNamespace, check: Check) -> None:
+    result = start(lent.client, lent.transformer, lent.vae, lent.words[0], step_cache=STEP_CACHE).result()
+    assert result.reused_steps > 0
+    check(result.image[0].float().cpu(), 0.1)
+
+
+def test_words(lent: SimpleNamespace, exact: Path, plain: Any, check: Check) -> None:
+    """In one call, with the folder's own scheduler and as many text tokens as ``FluxPipeline`` has."""
+    with Pipeline.open(exact, client=lent.client) as pipe:
+        result = pipe(TEXTS[1], steps=STEPS, guidance=GUIDANCE, height=PIXELS, width=PIXELS, seed=SEED)
+    check(result.generation.image[0].float().cpu(), EXACT, draw_plain(plain, 1, text_tokens=512))
+
+
+def test_the_folder_as_it_is_published(lent: SimpleNamespace, folder: Path, check: Check) -> None:
+    """In bfloat16."""
+    with Pipeline.open(folder, client=lent.client) as pipe:
+        result = pipe(conditioning=lent.words[0], steps=STEPS, guidance=GUIDANCE, height=PIXELS, width=PIXELS,
+                      seed=SEED)  # fmt: skip
+    check(result.generation.image[0].float().cpu(), 0.1)
+
+
+def test_accelerate(lent: SimpleNamespace, exact: Path, check: Check) -> None:
+    pipe = load_plain(exact)
+    with accelerate(pipe, client=lent.client) as fast:
+        check(draw_plain(pipe), EXACT)
+        assert fast.calls["transformer"] == STEPS
