@@ -350,7 +350,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         Raises:
             BadRequest: latents of another shape, or a transformer whose latents have another size than this VAE's.
         """
-        from xditd.client.jobs.job_requests import decode_request
+        from xditd.client.jobs.vae_requests import decode_request
 
         if not isinstance(clamp, bool):
             raise BadRequest(f"clamp: {clamp!r:.100} is of type {type(clamp).__name__}, use True or False")
@@ -370,7 +370,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
 
         ``transformer`` is the one that will use the latents, as in :meth:`decode`.
         """
-        from xditd.client.jobs.job_requests import encode_request
+        from xditd.client.jobs.vae_requests import encode_request
 
         job = encode_request(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
         return self._runner.run(job, Encoded, deadline_s)["latents"]

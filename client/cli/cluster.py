@@ -148,6 +148,7 @@ def _submit(parsed: argparse.Namespace) -> int:
         ("--random-embeds", parsed.random_embeds),
         ("--device", parsed.device),
         ("--lora", parsed.lora),
+        ("--lora-2", parsed.lora_2),
     ):
         if other is not None:
             parsed.refuse(f"submit: {flag} is for `xditd generate` on one host; leave it out")

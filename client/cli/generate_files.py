@@ -33,6 +33,8 @@ def check(parsed: argparse.Namespace) -> None:
         parsed.refuse('one of --embeds FILE and --random-embeds SEED is needed, or a prompt ("a cat")')
     if parsed.vae is None and parsed.save_latents is None:
         parsed.refuse("--vae FILE or --save-latents FILE is needed: without both nothing is written")
+    if parsed.lora_2 and parsed.transformer_2 is None:
+        parsed.refuse("--lora-2 is of a second transformer; give --transformer-2 FILE, or --lora")
     if parsed.fps is not None and (parsed.frames or 1) == 1:
         parsed.refuse("--fps is of a video; give --frames COUNT, or leave it out")
 
@@ -61,7 +63,10 @@ def run(parsed: argparse.Namespace) -> int:
             parsed.transformer_2, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype
         )
         vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
-        loras = {path: client.lend_lora(path, device=parsed.device) for path in parsed.lora or {}}
+        strengths = {"transformer": parsed.lora or {}, "transformer_2": parsed.lora_2 or {}}
+        paths = dict.fromkeys(path for each in strengths.values() for path in each)
+        loras = {path: client.lend_lora(path, device=parsed.device) for path in paths}
+        uses = {role: [(loras[path], number) for path, number in each.items()] for role, each in strengths.items()}
         controls = control_flags.lend_controls(client, parsed, pictures)
         lend_s = time.perf_counter() - started
         if stored is None:
@@ -70,10 +75,10 @@ def run(parsed: argparse.Namespace) -> int:
             conditioning = conditioning_of(stored, transformer.facts, str(parsed.embeds))
         outputs.prepare(transformer.facts, conditioning)
         job = client.generate(
-            transformer.with_loras([(loras[path], strength) for path, strength in (parsed.lora or {}).items()]),
+            transformer.with_loras(uses["transformer"]),
             conditioning,
             vae=vae,
-            transformer_2=second or None,
+            transformer_2=second.with_loras(uses["transformer_2"]) if second else None,
             frames=parsed.frames or 1,
             controls=controls,
             **sampling_of(parsed),
@@ -99,7 +104,11 @@ def run(parsed: argparse.Namespace) -> int:
                     "step_cache": parsed.step_cache or 0.0,
                     "options": parsed.option or {},
                 },
-                "loras": parsed.lora or {},
+                "loras": [
+                    {"file": path, "strength": strength, "roles": [role]}
+                    for role, each in strengths.items()
+                    for path, strength in each.items()
+                ],
                 "conditioning": {name: _shape(value) for name, value in conditioning.items()},
                 "seconds": seconds,
                 "timings_ms": result.timings_ms,
@@ -137,7 +146,9 @@ def _record(parsed: argparse.Namespace, record: Record | None) -> Record | None:
             family=record.model.family, files={role: (describe(path),) for role, path in paths.items() if path}
         ),
         loras=tuple(
-            LoraRecord(file=describe(path), strength=strength) for path, strength in (parsed.lora or {}).items()
+            LoraRecord(file=describe(path), strength=strength, roles=(role,))
+            for role, given in (("transformer", parsed.lora), ("transformer_2", parsed.lora_2))
+            for path, strength in (given or {}).items()
         ),
         inputs=InputsRecord(embeds=None if is_random else describe(parsed.embeds), control=record.inputs.control),
     )

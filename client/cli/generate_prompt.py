@@ -13,6 +13,7 @@ from xditd.client.cli.generate_files import describe_loan
 from xditd.client.cli.generations import Outputs
 from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_text, size_text, span_text
+from xditd.client.pipeline.sources import SECOND, TRANSFORMER
 from xditd.ipc.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _OF_WORDS: Final = (
     "image_encoder",
     "scheduler",
     "variant",
+    "prompt_2",
     "negative_prompt",
     "num_images",
     "image",
@@ -40,6 +42,7 @@ _OF_WORDS: Final = (
 """Arguments that single files with text embeddings do not have."""
 
 ARGUMENTS: Final = {
+    "prompt_2": "prompt_2",
     "negative_prompt": "negative_prompt",
     "image": "image",
     "mask": "mask",
@@ -73,6 +76,8 @@ def check(parsed: argparse.Namespace) -> None:
         parsed.refuse("a prompt and --embeds or --random-embeds are both given; leave one out")
     if parsed.embeds is not None and parsed.random_embeds is not None:
         parsed.refuse("--embeds FILE and --random-embeds SEED are both given; leave one out")
+    if has_embeds and parsed.prompt_2 is not None:
+        parsed.refuse("--prompt-2 is of a prompt; the file of --embeds stands for both")
     if has_embeds and parsed.negative_prompt is not None:
         parsed.refuse("--negative-prompt is of a prompt; the file of --embeds has the negative one, too")
     if parsed.control and parsed.control_images is not None:
@@ -154,8 +159,12 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
         found["control"] = control_flags.lend_controls(pipe.client, parsed, control_flags.read_sized(parsed, size))
     if parsed.size is not None:
         found["width"], found["height"] = parsed.size
-    if parsed.lora:
-        found["loras"] = list(parsed.lora.items())
+    if parsed.lora or parsed.lora_2:
+        found["loras"] = [
+            (path, strength, role)
+            for role, given in ((TRANSFORMER, parsed.lora), (SECOND, parsed.lora_2))
+            for path, strength in (given or {}).items()
+        ]
     if parsed.embeds is not None:
         from xditd.client.conditioning import conditioning_of
         from xditd.client.tensor_files import read_tensors
@@ -213,7 +222,7 @@ def _report(
                 "step_cache": made.step_cache,
                 "options": dict(made.options),
             },
-            "loras": dict(made.loras),
+            "loras": [{"file": each.path, "strength": each.strength, "roles": each.roles} for each in made.loras],
             "seconds": seconds,
             "timings_ms": generation.timings_ms,
             "reused_steps": generation.reused_steps,

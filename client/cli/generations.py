@@ -67,7 +67,7 @@ class Outputs:
         self._out: str | None = parsed.out
         self._has_image = parsed.vae is not None or getattr(parsed, "model", None) is not None
         self._has_metadata = not parsed.no_metadata
-        loras = map(os.path.expanduser, parsed.lora or {})
+        loras = map(os.path.expanduser, (*(parsed.lora or {}), *(parsed.lora_2 or {})))
         inputs = (parsed.transformer, parsed.transformer_2, parsed.vae, parsed.embeds, *loras, *read)
         self._read = [path for path in inputs if path is not None]
         self.images: list[Path] = []

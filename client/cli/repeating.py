@@ -14,6 +14,7 @@ from xditd.client.cli.printing import print_error
 from xditd.client.metadata.file_hashes import is_same
 from xditd.client.metadata.reading import read_record
 from xditd.client.metadata.record import FileRecord, Record
+from xditd.client.pipeline.sources import SECOND
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
 
@@ -80,6 +81,8 @@ def apply_record(parsed: argparse.Namespace) -> None:
     has_other_text = any(getattr(parsed, name) is not None for name in ("prompt", "embeds", "random_embeds"))
     if not has_other_text:
         parsed.prompt, parsed.random_embeds = record.prompt, record.random_embeds
+        if parsed.prompt_2 is None:
+            parsed.prompt_2 = record.prompt_2
         if record.text_tokens is not None:
             parsed.text_tokens = record.text_tokens
     if parsed.negative_prompt is None and parsed.embeds is None:
@@ -104,8 +107,10 @@ def apply_record(parsed: argparse.Namespace) -> None:
             setattr(parsed, name, value)
     if record.options:
         parsed.option = {**record.options, **(parsed.option or {})}
-    if parsed.lora is None and record.loras:
-        parsed.lora = {str(_found(each.file, where)): each.strength for each in record.loras}
+    if parsed.lora is None and parsed.lora_2 is None and record.loras:
+        first = {str(_found(each.file, where)): each.strength for each in record.loras if SECOND not in each.roles}
+        second = {str(_found(each.file, where)): each.strength for each in record.loras if SECOND in each.roles}
+        parsed.lora, parsed.lora_2 = first or None, second or None
     parsed.repeated = Repeated(where, record, index, checks_model)
 
 
@@ -162,7 +167,7 @@ def _found(file: FileRecord, where: str) -> Path:
     Raises:
         BadRequest: there is none, or another one.
     """
-    remedy = "give LoRAs by --lora FILE=STRENGTH; they replace all those of the picture"
+    remedy = "give LoRAs by --lora and --lora-2 FILE=STRENGTH; they replace all those of the picture"
     folders = [Path(), Path(os.path.abspath(where)).parent]
     for folder in folders:
         path = folder / file.name

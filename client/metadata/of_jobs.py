@@ -41,7 +41,7 @@ def record_of(
         options=dict(sampling.options),
         variant=None if sampling.variant == "class" else sampling.variant,
         model=ModelRecord(family=facts.family, files=files),
-        loras=tuple(_loras(components.get("transformer"))),
+        loras=tuple(_loras(components)),
         inputs=InputsRecord(
             conditioning=True, noise=sampling.seed is None, sigmas=sampling.sigmas is not None, control=controls
         ),
@@ -58,8 +58,9 @@ def _named(loan: Loan) -> FileRecord:
     return FileRecord(name=base_name(loan.label))
 
 
-def _loras(transformer: AnyLoan | None) -> Iterator[LoraRecord]:
-    if isinstance(transformer, LoanWithLoras):
-        for lora, given in transformer.loras:
-            if isinstance(lora, Loan):
-                yield LoraRecord(file=_named(lora), strength=strength_of(given))
+def _loras(components: Mapping[str, AnyLoan | None]) -> Iterator[LoraRecord]:
+    for role, component in components.items():
+        if isinstance(component, LoanWithLoras):
+            for lora, given in component.loras:
+                if isinstance(lora, Loan):
+                    yield LoraRecord(file=_named(lora), strength=strength_of(given), roles=(role,))

@@ -34,6 +34,7 @@ def record_of_run(settings: RunSettings, index: int, count: int, *, embeds: str 
     return Record(
         version=__version__,
         prompt=prompts[group] if prompts else None,
+        prompt_2=settings.prompts_2[group] if settings.prompts_2 else None,
         negative_prompt=negatives[group % len(negatives)] if negatives and takes("negative_prompt") else None,
         seed=settings.seed,
         index=index,
@@ -54,7 +55,8 @@ def record_of_run(settings: RunSettings, index: int, count: int, *, embeds: str 
             files=files_of(settings),
         ),
         loras=tuple(
-            LoraRecord(file=describe(path), strength=strength_of(strength)) for path, strength in settings.loras
+            LoraRecord(file=describe(each.path), strength=strength_of(each.strength), roles=each.roles)
+            for each in settings.loras
         ),
         inputs=InputsRecord(
             image=int(settings.has_image),

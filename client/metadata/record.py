@@ -14,7 +14,7 @@ from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.loras import MAX_SCALE
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """The version of the record. A field more or less makes another one."""
 
 MAX_BYTES: Final = 2**20
@@ -51,10 +51,15 @@ _Files = Annotated[tuple[FileRecord, ...], Meta(max_length=limits.MAX_BLOCKS)]
 
 
 class LoraRecord(_Struct, frozen=True, kw_only=True):
-    """A LoRA with its strength: one for all steps, or pairs ``(step, strength)``, each from that step on."""
+    """A LoRA with its strength: one for all steps, or pairs ``(step, strength)``, each from that step on.
+
+    ``roles`` are those of the parts whose layers it changed: ``transformer``, ``transformer_2``, text encoders. Records
+    of schema 1 have none.
+    """
 
     file: FileRecord
     strength: _Strength | _Schedule
+    roles: Annotated[tuple[_ShortName, ...], Meta(max_length=32)] = ()
 
 
 class ModelRecord(_Struct, frozen=True, kw_only=True):
@@ -90,6 +95,8 @@ class Record(_Struct, frozen=True, kw_only=True):
     version: Annotated[str, Meta(max_length=64)]
     """The version of xditd."""
     prompt: _Prompt | None = None
+    prompt_2: _Prompt | None = None
+    """What a second text encoder read in place of the prompt."""
     negative_prompt: _Prompt | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     index: Annotated[int, Meta(ge=0, lt=limits.MAX_BATCH)] = 0

@@ -53,6 +53,9 @@ class Adapter:
     empty_negative: ClassVar[str | None] = ""
     """The negative prompt of a guided call without one; ``None``: such a call is not guided."""
 
+    of_second_prompt: ClassVar[frozenset[str]] = frozenset()
+    """The conditioning that ``prompt_2`` makes; the rest is of the prompt. Empty: all encoders read one text."""
+
     default_strength: ClassVar[float] = 0.6
     """Of a picture that a call starts from, as in diffusers' pipelines."""
 
@@ -62,6 +65,13 @@ class Adapter:
         self.title = title
         self.takes = {each.name: each for each in facts.conditioning}
 
+    def check_settings(self) -> None:
+        """Refuse values of the folder that contradict what is computed.
+
+        Raises:
+            Unsupported, BadCheckpoint: names the setting and its value.
+        """
+
     # --- What it takes ---------------------------------------------------------------------------
 
     def refused(self) -> dict[str, str]:
@@ -69,6 +79,8 @@ class Adapter:
         facts, takes = self.facts, self.takes
         starts = "image" in facts.starts
         reasons = {
+            "prompt_2": (bool(self.of_second_prompt), "its pipeline has one text for all of its encoders"),
+            "weights": (False, "its pipeline has no weights in prompts, (cat:1.2) is text"),
             "negative_prompt": (NEGATIVE in takes, "it has no classifier-free guidance, which a negative prompt needs"),
             "guidance": (facts.guidance != "none", "its weights take no guidance scale"),
             "image": (starts or "image" in takes, "it makes pictures from words alone"),

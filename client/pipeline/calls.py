@@ -25,6 +25,8 @@ class Call:
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...] | None
+    prompts_2: tuple[str, ...] | None = None
+    """What the second encoder reads in place of ``prompts``, one for each."""
     batch: int
     defaults: Mapping[str, Any]
     conditioning: Mapping[str, Any] | None = None
@@ -47,12 +49,14 @@ class Call:
     step_cache: float = 0.0
 
 
-UNSET: Final[Mapping[str, Any]] = {"references": (), "loras": (), "num_images": 1, "step_cache": 0.0}
+UNSET: Final[Mapping[str, Any]] = {"references": (), "loras": (), "num_images": 1, "step_cache": 0.0, "weights": False}
 """What an argument is if it is not given, where that is not ``None``."""
 
 ARGUMENTS: Final = (
     "prompt",
+    "prompt_2",
     "negative_prompt",
+    "weights",
     "image",
     "mask",
     "last_image",
@@ -122,6 +126,13 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
     negatives = _texts("negative_prompt", negative)
     if conditioning is not None and negatives is not None:
         raise BadRequest("negative_prompt beside conditioning: its tensors have the negative prompt, too; leave it out")
+    seconds = _texts("prompt_2", given.get("prompt_2"))
+    if conditioning is not None and seconds is not None:
+        raise BadRequest("prompt_2 beside conditioning: its tensors stand for both texts; leave it out")
+    if seconds is not None and len(seconds) not in (1, len(prompts or ())):
+        raise BadRequest(f"prompt_2: {len(seconds)} for {len(prompts or ())} prompts; give one, or one for each")
+    if seconds is not None and len(seconds) == 1:
+        seconds *= len(prompts or ())
     count = _count("num_images", given.get("num_images", 1), 1, limits.MAX_BATCH)
     if prompts is not None and negatives is not None and len(negatives) not in (1, len(prompts)):
         raise BadRequest(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one for each")
@@ -132,7 +143,15 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
         raise BadRequest(
             f"num_images: {count} of {rows} prompts are {rows * count} pictures; at most {limits.MAX_BATCH}"
         )
-    known = {each.name for each in fields(Call)} - {"prompts", "negatives", "batch", "defaults", "references", "loras"}
+    known = {each.name for each in fields(Call)} - {
+        "prompts",
+        "prompts_2",
+        "negatives",
+        "batch",
+        "defaults",
+        "references",
+        "loras",
+    }
     rest = {name: value for name, value in given.items() if name in known and value is not None}
     for name in ("width", "height", "frames", "steps"):
         if name in rest:
@@ -148,6 +167,7 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
     return Call(
         prompts=prompts or (),
         negatives=negatives,
+        prompts_2=seconds,
         batch=rows * count,
         defaults=defaults,
         references=() if references is None else tuple(as_list(references)),

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from xditd.client.pipeline import pictures
 from xditd.client.pipeline.adapter import Adapter, Encode, Plan, SeePicture
 from xditd.client.pipeline.calls import Call
-from xditd.client.pipeline.sources import Source
-from xditd.ipc.errors import BadRequest
+from xditd.client.pipeline.sources import SECOND, Source
+from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ KONTEXT_SIZES: Final = (
 
 class Flux1(Adapter):
     """FLUX.1: a picture is a start, or of Fill what the mask is of; one reference, which Kontext takes."""
+
+    of_second_prompt = frozenset({"prompt_embeds", "text_ids"})
 
     def defaults(self) -> dict[str, Any]:
         found = super().defaults()
@@ -181,9 +183,32 @@ class ZImage(Adapter):
 class Wan(Adapter):
     """Wan: pictures are frames of the video."""
 
+    def check_settings(self) -> None:
+        settings, has_two = self.source.settings, SECOND in self.source.parts
+        ratio = settings.get("boundary_ratio")
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1):
+            raise BadCheckpoint(f"{self.title}: boundary_ratio={ratio!r:.100} is no number above 0, at most 1")
+        if ratio is not None and not has_two:
+            raise Unsupported(
+                f"{self.title}: boundary_ratio={ratio:g} is where a second transformer begins, and there is none; give "
+                "transformer_2="
+            )
+        if ratio is None and "boundary_ratio" in settings and has_two:
+            raise Unsupported(
+                f"{self.title}: boundary_ratio=None: its pipeline never runs transformer_2; set the ratio where the "
+                "second transformer begins, such as 0.875"
+            )
+        is_expanded = "image" in self.takes and not self.takes["image"].is_needed
+        wanted = settings.get("expand_timesteps")
+        if wanted is not None and wanted is not is_expanded:
+            raise Unsupported(
+                f"{self.title}: expand_timesteps={wanted!r:.100}, and this transformer is computed with {is_expanded} "
+                "here (True is of TI2V); open the folder that the transformer is of"
+            )
+
     def options(self) -> dict[str, Any]:
         ratio = self.source.settings.get("boundary_ratio")
-        return {} if ratio is None or "transformer_2" not in self.source.parts else {"boundary_ratio": float(ratio)}
+        return {} if ratio is None or SECOND not in self.source.parts else {"boundary_ratio": float(ratio)}
 
     def add_image(self, call: Call, plan: Plan, see: SeePicture) -> None:
         given = {"image": call.image} | ({} if call.last_image is None else {"last_image": call.last_image})
@@ -256,5 +281,11 @@ ADAPTERS: Final[Mapping[str, type[Adapter]]] = {
 
 
 def adapter_for(family: str, facts: TransformerFacts, source: Source, title: str) -> Adapter:
-    """Return the rules of a family; those of most families for one that is installed from elsewhere."""
-    return ADAPTERS.get(family, Adapter)(facts, source, title)
+    """Return the rules of a family; those of most families for one that is installed from elsewhere.
+
+    Raises:
+        Unsupported, BadCheckpoint: a value of the folder contradicts what is computed; names it.
+    """
+    found = ADAPTERS.get(family, Adapter)(facts, source, title)
+    found.check_settings()
+    return found

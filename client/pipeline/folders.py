@@ -48,10 +48,21 @@ _TOKENIZERS: Final = ("tokenizer", "processor")
 _NOT_READ: Final = ("feature_extractor", "image_processor", "safety_checker")
 """Parts that no job reads: a safety checker's extractor, and the processor of an image encoder, whose values are
 those of CLIP."""
-_SETTINGS: Final = frozenset(
-    {"boundary_ratio", "expand_timesteps", "is_distilled", "force_zeros_for_empty_prompt", "text_encoder_out_layers"}
-)
-"""Values that may stand beside the parts."""
+_KLEIN: Final = ("Flux2KleinPipeline", "Flux2KleinKVPipeline")
+_OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
+    "boundary_ratio": ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"),
+    "expand_timesteps": ("WanPipeline", "WanImageToVideoPipeline"),
+    "is_distilled": _KLEIN,
+}
+"""Values that may stand beside the parts, and the pipelines that read them; ``families.py`` obeys or refuses them."""
+_FIXED: Final[Mapping[str, Mapping[str, Any]]] = {
+    "boundary_ratio": {},
+    "expand_timesteps": {"": False},
+    "is_distilled": {"": False},
+    "force_zeros_for_empty_prompt": {"": False},
+    "text_encoder_out_layers": {"Flux2Pipeline": [10, 20, 30], _KLEIN[0]: [9, 18, 27], _KLEIN[1]: [9, 18, 27]},
+}
+"""What is computed in any case, by pipeline (``""``: all others): another value than this one or null is refused."""
 
 
 def is_pipeline(path: str) -> bool:
@@ -83,12 +94,11 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
     for role, value in index.items():
         if role.startswith("_"):
             continue
-        if not isinstance(value, list):
-            if role not in _SETTINGS:
-                raise Unsupported(f"{folder / INDEX}: {role}={value!r:.100} of {pipeline_class} is not known here")
+        if not _is_part(value):
+            _check_setting(folder / INDEX, pipeline_class, role, value)
             settings[role] = value
             continue
-        if len(value) != 2 or value[1] is None or role in _NOT_READ:
+        if value[1] is None or role in _NOT_READ:
             continue
         if role == "scheduler":
             scheduler = read_scheduler(folder / role)
@@ -112,6 +122,30 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
         settings=settings,
         variant=_variant_of(folder / TRANSFORMER),
     )
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value is a library and a class, or two nulls for a part that is left out."""
+    return isinstance(value, list) and len(value) == 2 and all(each is None or isinstance(each, str) for each in value)
+
+
+def _check_setting(index: Path, pipeline_class: str, name: str, value: Any) -> None:
+    """Refuse a value beside the parts that says something else than what is computed.
+
+    Raises:
+        Unsupported: names the setting and its value.
+    """
+    if pipeline_class in _OBEYED.get(name, ()) or (name in _FIXED and value is None):
+        return
+    known = _FIXED.get(name, {})
+    fixed = known.get(pipeline_class, known.get(""))
+    if fixed is None:
+        raise Unsupported(f"{index}: {name}={value!r:.100} of {pipeline_class} is not known here")
+    if value != fixed:
+        raise Unsupported(
+            f"{index}: {name}={value!r:.100}: a {pipeline_class} is computed with {fixed!r} here; set that if it is "
+            "what the model was trained with, else load it with diffusers and accelerate(pipe)"
+        )
 
 
 def read_scheduler(path: Path) -> Mapping[str, Any]:

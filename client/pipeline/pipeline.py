@@ -296,7 +296,9 @@ class Pipeline:
         self,
         prompt: Texts | None = None,
         *,
+        prompt_2: Texts | None = None,
         negative_prompt: Texts | None = None,
+        weights: bool = False,
         image: Any = None,
         mask: Any = None,
         last_image: Any = None,
@@ -322,11 +324,13 @@ class Pipeline:
         """Make pictures or videos from words.
 
         ``prompt`` is one text or several, with ``num_images`` pictures of each; ``negative_prompt`` one, or one for
-        each. Pictures are paths, PIL images, arrays (height, width, 3) of uint8 or floats in [0, 1], or tensors (3,
-        height, width) in [0, 1]. ``image`` is where steps start from, by ``strength``, or what the model makes a
-        picture or video from; ``mask`` is white where it is made anew; ``references`` are pictures that the prompt
-        refers to; ``control`` is a control picture, a list of pictures for a video, or ``Control`` objects with
-        ControlNets. ``loras`` are pairs of a path and a strength, of two transformers with the role as a third.
+        each. ``prompt_2`` is what FLUX.1's T5 reads in place of the prompt, one text or one for each. ``weights`` asks
+        that ``(cat:1.2)`` in a prompt counts, which is text otherwise. Pictures are paths, PIL images, arrays (height,
+        width, 3) of uint8 or floats in [0, 1], or tensors (3, height, width) in [0, 1]. ``image`` is where steps start
+        from, by ``strength``, or what the model makes a picture or video from; ``mask`` is white where it is made anew;
+        ``references`` are pictures that the prompt refers to; ``control`` is a control picture, a list of pictures for
+        a video, or ``Control`` objects with ControlNets. ``loras`` are pairs of a path and a strength, of two
+        transformers with the role as a third.
 
         ``seed`` is drawn unless given, and makes the same pictures again. ``guidance`` is the scale that the model's
         pipeline has; ``sigmas`` a schedule, used as it is; ``options`` the family's own; ``conditioning`` the tensors

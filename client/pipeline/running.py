@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from xditd.client.pipeline.adapter import Adapter, Plan
 from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.loading import Loans
 from xditd.client.pipeline.results import PipelineResult
-from xditd.client.pipeline.settings import RunSettings
+from xditd.client.pipeline.settings import RunSettings, UsedLora
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, Source
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported
@@ -153,7 +154,7 @@ class Runner:
                 negatives = (adapter.empty_negative or "",) * len(call.prompts)
         else:
             scale = default if call.guidance is None else float(call.guidance)
-        transformer, second, encoder_loras = self._with_loras(call)
+        transformer, second, encoder_loras, used_loras = self._with_loras(call)
         plan = adapter.plan(call, self._encode_picture, self._see_picture)
         if call.conditioning is None:
             texts = self._encode_words(call, negatives, plan, transformer, encoder_loras)
@@ -193,6 +194,7 @@ class Runner:
             model=self._source.name,
             family=loans.transformer.family,
             prompts=call.prompts,
+            prompts_2=call.prompts_2 or (),
             negative_prompts=negatives or (),
             width=plan.width,
             height=plan.height,
@@ -208,7 +210,7 @@ class Runner:
             scheduler=scheduler,
             variant=self._source.variant,
             files={role: (part.path,) for role, part in self._source.parts.items()},
-            loras=tuple((_path_of(each[0]), each[1]) for each in call.loras),
+            loras=used_loras,
             has_image=call.image is not None,
             has_mask=call.mask is not None,
             references=len(call.references),
@@ -236,15 +238,20 @@ class Runner:
             )
         classes = facts.image_tokenizers if plan.text_images else facts.tokenizers
         encoders = self._loans.encoders(facts.encoders)
-        return self._client.encode_prompt(
+        encode = partial(
+            self._client.encode_prompt,
             transformer,
-            list(call.prompts),
             negative_prompt=None if negatives is None else list(negatives),
             images=list(plan.text_images),
             options=plan.text_options or None,
             encoders={role: with_those_of(loan, encoder_loras) for role, loan in encoders.items()},
             tokenizers=self._loans.tokenizers(classes),
         )
+        texts: Mapping[str, Any] = encode(list(call.prompts))
+        if call.prompts_2 is None or call.prompts_2 == call.prompts:
+            return texts
+        second: Mapping[str, Any] = encode(list(call.prompts_2))
+        return {name: (second if name in self._adapter.of_second_prompt else texts)[name] for name in texts}
 
     def _for_images(self, texts: Mapping[str, Any], count: int) -> dict[str, Any]:
         """Repeat what each prompt has for its ``count`` pictures."""
@@ -268,8 +275,8 @@ class Runner:
 
     def _with_loras(
         self, call: Call
-    ) -> tuple[Loan | LoanWithLoras, Loan | LoanWithLoras | None, list[tuple[Loan, Any, str]]]:
-        """Return the transformers with their LoRAs, and all LoRAs with strengths and roles, for text encoders.
+    ) -> tuple[Loan | LoanWithLoras, Loan | LoanWithLoras | None, list[tuple[Loan, Any, str]], tuple[UsedLora, ...]]:
+        """Return the transformers with their LoRAs, all LoRAs with strengths and roles, for text encoders, and uses.
 
         Raises:
             BadRequest: no pair of a LoRA and a strength, or with two transformers no role.
@@ -278,6 +285,7 @@ class Runner:
         second = parts.get(SECOND)
         by_role: dict[str, list[tuple[Loan | str, Any]]] = {TRANSFORMER: [], SECOND: []}
         every: list[tuple[Loan, Any, str]] = []
+        used: list[UsedLora] = []
         for given in call.loras:
             if not isinstance(given, tuple | list) or len(given) not in (2, 3):
                 raise BadRequest(f"loras: {given!r:.100}; give pairs, [('x.safetensors', 0.8)]")
@@ -293,14 +301,16 @@ class Runner:
             loan = self._loans.lora(source)
             every.append((loan, strength, wanted))
             families = {} if loan.facts.lora is None else loan.facts.lora.families
-            of_text = any(parts[encoder].family in families for encoder in self._source.encoders)
-            if parts[wanted].family in families or not of_text:
+            roles = tuple(encoder for encoder in self._source.encoders if parts[encoder].family in families)
+            if parts[wanted].family in families or not roles:
                 by_role[wanted].append((loan, strength))
+                roles = (wanted, *roles)
+            used.append(UsedLora(_path_of(source), strength, roles))
         first = parts[TRANSFORMER]
         lent = first.with_loras(by_role[TRANSFORMER]) if by_role[TRANSFORMER] else first
         if second is not None and by_role[SECOND]:
-            return lent, second.with_loras(by_role[SECOND]), every
-        return lent, second, every
+            return lent, second.with_loras(by_role[SECOND]), every, tuple(used)
+        return lent, second, every, tuple(used)
 
     # --- Pictures ------------------------------------------------------------------------------------
 

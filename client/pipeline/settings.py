@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class UsedLora(NamedTuple):
+    """A LoRA of a call: its path, its strength as given, and the roles of the parts whose layers it changed."""
+
+    path: str
+    strength: Any
+    roles: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What a call was made with: given arguments, and the defaults of those that were not.
 
-    ``files`` are the paths of all parts by role, ``loras`` those of LoRAs with their strengths.
+    ``files`` are the paths of all parts by role, ``loras`` the LoRAs as they were used.
     """
 
     model: str
@@ -32,13 +40,14 @@ class RunSettings:
     scheduler: Mapping[str, Any] | None = None
     variant: str = "class"
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    loras: tuple[tuple[str, Any], ...] = ()
+    loras: tuple[UsedLora, ...] = ()
     has_image: bool = False
     has_mask: bool = False
     references: int = 0
     has_control: bool = False
     has_last_image: bool = False
     has_sigmas: bool = False
+    prompts_2: tuple[str, ...] = ()
     refused: frozenset[str] = frozenset()
     """Arguments that the model does not take: their values here have no meaning."""
 

@@ -1,6 +1,6 @@
 """Pictures among the conditioning of a generation: the job's VAE encodes them, and all ranks get the latents.
 
-A family whose recipe is a :class:`~xditd.gpu_workers.models.operations.PictureRecipe` says which they are.
+A family whose recipe is a :class:`~xditd.gpu_workers.models.picture_recipes.PictureRecipe` says which they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from xditd.gpu_workers.jobs.context import JobContext
 from xditd.gpu_workers.models.component import Component
-from xditd.gpu_workers.models.operations import PictureRecipe, Recipe, Wanted
+from xditd.gpu_workers.models.operations import Recipe, Wanted
+from xditd.gpu_workers.models.picture_recipes import PictureRecipe
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
 from xditd.ipc.errors import BadRequest

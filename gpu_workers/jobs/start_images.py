@@ -20,7 +20,8 @@ from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_shape
-from xditd.gpu_workers.models.operations import DenoisingRun, Recipe, Sampled, SampledRecipe, StartedRun, Wanted
+from xditd.gpu_workers.models.operations import DenoisingRun, Recipe, Wanted
+from xditd.gpu_workers.models.picture_recipes import Sampled, SampledRecipe, StartedRun, whole_mask
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
 from xditd.ipc.requests import Generate
@@ -125,7 +126,7 @@ def read_start(
         if not (least >= -0.01 and most <= 1.01):  # but for the rounding of a resize
             raise BadRequest(f"start_mask: values from {least:g} to {most:g}, use 0 to 1")
         size = latents.shape[-2:]
-        mask = torch.nn.functional.interpolate(mask.float(), size=tuple(size))
+        mask = torch.nn.functional.interpolate(whole_mask(mask.float()), size=tuple(size))
         mask = for_batch("start_mask", mask, wanted.batch)
     return Start(latents, mask, first)
 

@@ -23,6 +23,7 @@ from typing import Final
 
 import torch
 
+from xditd.gpu_workers.models import registry
 from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.ipc.errors import WorkersLost
@@ -41,8 +42,9 @@ FOR_LENDS: Final = (
     "diffusers.models.cache_utils",
     "diffusers.models.modeling_outputs",
     "diffusers.models.modeling_utils",
+    "diffusers.pipelines.pipeline_utils",
 )
-"""What the first lend needs: the modules that all classes of diffusers share."""
+"""What the first lend needs: the modules that all classes of diffusers share, and all of its pipelines."""
 
 
 def quiet_libraries() -> None:
@@ -68,10 +70,12 @@ def preload(names: tuple[str, ...]) -> None:
 
 
 def import_for_lends() -> None:
-    """Import what the first lend needs, in a rank that has nothing else to do."""
+    """Import what the first lend needs, our own families among it, in a rank that has nothing else to do."""
     with _without_collections():
         for name in FOR_LENDS:
             importlib.import_module(name)
+        for family in registry.own_families():
+            registry.operations_of(family)  # their modules import those of diffusers' classes and pipelines
 
 
 @contextmanager

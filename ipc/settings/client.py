@@ -105,6 +105,14 @@ class JobFlags(DaemonFlags, frozen=True, kw_only=True):
             variable="XDITD_LORAS",
         ),
     ] = None
+    lora_2: Annotated[
+        str | None,
+        about(
+            "as --lora, of the second transformer, such as that of Wan 2.2 at low noise",
+            kind="strengths",
+            variable="XDITD_LORAS_2",
+        ),
+    ] = None
     device: Annotated[
         str | None,
         about(
@@ -162,6 +170,9 @@ class GenerateFlags(JobFlags, frozen=True, kw_only=True):
     variant: Annotated[
         str | None,
         about("variant of a folder's weights, such as fp16", variable="XDITD_WEIGHTS_VARIANT", metavar="NAME"),
+    ] = None
+    prompt_2: Annotated[
+        str | None, about("what the second text encoder reads in place of PROMPT, of FLUX.1 its T5", metavar="TEXT")
     ] = None
     negative_prompt: Annotated[str | None, about("what the picture must not show", metavar="TEXT")] = None
     num_images: Annotated[

@@ -176,3 +176,28 @@ def test_a_model_of_the_same_name_with_other_files_is_refused(folder: Path) -> N
     with pytest.raises(BadRequest, match=r"made with the scheduler scheduler_config\.json .* has none"):
         parsed(record).repeated.check_model(made)
     parsed(record).repeated.check_model(with_scheduler)
+
+
+def test_each_lora_is_given_to_the_transformer_that_had_it() -> None:
+    for name in ("both", "high", "low", "old"):
+        Path(f"{name}.safetensors").write_bytes(name.encode())
+    loras = tuple(
+        LoraRecord(file=describe(f"{name}.safetensors"), strength=strength, roles=roles)
+        for name, strength, roles in (
+            ("both", 0.5, ("transformer", "text_encoder")),
+            ("high", 1.0, ("transformer",)),
+            ("low", ((0, 0.25), (2, 0.5)), ("transformer_2",)),
+            ("old", 0.75, ()),
+        )
+    )
+    found = parsed(replace(RECORD, loras=loras))
+    assert found.lora == {"both.safetensors": 0.5, "high.safetensors": 1.0, "old.safetensors": 0.75}
+    assert found.lora_2 == {"low.safetensors": ((0, 0.25), (2, 0.5))}
+    replaced = parsed(replace(RECORD, loras=loras), "--lora-2", "high.safetensors=1")
+    assert (replaced.lora, replaced.lora_2) == (None, {"high.safetensors": 1})
+
+
+def test_the_second_prompt_is_as_the_file_says() -> None:
+    assert parsed(replace(RECORD, prompt_2="a hat")).prompt_2 == "a hat"
+    assert parsed(replace(RECORD, prompt_2="a hat"), "--prompt-2", "a tie").prompt_2 == "a tie"
+    assert parsed(replace(RECORD, prompt_2="a hat"), "a dog").prompt_2 is None

@@ -85,7 +85,10 @@ def test_loras(verb, command, files, client, make_inputs, tmp_path, capsys):
         width=WIDTH, steps=STEPS, seed=SEED,
     )  # fmt: skip
     assert are_those_of(job, latents, images)
-    assert said["loras"] == {str(paths[0]): 0.8, str(paths[1]): -0.3}
+    assert said["loras"] == [
+        {"file": str(path), "strength": strength, "roles": ["transformer"]}
+        for path, strength in zip(paths, (0.8, -0.3), strict=True)
+    ]
     assert [each["kind"] for each in said["components"]] == ["transformer", "vae", "lora", "lora"]
     assert command(files.transformer, conditioning, "--lora", f"{files.vae}=1") == exits.FAILED
     assert "this is no LoRA" in capsys.readouterr().out

@@ -38,7 +38,9 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     "option": (("--option", "shift=3"), "options", {"shift": 3}),
     "step_cache": (("--step-cache", "0.1"), "step_cache", 0.1),
     "size": (("--size", "64x32"), "width", 64),
-    "lora": (("--lora", "x.safetensors:0.8"), "loras", (("x.safetensors", 0.8),)),
+    "lora": (("--lora", "x.safetensors:0.8"), "loras", (("x.safetensors", 0.8, "transformer"),)),
+    "lora_2": (("--lora-2", "x.safetensors:0.8"), "loras", (("x.safetensors", 0.8, "transformer_2"),)),
+    "prompt_2": (("--prompt-2", "a dog"), "prompts_2", ("a dog",)),
 }
 """The flags, the field of the call that they set, and its value."""
 

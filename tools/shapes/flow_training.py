@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
+from shapes.explained import Explained
 from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.pool import PATCHES, Pool, autocast, tokens
 from shapes.profiling import Parts, profile
@@ -37,6 +38,7 @@ latents of drawn forms show through weaker noise; half of all sigmas lie there."
 EVEN_SHARE: Final = 0.1
 """Of sigmas that are spread evenly from 0 to 1."""
 _PROFILED_AT: Final = 2
+_EXPLAINED_EVERY: Final = 1000
 _TIMED: Final = range(160, 200)
 _SHARD_BYTES: Final = 15_000_000
 
@@ -129,9 +131,10 @@ class FlowTraining:
                 if each is not None:
                     each.transformer.compile_repeated_blocks(dynamic=False)
 
-    def train(self, pool: Pool, *, until: int = 0) -> float:
+    def train(self, pool: Pool, *, until: int = 0, explained: Explained | None = None) -> float:
         """Train until the budget is used, or to step ``until``; return the mean loss of the last steps.
 
+        ``explained`` is asked of the averaged weights now and then, and printed.
         Each step draws from a generator seeded with its number, so a training that is resumed repeats the same steps.
         """
         settings = self.settings
@@ -168,6 +171,11 @@ class FlowTraining:
                     flush=True,
                 )
                 told_at = now
+            if explained and self.step % _EXPLAINED_EVERY == 0:
+                shares = ", ".join(f"{objects}: {share:.2f}" for objects, share in explained(self.ema).items())
+                print(
+                    f"{settings.name}: step {self.step}, explained by words, by number of objects: {shares}", flush=True
+                )
         print(f"{settings.name}: {self.step} steps, {time.monotonic() - started:.0f} s", flush=True)
         return sum(recent) / len(recent) if recent else float(loss)
 

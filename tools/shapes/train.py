@@ -24,6 +24,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from shapes.draw import draw, encode, save_sheet
+from shapes.explained import Explained
 from shapes.flow_training import WEAKEST_GUIDANCE, Flow, FlowSettings, FlowTraining
 from shapes.judge import GUIDANCE, faults, held_out_requests, judge, pipeline_sampler, print_table, table
 from shapes.models import (
@@ -109,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
             workers=given.workers,
             first=_chunks_before(given),
         )
+        explained = Explained(parts["vae"], device)
         print(f"pool: {len(pool.latents)} pictures, {time.monotonic() - started:.0f} s since the start", flush=True)
     for is_distilled, seconds, steps in phases:
         flow = _flow(
@@ -116,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
             device,
             flow,
             pool,
+            explained,
             report,
             FlowSettings(
                 budget=Budget(seconds, steps),
@@ -192,6 +195,7 @@ def _flow(
     device: torch.device,
     flow: Flow,
     pool: Pool,
+    explained: Explained,
     report: dict[str, Any],
     settings: FlowSettings,
 ) -> Flow:
@@ -200,8 +204,9 @@ def _flow(
     if state and (state / "state.json").is_file():
         training.load_state(state)
         print(f"{settings.name}: continues from step {training.step}", flush=True)
-    loss = training.train(pool)
-    report[settings.name] = {"steps": training.step, "loss": round(loss, 5)}
+    loss = training.train(pool, explained=explained)
+    shares = {str(objects): round(share, 3) for objects, share in explained(training.ema).items()}
+    report[settings.name] = {"steps": training.step, "loss": round(loss, 5), "explained": shares}
     if state:
         training.save_state(state)
     return training.ema

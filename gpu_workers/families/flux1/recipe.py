@@ -29,7 +29,8 @@ from xditd.gpu_workers.families.flux1.config import (
 from xditd.gpu_workers.families.flux1.facts import CONTROL, CONTROL_IMAGE, IMAGE, MASK, MASKED_IMAGE, REFERENCES
 from xditd.gpu_workers.families.flux1.timesteps import SCALE, time_dtype
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
-from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Sampled, Wanted
+from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
+from xditd.gpu_workers.models.picture_recipes import Sampled, whole_mask
 from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
 from xditd.gpu_workers.parallel.token_partition import partition_tokens
 from xditd.ipc.errors import BadRequest
@@ -67,7 +68,7 @@ class Flux1Recipe:
             return Sampled(before={latents: pixels.repeat_interleave(wanted.batch // pixels.shape[0], dim=0)})
         mask = conditioning[MASK]
         check_shape(MASK, mask, (wanted.batch, 1, wanted.height, wanted.width))
-        masked = (pixels * (1 - mask[: pixels.shape[0]])).contiguous(memory_format=torch.channels_last)
+        masked = (pixels * (1 - whole_mask(mask)[: pixels.shape[0]])).contiguous(memory_format=torch.channels_last)
         return Sampled(skipped=pixels.shape[0], after={latents: masked})  # in the pipeline's order in memory, of Pillow
 
     def start(
@@ -204,6 +205,8 @@ def _channels_beside(model: Model[Flux1Config], wanted: Wanted, conditioning: Ma
     if (needed := _PICTURES.get(model.config.in_channels)) and conditioning.get(needed[0]) is None:
         raise BadRequest(f"{needed[1]}, {needed[0]}: give either the picture or its latents")
     named = {name: conditioning[name] for name in (CONTROL, MASKED_IMAGE, MASK) if name in conditioning}
+    if conditioning.get(IMAGE) is not None:
+        named[MASK] = whole_mask(named[MASK])
     for name, each in named.items():
         shape = (1, wanted.height, wanted.width) if name == MASK else (LATENT_CHANNELS, *size)
         check_shape(name, each, (wanted.batch, *shape))

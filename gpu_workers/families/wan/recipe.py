@@ -74,6 +74,11 @@ class WanRecipe:
                 )
         if wanted.stages == 1 and (given := sorted({BOUNDARY, SECOND_SCALE} & set(wanted.options))):
             raise BadRequest(f"options: {given[0]} without a second transformer would have no effect: leave it out")
+        if SECOND_SCALE in wanted.options and wanted.guidance_scale <= 1:
+            raise BadRequest(
+                f"options: {SECOND_SCALE} with guidance_scale {wanted.guidance_scale:g} would have no effect, since "
+                "diffusers guides both transformers or none: leave it out, or guide with more than 1"
+            )
         if wanted.sigmas is not None and SHIFT in wanted.options:
             raise BadRequest(f"options: {SHIFT} with sigmas would have no effect, they are used as they are")
 

@@ -49,7 +49,7 @@ _MADE: Final = f"{VIDEO} (made anew)"
 
 
 class WanVaceRecipe(WanRecipe):
-    """See :class:`~xditd.gpu_workers.models.operations.PictureRecipe`."""
+    """See :class:`~xditd.gpu_workers.models.picture_recipes.PictureRecipe`."""
 
     limits = LIMITS | {CONTROL_SCALE: (-100.0, 100.0)}
 

@@ -14,6 +14,7 @@ from pipeline_parts import image, mask
 from safetensors.torch import save_file
 
 from xditd.client import BadRequest, Pipeline
+from xditd.client.metadata.of_runs import record_of_run
 from xditd.client.pipeline import families
 from xditd.client.pipeline.calls import ARGUMENTS
 
@@ -99,7 +100,17 @@ VALUES = {
     "step_cache": 0.5,
 }
 """Arguments that some pipelines refuse."""
-ELSEWHERE = {"prompt", "negative_prompt", "loras", "conditioning", "on_progress", "on_preview", "deadline_s"}
+ELSEWHERE = {
+    "prompt",
+    "negative_prompt",
+    "loras",
+    "conditioning",
+    "prompt_2",
+    "weights",
+    "on_progress",
+    "on_preview",
+    "deadline_s",
+}
 """Arguments with tests of their own."""
 
 
@@ -154,7 +165,7 @@ def test_a_lora_acts(opened: Callable[..., Pipeline], tmp_path: Any) -> None:
     with_lora = pipe(**given, loras=[(path, 0.8)])
     assert not torch.equal(with_lora.generation.latents, plain)
     assert torch.equal(pipe(**given, loras=[(path, 0.0)]).generation.latents, plain)
-    assert with_lora.settings.loras == ((str(path), 0.8),)
+    assert with_lora.settings.loras == ((str(path), 0.8, ("transformer",)),)
     assert sum("style" in each.label for each in pipe.client.status().components) == 1
     with pytest.raises(BadRequest, match="give pairs"):
         pipe(**given, loras=["style.safetensors"])
@@ -164,6 +175,31 @@ def test_a_pair_of_transformers_asks_which_one_a_lora_is_for(opened: Callable[..
     pipe = opened(folders.wan(transformer_2=wan_models.reference(wan_models.state_dict(1)), boundary_ratio=0.8))
     with pytest.raises(BadRequest, match=r"two transformers; say which one has x\.safetensors"):
         pipe(conditioning=folders.wan_texts(), frames=5, loras=[("x.safetensors", 0.8)])
+
+
+def test_the_role_of_a_lora_is_in_the_metadata(opened: Callable[..., Pipeline], tmp_path: Any) -> None:
+    pipeline = folders.wan(transformer_2=wan_models.reference(wan_models.state_dict(1)), boundary_ratio=0.8)
+    layer = pipeline.transformer.blocks[0].attn1.to_q
+    factors = {
+        "transformer.blocks.0.attn1.to_q.lora_A.weight": folders.rows(1, 4, layer.in_features),
+        "transformer.blocks.0.attn1.to_q.lora_B.weight": folders.rows(2, layer.out_features, 4),
+    }
+    paths = [tmp_path / "high.safetensors", tmp_path / "low.safetensors"]
+    for path in paths:
+        save_file(factors, path)
+    pipe = opened(pipeline)
+    roles = ("transformer", "transformer_2")
+    loras = [(path, 0.8, role) for path, role in zip(paths, roles, strict=True)]
+    given = {"conditioning": folders.wan_texts(), "frames": 5, "steps": 3, "seed": 1, "width": 64, "height": 64}
+    found = pipe(**given, loras=loras)
+    assert found.settings.loras == tuple((str(path), 0.8, (role,)) for path, _, role in loras)
+    record = record_of_run(found.settings, 0, 1)
+    assert [(each.file.name, each.roles) for each in record.loras] == [
+        ("high.safetensors", ("transformer",)),
+        ("low.safetensors", ("transformer_2",)),
+    ]
+    exchanged = pipe(**given, loras=[(path, 0.8 * (role == "transformer"), role) for path, _, role in loras])
+    assert not torch.equal(exchanged.generation.latents, found.generation.latents)
 
 
 @pytest.mark.long

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from xditd.client import Client, Pipeline
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
+from xditd.ipc.errors import BadRequest
 
 GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
 
@@ -49,6 +50,24 @@ def test_a_prompt(client: Client, folder: Path, count: int) -> None:
         assert torch.equal(found.generation.latents, theirs(folder, "a cat", num_images_per_prompt=count))
         assert (found.seed, found.settings.prompt, len(found.images)) == (1, "a cat", count)
         assert found.to_numpy().shape == (count, 64, 96, 3)
+
+
+def test_the_second_prompt_is_what_t5_reads(client: Client, folder: Path) -> None:
+    prompts, seconds = ["a cat", "two dogs"], ["a hat", "猫"]
+    with Pipeline.open(folder, client=client) as pipe:
+        one = pipe("a cat", prompt_2="a hat", **GIVEN)
+        several = pipe(prompts, prompt_2=seconds, num_images=2, **GIVEN).generation.latents
+        for given, says in (
+            ({"prompt_2": ["a", "b", "c"]}, "prompt_2: 3 for 1 prompts; give one, or one for each"),
+            ({"prompt_2": 3}, "prompt_2: 3 is no text"),
+            ({"weights": True}, "cannot honour weights: its pipeline has no weights in prompts"),
+        ):
+            with pytest.raises(BadRequest, match=says):
+                pipe("a cat", **GIVEN, **given)
+    assert torch.equal(one.generation.latents, theirs(folder, "a cat", prompt_2="a hat"))
+    assert not torch.equal(one.generation.latents, theirs(folder, "a cat"))
+    assert torch.equal(several, theirs(folder, prompts, prompt_2=seconds, num_images_per_prompt=2))
+    assert one.settings.prompts_2 == ("a hat",)
 
 
 def test_several_prompts(client: Client, folder: Path) -> None:

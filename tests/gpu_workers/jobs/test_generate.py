@@ -250,6 +250,23 @@ def test_flux1_takes_no_vae_of_wan_whose_latents_have_the_same_shape(
     assert lent.steps == []
 
 
+def test_a_soft_mask_of_a_start_is_whole_as_in_the_pipelines(lent: OneRank, messages: ModuleType) -> None:
+    from xditd.client.demo.checkpoints import flux_vae_state_dict
+
+    lent.lend("vae", flux_vae_state_dict(1))
+    mask = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for each in (mask, (mask >= 0.5).float(), torch.ones_like(mask)):
+        room = lent.room()
+        starts = {"start_image": room.input(messages.random(1, 3, 64, 64).clamp(-1, 1)), "start_mask": room.input(each)}
+        both = {"transformer": "transformer", "vae": "vae"}
+        job = messages.generate(room, noise=messages.noise(), components=both, sampling={"strength": 1.0})
+        lent.run(msgspec.structs.replace(job, **starts))
+        found.append(room.read(job.out_latents))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_options_are_refused_by_name_with_those_that_are_taken(
     lent: OneRank, messages: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,8 +44,7 @@ def test_the_leader_opens_no_cuda_and_is_forked_with_one_thread() -> None:
     assert found == {"asked": [], "xfuser": [], "asked by the leader": [], "threads after a fork": "1"}
 
 
-def test_ranks_find_their_modules_imported() -> None:
-    """What a rank imports after its fork is code of this project and of xfuser, with few exceptions."""
+def test_ranks_find_their_modules_imported_and_the_first_lend_its_own() -> None:
     found = run("""
 import json, sys
 from xditd.gpu_workers.process import leader, preload, lean_imports, xfuser_cpu
@@ -54,12 +53,17 @@ before = set(sys.modules)
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
 from xditd.gpu_workers.process.torch_executor import TorchExecutor
+found = {"rank": [n for n in sys.modules if n not in before and not n.startswith(("xditd.", "xfuser", "yunchang"))]}
 preload.import_for_lends()
+before = set(sys.modules)
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-print(json.dumps([n for n in sys.modules if n not in before and not n.startswith(("xditd.", "xfuser", "yunchang"))]))
+import xditd.gpu_workers.families.flux1.recipe, xditd.gpu_workers.families.qwen_image.recipe
+found["lend"] = [n for n in sys.modules if n not in before]
+print(json.dumps(found))
 """)
-    assert len(found) < 25, found
+    assert len(found["rank"]) < 25, found["rank"]
+    assert found["lend"] == []
 
 
 def test_ranks_are_spawned_where_an_import_has_opened_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.model_cache import ModelCache
+from xditd.gpu_workers.models.operations import Wanted
 from xditd.ipc.errors import BadRequest, Unsupported
 
 State = dict[str, torch.Tensor]
@@ -97,6 +98,30 @@ def test_fill_has_the_bits_of_the_pipeline(
     conditioning = {**given, "masked_image_latents": (z - SHIFT) * SCALING, "mask": mask}
     ours = direct.generate_from(plug(cache, state).model, conditioning, noise, steps=3, height=HEIGHT, width=WIDTH)
     assert torch.equal(ours, unpacked(expected))
+
+
+def test_fill_takes_a_soft_mask_of_a_picture_as_the_pipeline_does(
+    cache: ModelCache, plug: Plugger, direct: ModuleType
+) -> None:
+    from diffusers import FluxFillPipeline
+
+    state, noise = state_of(384, torch.float32), numbers(3, 1, 16, HEIGHT // 8, WIDTH // 8)
+    mask, picture = numbers(5, 1, 1, HEIGHT, WIDTH).sigmoid(), numbers(6, 1, 3, HEIGHT, WIDTH).clamp(-1, 1)
+    pipeline = pipeline_of(FluxFillPipeline, state, reference.vae_from(flux_vae_state_dict(1)))
+    expected = pipeline(
+        image=picture, mask_image=mask.clone(), generator=torch.Generator().manual_seed(7), height=HEIGHT, width=WIDTH,
+        num_inference_steps=2, latents=packed_noise(noise), output_type="latent", **text(1),
+    ).images  # fmt: skip
+    model, given = plug(cache, state).model, {**text(1), "image": picture, "mask": mask}
+    wanted = Wanted(1, HEIGHT, WIDTH, 2, 30.0)
+    sampled = model.operations.recipe.sampled(model.config, wanted, given)
+    assert (list(sampled.before), sampled.skipped, list(sampled.after)) == ([], 1, ["masked_image_latents"])
+    masked = sampled.after["masked_image_latents"]
+    z = pipeline.vae.encode(masked).latent_dist.sample(torch.Generator().manual_seed(7))
+    given["masked_image_latents"] = (z - SHIFT) * SCALING
+    ours = direct.generate_from(model, given, noise, steps=2, height=HEIGHT, width=WIDTH)
+    assert torch.allclose(ours, unpacked(expected), atol=1e-5)  # the picture's order in memory is another
+    assert not torch.allclose(masked, picture * (1 - mask), atol=1e-2)
 
 
 @pytest.mark.parametrize(

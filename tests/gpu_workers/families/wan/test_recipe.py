@@ -138,6 +138,10 @@ def test_facts_say_how_videos_are_made(shared_cache: ModelCache, plug: Plugger) 
         ({"options": {"euler": 1}}, "options: euler=1 is not True or False"),
         ({"options": {"boundary_ratio": 0.9}}, "boundary_ratio without a second transformer would have no effect"),
         ({"options": {"boundary_ratio": 1.5}, "stages": 2}, "boundary_ratio=1.5 is not a number from 0 to 1"),
+        (
+            {"options": {"guidance_scale_2": 3.0}, "stages": 2, "guidance_scale": 1.0},
+            "guidance_scale_2 with guidance_scale 1 would have no effect",
+        ),
         ({"options": {"shift": 3.0}, "sigmas": (1.0, 0.5)}, "shift with sigmas would have no effect"),
     ],
 )

@@ -1,0 +1,73 @@
+"""Profile what the leader and a rank import before they are ready, and for the first lend.
+
+    python benchmarks/run.py imports --json FILE
+
+The stages run one after the other in one process, twice: plainly for the processor time, and under ``python -X
+importtime`` for the modules. A module's time is that of all it imports; the heaviest of each stage are listed.
+
+Needs: the workers' libraries; no GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from typing import Any, Final
+
+from measuring import Report, clean_environment, print_table
+
+PROGRAM: Final = """
+import sys, time
+def stage(name):
+    global began_s
+    print(f"stage: {name} {time.process_time() - began_s:.3f}", file=sys.stderr, flush=True)
+    began_s = time.process_time()
+began_s = time.process_time()
+from xditd.gpu_workers.process import leader, preload
+stage("torch, in the leader")
+preload.preload(preload.FOR_RANKS)
+stage("shared by ranks, in the leader")
+from xditd.gpu_workers.process import lean_imports, xfuser_cpu
+with xfuser_cpu.importable():
+    lean_imports.import_xfuser()
+from xditd.gpu_workers.process.torch_executor import TorchExecutor
+stage("own, in each rank")
+preload.import_for_lends()
+stage("for lends, in each rank behind readiness")
+"""
+_LINE: Final = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|( *)(\S+)")
+_STAGE: Final = re.compile(r"stage: (.*) ([\d.]+)$")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--heaviest", type=int, default=6, help="modules to list of each stage")
+
+
+def run(given: argparse.Namespace, report: Report) -> None:
+    plain = _profile([])
+    traced = _profile(["-X", "importtime"])
+    for name, found in traced.items():
+        heaviest = sorted(found["modules"], key=lambda each: -each[1])[: given.heaviest]
+        report.add(**{name: {"cpu_s": plain[name]["cpu_s"], "modules": found["count"], "heaviest_ms": dict(heaviest)}})
+        rows = [(module, f"{took_ms:.0f} ms") for module, took_ms in heaviest]
+        print_table(f"{name}: {plain[name]['cpu_s']:.2f} s of processor time, {found['count']} modules", rows)
+
+
+def _profile(options: list[str]) -> dict[str, dict[str, Any]]:
+    """Return processor time, number of modules and milliseconds by module of each stage."""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", PROGRAM], capture_output=True, text=True, env=clean_environment(), check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(done.stderr[-2000:])
+    stages: dict[str, dict[str, Any]] = {}
+    modules: list[tuple[str, float]] = []
+    for line in done.stderr.splitlines():
+        if imported := _LINE.match(line):
+            modules.append((imported[4], int(imported[2]) / 1e3))
+        elif ended := _STAGE.match(line):
+            stages[ended[1]] = {"cpu_s": float(ended[2]), "modules": modules, "count": len(modules)}
+            modules = []
+    return stages
