@@ -22,9 +22,10 @@ from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.arguments import Argument, InIo, Kept, Values
 from xditd.ipc.codec import encode, reply_decoder
+from xditd.ipc.job_parts import Part
 from xditd.ipc.protocol import PROTOCOL_VERSION, Request
 from xditd.ipc.replies import Called, Lent, Queued, StepDone
-from xditd.ipc.requests import Call, Hello, Lend, Part
+from xditd.ipc.requests import Call, Hello, Lend
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, Manifest, TensorSpec
 
 TENSORS, LENDS = 1_200, 500

@@ -13,8 +13,8 @@ from xditd.client.jobs.component import Component
 from xditd.client.lending import Offer, describe
 from xditd.client.loans import Loan
 from xditd.client.loras.factors import describe_factors
+from xditd.ipc.job_parts import LoraUse, Numerics
 from xditd.ipc.loras import LoraPart
-from xditd.ipc.requests import LoraUse, Numerics
 
 
 def lend_module(

@@ -11,9 +11,9 @@ from xditd.client.waiting import check_deadline
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, LeaseLost, XditdError
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Lent
-from xditd.ipc.requests import LoraUse
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
 
 

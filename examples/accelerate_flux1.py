@@ -2,6 +2,7 @@
 
     xditd serve                                           # in another terminal; then: xditd wait
     python examples/accelerate_flux1.py --model FOLDER    # a folder with model_index.json
+    python examples/accelerate_flux1.py --model models/shapes --size 256 --prompt "a large purple heart"
     python examples/accelerate_flux1.py --tiny            # tiny random weights, to see that it runs
 
 Only the two lines with ``accelerate`` differ from a program that uses diffusers alone.
@@ -28,7 +29,7 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return flux1()
     pipe = DiffusionPipeline.from_pretrained(options.model, dtype=torch.bfloat16, local_files_only=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    return pipe, {"prompt": options.prompt, "height": 1024, "width": 1024, "num_inference_steps": 28}
+    return pipe, {"prompt": options.prompt, "height": options.size, "width": options.size, "num_inference_steps": 28}
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
     source.add_argument("--tiny", action="store_true", help="use tiny random weights")
     parser.add_argument("--runtime-dir", help="the daemon's folder; default: $XDG_RUNTIME_DIR/xditd")
     parser.add_argument("--prompt", default="a red bird over a lake")
+    parser.add_argument("--size", type=int, default=1024, help="the image's sides in pixels")
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/flux1.png"))
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """From a folder of a diffusers pipeline to pictures, without torch, diffusers or transformers in this program's code.
 
+    python examples/folder_to_picture.py models/shapes "a large purple heart" --size 256x256    # of the checkout
     python examples/folder_to_picture.py ~/models/FLUX.1-dev "a cat on a sofa" --count 4 --out cats.png
     python examples/folder_to_picture.py flux "a cat" --lora style.safetensors 0.8    # a name of models.toml
 

@@ -1,9 +1,10 @@
-"""Lend two checkpoint files to a running daemon and generate an image from random text embeddings.
+"""Lend the parts of a model to a running daemon one by one, and draw a sentence.
 
-    xditd demo --out out --keep       # writes small checkpoints, and prints the folder of its daemon
-    python examples/lend_and_generate.py --runtime-dir THAT_FOLDER
+    xditd serve                               # in another terminal; then: xditd wait
+    python examples/lend_and_generate.py      # with models/shapes of the checkout, which draws coloured forms
 
-With real checkpoints, give real embeddings (see xditd generate --help) in place of the random ones.
+Each part may be a folder, as here, or a single file (``flux1-dev.safetensors``), and serves any number of jobs.
+``Pipeline`` does all of this in one call: examples/folder_to_picture.py.
 """
 
 from __future__ import annotations
@@ -12,29 +13,40 @@ import argparse
 from pathlib import Path
 
 from xditd.client import Client, XditdError
-from xditd.client.conditioning import random_conditioning
+
+TEXT_TOKENS = 64
+"""To which shapes was trained; FLUX.1 has 512."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtime-dir", help="the daemon's folder; default: $XDG_RUNTIME_DIR/xditd")
-    parser.add_argument("--transformer", type=Path, default=Path("out/checkpoints/flux1-demo.safetensors"))
-    parser.add_argument("--vae", type=Path, default=Path("out/checkpoints/ae-demo.safetensors"))
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--model", type=Path, default=Path("models/shapes"), help="the folder of a FLUX.1")
+    parser.add_argument("--prompt", default="a large purple heart to the left of a small blue star")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("out/example.png"))
     options = parser.parse_args()
 
     with Client(options.runtime_dir, name="lend_and_generate") as client:
         # The loans live until the client is closed. Any number of jobs can use them meanwhile.
-        transformer = client.lend(options.transformer)
-        vae = client.lend(options.vae)
-        for loan in (transformer, vae):
+        transformer = client.lend(options.model / "transformer")
+        vae = client.lend(options.model / "vae")
+        encoders = {name: client.lend(options.model / name) for name in ("text_encoder", "text_encoder_2")}
+        tokenizers = {name: client.lend_tokenizer(options.model / name) for name in ("tokenizer", "tokenizer_2")}
+        for loan in (transformer, vae, *encoders.values()):
             tiers = "+".join(tier.value for tier in loan.tiers)
             print(f"{loan.label}: {loan.lent_bytes} bytes by {tiers}, {loan.copied.total} bytes copied")
 
+        words = client.encode_prompt(
+            transformer,
+            options.prompt,
+            encoders=encoders,
+            tokenizers=tokenizers,
+            options={"max_sequence_length": TEXT_TOKENS},
+        )
         job = client.generate(
             transformer,
-            random_conditioning(transformer.facts, seed=1, text_tokens=64),
+            words,
             vae=vae,
             height=256,
             width=256,
@@ -44,6 +56,7 @@ def main() -> None:
         # Leaving this loop early, by Ctrl-C too, would stop the job in the workers.
         for event in job:
             print(f"step {event.step} of {event.total_steps}, {event.elapsed_s:.2f} s")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         print("wrote", job.result().save(options.out))
 
 

@@ -1,7 +1,7 @@
 """Run a sampler of one's own: the workers compute one forward a step, the loop stays here.
 
-    xditd demo --out out --keep       # writes small checkpoints, and prints the folder of its daemon
-    python examples/per_step_denoise.py --runtime-dir THAT_FOLDER
+    xditd serve                               # in another terminal; then: xditd wait
+    python examples/per_step_denoise.py       # with models/shapes of the checkout, which draws coloured forms
 
 The loop is Euler's method, as FLUX.1's own scheduler does it, so the result can be compared with ``generate``,
 which runs the same loop inside the workers. Any other sampler, mask or preview goes where the loop is.
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from xditd.client import Client, Loan, XditdError
-from xditd.client.conditioning import random_conditioning
 from xditd.client.demo.flux1_calls import image_ids, text_ids
+from xditd.client.demo.shapes_model import shifted_sigmas
 from xditd.client.families.flux1 import pack, unpack
 from xditd.client.image_files import image_to_pil
 
@@ -56,18 +56,24 @@ def sample(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtime-dir", help="the daemon's folder; default: $XDG_RUNTIME_DIR/xditd")
-    parser.add_argument("--transformer", type=Path, default=Path("out/checkpoints/flux1-demo.safetensors"))
-    parser.add_argument("--vae", type=Path, default=Path("out/checkpoints/ae-demo.safetensors"))
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--model", type=Path, default=Path("models/shapes"), help="the folder of a FLUX.1")
+    parser.add_argument("--prompt", default="a large purple heart to the left of a small blue star")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("out/per-step.png"))
     options = parser.parse_args()
 
     noise = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(7))
-    sigmas = [1.0 - step / options.steps for step in range(options.steps)]
+    sigmas = [*shifted_sigmas(options.steps)]  # those of 256 x 256 pixels
     with Client(options.runtime_dir, name="per_step_denoise") as client:
         # Both stay on loan until the end: decode() takes the scale of the latents from the transformer.
-        transformer, vae = client.lend(options.transformer), client.lend(options.vae)
-        conditioning = random_conditioning(transformer.facts, seed=1, text_tokens=64)
+        transformer, vae = client.lend(options.model / "transformer"), client.lend(options.model / "vae")
+        conditioning = client.encode_prompt(
+            transformer,
+            options.prompt,
+            encoders={name: client.lend(options.model / name) for name in ("text_encoder", "text_encoder_2")},
+            tokenizers={name: client.lend_tokenizer(options.model / name) for name in ("tokenizer", "tokenizer_2")},
+            options={"max_sequence_length": 64},
+        )
         latents = sample(client, transformer, noise, sigmas, conditioning)
         fused = client.generate(
             transformer,

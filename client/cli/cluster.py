@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import socket
 from pathlib import Path
 from typing import Final
 
 from xditd.client.cli import exits, flags
+from xditd.client.cli.generate_files import record_of_files
 from xditd.client.cli.generations import Outputs, sampling_of
 from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import table
@@ -173,7 +175,7 @@ def _submit(parsed: argparse.Namespace) -> int:
             **sampling_of(parsed),
         ).result()
     outputs.name_images(0 if result.image is None else len(result.image))
-    outputs.write(result)
+    outputs.write(dataclasses.replace(result, record=record_of_files(parsed, result.record)))
     paths = [str(path) for path in (*outputs.images, outputs.latents) if path is not None]
     if parsed.json:
         report = {

@@ -84,7 +84,7 @@ def run(parsed: argparse.Namespace) -> int:
             **sampling_of(parsed),
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
-        outputs.write(dataclasses.replace(result, record=_record(parsed, result.record)))
+        outputs.write(dataclasses.replace(result, record=record_of_files(parsed, result.record)))
         lent = (transformer, second, vae, *loras.values(), *control_flags.loans_of(controls))
         loans = [loan for loan in lent if isinstance(loan, Loan)]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
@@ -128,7 +128,7 @@ def run(parsed: argparse.Namespace) -> int:
     return exits.DONE
 
 
-def _record(parsed: argparse.Namespace, record: Record | None) -> Record | None:
+def record_of_files(parsed: argparse.Namespace, record: Record | None) -> Record | None:
     """Return the metadata with the files of this command, which the library knows as loans alone."""
     if record is None or parsed.no_metadata:
         return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xditd.client.cluster.content_hashes import PREFIX, ContentHashes, check_content_id
 from xditd.client.cluster.messages import HERE, NOISE, HostReport, Job, Refused, encode, load, store
 from xditd.client.jobs.generation import draw_seed
+from xditd.client.metadata.record import decode
 from xditd.client.results import GenerationResult
 from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, Closed, Unsupported
@@ -190,9 +191,10 @@ class ClusterClient:
             try:
                 done, found = submission.result(encoded)
                 loaded: dict[str, Any] = load(found)
+                record = None if done.record is None else decode(done.record.encode(), f"host {done.host}")
                 result = ClusterResult(
                     loaded["latents"], loaded.get("image"), done.timings_ms, done.seed, done.reused_steps, done.host,
-                    done.runs,
+                    done.runs, record=record,
                 )  # fmt: skip
             except BaseException as error:  # noqa: BLE001 - the waiting thread raises it
                 future.set_exception(error)

@@ -28,6 +28,7 @@ from xditd.client.cluster.messages import (
 from xditd.client.cluster.paces import Paces
 from xditd.client.cluster.residents import Residents, Wanted
 from xditd.client.conditioning import conditioning_of
+from xditd.client.metadata.record import encode
 from xditd.client.results import GenerationResult
 from xditd.client.waiting import why_not_serving
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, UnknownComponent, XditdError
@@ -204,6 +205,7 @@ class HostAgent:
             seed=result.seed,
             timings_ms=result.timings_ms,
             reused_steps=result.reused_steps,
+            record=None if result.record is None else encode(result.record),
             was_resident=was_resident,
             is_free=len(self._running()) == 1 and time.monotonic() - self._found_free_s <= _FREE_S,
         )

@@ -11,8 +11,8 @@ from xditd.client.client import Client
 from xditd.client.diffusers.adapters import Adapters, Scales
 from xditd.client.diffusers.shallow_record import Content
 from xditd.client.loans import Loan
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.loras import MAX_SCALE, LoraPart
-from xditd.ipc.requests import LoraUse
 
 MAX_IDLE: Final = 8
 """Loans that stay beside those of the last call, so that it costs nothing to use them again."""

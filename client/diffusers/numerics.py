@@ -11,7 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.requests import Numerics
+from xditd.ipc.job_parts import Numerics
 
 _PRECISION_TEXT: Final = (
     "the precision of float32 is set by fp32_precision of torch.backends, which workers cannot follow: set these back "

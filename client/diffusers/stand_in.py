@@ -32,7 +32,7 @@ from xditd.client.loans import Loan
 from xditd.client.module_descriptions import is_described
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, Unsupported, WorkersLost
 from xditd.ipc.facts import METHODS
-from xditd.ipc.requests import LoraUse
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.transports.module_walk import is_describable
 
 logger = logging.getLogger(__name__)

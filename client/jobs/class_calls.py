@@ -13,7 +13,8 @@ from xditd.client.jobs.class_arguments import ClassArgumentWriter
 from xditd.client.jobs.component import Component
 from xditd.client.jobs.device_use import Room
 from xditd.client.jobs.job_requests import CallRequest, JobRequest, check_parts, write_call
-from xditd.ipc.requests import Numerics, ReadTensors
+from xditd.ipc.job_parts import Numerics
+from xditd.ipc.requests import ReadTensors
 from xditd.ipc.tensors import HostShmBlock
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts, ControlNetFacts, TextEncoderFacts, TransformerFacts, VaeFacts
-from xditd.ipc.requests import LoraUse
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.tensors import ComponentKind
 
 F = TypeVar("F", TransformerFacts, VaeFacts, TextEncoderFacts, ControlNetFacts)

@@ -11,7 +11,7 @@ from xditd.client.io_places import IoPlaces
 from xditd.client.jobs import checks
 from xditd.client.jobs.arguments import ArgumentWriter, check_text
 from xditd.client.jobs.component import Component
-from xditd.ipc import limits, requests
+from xditd.ipc import job_parts, limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ControlNetFacts, LatentFacts
 from xditd.ipc.loras import MAX_SCALE
@@ -149,7 +149,7 @@ def check_controls(
 
 def write_controls(
     controls: Sequence[tuple[Component, Control]], places: IoPlaces, inputs: list[tuple[IoTensor, torch.Tensor]]
-) -> tuple[requests.Control, ...]:
+) -> tuple[job_parts.Control, ...]:
     """Reserve room for the pictures of checked ControlNets, add them to ``inputs``, and return the request's part."""
     used = []
     for component, control in controls:
@@ -160,7 +160,7 @@ def write_controls(
                 at[name] = place = places.add_input(tensor)
                 inputs.append((place, tensor))
         used.append(
-            requests.Control(
+            job_parts.Control(
                 component_id=component.component_id,
                 scale=float(control.scale),
                 start=float(control.start),
@@ -174,7 +174,7 @@ def write_controls(
 
 def write_part_controls(
     writer: ArgumentWriter, controls: Sequence[tuple[str, CallControl]], where: str
-) -> tuple[requests.PartControl, ...]:
+) -> tuple[job_parts.PartControl, ...]:
     """Write the ControlNets of one forward, each with its component's id. ``where`` begins errors."""
     _check_count(f"{where}controls", len(controls))
     written = []
@@ -182,7 +182,7 @@ def write_part_controls(
         place = f"{where}controls[{number}]"
         control.check(place)
         written.append(
-            requests.PartControl(
+            job_parts.PartControl(
                 component_id=component_id,
                 arguments=writer.write(control.arguments, f"{place}."),
                 scale=float(control.scale),

@@ -18,15 +18,8 @@ from xditd.client.jobs.start_images import check_start
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.field_types import ITEM_BYTES
-from xditd.ipc.requests import (
-    Call,
-    Generate,
-    InferenceRequest,
-    LoraUses,
-    Part,
-    Role,
-    Sampling,
-)
+from xditd.ipc.job_parts import LoraUses, Part, Sampling
+from xditd.ipc.requests import Call, Generate, InferenceRequest, Role
 from xditd.ipc.tensors import HostShmBlock, IoTensor
 
 if TYPE_CHECKING:

@@ -36,10 +36,11 @@ from xditd.ipc.errors import (
     WorkersLost,
     XditdError,
 )
+from xditd.ipc.job_parts import Numerics
 from xditd.ipc.processes import is_alive
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Generated, PromptEncoded, TensorsRead
-from xditd.ipc.requests import Call, InferenceRequest, Numerics
+from xditd.ipc.requests import Call, InferenceRequest
 from xditd.ipc.tensors import HostShmBlock
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Final
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.requests import Schedule
+from xditd.ipc.job_parts import Schedule
 
 CLASS: Final = "_class_name"
 

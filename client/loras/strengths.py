@@ -7,8 +7,8 @@ from typing import Any
 
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.job_parts import StepStrength
 from xditd.ipc.loras import MAX_SCALE
-from xditd.ipc.requests import StepStrength
 
 Strength = float | Sequence[float] | Sequence[tuple[int, float]]
 """A number; one for each step, of which the last one stays; or pairs of a step and the strength from there on."""

@@ -10,7 +10,7 @@ from xditd.client.loras.strengths import Strength, strengths_by_step
 from xditd.client.metadata.file_hashes import base_name
 from xditd.client.metadata.record import FileRecord, InputsRecord, LoraRecord, ModelRecord, Record
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.requests import Sampling
+from xditd.ipc.job_parts import Sampling
 
 AnyLoan = Loan | LoanWithLoras | str
 

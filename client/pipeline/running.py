@@ -11,6 +11,7 @@ from xditd.client.client import Client
 from xditd.client.jobs.controls import Control
 from xditd.client.jobs.generation import GenerationJob, draw_seed
 from xditd.client.loans import Loan, LoanWithLoras
+from xditd.client.loras.spelling import read_name
 from xditd.client.pipeline.adapter import Adapter, Plan
 from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.loading import Loans
@@ -20,6 +21,7 @@ from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, So
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported
 from xditd.ipc.facts import ArgumentFacts
+from xditd.ipc.name_lists import listed
 from xditd.ipc.replies import AnyEvent, StepDone
 
 if TYPE_CHECKING:
@@ -300,6 +302,7 @@ class Runner:
                 raise BadRequest(f"loras: {wanted!r} is no transformer of {self._source.name}")
             loan = self._loans.lora(source)
             every.append((loan, strength, wanted))
+            _check_text_layers(loan, _path_of(source))
             families = {} if loan.facts.lora is None else loan.facts.lora.families
             roles = tuple(encoder for encoder in self._source.encoders if parts[encoder].family in families)
             if parts[wanted].family in families or not roles:
@@ -371,6 +374,21 @@ def with_those_of(encoder: Loan, loras: Sequence[tuple[Loan, Any, str]]) -> Loan
         each for each in by_role[SECOND] if each[0].component_id not in strengths[TRANSFORMER]
     ]
     return encoder.with_loras(used) if used else encoder
+
+
+def _check_text_layers(lora: Loan, path: str) -> None:
+    """Refuse a LoRA with layers of a text encoder that takes none, such as a language model.
+
+    Raises:
+        Unsupported: names the file and the layers.
+    """
+    unknown = () if lora.facts.lora is None else lora.facts.lora.unknown
+    of_text = [name for name in unknown if (read := read_name(name)) is not None and read.part == "text_encoder"]
+    if of_text:
+        raise Unsupported(
+            f"loras: {path}: its layers of a text encoder, {listed(of_text)}, are of none that takes LoRAs (CLIP-L, T5 "
+            "and UMT5 do): merge them into the text encoder, or remove them from the file"
+        )
 
 
 def _path_of(given: Any) -> str:

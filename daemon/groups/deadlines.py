@@ -14,7 +14,8 @@ from xditd.daemon.operations.event_loop import Deadline, EventLoop
 from xditd.ipc import arguments, limits
 from xditd.ipc.arguments import Argument
 from xditd.ipc.awake_clock import AwakeClock
-from xditd.ipc.requests import Call, Generate, InferenceRequest, LoraUse, LoraUses
+from xditd.ipc.job_parts import LoraUse, LoraUses
+from xditd.ipc.requests import Call, Generate, InferenceRequest
 from xditd.ipc.tensors import IoTensor
 from xditd.ipc.worker_messages import AnyCommand, FramesReached, Plug, Prepare, Run, StepReached, Unmap
 

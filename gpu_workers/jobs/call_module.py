@@ -33,8 +33,9 @@ from xditd.ipc.arguments import (
     holds,
 )
 from xditd.ipc.errors import BadRequest, OutOfMemory, Unsupported, XditdError
+from xditd.ipc.job_parts import Numerics
 from xditd.ipc.name_lists import listed
-from xditd.ipc.requests import Call, Numerics
+from xditd.ipc.requests import Call
 from xditd.ipc.transports.module_walk import is_describable
 from xditd.ipc.worker_messages import CallResults
 

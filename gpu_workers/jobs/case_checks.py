@@ -40,8 +40,8 @@ from xditd.gpu_workers.parallel.row_trees import (
     tensors_of,
 )
 from xditd.ipc.errors import XditdError
+from xditd.ipc.job_parts import Numerics
 from xditd.ipc.protocol import MAX_RELATIVE_ERROR
-from xditd.ipc.requests import Numerics
 from xditd.ipc.status import SplitCheck
 
 _DIFFERENCE: Final = struct.Struct("dd")

@@ -17,8 +17,9 @@ from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.parallel.client_blocks import ClientBlocks, OpenClientBlock
 from xditd.ipc.arguments import InIo, tensors
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, LoraUse
+from xditd.ipc.requests import Call
 from xditd.ipc.transports.host_shm import HostArena
 
 

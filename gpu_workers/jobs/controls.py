@@ -20,8 +20,8 @@ from xditd.gpu_workers.models.operations import Inputs, Wanted
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.ipc.errors import BadRequest, RequestError, Unsupported, named
 from xditd.ipc.facts import LatentFacts, LatentScaling
-from xditd.ipc.requests import Control as WantedControl
-from xditd.ipc.requests import PartControl
+from xditd.ipc.job_parts import Control as WantedControl
+from xditd.ipc.job_parts import PartControl
 
 RESIDUALS: Final = "residuals"
 

@@ -25,7 +25,8 @@ from xditd.gpu_workers.models.prompts import Conditioning, PromptInputs, PromptR
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer, refuse_foreign_errors
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
-from xditd.ipc.requests import EncodePrompt, LoraUses
+from xditd.ipc.job_parts import LoraUses
+from xditd.ipc.requests import EncodePrompt
 
 NEGATIVE = "negative_"
 """Before the names of the conditioning of negative prompts."""

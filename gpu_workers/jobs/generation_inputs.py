@@ -22,8 +22,9 @@ from xditd.gpu_workers.models.job_checks import check_batch, check_output, check
 from xditd.gpu_workers.models.operations import Wanted
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
+from xditd.ipc.job_parts import Sampling
 from xditd.ipc.name_lists import listed
-from xditd.ipc.requests import Generate, Sampling
+from xditd.ipc.requests import Generate
 
 
 @dataclass(eq=False)

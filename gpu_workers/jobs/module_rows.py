@@ -41,7 +41,7 @@ from xditd.gpu_workers.parallel.split_choice import prefers_tokens
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.gpu_workers.parallel.token_shares import TokenShares
 from xditd.ipc.errors import BadRequest, OutOfMemory
-from xditd.ipc.requests import Numerics
+from xditd.ipc.job_parts import Numerics
 
 Forward = Callable[[Mapping[str, Any]], Any]
 _REFUSED: Final = object()

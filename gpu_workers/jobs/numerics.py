@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xditd.ipc.errors import Unsupported
-from xditd.ipc.requests import Numerics
+from xditd.ipc.job_parts import Numerics
 from xditd.ipc.transports.tensor_views import torch_dtype
 
 _KERNELS = {

@@ -33,8 +33,8 @@ from xditd.ipc.errors import (
     OtherRankFailed,
     UnknownComponent,
 )
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import LoraUse
 from xditd.ipc.status import LoraCounts
 from xditd.ipc.tensors import (
     ComponentKind,

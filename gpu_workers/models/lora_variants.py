@@ -16,8 +16,8 @@ from xditd.gpu_workers.kernels.branches import Branches
 from xditd.gpu_workers.models.lora_binding import AnyModel, BoundLora, LentLora
 from xditd.gpu_workers.models.operations import BranchMemory
 from xditd.ipc import limits
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.name_lists import listed
-from xditd.ipc.requests import LoraUse
 from xditd.ipc.status import LoraCounts
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from xditd.gpu_workers.packed.tensors import PackedTensor
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
     from xditd.ipc.facts import ControlNetFacts, LatentScaling, TextEncoderFacts, TransformerFacts, VaeFacts
-    from xditd.ipc.requests import Schedule
+    from xditd.ipc.job_parts import Schedule
     from xditd.ipc.status import FusedCheck
 
 RowResults = torch.Tensor | list[torch.Tensor]

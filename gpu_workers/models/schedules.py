@@ -13,8 +13,8 @@ from typing import Any, Final
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.job_parts import Schedule
 from xditd.ipc.name_lists import listed
-from xditd.ipc.requests import Schedule
 from xditd.ipc.suggestions import did_you_mean
 
 TRAINED_TIMESTEPS: Final = 1000

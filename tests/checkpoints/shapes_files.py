@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
-from shapes.models import PARTS, build_parts, load_parts, save_weights, weights_file
+from shapes.judged_formats import write_folder_as
 from shapes.reading import read
 from shapes.text_tokens import T5_TOKENS
 
@@ -38,12 +37,7 @@ def shapes_folder() -> Path:
 
 def write_float32(folder: Path, out: Path) -> Path:
     """Write the folder with its numbers in float32, in which workers then compute."""
-    parts = build_parts()
-    load_parts(folder, parts)
-    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
-    for name in PARTS:
-        save_weights(parts[name], out / name / weights_file(name), torch.float32)
-    return out
+    return write_folder_as(folder, out, torch.float32)
 
 
 def load_plain(folder: Path) -> Any:

@@ -77,7 +77,7 @@ def test_an_example_loads_a_folder(name: str, tmp_path: Path, monkeypatch: pytes
     # Folders of real models have their text encoders.
     load = functools.partial(DiffusionPipeline.from_pretrained, **absent)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", load)
-    options = argparse.Namespace(tiny=False, model=tmp_path, prompt="a bird", negative_prompt="a cat")
+    options = argparse.Namespace(tiny=False, model=tmp_path, prompt="a bird", negative_prompt="a cat", size=64)
     pipe, arguments = load_module(name).load(options)
     assert type(pipe) is type(expected)
     assert arguments["prompt"] == "a bird"

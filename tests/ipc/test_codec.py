@@ -16,8 +16,9 @@ import pytest
 from xditd.ipc import codec, limits
 from xditd.ipc.arguments import Argument, InIo, Kept, ListOf, MapOf, Repeated, Rows, TupleOf, Values
 from xditd.ipc.errors import BadMessage, BadRequest
+from xditd.ipc.job_parts import Part
 from xditd.ipc.replies import Called, Failed
-from xditd.ipc.requests import Call, Generate, GetStatus, Hello, Lend, Part
+from xditd.ipc.requests import Call, Generate, GetStatus, Hello, Lend
 from xditd.ipc.tensors import Manifest, TensorSpec
 
 DECODERS: dict[str, codec.Decoder[Any]] = {

@@ -30,7 +30,7 @@ from xditd.gpu_workers.parallel.rank_sync import share_page
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.gpu_workers.parallel.token_shares import TokenShares
 from xditd.gpu_workers.plans import find
-from xditd.ipc.requests import Numerics
+from xditd.ipc.job_parts import Numerics
 
 TOLERANCE = 1e-6
 

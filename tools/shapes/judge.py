@@ -3,6 +3,7 @@
     PYTHONPATH=tools python -m shapes.judge models/shapes              # 200 sentences with diffusers, float32, CPU
     PYTHONPATH=tools python -m shapes.judge models/shapes --device cuda --dtype bfloat16
     PYTHONPATH=tools python -m shapes.judge models/shapes --daemon     # with the workers of a running daemon
+    PYTHONPATH=tools python -m shapes.judge models/shapes --formats    # diffusers, then the daemon in every format
 
 A picture is right if it shows all objects that the sentence names and no others, each in its form and colour, and all
 that the sentence states of sizes, places, relations and the background.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
@@ -159,7 +161,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Judge a model of shapes on sentences that training never saw.")
     parser.add_argument("folder", type=Path, help="a pipeline's folder; 'drawn' judges the drawn pictures themselves")
     parser.add_argument("--daemon", action="store_true", help="draw with the workers of the running daemon of xditd")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--formats", nargs="*", metavar="FORMAT",
+        help="a table: diffusers in --dtype, then the running daemon with the transformer in each of these formats "
+        "(float32, bfloat16, float16, fp8, int8, q8_0; without names all but float16)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="of diffusers; a daemon has its own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--sentences", type=int, default=SENTENCES)
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -171,6 +178,9 @@ def main() -> None:
     given = parser.parse_args()
     requests = held_out_requests(given.sentences)
     started = time.monotonic()
+    if given.formats is not None:
+        _judge_formats(given, requests)
+        return
     if str(given.folder) == "drawn":
         scenes = {each.text: each.scene for each in requests}
         images, found = judge(lambda texts, _: draw(encode([scenes[text] for text in texts])), requests)
@@ -181,12 +191,7 @@ def main() -> None:
             sampler = daemon_sampler(pipe, steps=given.steps, guidance=given.guidance)
             images, found = judge(sampler, requests, batch=given.batch)
     else:
-        from diffusers import FluxPipeline
-
-        pipeline = FluxPipeline.from_pretrained(given.folder, torch_dtype=getattr(torch, given.dtype)).to(given.device)
-        pipeline.set_progress_bar_config(disable=True)
-        sampler = pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance, text_tokens=given.text_tokens)
-        images, found = judge(sampler, requests, batch=given.batch)
+        images, found = judge(_diffusers(given), requests, batch=given.batch)
     rows = table(requests, found)
     print_table(rows)
     print(f"{time.monotonic() - started:.0f} s, at most {MAX_OBJECTS} objects a picture")
@@ -198,6 +203,50 @@ def main() -> None:
         given.json.write_text(json.dumps({"table": rows, "pictures": pictures}, ensure_ascii=False, indent=1))
     if given.sheet:
         save_sheet(images, given.sheet)
+
+
+def _diffusers(given: argparse.Namespace) -> Sampler:
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(given.folder, dtype=getattr(torch, given.dtype)).to(given.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance, text_tokens=given.text_tokens)
+
+
+def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> None:
+    """Judge diffusers and then every format in the daemon, on the same noise; print and write one table."""
+    from shapes.judged_formats import FORMATS, PLAIN, compared, lent_sampler, print_formats
+    from xditd.client import Client
+
+    formats = given.formats or FORMATS
+    unknown = sorted(set(formats) - {*FORMATS, *PLAIN})
+    if unknown:
+        raise SystemExit(f"--formats: {', '.join(unknown)} not known; use {', '.join(dict.fromkeys(FORMATS + PLAIN))}")
+    rows: dict[str, dict[str, Any]] = {}
+    first: tuple[torch.Tensor, list[object]] | None = None
+
+    def add(name: str, sampler: Sampler) -> None:
+        nonlocal first
+        images, found = judge(sampler, requests, batch=given.batch)
+        readings = [_coarse(read(image)) for image in images]
+        first = first or (images, readings)
+        rows[name] = compared(table(requests, found), images, readings, first)
+
+    with Client(wait_s=60.0) as client, TemporaryDirectory() as scratch:
+        add("diffusers", _diffusers(given))
+        options = {"steps": given.steps, "guidance": given.guidance, "text_tokens": given.text_tokens}
+        for name in formats:
+            with lent_sampler(client, given.folder, name, Path(scratch), **options) as sampler:
+                add(name, sampler)
+    print_formats(rows)
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1))
+
+
+def _coarse(reading: Reading) -> object:
+    """Return what a reading names, without the numbers that rounding changes."""
+    things = sorted((each.colour, each.form, each.size, each.cell) for each in reading.things)
+    return things, reading.pattern, reading.background
 
 
 if __name__ == "__main__":

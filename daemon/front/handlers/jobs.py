@@ -13,6 +13,7 @@ from xditd.daemon.sockets.sessions import Session
 from xditd.ipc import arguments
 from xditd.ipc.arguments import InIo, Values
 from xditd.ipc.errors import BadRequest, Internal, LeaseLost
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.name_lists import listed
 from xditd.ipc.protocol import Reply
 from xditd.ipc.replies import Called, Decoded, Encoded, Generated, PromptEncoded, TensorsRead, TextEncoded
@@ -24,7 +25,6 @@ from xditd.ipc.requests import (
     EncodeText,
     Generate,
     InferenceRequest,
-    LoraUse,
     ReadTensors,
     Role,
 )

@@ -38,7 +38,7 @@ from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wante
 from xditd.gpu_workers.models.schedules import EULER as ONLY_EULER
 from xditd.gpu_workers.models.schedules import EULER_OR_UNIPC, build_scheduler, check_schedule
 from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.requests import Schedule
+from xditd.ipc.job_parts import Schedule
 
 EULER_SCHEDULE: Final = Schedule(class_name="FlowMatchEulerDiscreteScheduler")
 UNIPC_SCHEDULE: Final = Schedule(

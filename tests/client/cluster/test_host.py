@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from xditd.client.cluster.content_hashes import PREFIX, ContentHashes
 from xditd.client.cluster.host import HostAgent
 from xditd.client.cluster.messages import Versions, load, store
+from xditd.client.metadata.record import decode
 from xditd.ipc.errors import BadRequest, ProtocolMismatch, UnknownComponent, XditdError
 from xditd.ipc.status import LeaseState
 
@@ -58,6 +59,8 @@ def test_a_job_by_content_has_the_bits_of_a_lone_client(agent, daemon, models, h
     done, tensors = agent.run(make_job(hashes, *models), make_tensors())
     assert (done.host, done.seed, done.was_resident) == ("a", 5, False)
     assert bits(tensors) == expected
+    record = decode(done.record.encode(), "host a")
+    assert (record.seed, record.steps, record.width, record.model.family) == (5, 2, 128, "flux1")
     assert agent.report().other_jobs == 0
     again, tensors = agent.run(make_job(hashes, *models), make_tensors())
     assert again.was_resident

@@ -12,6 +12,9 @@ from safetensors.torch import save_file
 
 from xditd.client.cli.main import main
 from xditd.client.cluster import joining
+from xditd.client.metadata.file_hashes import describe
+from xditd.client.metadata.reading import read_record
+from xditd.client.metadata.record import InputsRecord, ModelRecord, Record
 from xditd.ipc.errors import BadRequest
 
 
@@ -114,8 +117,12 @@ def test_a_video_of_two_transformers_is_submitted(tmp_path, monkeypatch, capsys)
 
         def result(self):
             return cluster_client.ClusterResult(
-                torch.zeros(1, 16, 2, 2, 2), torch.zeros(1, 3, 5, 16, 16), {}, 5, 0, "there", 1
-            )
+                torch.zeros(1, 16, 2, 2, 2), torch.zeros(1, 3, 5, 16, 16), {}, 5, 0, "there", 1,
+                record=Record(
+                    version="1", seed=5, width=16, height=16, frames=5, steps=4, guidance=3.5,
+                    model=ModelRecord(family="wan"), inputs=InputsRecord(conditioning=True),
+                ),
+            )  # fmt: skip
 
     monkeypatch.setattr(joining, "require_ray", lambda: None)
     monkeypatch.setattr(cluster_client, "ClusterClient", Cluster)
@@ -127,6 +134,15 @@ def test_a_video_of_two_transformers_is_submitted(tmp_path, monkeypatch, capsys)
     assert (given["transformer"], given["transformer_2"], given["vae"], given["frames"]) == ("high", "low", "v", 5)
     assert json.loads(capsys.readouterr().out)["videos"] == [str(out)]
     assert len(list(out.iterdir())) == 5
+    found = read_record(out / "frame_00003.png")
+    assert (found.seed, found.steps, found.guidance, found.frames) == (5, 4, 3.5, 5)
+    files = {role: [each.name for each in files] for role, files in found.model.files.items()}
+    assert files == {"transformer": ["high"], "transformer_2": ["low"], "vae": ["v"]}
+    assert (found.model.family, found.inputs.conditioning) == ("wan", False)
+    assert found.inputs.embeds == describe(embeds)
+    assert main([*command, "--no-metadata"]) == 0
+    with pytest.raises(BadRequest, match=r"frame_00003\.png"):
+        read_record(out / "frame_00003.png")
 
 
 def test_a_name_is_joined_once_on_a_host_until_that_join_ends():

@@ -8,7 +8,7 @@ import pytest
 
 from xditd.client.loras.strengths import strengths_by_step
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.requests import StepStrength
+from xditd.ipc.job_parts import StepStrength
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from xditd.daemon.front.handlers import jobs
 from xditd.ipc.arguments import InIo
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.requests import Call, Control, Generate, LoraUse, Part, PartControl, Sampling, StepStrength
+from xditd.ipc.job_parts import Control, LoraUse, Part, PartControl, Sampling, StepStrength
+from xditd.ipc.requests import Call, Generate
 from xditd.ipc.tensors import ComponentKind, CudaIpcBlock, Fingerprint, HostShmBlock, IoTensor
 
 FINGERPRINT = Fingerprint(length_bytes=4096, digest=bytes(16))

@@ -10,8 +10,9 @@ from xditd.daemon.loans.leases import Lease
 from xditd.daemon.queue.jobs import Job
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import LimitExceeded
+from xditd.ipc.job_parts import Part
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, CheckMemory, Lend, Part
+from xditd.ipc.requests import Call, CheckMemory, Lend
 from xditd.ipc.tensors import ComponentKind, CudaIpcBlock, Fingerprint, HostShmBlock, Manifest, TensorSpec
 
 OWNER = Session(b"", "", ProcessIdentity(pid=1, start_ticks=0), -1, "test")

@@ -11,8 +11,9 @@ from xditd.daemon.groups.deadlines import FACTOR, CommandDeadline, LearnedDurati
 from xditd.daemon.operations.event_loop import EventLoop
 from xditd.ipc import limits
 from xditd.ipc.arguments import InIo, Kept
+from xditd.ipc.job_parts import Control, LoraUse, Part, Sampling
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, Control, Decode, Generate, LoraUse, Part, Sampling
+from xditd.ipc.requests import Call, Decode, Generate
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 from xditd.ipc.worker_messages import ForgetClient, Plug, Prepare, Run, StepReached, Unmap
 

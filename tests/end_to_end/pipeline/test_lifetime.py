@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import flux1_words
 import pipeline_folders as folders
 import pytest
 import torch
 from running_daemon import RunningDaemon, until
 
-from xditd.client import Cancelled, Client, Closed, Pipeline, UnknownComponent
+from xditd.client import AsyncClient, Cancelled, Client, Closed, Pipeline, UnknownComponent
 
 GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
 LONG: dict[str, Any] = {**GIVEN, "steps": 1000}
@@ -132,3 +134,43 @@ def test_a_job_that_is_watched_and_left(pipe: Pipeline) -> None:
     with pytest.raises(Cancelled):
         job.result()
     assert "<PipelineJob of flux" in repr(job)
+
+
+def test_a_storm_of_words_in_an_event_loop_leaves_nothing(one_worker: Any, tmp_path: Path) -> None:
+    """20 generations from words at once; half of them are cancelled while words are encoded or steps run."""
+    path = flux1_words.saved(tmp_path / "flux")
+    prompts = ("a cat", "two dogs", "a hat", "猫")
+    order = random.Random(0)
+
+    async def run() -> tuple[list[Any], list[Any]]:
+        async with AsyncClient(one_worker.runtime_dir) as client:
+            roles = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+            transformer = await client.lend(path / "transformer")
+            loans = [await client.lend(path / role) for role in roles[:2]]
+            loans += [await client.lend_tokenizer(path / role) for role in roles[2:]]
+            encoders, tokenizers = (
+                dict(zip(roles[:2], loans[:2], strict=True)),
+                dict(zip(roles[2:], loans[2:], strict=True)),
+            )
+
+            async def one(number: int, steps: int = 2) -> torch.Tensor:
+                words = await client.encode_prompt(
+                    transformer, prompts[number % len(prompts)], encoders=encoders, tokenizers=tokenizers
+                )
+                job = await client.generate(transformer, words, width=96, height=64, steps=steps, seed=1)
+                return (await job.result()).latents
+
+            alone = [await one(number) for number in range(len(prompts))]
+            tasks = [asyncio.create_task(one(number, 2 if number % 2 else 1000)) for number in range(20)]
+            for task in order.sample(tasks[::2], 10):
+                await asyncio.sleep(order.uniform(0, 0.1))
+                task.cancel()
+            return alone, await asyncio.gather(*tasks, return_exceptions=True)
+
+    alone, found = asyncio.run(run())
+    assert all(isinstance(each, asyncio.CancelledError) for each in found[::2])
+    assert all(torch.equal(each, alone[number % len(prompts)]) for number, each in list(enumerate(found))[1::2])
+    assert not torch.equal(alone[0], alone[1])
+    until(lambda: not [each for each in threading.enumerate() if each.name.startswith("xditd-async")], "threads to end")
+    with one_worker.connect() as client:
+        until(lambda: not client.status().jobs and not client.status().components, "jobs and loans to end")

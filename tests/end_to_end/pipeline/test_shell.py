@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -10,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flux1_controlnets
 import pipeline_folders as folders
 import prompt_pipelines
 import pytest
+import torch
 from PIL import Image, ImageChops
+from safetensors.torch import save_file
 
-from xditd.client import Client, Pipeline
-from xditd.client.cli import exits
+from xditd.client import Client, Control, Pipeline, Unsupported
+from xditd.client.cli import control_flags, exits
 from xditd.client.cli.main import main
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.metadata.reading import read_record
@@ -134,4 +138,51 @@ def test_what_the_model_does_not_take_is_refused_and_nothing_written(
     captured = capsys.readouterr()
     assert says in captured.err
     assert "Traceback" not in captured.err
+    assert not Path("out.png").exists()
+
+
+def test_a_model_with_a_controlnet(
+    shell: Callable[..., int], folder: Path, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = flux1_controlnets.comfyui_state(5, modes=flux1_controlnets.MODES, context_dim=128, pooled_dim=128)
+    union, edges = tmp_path / "union.safetensors", tmp_path / "edges.png"
+    save_file(flux1_controlnets.diffusers_state(state), union)
+    Image.radial_gradient("L").resize((96, 64)).convert("RGB").save(edges)
+    flag = f"{union}={edges}@0.6:end=0.9:mode=2"
+    assert shell("a cat", "--model", str(folder), *GIVEN, "--control", flag, "-o", "cat.png") == exits.DONE
+    capsys.readouterr()
+    pixels = control_flags.read_sized(
+        argparse.Namespace(control=control_flags.parse(flag), vae="its own", size=(96, 64)), (96, 64)
+    )
+    with Pipeline.open(folder, client=client) as pipe, client.lend(union) as lent:
+        given = {"width": 96, "height": 64, "steps": 2, "seed": 1}
+        control = Control(lent, pixels[0], scale=0.6, end=0.9, mode=2)
+        assert same(Path("cat.png"), pipe("a cat", control=control, **given).images[0])
+        assert not same(Path("cat.png"), pipe("a cat", **given).images[0])
+    found = read_record("cat.png")
+    assert (found.prompt, found.inputs.control) == ("a cat", 1)
+    assert shell("--from", "cat.png", "--model", str(folder), "-o", "again.png") == exits.MISUSE
+    assert "--control-image FILE (or --control, with its ControlNet)" in capsys.readouterr().err
+    assert shell("--from", "cat.png", "--model", str(folder), "--control", flag, "-o", "again.png") == exits.DONE
+    assert same(Path("again.png"), Image.open("cat.png"))
+
+
+def test_a_lora_of_an_encoder_that_takes_none_is_refused(
+    shell: Callable[..., int], folder: Path, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the transformer alone it would be another picture than the one that was trained for."""
+    rank = {"A": (4, 256), "B": (256, 4)}
+    layers = [f"transformer.transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
+    layers += ["text_encoder_2.model.layers.0.self_attn.q_proj"]  # of a language model
+    path = tmp_path / "style.safetensors"
+    save_file(
+        {f"{layer}.lora_{end}.weight": torch.ones(shape) for layer in layers for end, shape in rank.items()}, path
+    )
+    says = (
+        "style.safetensors: its layers of a text encoder, text_encoder_2.model.layers.0.self_attn.q_proj.lora_A.weight"
+    )
+    assert shell("a cat", "--model", str(folder), *GIVEN, "--lora", f"{path}:1") == exits.FAILED
+    assert says in capsys.readouterr().err
+    with Pipeline.open(folder, client=client) as pipe, pytest.raises(Unsupported, match=says):
+        pipe("a cat", steps=1, width=96, height=64, loras=[(path, 1.0)])
     assert not Path("out.png").exists()

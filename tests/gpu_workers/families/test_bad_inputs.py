@@ -23,7 +23,8 @@ from xditd.client.jobs.component import Component
 from xditd.client.jobs.job_requests import generate_request
 from xditd.ipc.arguments import ListOf
 from xditd.ipc.errors import BadRequest, NotFinite, Unsupported
-from xditd.ipc.requests import Generate, Sampling
+from xditd.ipc.job_parts import Sampling
+from xditd.ipc.requests import Generate
 from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:

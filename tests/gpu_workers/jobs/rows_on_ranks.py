@@ -36,7 +36,7 @@ from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.row_trees import tensors_of
 from xditd.ipc.errors import BadRequest, OtherRankFailed, OutOfMemory
-from xditd.ipc.requests import Numerics
+from xditd.ipc.job_parts import Numerics
 
 LIMIT_S = 50.0
 """For one scenario."""

@@ -10,8 +10,9 @@ import torch
 
 from xditd.ipc.arguments import Argument, Held, InIo, ListOf, ObjectOf, OutputOf
 from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported
+from xditd.ipc.job_parts import Numerics, Part
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.requests import Call, Numerics, Part, ReadTensors
+from xditd.ipc.requests import Call, ReadTensors
 
 if TYPE_CHECKING:
     from one_rank import OneRank, Room

@@ -17,7 +17,8 @@ from xditd.ipc import limits
 from xditd.ipc.arguments import Kept
 from xditd.ipc.errors import BadRequest, Cancelled, NotFinite, UnknownKept, Unsupported
 from xditd.ipc.facts import LatentScaling
-from xditd.ipc.requests import Generate, Sampling
+from xditd.ipc.job_parts import Sampling
+from xditd.ipc.requests import Generate
 
 if TYPE_CHECKING:
     from one_rank import OneRank

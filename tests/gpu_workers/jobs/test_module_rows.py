@@ -15,7 +15,7 @@ from forked_programs import ProgramServer
 from xditd.gpu_workers.jobs.module_rows import ModulePart, ModuleRows
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.requests import Numerics
+from xditd.ipc.job_parts import Numerics
 
 SCENARIOS = 15
 

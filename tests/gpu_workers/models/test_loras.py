@@ -25,8 +25,8 @@ from xditd.gpu_workers.models.operations import Inputs
 from xditd.gpu_workers.models.registry import families
 from xditd.gpu_workers.packed.linear import BranchedLinear, add_branches_to
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.loras import LoraDescription, LoraLayer
-from xditd.ipc.requests import LoraUse
 
 
 def of_strength(value: float) -> Strength:

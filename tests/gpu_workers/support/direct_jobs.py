@@ -27,7 +27,7 @@ from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.ipc.facts import LatentScaling
-from xditd.ipc.requests import Sampling
+from xditd.ipc.job_parts import Sampling
 
 
 def plugged(cache: ModelCache, state: Mapping[str, torch.Tensor]) -> CachedModel:

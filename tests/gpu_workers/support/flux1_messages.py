@@ -9,7 +9,8 @@ import torch
 from one_rank import Room
 
 from xditd.ipc.arguments import Argument, Values
-from xditd.ipc.requests import Call, Generate, Part, Sampling
+from xditd.ipc.job_parts import Part, Sampling
+from xditd.ipc.requests import Call, Generate
 from xditd.ipc.tensors import IoTensor
 
 TEXT_TOKENS = 4

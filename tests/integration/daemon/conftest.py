@@ -25,9 +25,10 @@ from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.arguments import Argument, InIo
 from xditd.ipc.codec import encode, reply_decoder
+from xditd.ipc.job_parts import Part, Sampling
 from xditd.ipc.protocol import PROTOCOL_VERSION, Reply, Request
 from xditd.ipc.replies import AnyEvent, AnyReply, Failed, Farewell, Lent, Status, Welcome
-from xditd.ipc.requests import Call, Generate, GetStatus, Goodbye, Hello, Lend, Part, Sampling
+from xditd.ipc.requests import Call, Generate, GetStatus, Goodbye, Hello, Lend
 from xditd.ipc.status import DaemonStatus, GroupState
 from xditd.ipc.tensors import (
     ComponentKind,

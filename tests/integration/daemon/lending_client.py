@@ -13,9 +13,10 @@ import zmq
 from xditd import __version__
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, reply_decoder
+from xditd.ipc.job_parts import Sampling
 from xditd.ipc.protocol import PROTOCOL_VERSION
 from xditd.ipc.replies import Lent, StepDone, Welcome
-from xditd.ipc.requests import Generate, Hello, Lend, Sampling
+from xditd.ipc.requests import Generate, Hello, Lend
 from xditd.ipc.tensors import ComponentKind, Fingerprint, HostShmBlock, IoTensor, Manifest, TensorSpec
 
 

@@ -15,7 +15,8 @@ from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.ipc.arguments import ListOf
 from xditd.ipc.errors import BadRequest, NotFinite, UnknownComponent, Unsupported
-from xditd.ipc.requests import Control, Generate, Sampling
+from xditd.ipc.job_parts import Control, Sampling
+from xditd.ipc.requests import Generate
 
 if TYPE_CHECKING:
     from one_rank import OneRank

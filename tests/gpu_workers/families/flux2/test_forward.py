@@ -26,7 +26,7 @@ from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported
-from xditd.ipc.requests import LoraUse
+from xditd.ipc.job_parts import LoraUse
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]

@@ -15,7 +15,7 @@ from packed_checkpoints import pack
 from xditd.client.lending import describe
 from xditd.client.loras.lending import describe_lora
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
-from xditd.ipc.requests import LoraUse
+from xditd.ipc.job_parts import LoraUse
 
 if TYPE_CHECKING:
     from one_rank import OneRank

@@ -13,7 +13,8 @@ import wan_vaes
 
 from xditd.gpu_workers.parallel.rank_sync import using_all_cores
 from xditd.ipc.errors import BadRequest, Cancelled, NotFinite
-from xditd.ipc.requests import Generate, Sampling
+from xditd.ipc.job_parts import Sampling
+from xditd.ipc.requests import Generate
 
 if TYPE_CHECKING:
     from one_rank import OneRank, Room

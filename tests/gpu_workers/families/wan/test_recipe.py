@@ -16,7 +16,7 @@ from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import Wanted
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.requests import Sampling
+from xditd.ipc.job_parts import Sampling
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]

@@ -129,7 +129,7 @@ def with_loras(lent: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     from xditd.gpu_workers.families.flux1 import reference
     from xditd.gpu_workers.models.lora_binding import LentLora
     from xditd.gpu_workers.models.lora_variants import LoraCounters, prepare_variant
-    from xditd.ipc.requests import LoraUse
+    from xditd.ipc.job_parts import LoraUse
 
     given, counters = job(3, 16, 32, 1), LoraCounters()
     kohya = lora_files.make(lora_files.matrices(state), "kohya", 1)

@@ -51,7 +51,7 @@ class Model:
         from direct_jobs import generate
 
         from xditd.gpu_workers.models.lora_variants import prepare_variant
-        from xditd.ipc.requests import LoraUse, StepStrength
+        from xditd.ipc.job_parts import LoraUse, StepStrength
 
         named = [
             LoraUse(

@@ -1,0 +1,108 @@
+"""Draw sentences of ``shapes`` with the workers of a running daemon, whose transformer is in one of several formats.
+
+``python -m shapes.judge FOLDER --formats`` judges each, and prints one table.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from shapes import packed
+from shapes.draw import PIXELS
+from shapes.models import PARTS, build_parts, load_parts, save_weights, weights_file
+from xditd.client.demo.shapes_model import ENCODERS, TOKENIZERS, shifted_sigmas
+
+PLAIN: Final = ("float32", "bfloat16", "float16")
+FORMATS: Final = ("float32", "bfloat16", *packed.FORMATS)
+"""Packed ones compute in bfloat16, as published files do."""
+
+
+def write_folder_as(folder: Path, out: Path, dtype: torch.dtype) -> Path:
+    """Write a pipeline's folder with its weights in ``dtype``, in which workers then compute; return ``out``."""
+    parts = build_parts()
+    load_parts(folder, parts)
+    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name in PARTS:
+        save_weights(parts[name], out / name / weights_file(name), dtype)
+    return out
+
+
+@contextmanager
+def lent_sampler(
+    client: Any,
+    folder: Path,
+    weights_format: str,
+    scratch: Path,
+    *,
+    steps: int,
+    guidance: float,
+    text_tokens: int,
+) -> Iterator[Any]:
+    """Lend the models of a folder, with the transformer in a format; give a sampler as :mod:`shapes.judge` takes it.
+
+    Everything but a packed transformer is in the format's dtype. ``scratch`` gets the files, and may be removed after.
+    """
+    is_plain = weights_format in PLAIN
+    dtype = getattr(torch, weights_format) if is_plain else torch.bfloat16
+    models = write_folder_as(folder, scratch / str(dtype).removeprefix("torch."), dtype)
+    path = models / "transformer" if is_plain else packed.write_packed(folder, scratch, weights_format, dtype)
+    with ExitStack() as loans:
+
+        def lend(source: Path, **more: Any) -> Any:
+            return loans.enter_context(client.lend(source, **more))
+
+        transformer = lend(path) if is_plain else lend(path, compute_dtype="bfloat16")
+        vae = lend(models / "vae")
+        words = {
+            "encoders": {name: lend(models / name) for name in ENCODERS},
+            "tokenizers": {name: loans.enter_context(client.lend_tokenizer(models / name)) for name in TOKENIZERS},
+            "options": {"max_sequence_length": text_tokens},
+        }
+
+        def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
+            conditioning = client.encode_prompt(transformer, list(texts), **words)
+            job = client.generate(
+                transformer,
+                conditioning,
+                vae=vae,
+                height=PIXELS,
+                width=PIXELS,
+                steps=steps,
+                sigmas=shifted_sigmas(steps),
+                guidance_scale=guidance,
+                seed=seed,
+            )
+            image: torch.Tensor = job.result().image.float().cpu()
+            return image
+
+        yield sample
+
+
+def print_formats(rows: dict[str, dict[str, Any]]) -> None:
+    """Print what :func:`compared` collects: a line a format."""
+    groups = [group for group in next(iter(rows.values()))["table"] if "object" in group or group == "all"]
+    print(f"{'format':>10} " + " ".join(f"{group:>10}" for group in groups) + "   same reading  relative error")
+    for name, row in rows.items():
+        cells = " ".join(f"{row['table'][group]['percent']:8.1f} %" for group in groups)
+        print(f"{name:>10} {cells} {row['same_reading_percent']:12.1f} % {row['relative_error']:15.4f}", flush=True)
+
+
+def compared(
+    table: dict[str, Any],
+    images: torch.Tensor,
+    readings: Sequence[object],
+    first: tuple[torch.Tensor, Sequence[object]],
+) -> dict[str, Any]:
+    """Compare pictures with those of the first row: readings that are the same, and the error of the pictures."""
+    same = [one == other for one, other in zip(readings, first[1], strict=True)]
+    return {
+        "table": table,
+        "same_reading_percent": round(100 * sum(same) / len(same), 1),
+        "relative_error": float((images - first[0]).norm() / first[0].norm()),
+    }
