@@ -62,6 +62,7 @@ def test_a_part_that_needs_a_gpu_is_skipped_by_name_where_there_is_none() -> Non
     assert "skipped: step_time: needs 2 GPU(s)" in command("step_time", "--workers", "2", status=77).stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_parts_report_to_one_file(tmp_path: Path) -> None:
     path = tmp_path / "report.json"

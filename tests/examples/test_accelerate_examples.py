@@ -44,9 +44,8 @@ def test_each_example_of_accelerate_is_run() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "accelerate_flux1" else pytest.mark.long) for name in WRITES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", WRITES)
 def test_an_example_runs_with_tiny_weights(name: str, one_worker: RunningDaemon, tmp_path: Path) -> None:
     out = tmp_path / "results" / WRITES[name][0].replace("-0", "")
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--tiny", "--out", str(out)]

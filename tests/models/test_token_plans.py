@@ -20,7 +20,7 @@ from xditd.gpu_workers.plans import plans
 
 TOLERANCE = 1e-6
 Found = dict[str, dict[str, dict[str, Any]]]
-SHORT = {2: MOST_USED, 4: ("FluxTransformer2DModel", "WanTransformer3DModel", "ZImageTransformer2DModel")}
+SHORT = {2: MOST_USED}
 """The classes that each test run covers at each number of ranks; the others are for long runs."""
 PLANNED = {name for name, plan in plans().items() if isinstance(plan, TokenPlan)}
 
