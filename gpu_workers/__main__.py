@@ -34,6 +34,9 @@ def main() -> int:
         preload.preload(preload.FOR_RANKS)
         if options is None:
             preload.preload(preload.FOR_LENDS)
+            if preload.has_opened_gpu():
+                print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
+                return 1
             line = sys.stdin.readline()
             if not line:
                 return 0  # the daemon has ended, or needs no other leader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -45,6 +46,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where the two workers of the daemon that end-to-end tests share run; with one GPU there is one",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Leave what is imported out of garbage collections, also of those of the tests: they would visit it every time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,6 +31,8 @@ from xditd.ipc.processes import describe_exit
 
 logger = logging.getLogger(__name__)
 
+_NVML_CHECK: Final = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
 FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
 """What every rank needs before it is ready: torch's compiler, mostly."""
 
@@ -56,26 +58,59 @@ def quiet_libraries() -> None:
 def preload(names: tuple[str, ...]) -> None:
     """Import modules in the leader, and make their objects permanent, so that ranks share their pages.
 
-    Call before ranks are forked. It imports nothing that opens CUDA.
+    Call before ranks are forked. Nothing of ours opens CUDA here; whether a library has is known from
+    :func:`has_opened_gpu` and :func:`count_gpus`.
     """
     began_s = time.perf_counter()
     quiet_libraries()
-    with _without_collections():
+    with _without_collections(), _without_driver():
         lean_imports.leave_out_peft()
         lean_imports.defer_packages()
-        for name in names:
-            importlib.import_module(name)
+        _import_all(names)
     atexit.register(gc.unfreeze)  # else triton's bindings report leaks at exit
     logger.info("leader has imported what ranks share imports_s=%.2f", time.perf_counter() - began_s)
+
+
+def has_opened_gpu() -> bool:
+    """Whether an import has made a CUDA context in this process, which holds memory of a GPU as long as it runs."""
+    return torch.cuda.is_initialized()
 
 
 def import_for_lends() -> None:
     """Import what the first lend needs, our own families among it, in a rank that has nothing else to do."""
     with _without_collections():
-        for name in FOR_LENDS:
-            importlib.import_module(name)
+        _import_all(FOR_LENDS)
         for family in registry.own_families():
-            registry.operations_of(family)  # their modules import those of diffusers' classes and pipelines
+            try:
+                registry.operations_of(family)  # its modules import those of diffusers' classes and pipelines
+            except Exception as error:  # noqa: BLE001 - only the lend of such a model fails, and says why
+                logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, error)
+
+
+def _import_all(names: tuple[str, ...]) -> None:
+    """Import modules ahead of their use. What is missing here is reported where it is needed."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:
+            logger.warning("not imported ahead of its use: module=%s error=%s", name, error)
+
+
+@contextmanager
+def _without_driver() -> Iterator[None]:
+    """Have torch ask NVML where a library asks for GPUs while it is imported: CUDA would not survive a fork.
+
+    Source: PyTorch documentation, "CUDA semantics", PYTORCH_NVML_BASED_CUDA_CHECK.
+    """
+    before = os.environ.get(_NVML_CHECK)
+    os.environ[_NVML_CHECK] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NVML_CHECK]
+        else:
+            os.environ[_NVML_CHECK] = before
 
 
 @contextmanager

@@ -1,34 +1,35 @@
-"""What a rank imports, in processes of their own."""
+"""What a rank imports, in processes that are forked from one with its first imports."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 PROGRAM = """
-import json, sys, warnings
+import json, os, sys, warnings
 import torch
 from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 lean_imports.leave_out_peft()
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
-found = {}
-{body}
-print(json.dumps(found), file=sys.__stdout__)
 """
+IN_A_CHILD = """
+if not (child := os.fork()):
+    found = {{}}
+{body}
+    print(json.dumps([{number}, found]), file=sys.__stdout__, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+Run = Callable[[str], Any]
 
-
-def run(body: str) -> Any:
-    program = PROGRAM.replace("{body}", body)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
-
-
-def test_a_rank_starts_without_pipelines_transformers_and_peft() -> None:
-    found = run("""
+START = """
 pipelines = ("xfuser.model_executor.pipelines", "diffusers.pipelines.pipeline_utils")
 heavy = (*pipelines, "transformers", "peft", "scipy.special")
 found["imported"] = [name for name in heavy if name in sys.modules]
@@ -37,12 +38,9 @@ others = ("peft", "diffusers.models.transformers.transformer_wan", "scipy.stats.
 found["with a class"] = [name for name in others if name in sys.modules]
 from xfuser.core.distributed import get_sp_group
 from xfuser.model_executor.layers.usp import USP
-""")
-    assert found == {"imported": [], "with a class": []}
+"""
 
-
-def test_all_of_diffusers_is_there_when_it_is_asked_for() -> None:
-    found = run("""
+DIFFUSERS = """
 import threading
 import diffusers
 import diffusers.models.transformers as package
@@ -56,18 +54,9 @@ found["count"] = len(classes)
 found["same"] = package.FluxTransformer2DModel is FluxTransformer2DModel is diffusers.FluxTransformer2DModel
 found["pipeline"] = diffusers.DiffusionPipeline.__module__
 found["unknown"] = hasattr(package, "NoSuchModel")
-""")
-    assert found == {
-        "classes": ["FluxTransformer2DModel", "SanaTransformer2DModel", "WanTransformer3DModel"],
-        "count": 12,
-        "same": True,
-        "pipeline": "diffusers.pipelines.pipeline_utils",
-        "unknown": False,
-    }
+"""
 
-
-def test_what_schedulers_use_of_scipy_is_there_when_they_use_it() -> None:
-    found = run("""
+SCIPY = """
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 found["before"] = "scipy.stats.distributions" in sys.modules
@@ -80,16 +69,58 @@ found["coefficient"] = scheduler.get_lms_coefficient(2, 2, 0) != 0
 import scipy.stats
 from scipy import integrate
 found["classes"] = [hasattr(scipy.stats, "norm"), hasattr(integrate, "quad"), type(scipy.stats).__name__]
-""")
-    assert found == {"before": False, "beta sigmas": 5, "coefficient": True, "classes": [True, True, "module"]}
+"""
 
-
-def test_wrappers_of_xfuser_are_refused_by_name() -> None:
-    found = run("""
+WRAPPERS = """
 import xfuser
 try:
     xfuser.xFuserFluxPipeline
 except AttributeError as error:
     found["error"] = str(error)
-""")
+"""
+
+BODIES = (START, DIFFUSERS, SCIPY, WRAPPERS)
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    """Return what a body has found."""
+    children = (
+        IN_A_CHILD.format(number=number, body=textwrap.indent(body, "    ")) for number, body in enumerate(BODIES)
+    )
+    program = PROGRAM + "".join(children)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    results = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+
+    def find(body: str) -> Any:
+        number = BODIES.index(body)
+        assert number in results, done.stderr[-4000:]
+        return results[number]
+
+    return find
+
+
+def test_a_rank_starts_without_pipelines_transformers_and_peft(run: Run) -> None:
+    found = run(START)
+    assert found == {"imported": [], "with a class": []}
+
+
+def test_all_of_diffusers_is_there_when_it_is_asked_for(run: Run) -> None:
+    found = run(DIFFUSERS)
+    assert found == {
+        "classes": ["FluxTransformer2DModel", "SanaTransformer2DModel", "WanTransformer3DModel"],
+        "count": 12,
+        "same": True,
+        "pipeline": "diffusers.pipelines.pipeline_utils",
+        "unknown": False,
+    }
+
+
+def test_what_schedulers_use_of_scipy_is_there_when_they_use_it(run: Run) -> None:
+    found = run(SCIPY)
+    assert found == {"before": False, "beta sigmas": 5, "coefficient": True, "classes": [True, True, "module"]}
+
+
+def test_wrappers_of_xfuser_are_refused_by_name(run: Run) -> None:
+    found = run(WRAPPERS)
     assert found == {"error": "xfuser.xFuserFluxPipeline: workers import the modules of xfuser one by one"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from xditd.gpu_workers.process import preload
-from xditd.ipc.errors import WorkersLost
+from xditd.ipc.errors import Unsupported, WorkersLost
 
 PROGRAM = """
 import json, os, sys
@@ -36,6 +36,27 @@ if os.fork() == 0:
 found["threads after a fork"] = os.read(reader, 9).decode()
 print(json.dumps(found))
 """
+FORKED = """
+import json, os, sys, torch
+from xditd.gpu_workers.process import leader, preload
+preload.preload(preload.FOR_RANKS + preload.FOR_LENDS)
+found = {"counted": preload.count_gpus(), "opened": preload.has_opened_gpu()}
+reader, writer = os.pipe()
+if os.fork() == 0:
+    torch.cuda.set_device(0)
+    answer = float(torch.arange(4, device="cuda:0").sum())
+    os.write(writer, str(answer).encode())
+    os._exit(0)
+os.close(writer)
+found["sum in a forked rank"] = os.read(reader, 9).decode()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.gpu
+def test_a_forked_rank_opens_its_gpu() -> None:
+    found = run(FORKED)
+    assert found == {"counted": [torch.cuda.device_count(), True], "opened": False, "sum in a forked rank": "6.0"}
 
 
 def test_the_leader_opens_no_cuda_and_is_forked_with_one_thread() -> None:
@@ -64,6 +85,28 @@ print(json.dumps(found))
 """)
     assert len(found["rank"]) < 25, found["rank"]
     assert found["lend"] == []
+
+
+def test_what_cannot_be_imported_is_left_to_whoever_needs_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A version of a library without one of the modules, and a family whose package is broken."""
+
+    def refuse(family: Any) -> None:
+        raise Unsupported(f"{family.name} is broken")
+
+    monkeypatch.setattr(preload, "FOR_LENDS", ("diffusers.no_such_module",))
+    monkeypatch.setattr(preload.registry, "operations_of", refuse)
+    preload.import_for_lends()
+    assert "module=diffusers.no_such_module" in caplog.text
+    assert "family=flux1 error=flux1 is broken" in caplog.text
+
+
+def test_libraries_that_ask_for_a_gpu_ask_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    with preload._without_driver():
+        assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+    assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
 
 
 def test_ranks_are_spawned_where_an_import_has_opened_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
