@@ -59,6 +59,9 @@ SAMPLES = {
     "Wan 2.1, two images": Sample(config=TWO_IMAGES, has_last=True, size=(2, 4, 4)),
     "Wan 2.1, two images, batch of two": Sample(config=TWO_IMAGES, has_last=True, size=(2, 4, 4), batch=2),
     "TI2V": Sample(config=TI2V, size=(3, 4, 6)),
+    "TI2V, one step, one frame": Sample(config=TI2V, size=(1, 2, 2), steps=1),
+    "TI2V, one step by Euler, odd tokens": Sample(config=TI2V, size=(2, 2, 6), steps=1, options={"euler": True}),
+    "Wan 2.2, one step": Sample(steps=1, size=(2, 4, 4)),
     "TI2V, batch of two, distilled": Sample(config=TI2V, size=(2, 2, 4), batch=2, scale=1.0),
 }
 VAES = {False: wan_vaes.SMALL, True: wan_vaes.SMALL_2_2}
