@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -20,13 +17,14 @@ from xditd.client.pipeline.families import adapter_for
 from xditd.client.pipeline.files import PathLike, Paths, find_source, tokenizer_path
 from xditd.client.pipeline.folders import PIPELINES
 from xditd.client.pipeline.futures import RunFuture, Threads
+from xditd.client.pipeline.keep_alive import KeepAlive
 from xditd.client.pipeline.loading import Loans
 from xditd.client.pipeline.named import entry_of
 from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.running import OnPreview, OnProgress, PipelineJob, Runner
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VAE, Source
 from xditd.client.waiting import check_seconds
-from xditd.ipc.errors import BadRequest, Closed, LeaseLost, Unsupported, XditdError
+from xditd.ipc.errors import BadRequest, Closed, LeaseLost, Unsupported
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.replies import AnyEvent, StepDone
 from xditd.ipc.tensors import Acceleration, ComputeDType
@@ -61,12 +59,9 @@ class Pipeline:
         self._source = source
         self._loans = loans
         self._owns_client = owns_client
-        self._keep_alive = keep_alive
+        self._keep_alive = KeepAlive(keep_alive, self.unload)
         self._given_defaults = defaults
         self._threads = Threads()
-        self._lock = threading.Lock()
-        self._running = 0
-        self._idle: threading.Timer | None = None
         self._is_closed = False
         self._has_lost = False
         """Whether a job has ended because a loan had, of which this client did not know."""
@@ -248,15 +243,13 @@ class Pipeline:
 
     def unload(self) -> None:
         """Return the models and free their memory in the workers; the next call lends them again."""
-        with self._lock:
-            self._stop_idle()
+        self._keep_alive.stop()
         self._loans.return_all()
 
     def close(self) -> None:
         """Cancel calls in threads, return the models, and close the pipeline's own client. May be called twice."""
-        with self._lock:
-            self._is_closed = True
-            self._stop_idle()
+        self._is_closed = True
+        self._keep_alive.close()
         self._threads.close()
         if self._owns_client:
             self.client.close()  # which ends all loans
@@ -267,28 +260,11 @@ class Pipeline:
         if self._is_closed:
             raise Closed(f"pipeline {self.name} is closed; open it again")
 
-    def _stop_idle(self) -> None:
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
-
-    def _begin(self) -> None:
-        with self._lock:
-            self._running += 1
-            self._stop_idle()
-
     def _end(self, error: BaseException | None = None) -> None:
-        """A call has ended, well or by an error. With ``keep_alive``, models are returned if none begins in time."""
-        with self._lock:
-            self._has_lost = self._has_lost or isinstance(error, LeaseLost)
-            self._running -= 1
-            if self._running or self._keep_alive is None or self._is_closed:
-                return
-            self._stop_idle()
-            unload = weakref.WeakMethod(self.unload)
-            self._idle = threading.Timer(self._keep_alive, lambda: _call(unload()))
-            self._idle.daemon = True
-            self._idle.start()
+        """A call has ended, well or by an error."""
+        if isinstance(error, LeaseLost):
+            self._has_lost = True
+        self._keep_alive.end()
 
     # --- Calls ---------------------------------------------------------------------------------------
 
@@ -377,7 +353,7 @@ class Pipeline:
         given = {"prompt": prompt, **arguments}
         check_refused(given, adapter.refused(), adapter.title)
         call = call_of(given, self._defaults)
-        self._begin()
+        self._keep_alive.begin()
         try:
             runner = Runner(self.client, self._source, self._loans, adapter)
             self._lend()
@@ -423,9 +399,3 @@ def _show(job: PipelineJob, event: AnyEvent, on_progress: OnProgress | None, on_
         on_preview(job.preview(), event.step, event.total_steps)
     if on_progress is not None:
         on_progress(event)
-
-
-def _call(function: Callable[[], object] | None) -> None:
-    if function is not None:
-        with contextlib.suppress(XditdError):  # the daemon has gone, and the loans with it
-            function()
