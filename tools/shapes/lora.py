@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from shapes.draw import OUTLINE, save_sheet
-from shapes.flow_training import Flow
+from shapes.flow_training import Flow, sample_sigmas
 from shapes.judge import held_out_requests, pipeline_sampler
-from shapes.models import SCHEDULE_SHIFT, build_parts, build_pipeline, load_parts
+from shapes.models import build_parts, build_pipeline, load_parts
 from shapes.pool import Pool, autocast
 from shapes.reading import read
 from shapes.vae_training import Budget
@@ -104,7 +104,7 @@ def train_lora(
         generator.manual_seed(seed * 1_000_003 + step)
         latents, clip, t5, _ = pool.batch(batch, generator)
         noise = torch.randn(latents.shape, generator=generator, device=device)
-        sigmas = torch.sigmoid(torch.randn(batch, generator=generator, device=device) + SCHEDULE_SHIFT)
+        sigmas = sample_sigmas(batch, generator, device)
         noisy = torch.lerp(latents, noise, sigmas[:, None, None])
         with autocast(device), lora.applied():
             velocity = flow(noisy, sigmas, torch.ones_like(sigmas), clip, t5)

@@ -17,8 +17,6 @@ from shapes.text_tokens import CLIP_TOKENS, clip_tokenizer, clip_vocabulary, t5_
 LATENT_SCALE: Final = 0.3611
 LATENT_SHIFT: Final = 0.1159
 """Of FLUX.1's VAE: the transformer sees (latents - shift) * scale."""
-SCHEDULE_SHIFT: Final = 0.5
-"""FLUX.1's for 256 image tokens: sigmas are pushed up by exp(0.5)."""
 CLIP_WIDTH: Final = 128
 T5_WIDTH: Final = 192
 PARTS: Final = ("transformer", "vae", "text_encoder", "text_encoder_2")
