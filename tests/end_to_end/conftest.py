@@ -77,11 +77,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def daemon(start_daemon: Callable[..., RunningDaemon], pytestconfig: pytest.Config) -> RunningDaemon:
+def daemon(shared_daemon: RunningDaemon) -> RunningDaemon:
     """Two workers, or on a machine with one GPU one. Tests that kill a worker leave it rebuilt.
 
     On the CPU they also have the family of :data:`PACKAGE`.
     """
+    return shared_daemon
+
+
+@pytest.fixture(scope="session")
+def shared_daemon(start_daemon: Callable[..., RunningDaemon], pytestconfig: pytest.Config) -> RunningDaemon:
+    """What ``daemon`` is where a module has none of its own."""
     device = pytestconfig.getoption("daemon_device")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # convolutions of float32 are rounded to TF32 otherwise
@@ -98,7 +104,7 @@ def package_daemon(
 ) -> RunningDaemon:
     """Two workers on the CPU that have the family of :data:`PACKAGE`: those of the other tests, if these are."""
     if pytestconfig.getoption("daemon_device") == "cpu":
-        shared: RunningDaemon = request.getfixturevalue("daemon")
+        shared: RunningDaemon = request.getfixturevalue("shared_daemon")
         return shared
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(PACKAGE))

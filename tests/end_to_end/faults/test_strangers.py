@@ -19,6 +19,7 @@ NOBODY = 65534
 
 KNOCK = """
     import os, sys, zmq
+    import xditd.client.jobs.runner  # now: clients import it later, and another user may read no modules
     from pathlib import Path
     from xditd.client import Client, XditdError
     from xditd.ipc.addresses import RuntimeDir, endpoint
