@@ -246,9 +246,10 @@ def _misfits(parts: list[PartCheck]) -> Iterator[str]:
             yield f"transformer_2: is of {second.family}, and the transformer of {main.family}; both are of one model"
         elif main.transformer.stages < 2:
             yield f"transformer_2: {main.family} runs one transformer; remove it"
+    encoders = [(part.part, part.facts) for part in parts if part.facts is not None and part.facts.text_encoder]
     for transformer in list(transformers.values())[:1]:
-        yield from _missing_encoders(transformer, [each.family for each in facts.values() if each.text_encoder])
-        for name, each in facts.items():
+        yield from _missing_encoders(transformer, [each.family for _, each in encoders])
+        for name, each in encoders:
             if each.text_encoder is not None and not _gives(each.text_encoder, transformer):
                 yield (
                     f"{name}: {each.family} gives states of width {each.text_encoder.width}, and the transformer takes "

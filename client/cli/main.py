@@ -60,7 +60,7 @@ _DESCRIPTION = "Lend model weights to warm multi-GPU xDiT workers, and generate 
 
 _EPILOG = f"""\
 first steps:
-  xditd demo --out out                 everything once, on small generated checkpoints: out/demo.png
+  xditd demo --out out                 everything once, on a small model: out/demo.png
   xditd doctor                         check GPUs, driver, limits and folders, with remedies
   xditd serve                          keep workers warm (or: systemctl --user enable --now xditd)
   xditd wait                           until the workers are ready

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xditd.client import models_editing, models_file
@@ -122,8 +123,8 @@ def run(parsed: argparse.Namespace) -> int:
     return int(parsed.act(parsed))
 
 
-def _list(parsed: argparse.Namespace) -> int:
-    path = models_file.models_path()
+def _all(path: Path) -> tuple[dict[str, ModelEntry], dict[str, str]]:
+    """Return the models of a file, and what is wrong with the others."""
     found: dict[str, ModelEntry] = {}
     faults: dict[str, str] = {}
     for name in models_file.parse(models_file.read_text(path), path):
@@ -131,6 +132,12 @@ def _list(parsed: argparse.Namespace) -> int:
             found[name] = models_file.find(name, path)
         except BadRequest as error:
             faults[name] = error.detail
+    return found, faults
+
+
+def _list(parsed: argparse.Namespace) -> int:
+    path = models_file.models_path()
+    found, faults = _all(path)
     if parsed.json:
         models = {name: describe_entry(entry) for name, entry in found.items()}
         print(json_text({"file": str(path), "models": models, "faults": faults}, indent=2))
@@ -212,17 +219,24 @@ def _present(path: str) -> str:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    entries = models_file.load() if parsed.name is None else {parsed.name: models_file.find(parsed.name)}
+    faults: dict[str, str] = {}
+    if parsed.name is None:
+        entries, faults = _all(models_file.models_path())
+    else:
+        entries = {parsed.name: models_file.find(parsed.name)}
     from xditd.client.models_check import check_models
 
     checks = check_models(entries, asks_workers=not parsed.quick)
     if parsed.json:
-        print(json_text({"models": {check.name: _describe_check(check) for check in checks}}, indent=2))
-    elif not checks:
+        models = {check.name: _describe_check(check) for check in checks}
+        print(json_text({"models": models, "faults": faults}, indent=2))
+    elif not checks and not faults:
         print("no models; add one by `xditd models add NAME ...`")
-    else:
+    elif checks:
         print("\n\n".join(map(_check_text, checks)))
-    return exits.FAILED if any(check.faults for check in checks) else exits.DONE
+    for fault in faults.values():
+        print_error(f"xditd models: {fault}")
+    return exits.FAILED if faults or any(check.faults for check in checks) else exits.DONE
 
 
 def _describe_check(check: ModelCheck) -> dict[str, object]:

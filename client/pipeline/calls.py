@@ -155,7 +155,7 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
     rest = {name: value for name, value in given.items() if name in known and value is not None}
     for name in ("width", "height", "frames", "steps"):
         if name in rest:
-            _count(name, rest[name], 1, limits.MAX_SIDE_PIXELS)
+            _count(name, rest[name], 1, limits.MAX_STEPS if name == "steps" else limits.MAX_SIDE_PIXELS)
     for name in ("guidance", "strength"):
         if name in rest and (isinstance(rest[name], bool) or not isinstance(rest[name], int | float)):
             raise BadRequest(f"{name}: {rest[name]!r} is not a number")

@@ -97,7 +97,7 @@ class Pipeline:
 
         ``source`` is a folder that diffusers has saved (with ``model_index.json``), an all-in-one checkpoint, or a name
         in ``models.toml``. Parts are also given by their own files, in place of those of ``source``: ``text_encoders``
-        in the order of the model's, or by role (``text_encoder``, ``text_encoder_2``); ``tokenizers`` is a folder with
+        in any order, or by role (``text_encoder``, ``text_encoder_2``); ``tokenizers`` is a folder with
         those of each encoder, one tokenizer's own, or a checkout of ComfyUI; ``image_encoder`` the CLIP vision model of
         Wan 2.1 I2V. A folder's scheduler is obeyed with all of its settings; ``scheduler`` replaces it, by its file or
         its values. ``variant`` (``fp16``) selects weights in a folder. ``compute_dtype`` and ``device`` are

@@ -155,8 +155,7 @@ class GenerateFlags(JobFlags, frozen=True, kw_only=True):
     text_encoders: Annotated[
         str | None,
         about(
-            "text encoder checkpoint; may be repeated, in the order of the model's; the variable takes several, "
-            "separated by colons",
+            "text encoder checkpoint; may be repeated, in any order; the variable takes several, separated by colons",
             flag="--text-encoder",
             variable="XDITD_TEXT_ENCODERS",
             kind="paths",

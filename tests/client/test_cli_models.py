@@ -98,6 +98,22 @@ def test_a_quick_check_reads_headers_and_fails_for_faults(folder: Path, capsys: 
     assert len(found["faults"]) == 1
 
 
+def test_a_check_of_all_names_a_wrong_model_and_checks_the_others(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["models", "add", "flux", "--transformer", "t.safetensors"])
+    with models_file.models_path().open("a") as file:
+        file.write("\n[bad]\nfolder = 1\n")
+    capsys.readouterr()
+    assert main(["models", "check", "--quick"]) == exits.FAILED
+    said = capsys.readouterr()
+    assert "an empty file" in said.out
+    assert "[bad] folder = 1: use a path" in said.err
+    assert main(["models", "check", "--quick", "--json"]) == exits.FAILED
+    found = json.loads(capsys.readouterr().out)
+    assert (list(found["models"]), list(found["faults"])) == (["flux"], ["bad"])
+
+
 def test_names_are_completed(folder: Path) -> None:
     main(["models", "add", "flux", "pipeline"])
     main(["models", "add", "qwen", "pipeline"])

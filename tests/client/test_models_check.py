@@ -55,6 +55,9 @@ def test_the_workers_code_names_families_and_parts_that_do_not_fit(parts: Path) 
         [other_text]
         transformer = "flux1.safetensors"
         text_encoders = "small_t5.safetensors"
+        [both_texts]
+        transformer = "flux1.safetensors"
+        text_encoders = ["small_t5.safetensors", "clip_l.safetensors"]
         [swapped]
         transformer = "ae.safetensors"
         [two]
@@ -74,6 +77,8 @@ def test_the_workers_code_names_families_and_parts_that_do_not_fit(parts: Path) 
     missing, fault = found["other_text"].faults
     assert missing == "text_encoder: missing; prompts need one of clip_l beside t5"
     assert "t5 gives states of width 128, and the transformer takes 768 and 4096" in fault
+    (fault,) = found["both_texts"].faults
+    assert "t5 gives states of width 128" in fault
     (fault,) = found["swapped"].faults
     assert fault.startswith("transformer: ")
     assert "flux_vae" in fault
