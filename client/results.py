@@ -68,7 +68,7 @@ class GenerationResult:
 
     def _of(self, index: int) -> torch.Tensor:
         if self.image is None:
-            raise BadRequest("image: the job had no VAE; pass vae=... to generate, or decode the latents")
+            raise BadRequest("image: the job had no VAE; give vae= to generate or Pipeline.open, or decode the latents")
         self.check_index(index)
         return self.image[index]
 

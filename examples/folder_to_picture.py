@@ -39,6 +39,11 @@ def run(pipe: Pipeline, prompt: str, **arguments: Any) -> PipelineResult:
     raise AssertionError("the last try returns or raises")
 
 
+def size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder with model_index.json, a checkpoint, or a name of models.toml")
@@ -46,12 +51,12 @@ def main() -> None:
     parser.add_argument("--runtime-dir", help="the daemon's folder; default: $XDG_RUNTIME_DIR/xditd")
     parser.add_argument("--lora", nargs=2, action="append", default=[], metavar=("FILE", "STRENGTH"))
     parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--size", default=None, metavar="WIDTHxHEIGHT")
+    parser.add_argument("--size", type=size, default=(None, None), metavar="WIDTHxHEIGHT")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", type=Path, default=Path("out.png"))
     given = parser.parse_args()
-    width, height = map(int, given.size.split("x")) if given.size else (None, None)
+    width, height = given.size
     loras = [(path, float(strength)) for path, strength in given.lora]
     with Pipeline.open(given.model, runtime_dir=given.runtime_dir, wait_s=60) as pipe:
         print(f"{pipe.name}: {pipe.family}, by default {dict(pipe.defaults)}")

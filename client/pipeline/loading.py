@@ -118,9 +118,11 @@ class Loans:
             if own is None or own.family not in families:
                 own = next((loan for loan in given if loan.family in families), None)
             if own is None:
+                others = ", ".join(f"{each.label} ({each.family})" for each in given)
                 raise Unsupported(
-                    f"prompt: {self._source.name} has no {role} ({listed(families)}): give text_encoders= to "
-                    "Pipeline.open, or conditioning= in place of the prompt"
+                    f"prompt: {self._source.name} has no {role} ({listed(families)}){others and ', it has ' + others}: "
+                    "give text_encoders= to Pipeline.open (--text-encoder in the shell), or conditioning= (--embeds) "
+                    "in place of the prompt"
                 )
             found[role] = own
         return found
@@ -139,7 +141,8 @@ class Loans:
                 if path is None:
                     raise Unsupported(
                         f"prompt: {self._source.name} has no {role} ({listed(classes)}): give tokenizers= to "
-                        "Pipeline.open, a folder with them, or conditioning= in place of the prompt"
+                        "Pipeline.open (--tokenizers in the shell), a folder with them, or conditioning= (--embeds) in "
+                        "place of the prompt"
                     )
                 known = self._tokenizers.get(path)
                 if known is None or not known.is_live:

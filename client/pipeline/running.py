@@ -328,7 +328,7 @@ class Runner:
         if encoder is None:
             raise Unsupported(
                 f"image: {self._source.name} needs the image encoder (CLIP vision) beside its transformer; give "
-                "image_encoder= to Pipeline.open"
+                "image_encoder= to Pipeline.open (--image-encoder in the shell)"
             )
         from xditd.client.pipeline.clip_pictures import clip_pixels
 
