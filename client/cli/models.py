@@ -127,9 +127,9 @@ def _all(path: Path) -> tuple[dict[str, ModelEntry], dict[str, str]]:
     """Return the models of a file, and what is wrong with the others."""
     found: dict[str, ModelEntry] = {}
     faults: dict[str, str] = {}
-    for name in models_file.parse(models_file.read_text(path), path):
+    for name, entry in models_file.parse(models_file.read_text(path), path).items():
         try:
-            found[name] = models_file.find(name, path)
+            found[name] = models_file.check_entry(name, entry, path)
         except BadRequest as error:
             faults[name] = error.detail
     return found, faults

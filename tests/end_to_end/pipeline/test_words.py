@@ -111,52 +111,41 @@ def test_progress_and_previews(client: Client, folder: Path) -> None:
 # --- Other families --------------------------------------------------------------------------------
 
 
+def with_texts(pipeline: Any, parts: Path, encoder: Any, tokenizer: Any) -> Any:
+    """Give a pipeline the text encoder and the tokenizer that ``parts`` has, of these classes."""
+    pipeline.register_modules(
+        text_encoder=encoder.from_pretrained(parts / "text_encoder"),
+        tokenizer=tokenizer.from_pretrained(parts / "tokenizer"),
+    )
+    return pipeline
+
+
 def z_image_with_words(parts: Path) -> Any:
     from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
     prompt_pipelines.z_image(parts)
-    pipeline = folders.z_image()
-    pipeline.register_modules(
-        text_encoder=Qwen3ForCausalLM.from_pretrained(parts / "text_encoder"),
-        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
-    )
-    return pipeline
+    return with_texts(folders.z_image(), parts, Qwen3ForCausalLM, Qwen2Tokenizer)
 
 
 def klein_with_words(parts: Path) -> Any:
     from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
     prompt_pipelines.flux2_klein(parts)
-    pipeline = folders.flux2("Flux2KleinPipeline", is_distilled=False)
-    pipeline.register_modules(
-        text_encoder=Qwen3ForCausalLM.from_pretrained(parts / "text_encoder"),
-        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
-    )
-    return pipeline
+    return with_texts(folders.flux2("Flux2KleinPipeline", is_distilled=False), parts, Qwen3ForCausalLM, Qwen2Tokenizer)
 
 
 def dev_with_words(parts: Path) -> Any:
     from transformers import MistralForCausalLM, PreTrainedTokenizerFast
 
     prompt_pipelines.flux2_dev(parts)
-    pipeline = folders.flux2()
-    pipeline.register_modules(
-        text_encoder=MistralForCausalLM.from_pretrained(parts / "text_encoder"),
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(parts / "tokenizer"),
-    )
-    return pipeline
+    return with_texts(folders.flux2(), parts, MistralForCausalLM, PreTrainedTokenizerFast)
 
 
 def wan_with_words(parts: Path) -> Any:
     from transformers import T5TokenizerFast, UMT5EncoderModel
 
     prompt_pipelines.wan(parts)
-    pipeline = folders.wan()
-    pipeline.register_modules(
-        text_encoder=UMT5EncoderModel.from_pretrained(parts / "text_encoder"),
-        tokenizer=T5TokenizerFast.from_pretrained(parts / "tokenizer"),
-    )
-    return pipeline
+    return with_texts(folders.wan(), parts, UMT5EncoderModel, T5TokenizerFast)
 
 
 def qwen_image_with_words(parts: Path) -> Any:
