@@ -124,7 +124,7 @@ class Mailbox:
 
 
 def _seconds(value_s: float) -> str:
-    return f"{value_s:.1f} s" if value_s >= 1 else f"{value_s * 1e3:.0f} ms"
+    return f"{value_s:.1f} s" if value_s >= 0.1 else f"{value_s * 1e3:.0f} ms"
 
 
 def expect(reply: AnyReply, reply_type: type[R], purpose: str) -> R:
