@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from xditd.gpu_workers.process import preload
-from xditd.ipc.errors import Unsupported, WorkersLost
+from xditd.ipc.errors import WorkersLost
 
 PROGRAM = """
 import json, os, sys
@@ -74,8 +74,11 @@ before = set(sys.modules)
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
 from xditd.gpu_workers.process.torch_executor import TorchExecutor
+from xditd.gpu_workers.process import lend_imports
 found = {"rank": [n for n in sys.modules if n not in before and not n.startswith(("xditd.", "xfuser", "yunchang"))]}
-preload.import_for_lends()
+imports = lend_imports.LendImports()
+while imports.wait_s is not None:
+    imports.run_next()
 before = set(sys.modules)
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -85,21 +88,6 @@ print(json.dumps(found))
 """)
     assert len(found["rank"]) < 25, found["rank"]
     assert found["lend"] == []
-
-
-def test_what_cannot_be_imported_is_left_to_whoever_needs_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A version of a library without one of the modules, and a family whose package is broken."""
-
-    def refuse(family: Any) -> None:
-        raise Unsupported(f"{family.name} is broken")
-
-    monkeypatch.setattr(preload, "FOR_LENDS", ("diffusers.no_such_module",))
-    monkeypatch.setattr(preload.registry, "operations_of", refuse)
-    preload.import_for_lends()
-    assert "module=diffusers.no_such_module" in caplog.text
-    assert "family=flux1 error=flux1 is broken" in caplog.text
 
 
 def test_libraries_that_ask_for_a_gpu_ask_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
