@@ -19,11 +19,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from xditd.gpu_workers.models import registry
+from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.ipc.errors import WorkersLost
@@ -39,6 +40,7 @@ FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
 """What every rank needs before it is ready: torch's compiler, mostly."""
 
 FOR_LENDS: Final = (
+    "transformers",
     "diffusers.loaders.peft",
     "diffusers.loaders.single_file_model",
     "diffusers.models.attention_processor",
@@ -65,10 +67,10 @@ def preload(names: tuple[str, ...]) -> None:
     """
     began_s = time.perf_counter()
     quiet_libraries()
-    with _without_collections(), _without_driver():
+    with without_collections(), _without_driver():
         lean_imports.leave_out_peft()
         lean_imports.defer_packages()
-        _import_all(names)
+        import_all(names)
     atexit.register(gc.unfreeze)  # else triton's bindings report leaks at exit
     logger.info("leader has imported what ranks share imports_s=%.2f", time.perf_counter() - began_s)
 
@@ -78,18 +80,15 @@ def has_opened_gpu() -> bool:
     return torch.cuda.is_initialized()
 
 
-def import_for_lends() -> None:
-    """Import what the first lend needs, our own families among it, in a rank that has nothing else to do."""
-    with _without_collections():
-        _import_all(FOR_LENDS)
-        for family in registry.own_families():
-            try:
-                registry.operations_of(family)  # its modules import those of diffusers' classes and pipelines
-            except Exception as error:  # noqa: BLE001 - only the lend of such a model fails, and says why
-                logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, _in_one_line(error))
+def import_family(family: Family[Any]) -> None:
+    """Import a family's operations, with those of diffusers' classes and pipelines that they use."""
+    try:
+        registry.operations_of(family)
+    except Exception as error:  # noqa: BLE001 - only the lend of such a model fails, and says why
+        logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, _in_one_line(error))
 
 
-def _import_all(names: tuple[str, ...]) -> None:
+def import_all(names: tuple[str, ...]) -> None:
     """Import modules ahead of their use. What is missing here is reported where it is needed."""
     for name in names:
         try:
@@ -120,7 +119,7 @@ def _without_driver() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """Leave all objects that are made within out of garbage collections, which would visit them again and again."""
     gc.disable()
     try:

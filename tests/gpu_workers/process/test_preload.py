@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from xditd.gpu_workers.process import preload
-from xditd.ipc.errors import Unsupported, WorkersLost
+from xditd.ipc.errors import WorkersLost
 from xditd.ipc.worker_messages import UNEXPLAINED
 
 PROGRAM = """
@@ -72,8 +71,11 @@ before = set(sys.modules)
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
 from xditd.gpu_workers.process.torch_executor import TorchExecutor
+from xditd.gpu_workers.process import lend_imports
 found = {"rank": [n for n in sys.modules if n not in before and not n.startswith(("xditd.", "xfuser", "yunchang"))]}
-preload.import_for_lends()
+imports = lend_imports.LendImports()
+while imports.wait_s is not None:
+    imports.run_next()
 before = set(sys.modules)
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -83,24 +85,6 @@ print(json.dumps(found))
 """)
     assert len(found["rank"]) < 25, found["rank"]
     assert found["lend"] == []
-
-
-def test_what_cannot_be_imported_is_left_to_whoever_needs_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """A version of a library without one of the modules, two that do not fit each other, and a broken family."""
-    (tmp_path / "unfit_module.py").write_text("raise ValueError('numpy.dtype size changed')")
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def refuse(family: Any) -> None:
-        raise Unsupported(f"{family.name} is broken")
-
-    monkeypatch.setattr(preload, "FOR_LENDS", ("diffusers.no_such_module", "unfit_module"))
-    monkeypatch.setattr(preload.registry, "operations_of", refuse)
-    preload.import_for_lends()
-    assert "module=diffusers.no_such_module" in caplog.text
-    assert "module=unfit_module error=ValueError: numpy.dtype size changed" in caplog.text
-    assert "family=flux1 error=Unsupported: flux1 is broken" in caplog.text
 
 
 def test_libraries_that_ask_for_a_gpu_ask_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
