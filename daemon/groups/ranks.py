@@ -72,6 +72,11 @@ class Ranks:
         return next((ready.world_size for ready in self.ready.values()), 0)
 
     @property
+    def is_unused(self) -> bool:
+        """Whether they have got no command yet, so that nothing is mapped."""
+        return self._next_op_number == 1
+
+    @property
     def outside_connections(self) -> int:
         """Connections to other hosts that its ranks have attempted."""
         return sum(tally.outside_connections for tally in self.tallies.values())

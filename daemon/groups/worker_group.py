@@ -175,11 +175,20 @@ class WorkerGroup:
         leader = self._leader
         if leader is None:
             self._on_stopped()
-        elif self.is_idle and self._live_ranks().send_unanswered(lambda number: Shutdown(op_number=number)):
+        elif self._unmaps_at_shutdown():
             self._mark_dead(WorkersLost("the daemon is stopping"))
             self._loop.deadline(SHUTDOWN_GRACE_S, leader.terminate)
         else:
             self.end(WorkersLost("the daemon is stopping"))
+
+    def _unmaps_at_shutdown(self) -> bool:
+        """Tell idle ranks to unmap what they have mapped, and to exit; return whether they will.
+
+        Ranks without a command so far have mapped nothing, and may still import: they need not be waited for.
+        """
+        if not self.is_idle or self._live_ranks().is_unused:
+            return False
+        return self._live_ranks().send_unanswered(lambda number: Shutdown(op_number=number))
 
     def kill(self) -> None:
         """Kill the group's processes now; for a daemon that exits without waiting."""

@@ -106,7 +106,6 @@ class CommandLoop:
         executor = self._executor
         facts = executor.facts._asdict()
         self._channel.send(RankReady(group_token=self._token, pid=os.getpid(), **facts))
-        executor.after_ready()
         while True:
             self._send_digests()
             command = self._channel.receive(executor.idle_wait_s)

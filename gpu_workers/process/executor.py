@@ -63,15 +63,12 @@ class Executor(Protocol):
     def facts(self) -> RankFacts:
         """The facts of this rank."""
 
-    def after_ready(self) -> None:
-        """Do work that the first commands need, once the daemon knows that this rank is ready."""
-
     @property
     def idle_wait_s(self) -> float | None:
         """The longest wait for a command before the next :meth:`while_idle`; ``None``: no limit."""
 
     def while_idle(self) -> None:
-        """Do periodic work between two commands. Called at least every ``idle_wait_s``."""
+        """Do work between two commands, a little at a time. Called at least every ``idle_wait_s``."""
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
         """Return new digests of lent files by component id, each once: a restarted group checks files against them."""

@@ -20,8 +20,8 @@ from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
-from xditd.gpu_workers.process import preload
 from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts, TimingsMs
+from xditd.gpu_workers.process.lend_imports import LendImports
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
@@ -63,21 +63,20 @@ class TorchExecutor:
         self._components = Components(layout, uuid, gather_uuids(uuid, layout.world_size))
         self._io = JobIo(layout.device)
         self._jobs = JobRunner(self._components, layout.rank, layout.device, group)
+        self._imports = LendImports()
         self._memory_bytes = 0
         self._measured_at = -MEASURE_EVERY_S
-        self.after_answer()
-
-    def after_ready(self) -> None:
-        began_s = time.perf_counter()
-        preload.import_for_lends()
-        logger.info("what lends need is imported imports_s=%.2f", time.perf_counter() - began_s)
+        self._measure_memory()
 
     @property
     def idle_wait_s(self) -> float | None:
-        return UNMAP_CLOSED_EVERY_S if len(self._io) or self._components.files.has_unreported else None
+        has_periodic_work = len(self._io) or self._components.files.has_unreported
+        waits_s = (UNMAP_CLOSED_EVERY_S if has_periodic_work else None, self._imports.wait_s)
+        return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
 
     def while_idle(self) -> None:
         self._io.unmap_closed()
+        self._imports.run_next()
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
         return self._components.files.take_digests()
@@ -159,11 +158,15 @@ class TorchExecutor:
 
     def after_answer(self) -> None:
         """Choose the paths of the forwards that have run, and measure the GPU's memory in use for the next tally."""
+        self._imports.note_command()
         try:
             for paths in self._paths():
                 paths.decide()
         except XditdError as error:  # the command has been answered: no client gets this
             raise Internal(f"rank {self.facts.rank}: a forward could not be compared: {error.detail}") from error
+        self._measure_memory()
+
+    def _measure_memory(self) -> None:
         now = time.monotonic()
         if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
             free, total = torch.cuda.mem_get_info(self._layout.device)

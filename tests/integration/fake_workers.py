@@ -100,9 +100,8 @@ def die_with_parent(parent: int) -> None:
 class FakeExecutor:
     """Replaces ``gpu_workers.process.torch_executor``; the command loop is the real one."""
 
-    idle_wait_s = None
-
     def __init__(self, options: argparse.Namespace) -> None:
+        self.idle_wait_s = 0.0 if options.imports_s else None
         asked = parse_layout(options.layout)
         choice = choose_layout(options.world_size, asked)
         self.facts = RankFacts(
@@ -129,10 +128,10 @@ class FakeExecutor:
         return self.facts.rank == self.facts.world_size - 1
 
     def while_idle(self) -> None:
-        """Nothing is mapped between two commands."""
-
-    def after_ready(self) -> None:
-        pass
+        """With ``--imports-s``, imports something for so long, once."""
+        if self.idle_wait_s is not None:
+            self.idle_wait_s = None
+            time.sleep(self.options.imports_s)
 
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         return {}
@@ -314,6 +313,7 @@ def main() -> int:
     parser.add_argument("--exit-status", type=int)
     parser.add_argument("--late-s", type=float, default=0.0)
     parser.add_argument("--never-ready", action="store_true")
+    parser.add_argument("--imports-s", type=float, default=0.0)
     parser.add_argument("--workers", default="auto")
     for flag in (
         "--runtime-dir",

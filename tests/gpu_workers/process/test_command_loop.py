@@ -69,9 +69,6 @@ class RecordingExecutor:
     def while_idle(self) -> None:
         """There is no periodic work."""
 
-    def after_ready(self) -> None:
-        self.calls.append("after_ready")
-
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         digests, self.digests = self.digests, {}
         return digests
@@ -170,7 +167,7 @@ def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor
     assert isinstance(loop.ask(Unmap(op_number=3, component_id="c1")), Done)
     assert isinstance(loop.ask(ForgetClient(op_number=4, exporter=CLIENT)), Done)
     asked = [call for call in executor.calls if call != "after_answer"]
-    assert asked == ["after_ready", ("plug", "c1"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
+    assert asked == [("plug", "c1"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
 
 
 def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
@@ -217,7 +214,7 @@ def test_a_late_cancel_is_ignored(loop: SimpleNamespace, executor: RecordingExec
     done = loop.ask(Unmap(op_number=2, component_id="c1"))
     assert isinstance(done, Done)
     assert done.op_number == 2
-    assert [call for call in executor.calls if call != "after_answer"] == ["after_ready", ("unmap", "c1")]
+    assert [call for call in executor.calls if call != "after_answer"] == [("unmap", "c1")]
 
 
 def test_digests_are_sent_while_the_rank_is_idle(loop: SimpleNamespace, executor: RecordingExecutor) -> None:

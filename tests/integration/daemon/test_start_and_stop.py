@@ -31,6 +31,16 @@ def test_hello_is_answered_while_the_workers_start(start_daemon: Any) -> None:
     assert client.status().group_state.value == "starting"
 
 
+def test_a_stop_does_not_wait_for_workers_that_still_import(start_daemon: Any) -> None:
+    daemon = start_daemon(worker_flags=["--imports-s", "60"])
+    pids = worker_pids(daemon.ready_client())
+    began = time.monotonic()
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert time.monotonic() - began < 4.0  # the grace after which ranks are killed is 5 s
+    assert all(is_gone(pid) for pid in pids)
+
+
 def test_second_daemon_is_refused_and_the_first_serves_on(start_daemon: Any) -> None:
     first = start_daemon()
     client = first.client()
