@@ -9,6 +9,7 @@ pthread_atfork); torch starts none until it computes. Figures: docs/starts.md.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import logging
@@ -17,7 +18,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
@@ -29,10 +29,12 @@ from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.ipc.errors import WorkersLost
 from xditd.ipc.processes import describe_exit
+from xditd.ipc.worker_messages import UNEXPLAINED
 
 logger = logging.getLogger(__name__)
 
 _NVML_CHECK: Final = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_THREAD_END_S: Final = 0.2
 
 FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
 """What every rank needs before it is ready: torch's compiler, mostly."""
@@ -83,7 +85,7 @@ def import_family(family: Family[Any]) -> None:
     try:
         registry.operations_of(family)
     except Exception as error:  # noqa: BLE001 - only the lend of such a model fails, and says why
-        logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, error)
+        logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, _in_one_line(error))
 
 
 def import_all(names: tuple[str, ...]) -> None:
@@ -91,11 +93,15 @@ def import_all(names: tuple[str, ...]) -> None:
     for name in names:
         try:
             importlib.import_module(name)
-        except (ImportError, RuntimeError) as error:
-            logger.warning("not imported ahead of its use: module=%s error=%s", name, error)
+        except Exception as error:  # noqa: BLE001 - versions that do not fit each other fail in any way
+            logger.warning("not imported ahead of its use: module=%s error=%s", name, _in_one_line(error))
 
 
-@contextmanager
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@contextlib.contextmanager
 def _without_driver() -> Iterator[None]:
     """Have torch ask NVML where a library asks for GPUs while it is imported: CUDA would not survive a fork.
 
@@ -112,7 +118,7 @@ def _without_driver() -> Iterator[None]:
             os.environ[_NVML_CHECK] = before
 
 
-@contextmanager
+@contextlib.contextmanager
 def without_collections() -> Iterator[None]:
     """Leave all objects that are made within out of garbage collections, which would visit them again and again."""
     gc.disable()
@@ -143,9 +149,33 @@ def count_gpus() -> tuple[int, bool]:
     process.join()
     reader.close()
     if process.exitcode or not answer:
-        raise WorkersLost(f"the process that counts GPUs {describe_exit(process.exitcode or 0)}")
+        status = process.exitcode or 0
+        unexplained = f" {UNEXPLAINED}" if status >= 0 else ""
+        raise WorkersLost(f"the process that counts GPUs {describe_exit(status)}{unexplained}")
     count, is_opened = answer.split()
     return int(count), is_opened == "0"
+
+
+def find_threads() -> str:
+    """Say which other threads run in this process after :func:`count_gpus`, which stops those of OpenBLAS; else ``""``.
+
+    A forked rank would have none of them, but the locks that they hold, which nobody would release.
+    """
+    end_s = time.monotonic() + _THREAD_END_S
+    while others := [name for thread, name in _threads() if thread != os.getpid()]:
+        if time.monotonic() > end_s:
+            return (
+                f"threads run in the leader ({', '.join(sorted(set(others)))}), which an import or Python's start began"
+            )
+        time.sleep(0.005)  # one that was joined may be listed for a moment
+    return ""
+
+
+def _threads() -> Iterator[tuple[int, str]]:
+    """Return the threads of this process with their names. Source: proc(5), /proc/pid/task/tid/comm."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/comm", encoding="utf-8") as name:
+            yield int(thread), name.read().strip()
 
 
 def _count_gpus(writer: Connection, leader_pid: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,14 +72,16 @@ def test_garbage_of_commands_is_not_kept_with_the_modules(imported: list[str]) -
 
 
 def test_what_cannot_be_imported_is_left_to_whoever_needs_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """A version of a library without one of the modules, and a family whose package is broken."""
+    """A version of a library without one of the modules, two that do not fit each other, and a broken family."""
+    (tmp_path / "unfit_module.py").write_text("raise ValueError('numpy.dtype size changed')")
+    monkeypatch.syspath_prepend(tmp_path)
 
     def refuse(family: Any) -> None:
         raise Unsupported(f"{family.name} is broken")
 
-    monkeypatch.setattr(preload, "FOR_LENDS", ("diffusers.no_such_module",))
+    monkeypatch.setattr(preload, "FOR_LENDS", ("diffusers.no_such_module", "unfit_module"))
     monkeypatch.setattr(lend_imports.registry, "operations_of", refuse)
     imports = LendImports()
     try:
@@ -87,4 +90,5 @@ def test_what_cannot_be_imported_is_left_to_whoever_needs_it(
     finally:
         gc.unfreeze()
     assert "module=diffusers.no_such_module" in caplog.text
-    assert "family=flux1 error=flux1 is broken" in caplog.text
+    assert "module=unfit_module error=ValueError: numpy.dtype size changed" in caplog.text
+    assert "family=flux1 error=Unsupported: flux1 is broken" in caplog.text
