@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 
 import msgspec
 
-from xditd.gpu_workers.process.die_with_parent import die_with_parent
+from xditd.gpu_workers.process.die_with_parent import OUTPUT, die_with_parent, has_no_reader
 from xditd.gpu_workers.process.loopback import check_loopback
 from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import XditdError
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 def main() -> int:
     """Run a worker group until it ends; return the exit status. If it is not 0, a line on stderr says why."""
     die_with_parent(os.getppid())  # before the imports: the daemon may be killed while they take their seconds
+    if has_no_reader(OUTPUT):  # it was killed already, and this process has another parent by now
+        return 1
     outside = OutsideConnections.install()
     logging.basicConfig(level="INFO", format="%(levelname)s leader %(name)s: %(message)s")
     try:
@@ -47,7 +50,8 @@ def main() -> int:
         if not isinstance(error, XditdError):
             logger.exception("the leader failed")
         why, is_final = explain(error)
-        print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # the daemon has ended
+            print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
         return CONFIGURATION_STATUS if is_final else 1
 
 

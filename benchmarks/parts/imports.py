@@ -33,8 +33,11 @@ from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
 from xditd.gpu_workers.process.torch_executor import TorchExecutor
+from xditd.gpu_workers.process.lend_imports import LendImports
 stage("own, in each rank")
-preload.import_for_lends()
+imports = LendImports()
+while imports.wait_s is not None:
+    imports.run_next()
 stage("for lends, in each rank behind readiness")
 """
 _LINE: Final = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|( *)(\S+)")

@@ -15,7 +15,7 @@ from xditd.daemon.sockets.routers import Delivery, Envelope, Router
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadMessage, Internal, NotPermitted, OtherRankFailed, XditdError
-from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, PackedProducts, SplitCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, MemoryParts, PackedProducts, SplitCheck
 from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
@@ -57,6 +57,7 @@ class Ranks:
         self.token = token
         self.ready: dict[int, RankReady] = {}
         self.tallies: dict[int, RankTally] = {}
+        self.memory: dict[int, MemoryParts] = {}
         self.in_flight: InFlight | None = None
         self._router = router
         self._routes: dict[int, bytes] = {}
@@ -70,6 +71,11 @@ class Ranks:
     def world_size(self) -> int:
         """0 until the first rank has reported."""
         return next((ready.world_size for ready in self.ready.values()), 0)
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether they have got no command yet, so that nothing is mapped."""
+        return self._next_op_number == 1
 
     @property
     def outside_connections(self) -> int:

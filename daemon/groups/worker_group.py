@@ -28,6 +28,7 @@ from xditd.ipc.worker_messages import (
     CancelRun,
     FilesDigested,
     FramesReached,
+    MemoryCounted,
     RankFailed,
     RankReady,
     Report,
@@ -175,11 +176,20 @@ class WorkerGroup:
         leader = self._leader
         if leader is None:
             self._on_stopped()
-        elif self.is_idle and self._live_ranks().send_unanswered(lambda number: Shutdown(op_number=number)):
+        elif self._unmaps_at_shutdown():
             self._mark_dead(WorkersLost("the daemon is stopping"))
             self._loop.deadline(SHUTDOWN_GRACE_S, leader.terminate)
         else:
             self.end(WorkersLost("the daemon is stopping"))
+
+    def _unmaps_at_shutdown(self) -> bool:
+        """Tell idle ranks to unmap what they have mapped, and to exit; return whether they will.
+
+        Ranks without a command so far have mapped nothing, and may still import: they need not be waited for.
+        """
+        if not self.is_idle or self._live_ranks().is_unused:
+            return False
+        return self._live_ranks().send_unanswered(lambda number: Shutdown(op_number=number))
 
     def kill(self) -> None:
         """Kill the group's processes now; for a daemon that exits without waiting."""
@@ -204,10 +214,14 @@ class WorkerGroup:
             if ranks.is_complete:
                 self._mark_ready(ranks)
             return
-        if not isinstance(report, (Answer, FilesDigested)) or not ranks.is_from_rank(routing_id, report.rank):
+        if not isinstance(report, (Answer, FilesDigested, MemoryCounted)) or not ranks.is_from_rank(
+            routing_id, report.rank
+        ):
             raise BadMessage(f"{type(report).__name__} of rank {report.rank} did not come from that rank")
         if isinstance(report, FilesDigested):
             self.listener.files_digested(report)
+        elif isinstance(report, MemoryCounted):
+            ranks.memory[report.rank] = report.memory
         elif isinstance(report, StepReached):
             ranks.check_in_flight(report)
             self._deadline.step_reached(report)

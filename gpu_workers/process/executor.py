@@ -9,7 +9,7 @@ from xditd.gpu_workers.jobs.finished import Finished
 from xditd.ipc.errors import XditdError
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.status import LayoutReport
+from xditd.ipc.status import LayoutReport, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.worker_messages import DigestIo, Prepare, RankTally, Run
 
@@ -63,18 +63,18 @@ class Executor(Protocol):
     def facts(self) -> RankFacts:
         """The facts of this rank."""
 
-    def after_ready(self) -> None:
-        """Do work that the first commands need, once the daemon knows that this rank is ready."""
-
     @property
     def idle_wait_s(self) -> float | None:
         """The longest wait for a command before the next :meth:`while_idle`; ``None``: no limit."""
 
     def while_idle(self) -> None:
-        """Do periodic work between two commands. Called at least every ``idle_wait_s``."""
+        """Do work between two commands, a little at a time. Called at least every ``idle_wait_s``."""
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
         """Return new digests of lent files by component id, each once: a restarted group checks files against them."""
+
+    def take_memory(self) -> MemoryParts | None:
+        """Return a new count of this rank's memory, once."""
 
     def prepare(self, command: Prepare) -> PreparedFacts:
         """Do all parts of a lend that may fail. Running components are not changed."""

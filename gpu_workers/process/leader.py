@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import stat
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,7 @@ import torch
 import torch.multiprocessing
 
 from xditd.gpu_workers.process import preload, rank, start_faults
+from xditd.gpu_workers.process.die_with_parent import OUTPUT, has_no_reader
 from xditd.gpu_workers.process.options import Options
 from xditd.ipc import layout_choice
 from xditd.ipc.errors import BadRequest, Unsupported, WorkersLost, XditdError
@@ -42,9 +44,10 @@ def lead(options: Options, attempts: Sequence[str]) -> int:
     devices = choose_devices(options, gpus)
     choice = layout_choice.choose_layout(len(devices), options.degrees)
     logger.info("layout chosen workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
-    if not can_fork:
-        logger.warning("an import has opened CUDA: ranks are spawned, and import everything again")
-    return _run(options, choice, devices, "fork" if can_fork else "spawn", attempts)
+    why_not = "an import has opened CUDA" if not can_fork else preload.find_threads()
+    if why_not:
+        logger.warning("%s: ranks are spawned, and import everything again", why_not)
+    return _run(options, choice, devices, "spawn" if why_not else "fork", attempts)
 
 
 def choose_devices(options: Options, gpus: int) -> list[str]:
@@ -114,11 +117,13 @@ def _wait_for_ranks(ranks: list[BaseProcess], error_pipes: list[Connection], sig
 
     Raises:
         BadRequest: a rank cannot start, and a restart would not help.
-        WorkersLost: a rank has failed otherwise.
+        WorkersLost: a rank has failed otherwise, or the daemon has ended.
     """
     alive = {process.sentinel: process for process in ranks}
     while alive:
-        ready = cast(list[int], wait([*alive, sigterm]))
+        # A pipe is ready here once it has no reader. The kernel ends this process with its parent, but that is a
+        # program in between where the workers' command is one that stays (unshare --fork, a container).
+        ready = cast(list[int], wait([*alive, sigterm, *_output_pipe()]))
         for sentinel in ready:
             if sentinel in alive:
                 alive.pop(sentinel).join()
@@ -129,7 +134,13 @@ def _wait_for_ranks(ranks: list[BaseProcess], error_pipes: list[Connection], sig
             raise lost
         if sigterm in ready:
             return True
+        if has_no_reader(OUTPUT):
+            raise WorkersLost("the daemon has ended")
     return False
+
+
+def _output_pipe() -> list[int]:
+    return [OUTPUT] if stat.S_ISFIFO(os.fstat(OUTPUT).st_mode) else []
 
 
 def _find_failure(ranks: list[BaseProcess], error_pipes: list[Connection]) -> XditdError | None:

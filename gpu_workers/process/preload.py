@@ -9,6 +9,7 @@ pthread_atfork); torch starts none until it computes. Figures: docs/starts.md.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import logging
@@ -17,26 +18,29 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from xditd.gpu_workers.models import registry
+from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.ipc.errors import WorkersLost
 from xditd.ipc.processes import describe_exit
+from xditd.ipc.worker_messages import UNEXPLAINED
 
 logger = logging.getLogger(__name__)
 
 _NVML_CHECK: Final = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_THREAD_END_S: Final = 0.2
 
 FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
 """What every rank needs before it is ready: torch's compiler, mostly."""
 
 FOR_LENDS: Final = (
+    "transformers",
     "diffusers.loaders.peft",
     "diffusers.loaders.single_file_model",
     "diffusers.models.attention_processor",
@@ -63,10 +67,10 @@ def preload(names: tuple[str, ...]) -> None:
     """
     began_s = time.perf_counter()
     quiet_libraries()
-    with _without_collections(), _without_driver():
+    with without_collections(), _without_driver():
         lean_imports.leave_out_peft()
         lean_imports.defer_packages()
-        _import_all(names)
+        import_all(names)
     atexit.register(gc.unfreeze)  # else triton's bindings report leaks at exit
     logger.info("leader has imported what ranks share imports_s=%.2f", time.perf_counter() - began_s)
 
@@ -76,27 +80,28 @@ def has_opened_gpu() -> bool:
     return torch.cuda.is_initialized()
 
 
-def import_for_lends() -> None:
-    """Import what the first lend needs, our own families among it, in a rank that has nothing else to do."""
-    with _without_collections():
-        _import_all(FOR_LENDS)
-        for family in registry.own_families():
-            try:
-                registry.operations_of(family)  # its modules import those of diffusers' classes and pipelines
-            except Exception as error:  # noqa: BLE001 - only the lend of such a model fails, and says why
-                logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, error)
+def import_family(family: Family[Any]) -> None:
+    """Import a family's operations, with those of diffusers' classes and pipelines that they use."""
+    try:
+        registry.operations_of(family)
+    except Exception as error:  # noqa: BLE001 - only the lend of such a model fails, and says why
+        logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, _in_one_line(error))
 
 
-def _import_all(names: tuple[str, ...]) -> None:
+def import_all(names: tuple[str, ...]) -> None:
     """Import modules ahead of their use. What is missing here is reported where it is needed."""
     for name in names:
         try:
             importlib.import_module(name)
-        except (ImportError, RuntimeError) as error:
-            logger.warning("not imported ahead of its use: module=%s error=%s", name, error)
+        except Exception as error:  # noqa: BLE001 - versions that do not fit each other fail in any way
+            logger.warning("not imported ahead of its use: module=%s error=%s", name, _in_one_line(error))
 
 
-@contextmanager
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@contextlib.contextmanager
 def _without_driver() -> Iterator[None]:
     """Have torch ask NVML where a library asks for GPUs while it is imported: CUDA would not survive a fork.
 
@@ -113,8 +118,8 @@ def _without_driver() -> Iterator[None]:
             os.environ[_NVML_CHECK] = before
 
 
-@contextmanager
-def _without_collections() -> Iterator[None]:
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
     """Leave all objects that are made within out of garbage collections, which would visit them again and again."""
     gc.disable()
     try:
@@ -144,9 +149,33 @@ def count_gpus() -> tuple[int, bool]:
     process.join()
     reader.close()
     if process.exitcode or not answer:
-        raise WorkersLost(f"the process that counts GPUs {describe_exit(process.exitcode or 0)}")
+        status = process.exitcode or 0
+        unexplained = f" {UNEXPLAINED}" if status >= 0 else ""
+        raise WorkersLost(f"the process that counts GPUs {describe_exit(status)}{unexplained}")
     count, is_opened = answer.split()
     return int(count), is_opened == "0"
+
+
+def find_threads() -> str:
+    """Say which other threads run in this process after :func:`count_gpus`, which stops those of OpenBLAS; else ``""``.
+
+    A forked rank would have none of them, but the locks that they hold, which nobody would release.
+    """
+    end_s = time.monotonic() + _THREAD_END_S
+    while others := [name for thread, name in _threads() if thread != os.getpid()]:
+        if time.monotonic() > end_s:
+            return (
+                f"threads run in the leader ({', '.join(sorted(set(others)))}), which an import or Python's start began"
+            )
+        time.sleep(0.005)  # one that was joined may be listed for a moment
+    return ""
+
+
+def _threads() -> Iterator[tuple[int, str]]:
+    """Return the threads of this process with their names. Source: proc(5), /proc/pid/task/tid/comm."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/comm", encoding="utf-8") as name:
+            yield int(thread), name.read().strip()
 
 
 def _count_gpus(writer: Connection, leader_pid: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 import torch
@@ -20,13 +21,14 @@ from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
-from xditd.gpu_workers.process import preload
 from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts, TimingsMs
+from xditd.gpu_workers.process.idle_memory import IdleMemory, count_parts
+from xditd.gpu_workers.process.lend_imports import LendImports
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.status import ForwardPath, LayoutReport, LoraCounts
+from xditd.ipc.status import ForwardPath, LayoutReport, LoraCounts, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import DigestIo, Prepare, RankTally, Run
@@ -63,24 +65,28 @@ class TorchExecutor:
         self._components = Components(layout, uuid, gather_uuids(uuid, layout.world_size))
         self._io = JobIo(layout.device)
         self._jobs = JobRunner(self._components, layout.rank, layout.device, group)
+        self._imports = LendImports()
+        self._memory = IdleMemory(layout.device, partial(count_parts, layout.device, uuid, self._components))
         self._memory_bytes = 0
         self._measured_at = -MEASURE_EVERY_S
-        self.after_answer()
-
-    def after_ready(self) -> None:
-        began_s = time.perf_counter()
-        preload.import_for_lends()
-        logger.info("what lends need is imported imports_s=%.2f", time.perf_counter() - began_s)
+        self._measure_memory()
 
     @property
     def idle_wait_s(self) -> float | None:
-        return UNMAP_CLOSED_EVERY_S if len(self._io) or self._components.files.has_unreported else None
+        has_periodic_work = len(self._io) or self._components.files.has_unreported
+        waits_s = (UNMAP_CLOSED_EVERY_S if has_periodic_work else None, self._imports.wait_s, self._memory.wait_s)
+        return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
 
     def while_idle(self) -> None:
         self._io.unmap_closed()
+        self._imports.run_next()
+        self._memory.run_due()
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
         return self._components.files.take_digests()
+
+    def take_memory(self) -> MemoryParts | None:
+        return self._memory.take()
 
     def prepare(self, command: Prepare) -> PreparedFacts:
         component = self._components.prepare(
@@ -159,11 +165,16 @@ class TorchExecutor:
 
     def after_answer(self) -> None:
         """Choose the paths of the forwards that have run, and measure the GPU's memory in use for the next tally."""
+        self._imports.note_command()
+        self._memory.note_command()
         try:
             for paths in self._paths():
                 paths.decide()
         except XditdError as error:  # the command has been answered: no client gets this
             raise Internal(f"rank {self.facts.rank}: a forward could not be compared: {error.detail}") from error
+        self._measure_memory()
+
+    def _measure_memory(self) -> None:
         now = time.monotonic()
         if self._layout.device.type == "cuda" and now - self._measured_at >= MEASURE_EVERY_S:
             free, total = torch.cuda.mem_get_info(self._layout.device)

@@ -36,7 +36,7 @@ from xditd.ipc.facts import (
 from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Generate
-from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, PackedProducts
+from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, MemoryParts, PackedProducts
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest
 from xditd.ipc.worker_messages import STANDBY_FLAG, CallResults, DigestIo, Prepare, RankTally, Run
 
@@ -100,9 +100,8 @@ def die_with_parent(parent: int) -> None:
 class FakeExecutor:
     """Replaces ``gpu_workers.process.torch_executor``; the command loop is the real one."""
 
-    idle_wait_s = None
-
     def __init__(self, options: argparse.Namespace) -> None:
+        self.idle_wait_s = 0.0 if options.imports_s else None
         asked = parse_layout(options.layout)
         choice = choose_layout(options.world_size, asked)
         self.facts = RankFacts(
@@ -123,19 +122,26 @@ class FakeExecutor:
         """Clients whose jobs ran, until ``ForgetClient``."""
         self.plugs = 0
         self.checks: list[FusedCheck] = []
+        self.counted: MemoryParts | None = MemoryParts(
+            weights_bytes=64, graphs_bytes=16, reserve_bytes=8, context_bytes=4
+        )
 
     @property
     def is_last(self) -> bool:
         return self.facts.rank == self.facts.world_size - 1
 
     def while_idle(self) -> None:
-        """Nothing is mapped between two commands."""
-
-    def after_ready(self) -> None:
-        pass
+        """With ``--imports-s``, imports something for so long, once."""
+        if self.idle_wait_s is not None:
+            self.idle_wait_s = None
+            time.sleep(self.options.imports_s)
 
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         return {}
+
+    def take_memory(self) -> MemoryParts | None:
+        counted, self.counted = self.counted, None
+        return counted
 
     def prepare(self, command: Prepare) -> PreparedFacts:
         manifest = command.manifest
@@ -314,6 +320,7 @@ def main() -> int:
     parser.add_argument("--exit-status", type=int)
     parser.add_argument("--late-s", type=float, default=0.0)
     parser.add_argument("--never-ready", action="store_true")
+    parser.add_argument("--imports-s", type=float, default=0.0)
     parser.add_argument("--workers", default="auto")
     for flag in (
         "--runtime-dir",

@@ -25,7 +25,8 @@ OUTLINE: Final = 0.2
 """The width of lines in radii, where outlines are drawn in place of forms. Both lines of a ring fill it."""
 _NAMES: Final = tuple(COLOURS)
 _BACKGROUND_NAMES: Final = tuple(BACKGROUNDS)
-_FIELDS: Final = 5
+FIELDS: Final = 5
+"""Numbers that :func:`encode` writes of a thing."""
 
 
 def outlined(far: torch.Tensor, width: float) -> torch.Tensor:
@@ -71,7 +72,7 @@ def distance(form: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def encode(scenes: Sequence[Scene]) -> torch.Tensor:
     """Write scenes as numbers for :func:`draw`: (scenes, 4, 5) float32, three things and the background."""
-    rows = torch.full((len(scenes), MAX_OBJECTS + 1, _FIELDS), -1.0)
+    rows = torch.full((len(scenes), MAX_OBJECTS + 1, FIELDS), -1.0)
     for row, scene in zip(rows, scenes, strict=True):
         for at, thing in enumerate(scene.things):
             named = (FORMS.index(thing.form), _NAMES.index(thing.colour))

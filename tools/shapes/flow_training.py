@@ -19,10 +19,9 @@ from shapes.explained import Explained
 from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.pool import PATCHES, Pool, autocast, tokens
 from shapes.profiling import Parts, profile
+from shapes.text_training import LONG_TEXT
 from shapes.vae_training import Budget
 
-LONG_TEXT: Final = 512
-"""What FluxPipeline pads sentences to unless told otherwise."""
 LONG_SHARE: Final = 0.4
 """Of the batch in steps with long sentences: about as many tokens as in the others."""
 WEAKEST_GUIDANCE: Final = 1.0

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from diffusers import AutoencoderKL
 
-from shapes.draw import draw, encode
+from shapes.draw import FIELDS, draw, encode
 from shapes.models import LATENT_SCALE, LATENT_SHIFT
 from shapes.scenes import MAX_OBJECTS
 from shapes.text_tokens import CLIP_TOKENS, T5_TOKENS, clip_tokenizer, t5_tokenizer
@@ -87,6 +87,7 @@ class Pool:
         self.clip = torch.zeros(count, CLIP_TOKENS, dtype=torch.int32, device=device)
         self.t5 = torch.zeros(count, T5_TOKENS, dtype=torch.int32, device=device)
         self.covered = torch.zeros(count, PATCHES**2, dtype=torch.float16, device=device)
+        self.scenes = torch.zeros(count, MAX_OBJECTS + 1, FIELDS, device=device)
         self._next, self._outline = first, outline
         self._chunks = chunks(seed, first, size, workers)
         for _ in range(slots):
@@ -102,7 +103,13 @@ class Pool:
         self.latents[here] = encode_latents(self._vae, images).to(torch.float16)
         self.clip[here] = clip.to(self._device, non_blocking=True)
         self.t5[here] = t5.to(self._device, non_blocking=True)
-        self.covered[here] = covered_patches(scenes.to(self._device)).to(torch.float16)
+        self.scenes[here] = scenes.to(self._device, non_blocking=True)
+        self.covered[here] = covered_patches(self.scenes[here]).to(torch.float16)
+
+    def sentences(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Choose sentences: CLIP's tokens, T5's tokens, and their scenes as :func:`~shapes.draw.encode` writes them."""
+        chosen = torch.randint(len(self.clip), (count,), generator=generator, device=self._device)
+        return self.clip[chosen], self.t5[chosen], self.scenes[chosen]
 
     def batch(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Choose pictures: packed latents (count, 256, 64) float32, CLIP's tokens, T5's tokens, and which patches

@@ -1,8 +1,7 @@
-"""Train ``shapes`` from nothing: the VAE, then text encoders and transformer together, then guidance.
+"""Train ``shapes`` from nothing: the VAE, the text encoders on sentences, all but the VAE on pictures, then guidance.
 
     PYTHONPATH=tools python -m shapes.train OUT                                    # everything, with these defaults
-    PYTHONPATH=tools python -m shapes.train OUT --start OUT --vae-seconds 0        # further, from the weights of OUT
-    PYTHONPATH=tools python -m shapes.train OUT --start OUT --vae-seconds 0 --seconds 0   # distil guidance again
+    PYTHONPATH=tools python -m shapes.train OUT --start OUT --vae-seconds 0 --text-seconds 0     # further, from OUT
 
 Each phase is skipped if its seconds (and steps) are 0. OUT gets ``vae.safetensors``, ``transformer.safetensors``,
 ``text_encoder.safetensors``, ``text_encoder_2.safetensors`` (bfloat16, each below 16 MB), ``report.json`` and
@@ -40,6 +39,7 @@ from shapes.models import (
 )
 from shapes.pool import Pool, autocast, encode_latents
 from shapes.reading import read
+from shapes.text_training import TextSettings, TextTraining
 from shapes.vae_training import Budget, VaeSettings, train_vae
 from shapes.words import sample_request
 
@@ -55,6 +55,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-seconds", type=float, default=120)
     parser.add_argument("--vae-steps", type=int, default=0, help="in place of seconds")
     parser.add_argument("--vae-batch", type=int, default=48)
+    parser.add_argument("--text-seconds", type=float, default=45, help="of both text encoders, on sentences alone")
+    parser.add_argument("--text-steps", type=int, default=0, help="in place of seconds")
+    parser.add_argument("--text-share", type=float, default=0.1, help="of the flow's rate, for both text encoders")
     parser.add_argument("--seconds", type=float, default=600, help="of rectified flow")
     parser.add_argument("--steps", type=int, default=0, help="in place of seconds")
     parser.add_argument("--distill-seconds", type=float, default=150)
@@ -100,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     flow = Flow(parts["transformer"], parts["text_encoder"], parts["text_encoder_2"])
     phases = [(False, given.seconds, given.steps), (True, given.distill_seconds, given.distill_steps)]
     phases = [phase for phase in phases if phase[1] or phase[2]]
-    if phases:
+    texts = Budget(given.text_seconds, given.text_steps)
+    has_texts = bool(texts.seconds or texts.steps) and not _is_resumed(given)
+    if phases or has_texts:
         pool = Pool(
             parts["vae"],
             device,
@@ -112,6 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
         explained = Explained(parts["vae"], device)
         print(f"pool: {len(pool.latents)} pictures, {time.monotonic() - started:.0f} s since the start", flush=True)
+    if has_texts:
+        training = TextTraining(flow.text_encoder, flow.text_encoder_2, TextSettings(texts, seed=given.seed), device)
+        report["words"] = training.train(pool)
     for is_distilled, seconds, steps in phases:
         flow = _flow(
             given,
@@ -125,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
                 is_distilled=is_distilled,
                 batch=given.batch,
                 rate=given.distill_rate if is_distilled else given.rate,
-                text_rate=given.distill_rate / 2 if is_distilled else given.rate,
+                text_rate=given.text_share * (given.distill_rate if is_distilled else given.rate),
                 final=0.01 if is_distilled else given.final,
                 object_weight=1.0 if is_distilled else given.object_weight,
                 long_every=given.long_every,
@@ -149,10 +157,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _chunks_before(given: argparse.Namespace) -> int:
     """Return how many chunks a training that is continued has replaced, so that the pool is the one that it had."""
-    if not given.state or not (given.state / "state.json").is_file():
+    if not _is_resumed(given):
         return 0
     step = json.loads((given.state / "state.json").read_text())["step"]
-    return max(0, (step - 1) // given.refresh_every)
+    in_texts = max(0, given.text_steps - 1) // TextSettings.refresh_every
+    return in_texts + max(0, (step - 1) // given.refresh_every)
+
+
+def _is_resumed(given: argparse.Namespace) -> bool:
+    return bool(given.state) and (given.state / "state.json").is_file()
 
 
 def _vae(
@@ -201,7 +214,7 @@ def _flow(
 ) -> Flow:
     training = FlowTraining(flow, settings, device)
     state = given.state if not settings.is_distilled else None
-    if state and (state / "state.json").is_file():
+    if state and _is_resumed(given):
         training.load_state(state)
         print(f"{settings.name}: continues from step {training.step}", flush=True)
     loss = training.train(pool, explained=explained)

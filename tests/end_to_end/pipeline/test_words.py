@@ -22,6 +22,7 @@ from xditd.client import Client, Pipeline
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.ipc.errors import BadRequest
 
+LONG = "a cat in a hat on a sofa beside two dogs under a lamp"
 GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
 
 
@@ -138,6 +139,37 @@ WORDS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("family", ["flux1", *WORDS])
+def test_the_length_of_prompts(opened: Callable[..., Pipeline], folder: Path, family: str, tmp_path: Path) -> None:
+    """Shorter and, where a family takes them, longer ones than the pipeline's own have its bits, too."""
+    if family == "flux1":
+        with Pipeline.open(folder, client=opened(folders.flux1()).client) as pipe:
+            assert pipe.defaults["max_sequence_length"] == 512
+            short = pipe(LONG, max_sequence_length=7, **GIVEN)
+            assert torch.equal(short.generation.latents, theirs(folder, LONG, max_sequence_length=7))
+            assert not torch.equal(short.generation.latents, pipe(LONG, **GIVEN).generation.latents)
+            assert (short.settings.max_sequence_length, short.record().max_sequence_length) == (7, 7)
+            assert pipe(LONG, max_sequence_length=512, **GIVEN).settings.max_sequence_length is None
+            for given, says in (
+                ({"max_sequence_length": 513}, "max_sequence_length is 513; use a whole number from 1 to 512"),
+                ({"max_sequence_length": 7.5}, "max_sequence_length: 7.5 is not a whole number"),
+            ):
+                with pytest.raises(BadRequest, match=says):
+                    pipe(LONG, **GIVEN, **given)
+            with pytest.raises(BadRequest, match="max_sequence_length beside conditioning"):
+                pipe(conditioning={}, max_sequence_length=7)
+        return
+    make, of_theirs, of_ours = WORDS[family]
+    pipeline = make(tmp_path / "parts")
+    pipe = opened(pipeline, defaults={"max_sequence_length": 14})
+    right = latents(
+        pipeline, family.split()[0], prompt=LONG, num_inference_steps=2, max_sequence_length=14, **of_theirs
+    )
+    assert torch.equal(pipe(LONG, **GIVEN, **of_ours).generation.latents, right)
+    own = pipe(LONG, max_sequence_length=512, **GIVEN, **of_ours)
+    assert not torch.equal(own.generation.latents, right)
+
+
 @pytest.mark.parametrize("family", WORDS)
 def test_words_of_other_families(opened: Callable[..., Pipeline], family: str, tmp_path: Path) -> None:
     """With guidance, by the negative prompt that the pipeline takes if none is given."""
@@ -172,3 +204,5 @@ def test_words_with_pictures(
     assert [each.size for each in given["images"]] == [(90, 64)]  # which the workers resize
     assert given["options"] == ({"edit": True} if kind == "QwenImageEditPipeline" else None)
     assert set(given["tokenizers"]) == {"processor"}
+    with pytest.raises(BadRequest, match="cannot honour max_sequence_length: its prompts have one length"):
+        pipe("make it blue", references=[picture], max_sequence_length=20, **GIVEN)

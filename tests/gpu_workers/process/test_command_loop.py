@@ -20,7 +20,7 @@ from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadRequest, Internal, XditdError
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.status import LayoutReport
+from xditd.ipc.status import LayoutReport, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.worker_messages import (
     AnyReport,
@@ -31,6 +31,7 @@ from xditd.ipc.worker_messages import (
     Done,
     FilesDigested,
     ForgetClient,
+    MemoryCounted,
     Plug,
     Plugged,
     RankFailed,
@@ -59,6 +60,7 @@ class RecordingExecutor:
         self.calls: list[Any] = []
         self.failure: Exception | None = None
         self.digests: dict[str, tuple[FileDigest, ...]] = {}
+        self.counted: MemoryParts | None = None
 
     def _record(self, *call: Any) -> None:
         self.calls.append(call)
@@ -69,12 +71,13 @@ class RecordingExecutor:
     def while_idle(self) -> None:
         """There is no periodic work."""
 
-    def after_ready(self) -> None:
-        self.calls.append("after_ready")
-
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         digests, self.digests = self.digests, {}
         return digests
+
+    def take_memory(self) -> MemoryParts | None:
+        counted, self.counted = self.counted, None
+        return counted
 
     def prepare(self, command: Any) -> PreparedFacts:
         raise AssertionError("not asked for here")
@@ -170,7 +173,7 @@ def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor
     assert isinstance(loop.ask(Unmap(op_number=3, component_id="c1")), Done)
     assert isinstance(loop.ask(ForgetClient(op_number=4, exporter=CLIENT)), Done)
     asked = [call for call in executor.calls if call != "after_answer"]
-    assert asked == ["after_ready", ("plug", "c1"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
+    assert asked == [("plug", "c1"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
 
 
 def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
@@ -217,7 +220,7 @@ def test_a_late_cancel_is_ignored(loop: SimpleNamespace, executor: RecordingExec
     done = loop.ask(Unmap(op_number=2, component_id="c1"))
     assert isinstance(done, Done)
     assert done.op_number == 2
-    assert [call for call in executor.calls if call != "after_answer"] == ["after_ready", ("unmap", "c1")]
+    assert [call for call in executor.calls if call != "after_answer"] == [("unmap", "c1")]
 
 
 def test_digests_are_sent_while_the_rank_is_idle(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
@@ -226,3 +229,11 @@ def test_digests_are_sent_while_the_rank_is_idle(loop: SimpleNamespace, executor
     told = loop.receive()
     assert isinstance(told, FilesDigested)
     assert (told.component_id, told.digests) == ("c1", (digest,))
+
+
+def test_a_count_of_the_memory_is_sent_once(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
+    executor.counted = MemoryParts(weights_bytes=7, reserve_bytes=3)
+    told = loop.receive()
+    assert isinstance(told, MemoryCounted)
+    assert (told.rank, told.memory.by_part["weights"], told.memory.beyond_weights_bytes) == (1, 7, 3)
+    assert isinstance(loop.ask(Unmap(op_number=1, component_id="c1")), Done)

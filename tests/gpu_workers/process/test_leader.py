@@ -13,6 +13,7 @@ import pytest
 import torch.multiprocessing
 
 from xditd.gpu_workers.process import leader
+from xditd.gpu_workers.process.die_with_parent import has_no_reader
 from xditd.ipc.errors import WorkersLost
 
 Wait = Callable[[], bool]
@@ -48,6 +49,17 @@ def test_sigterm_ends_the_wait(wait: Wait) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     assert wait() is True
+
+
+def test_the_wait_ends_when_nobody_reads_the_output(monkeypatch: pytest.MonkeyPatch, wait: Wait) -> None:
+    """A program between daemon and leader outlives a killed daemon: the kernel does not end the leader."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(leader, "OUTPUT", writer)
+    assert not has_no_reader(writer)
+    os.close(reader)
+    with pytest.raises(WorkersLost, match="the daemon has ended"):
+        wait()
+    os.close(writer)
 
 
 def test_a_killed_rank_is_named_although_the_daemon_has_ended_the_group(ranks: list[SpawnProcess], wait: Wait) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from xditd.gpu_workers.process import preload
-from xditd.ipc.errors import Unsupported, WorkersLost
+from xditd.ipc.errors import WorkersLost
+from xditd.ipc.worker_messages import UNEXPLAINED
 
 PROGRAM = """
 import json, os, sys
@@ -29,11 +30,7 @@ preload.preload(preload.FOR_RANKS + preload.FOR_LENDS)
 found = {"asked": list(asked), "xfuser": [name for name in sys.modules if name.startswith("xfuser.core")]}
 found["counted"] = preload.count_gpus()
 found["asked by the leader"] = asked
-reader, writer = os.pipe()
-if os.fork() == 0:
-    os.write(writer, str(len(os.listdir("/proc/self/task"))).encode())
-    os._exit(0)
-found["threads after a fork"] = os.read(reader, 9).decode()
+found["threads"] = preload.find_threads()
 print(json.dumps(found))
 """
 FORKED = """
@@ -59,10 +56,10 @@ def test_a_forked_rank_opens_its_gpu() -> None:
     assert found == {"counted": [torch.cuda.device_count(), True], "opened": False, "sum in a forked rank": "6.0"}
 
 
-def test_the_leader_opens_no_cuda_and_is_forked_with_one_thread() -> None:
+def test_the_leader_opens_no_cuda_and_forks_with_one_thread() -> None:
     found = run(PROGRAM)
     assert found.pop("counted")[1] is True
-    assert found == {"asked": [], "xfuser": [], "asked by the leader": [], "threads after a fork": "1"}
+    assert found == {"asked": [], "xfuser": [], "asked by the leader": [], "threads": ""}
 
 
 def test_ranks_find_their_modules_imported_and_the_first_lend_its_own() -> None:
@@ -74,8 +71,11 @@ before = set(sys.modules)
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
 from xditd.gpu_workers.process.torch_executor import TorchExecutor
+from xditd.gpu_workers.process import lend_imports
 found = {"rank": [n for n in sys.modules if n not in before and not n.startswith(("xditd.", "xfuser", "yunchang"))]}
-preload.import_for_lends()
+imports = lend_imports.LendImports()
+while imports.wait_s is not None:
+    imports.run_next()
 before = set(sys.modules)
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -85,21 +85,6 @@ print(json.dumps(found))
 """)
     assert len(found["rank"]) < 25, found["rank"]
     assert found["lend"] == []
-
-
-def test_what_cannot_be_imported_is_left_to_whoever_needs_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A version of a library without one of the modules, and a family whose package is broken."""
-
-    def refuse(family: Any) -> None:
-        raise Unsupported(f"{family.name} is broken")
-
-    monkeypatch.setattr(preload, "FOR_LENDS", ("diffusers.no_such_module",))
-    monkeypatch.setattr(preload.registry, "operations_of", refuse)
-    preload.import_for_lends()
-    assert "module=diffusers.no_such_module" in caplog.text
-    assert "family=flux1 error=flux1 is broken" in caplog.text
 
 
 def test_libraries_that_ask_for_a_gpu_ask_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +98,36 @@ def test_ranks_are_spawned_where_an_import_has_opened_cuda(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert preload.count_gpus() == (3, False)
+
+
+def test_ranks_are_spawned_where_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a profiler that Python's start loads, which may hold a lock at the fork."""
+    found = run("""
+import json, threading, time
+from types import SimpleNamespace
+from xditd.gpu_workers.process import leader, preload
+asked = []
+leader._run = lambda options, choice, devices, method, attempts: asked.append(method) or 0
+options = SimpleNamespace(device="cpu", workers=2, degrees={})
+leader.lead(options, [])
+end = threading.Event()
+thread = threading.Thread(target=end.wait)
+thread.start()
+leader.lead(options, [])
+threads = preload.find_threads()
+end.set()
+thread.join()
+leader.lead(options, [])
+print(json.dumps({"methods": asked, "threads": threads}))
+""")
+    assert found["methods"] == ["fork", "spawn", "fork"]
+    assert "threads run in the leader (python" in found["threads"]
+
+
+def test_a_driver_that_raises_leaves_the_word_to_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 // 0)
+    with pytest.raises(WorkersLost, match=f"exited with status 1 {UNEXPLAINED}$"):  # the daemon adds the last error
+        preload.count_gpus()
 
 
 def test_a_driver_that_crashes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

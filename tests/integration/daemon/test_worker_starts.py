@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,11 +20,30 @@ runpy.run_module("xditd.gpu_workers", run_name="__main__", alter_sys=True)
 """
 
 
+UNTIL_THE_DAEMON_HAS_ENDED = 'while kill -0 "$PPID" 2>/dev/null; do sleep 0.02; done; exec "$@"'
+
+
 def given_up(daemon: Any) -> DaemonStatus:
     status = daemon.client().wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
     assert status.counters.group_starts == 1
     assert status.group_detail in daemon.log
     return status
+
+
+def test_leader_whose_daemon_was_killed_before_it_ran_ends(start_daemon: Any, wait_until: Any) -> None:
+    """By then the kernel has given it another parent, whose end it would wait for, with its ranks."""
+    ours = [sys.executable, "-m", "xditd.gpu_workers"]
+    daemon = start_daemon(command=["sh", "-c", UNTIL_THE_DAEMON_HAS_ENDED, "sh", *ours], device="cpu")
+    wait_until(lambda: "leader_pid=" in daemon.log)
+    leader = int(re.findall(r"leader_pid=(\d+)", daemon.log)[0])
+    daemon.process.kill()
+    daemon.wait()
+    assert os.path.exists(f"/proc/{leader}")
+    try:
+        wait_until(lambda: not os.path.exists(f"/proc/{leader}"), deadline_s=20)
+    except AssertionError:
+        os.killpg(leader, signal.SIGKILL)
+        raise
 
 
 def test_missing_torch_is_named_and_not_tried_again(start_daemon: Any) -> None:

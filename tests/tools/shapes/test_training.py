@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from shapes.flow_training import Flow, FlowSettings, FlowTraining
 from shapes.lora import Lora
 from shapes.models import build_clip, build_t5, build_transformer
 from shapes.pool import covered_patches, pack, tokens
-from shapes.scenes import Scene, Thing
+from shapes.scenes import COLOURS, FORMS, SIZES, Scene, Thing
+from shapes.text_training import TextSettings, TextTraining, said
 from shapes.vae_training import Budget, VaeSettings, train_vae
+from shapes.words import sample_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
@@ -144,3 +147,49 @@ def test_a_lora_starts_as_nothing_and_leaves_no_trace(tmp_path: Path) -> None:
     assert 0 < (half - plain).norm() < (changed - plain).norm()
     lora.save(tmp_path / "lora.safetensors")
     assert (tmp_path / "lora.safetensors").stat().st_size < 1_000_000
+
+
+class FewSentences:
+    """Sentences of drawn scenes, as a pool keeps them, without pictures."""
+
+    def __init__(self, count: int) -> None:
+        requests = [sample_request(Random(at), style="places") for at in range(count)]
+        self.clip, self.t5 = tokens([each.text for each in requests])
+        self.scenes = encode([each.scene for each in requests])
+        self.things = [each.scene.things for each in requests]
+
+    def refresh(self) -> None:
+        pass
+
+    def sentences(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        chosen = torch.randint(len(self.clip), (count,), generator=generator)
+        return self.clip[chosen], self.t5[chosen], self.scenes[chosen]
+
+
+def test_answers_are_what_scenes_show() -> None:
+    few = FewSentences(16)
+    places, backgrounds = said(few.scenes)
+    assert places.shape == (16, 9, 3)
+    assert backgrounds.shape == (16, 2)
+    for answers, things in zip(places.tolist(), few.things, strict=True):
+        by_cell = {each.cell: [1 + FORMS.index(each.form), 1 + list(COLOURS).index(each.colour)] for each in things}
+        assert {cell: each[:2] for cell, each in enumerate(answers) if any(each)} == by_cell
+        assert {cell: each[2] for cell, each in enumerate(answers) if any(each)} == {
+            each.cell: 1 + list(SIZES).index(each.size) for each in things
+        }
+
+
+def test_text_encoders_learn_what_sentences_say() -> None:
+    torch.manual_seed(3)
+    few = FewSentences(8)
+    clip, t5 = build_clip(), build_t5()
+    before = {name: each.clone() for name, each in [*clip.named_parameters(), *t5.named_parameters()]}
+    training = TextTraining(clip, t5, TextSettings(Budget(0, 30), batch=8), CPU)
+    first = training._learn(few.clip, few.t5, *said(few.scenes))
+    report = training.train(few)
+    last = training._learn(few.clip, few.t5, *said(few.scenes))
+    assert report["steps"] == 30
+    assert set(report["read_right"]) == {"1", "2", "3"}
+    assert last < 0.7 * first
+    after = dict([*clip.named_parameters(), *t5.named_parameters()])
+    assert all(not each.equal(before[name]) for name, each in after.items() if "final" not in name)

@@ -1,0 +1,94 @@
+"""What lends need is imported between commands, one module at a time."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xditd.gpu_workers.process import lend_imports, preload
+from xditd.gpu_workers.process.lend_imports import QUIET_S, LendImports
+from xditd.ipc.errors import Unsupported
+
+
+class Cycle:
+    """Garbage that only a collection frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(preload, "FOR_LENDS", ("first", "second"))
+    monkeypatch.setattr(preload, "import_all", lambda names: found.extend(names))
+    monkeypatch.setattr(preload, "import_family", lambda family: found.append(family.name))
+    monkeypatch.setattr(preload.registry, "own_families", lambda: [_Family("one"), _Family("two")])
+    return found
+
+
+class _Family:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def test_each_step_imports_one_module_until_none_is_left(imported: list[str]) -> None:
+    imports = LendImports()
+    seen = []
+    while imports.wait_s is not None:
+        assert imports.wait_s == 0.0
+        imports.run_next()
+        seen.append(len(imported))
+    assert imported == ["first", "second", "one", "two"]
+    assert seen == [1, 2, 2, 3, 4]  # the third lists the families
+    imports.run_next()  # nothing is left
+
+
+def test_no_module_is_imported_soon_after_a_command(imported: list[str]) -> None:
+    now = [100.0]
+    imports = LendImports(lambda: now[0])
+    imports.note_command()
+    assert imports.wait_s == pytest.approx(QUIET_S)
+    imports.run_next()
+    assert imported == []
+    now[0] += QUIET_S
+    assert imports.wait_s == 0.0
+    imports.run_next()
+    assert imported == ["first"]
+
+
+def test_garbage_of_commands_is_not_kept_with_the_modules(imported: list[str]) -> None:
+    garbage = weakref.ref(Cycle())
+    try:
+        LendImports().run_next()
+        assert garbage() is None
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+
+
+def test_what_cannot_be_imported_is_left_to_whoever_needs_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A version of a library without one of the modules, two that do not fit each other, and a broken family."""
+    (tmp_path / "unfit_module.py").write_text("raise ValueError('numpy.dtype size changed')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def refuse(family: Any) -> None:
+        raise Unsupported(f"{family.name} is broken")
+
+    monkeypatch.setattr(preload, "FOR_LENDS", ("diffusers.no_such_module", "unfit_module"))
+    monkeypatch.setattr(lend_imports.registry, "operations_of", refuse)
+    imports = LendImports()
+    try:
+        while imports.wait_s is not None:
+            imports.run_next()
+    finally:
+        gc.unfreeze()
+    assert "module=diffusers.no_such_module" in caplog.text
+    assert "module=unfit_module error=ValueError: numpy.dtype size changed" in caplog.text
+    assert "family=flux1 error=Unsupported: flux1 is broken" in caplog.text
