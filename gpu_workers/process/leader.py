@@ -44,7 +44,8 @@ def lead(options: Options, attempts: Sequence[str]) -> int:
     devices = choose_devices(options, gpus)
     choice = layout_choice.choose_layout(len(devices), options.degrees)
     logger.info("layout chosen workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
-    why_not = "an import has opened CUDA" if not can_fork else preload.find_threads()
+    has_cuda = not can_fork or preload.has_opened_gpu()
+    why_not = "an import has opened CUDA" if has_cuda else preload.find_threads()
     if why_not:
         logger.warning("%s: ranks are spawned, and import everything again", why_not)
     return _run(options, choice, devices, "spawn" if why_not else "fork", attempts)
