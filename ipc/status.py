@@ -46,6 +46,36 @@ class JobState(Enum):
     FAILED = "failed"
 
 
+class MemoryParts(Described, frozen=True, kw_only=True):
+    """What a rank holds of its GPU's memory, counted while it was idle. Mapped memory of clients is not among it."""
+
+    weights_bytes: Bytes = 0
+    """Copies of lent weights, and weights that were made of them."""
+    scratch_bytes: Bytes = 0
+    """Into which packed weights are dequantised, one at a time."""
+    graphs_bytes: Bytes = 0
+    """Of captured forwards, which share it."""
+    exchange_bytes: Bytes = 0
+    """To which other ranks write."""
+    tensors_bytes: Bytes = 0
+    """Other tensors: tables, kept ones of clients, factors of LoRAs, workspaces of libraries."""
+    reserve_bytes: Bytes = 0
+    """Free, and kept for the next job; it is given back after some seconds without one."""
+    context_bytes: Bytes | None = None
+    """Of CUDA and its libraries: kernels, communicators, graphs' launches; ``None`` if the driver does not say."""
+
+    @property
+    def by_part(self) -> dict[str, int]:
+        """Bytes by the name of the part, without one that is not known."""
+        given = {name.removesuffix("_bytes"): getattr(self, name) for name in self.__struct_fields__}
+        return {part: size for part, size in given.items() if size is not None}
+
+    @property
+    def beyond_weights_bytes(self) -> int:
+        """All but the weights, as far as it is known."""
+        return sum(self.by_part.values()) - self.weights_bytes
+
+
 class WorkerStatus(Described, frozen=True, kw_only=True):
     """One rank. ``memory_bytes`` is the memory of its GPU in use by all processes; 0 on CPU."""
 
@@ -56,6 +86,8 @@ class WorkerStatus(Described, frozen=True, kw_only=True):
     memory_bytes: Bytes
     loaded: Count
     """Components that are mapped."""
+    memory: MemoryParts | None = None
+    """``None`` until the rank has been idle for a second."""
 
 
 class ComponentStatus(Described, frozen=True, kw_only=True):

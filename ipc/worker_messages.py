@@ -17,7 +17,15 @@ from xditd.ipc.field_types import Bytes, Count, Described, Name
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import InferenceRequest
-from xditd.ipc.status import ForwardPath, FusedCheck, LayoutReport, LoraCounts, PackedProducts, SplitCheck
+from xditd.ipc.status import (
+    ForwardPath,
+    FusedCheck,
+    LayoutReport,
+    LoraCounts,
+    MemoryParts,
+    PackedProducts,
+    SplitCheck,
+)
 from xditd.ipc.tensors import CopiedBytes, Digest, FileDigest, HostShmBlock, Manifest, TensorNames
 
 FileDigests = Annotated[tuple[FileDigest, ...], msgspec.Meta(max_length=limits.MAX_BLOCKS)]
@@ -146,6 +154,12 @@ class FilesDigested(Report, tag="files_digested", frozen=True, kw_only=True):
     digests: FileDigests
 
 
+class MemoryCounted(Report, tag="memory_counted", frozen=True, kw_only=True):
+    """An idle rank has counted its memory. Not an answer."""
+
+    memory: MemoryParts
+
+
 class Answer(Report, frozen=True, kw_only=True):
     """Answers the command ``op_number``."""
 
@@ -244,6 +258,7 @@ class RankTally(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 AnyReport = (
     RankReady
     | FilesDigested
+    | MemoryCounted
     | Prepared
     | Plugged
     | ComponentCopied

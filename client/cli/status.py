@@ -14,7 +14,7 @@ from xditd.client.cli.watching import watch
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.settings.client import StatusFlags
-from xditd.ipc.status import ComponentStatus, DaemonStatus, PackedProducts
+from xditd.ipc.status import ComponentStatus, DaemonStatus, MemoryParts, PackedProducts
 
 LOSSLESS: Final = "bf16"
 
@@ -32,6 +32,7 @@ examples:
 """
 
 _DETAIL_CHARS: Final = 100
+_PARTS: Final = tuple(name.removesuffix("_bytes") for name in MemoryParts.__struct_fields__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +129,14 @@ def describe(found: DaemonStatus) -> str:
             for worker in found.workers
         ]  # fmt: skip
         lines += ["", table(("RANK", "PID", "DEVICE", "IN USE", "LOADED", "UUID"), rows)]
+    counted = {worker.rank: worker.memory for worker in found.workers if worker.memory is not None}
+    if counted and found.device_kind == "cuda":
+        parts = [
+            (rank, *(size_text(memory.by_part[part]) if part in memory.by_part else "-" for part in _PARTS),
+             size_text(memory.beyond_weights_bytes))
+            for rank, memory in counted.items()
+        ]  # fmt: skip
+        lines += ["", table(("RANK", *(part.upper() for part in _PARTS), "BEYOND WEIGHTS"), parts)]
     if loaded:
         components = [
             (each.component_id, each.label, "-" if each.kind is None else each.kind.value,

@@ -15,7 +15,7 @@ from xditd.daemon.sockets.routers import Delivery, Envelope, Router
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadMessage, Internal, NotPermitted, OtherRankFailed, XditdError
-from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, PackedProducts, SplitCheck
+from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, MemoryParts, PackedProducts, SplitCheck
 from xditd.ipc.worker_messages import (
     Answer,
     AnyCommand,
@@ -57,6 +57,7 @@ class Ranks:
         self.token = token
         self.ready: dict[int, RankReady] = {}
         self.tallies: dict[int, RankTally] = {}
+        self.memory: dict[int, MemoryParts] = {}
         self.in_flight: InFlight | None = None
         self._router = router
         self._routes: dict[int, bytes] = {}

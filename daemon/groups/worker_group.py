@@ -28,6 +28,7 @@ from xditd.ipc.worker_messages import (
     CancelRun,
     FilesDigested,
     FramesReached,
+    MemoryCounted,
     RankFailed,
     RankReady,
     Report,
@@ -213,10 +214,14 @@ class WorkerGroup:
             if ranks.is_complete:
                 self._mark_ready(ranks)
             return
-        if not isinstance(report, (Answer, FilesDigested)) or not ranks.is_from_rank(routing_id, report.rank):
+        if not isinstance(report, (Answer, FilesDigested, MemoryCounted)) or not ranks.is_from_rank(
+            routing_id, report.rank
+        ):
             raise BadMessage(f"{type(report).__name__} of rank {report.rank} did not come from that rank")
         if isinstance(report, FilesDigested):
             self.listener.files_digested(report)
+        elif isinstance(report, MemoryCounted):
+            ranks.memory[report.rank] = report.memory
         elif isinstance(report, StepReached):
             ranks.check_in_flight(report)
             self._deadline.step_reached(report)

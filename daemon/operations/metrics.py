@@ -68,6 +68,17 @@ class _Collected(Collector):
             *("rank", "device", "uuid"),
         )
         yield _gauge(
+            "xditd_worker_memory_bytes",
+            "What a rank holds of its GPU's memory by part, counted while it was idle.",
+            {
+                (str(each.rank), part): size
+                for each in workers
+                if each.memory is not None
+                for part, size in each.memory.by_part.items()
+            },
+            *("rank", "part"),
+        )
+        yield _gauge(
             "xditd_worker_components",
             "Components mapped by a rank.",
             {str(each.rank): each.loaded for each in workers},

@@ -40,6 +40,8 @@ class Component:
     """All memory of this rank that the tensors and bindings take."""
     copied: CopiedBytes
     timings_ms: dict[str, float]
+    filled_bytes: int = 0
+    """Memory of the model that a plug fills with weights made of these."""
 
     @property
     def model(self) -> CachedModel:

@@ -130,6 +130,7 @@ class ComponentAssembly:
             [*loaded.copies.buffers, *loaded.made],
             loaded.copied + filled,
             clock.marks_ms,
+            reserved,
         )
 
     def _open(self, block: Block, exporter: ProcessIdentity, digest: bytes | None) -> OpenBlock | None:

@@ -196,6 +196,18 @@ class Components:
         """Return what jobs did with LoRAs."""
         return self.loras.report([*self.models.lora_memory, *self.class_models.lora_memory])
 
+    @property
+    def weights_bytes(self) -> int:
+        """The bytes of this rank's own memory that hold weights: copies, and what was made of lent ones."""
+        own = [tensor for kept in self._kept.values() for tensor in kept.buffers]
+        filled = {}
+        for component in (*self._prepared.values(), *self._plugged.values()):
+            own += [*component.copies, *component.lent_copies.shared.values()]
+            if component.is_loaded:
+                filled[id(component.match.model)] = component.filled_bytes
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in own}
+        return sum(storages.values()) + sum(filled.values())
+
     def has_module(self, component_id: str) -> bool:
         """Return whether a component runs as its own class, with no family."""
         component = self._plugged.get(component_id)

@@ -6,6 +6,7 @@ not used.
 
 from __future__ import annotations
 
+import weakref
 from typing import Final
 
 import msgspec
@@ -41,6 +42,7 @@ class PeerMemory:
         self._device, self._rank, self._among = device, rank, among
         self._arena: DeviceArena | None = None
         self._mappings: list[CudaMapping] = []
+        _open.add(self)
         try:
             bases = self._open(size_bytes, ranks, group)
         except BaseException:
@@ -56,6 +58,11 @@ class PeerMemory:
         """View part of this rank's own memory."""
         assert self._arena is not None
         return self._arena.tensor(FLAGS_BYTES + offset_bytes, dtype, shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of this rank's own memory."""
+        return 0 if self._arena is None else self._arena.bytes.numel()
 
     def barrier(self) -> None:
         """Wait, on the GPU, for all ranks: later loads see the earlier stores of every rank."""
@@ -89,6 +96,14 @@ class PeerMemory:
                 self._mappings.append(CudaMapping(msgspec.structs.replace(own, handle=bytes(handle.tolist())), index))
                 bases.append(self._mappings[-1].bytes_tensor().data_ptr())
         return bases
+
+
+_open: Final[weakref.WeakSet[PeerMemory]] = weakref.WeakSet()
+
+
+def total_bytes() -> int:
+    """Return the bytes of all such memory that this process has allocated."""
+    return sum(each.size_bytes for each in _open)
 
 
 def is_possible(world_size: int) -> bool:

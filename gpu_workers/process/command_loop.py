@@ -29,6 +29,7 @@ from xditd.ipc.worker_messages import (
     ForgetClient,
     FramesReached,
     IoDigested,
+    MemoryCounted,
     Plug,
     Plugged,
     Prepare,
@@ -107,7 +108,7 @@ class CommandLoop:
         facts = executor.facts._asdict()
         self._channel.send(RankReady(group_token=self._token, pid=os.getpid(), **facts))
         while True:
-            self._send_digests()
+            self._send_findings()
             command = self._channel.receive(executor.idle_wait_s)
             if command is None:
                 executor.while_idle()
@@ -154,11 +155,15 @@ class CommandLoop:
     def _common_fields(self, command: AnyCommand) -> dict[str, Any]:
         return {"group_token": self._token, "rank": self._rank, "op_number": command.op_number}
 
-    def _send_digests(self) -> None:
+    def _send_findings(self) -> None:
+        """Report what was found between commands."""
         for component_id, digests in self._executor.take_digests().items():
             self._channel.send(
                 FilesDigested(group_token=self._token, rank=self._rank, component_id=component_id, digests=digests)
             )
+        memory = self._executor.take_memory()
+        if memory is not None:
+            self._channel.send(MemoryCounted(group_token=self._token, rank=self._rank, memory=memory))
 
     def _report_failure(self, command: AnyCommand, raised: Exception) -> None:
         error, is_fatal = self._executor.explain(raised)

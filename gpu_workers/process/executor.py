@@ -9,7 +9,7 @@ from xditd.gpu_workers.jobs.finished import Finished
 from xditd.ipc.errors import XditdError
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.status import LayoutReport
+from xditd.ipc.status import LayoutReport, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.worker_messages import DigestIo, Prepare, RankTally, Run
 
@@ -72,6 +72,9 @@ class Executor(Protocol):
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
         """Return new digests of lent files by component id, each once: a restarted group checks files against them."""
+
+    def take_memory(self) -> MemoryParts | None:
+        """Return a new count of this rank's memory, once."""
 
     def prepare(self, command: Prepare) -> PreparedFacts:
         """Do all parts of a lend that may fail. Running components are not changed."""

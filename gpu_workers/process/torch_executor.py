@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 import torch
@@ -21,12 +22,13 @@ from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
 from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts, TimingsMs
+from xditd.gpu_workers.process.idle_memory import IdleMemory, count_parts
 from xditd.gpu_workers.process.lend_imports import LendImports
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.status import ForwardPath, LayoutReport, LoraCounts
+from xditd.ipc.status import ForwardPath, LayoutReport, LoraCounts, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.transports.cuda_ipc import device_uuid
 from xditd.ipc.worker_messages import DigestIo, Prepare, RankTally, Run
@@ -64,6 +66,7 @@ class TorchExecutor:
         self._io = JobIo(layout.device)
         self._jobs = JobRunner(self._components, layout.rank, layout.device, group)
         self._imports = LendImports()
+        self._memory = IdleMemory(layout.device, partial(count_parts, layout.device, uuid, self._components))
         self._memory_bytes = 0
         self._measured_at = -MEASURE_EVERY_S
         self._measure_memory()
@@ -71,15 +74,19 @@ class TorchExecutor:
     @property
     def idle_wait_s(self) -> float | None:
         has_periodic_work = len(self._io) or self._components.files.has_unreported
-        waits_s = (UNMAP_CLOSED_EVERY_S if has_periodic_work else None, self._imports.wait_s)
+        waits_s = (UNMAP_CLOSED_EVERY_S if has_periodic_work else None, self._imports.wait_s, self._memory.wait_s)
         return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
 
     def while_idle(self) -> None:
         self._io.unmap_closed()
         self._imports.run_next()
+        self._memory.run_due()
 
     def take_digests(self) -> Mapping[str, tuple[FileDigest, ...]]:
         return self._components.files.take_digests()
+
+    def take_memory(self) -> MemoryParts | None:
+        return self._memory.take()
 
     def prepare(self, command: Prepare) -> PreparedFacts:
         component = self._components.prepare(
@@ -159,6 +166,7 @@ class TorchExecutor:
     def after_answer(self) -> None:
         """Choose the paths of the forwards that have run, and measure the GPU's memory in use for the next tally."""
         self._imports.note_command()
+        self._memory.note_command()
         try:
             for paths in self._paths():
                 paths.decide()

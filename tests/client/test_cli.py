@@ -29,6 +29,7 @@ from xditd.ipc.status import (
     JobStatus,
     LeaseState,
     LoraCounts,
+    MemoryParts,
     PackedProducts,
     SplitCheck,
     WorkerStatus,
@@ -56,7 +57,8 @@ STATUS = DaemonStatus(
         FusedCheck(kernels="fp8 FLUX.1 blocks", case="1 text + 2 image", error=None, tolerance=0.1, is_used=False),
     ),
     workers=(
-        WorkerStatus(rank=0, pid=42, device="cuda:0", device_uuid="GPU-a", memory_bytes=3 * 2**30, loaded=1),
+        WorkerStatus(rank=0, pid=42, device="cuda:0", device_uuid="GPU-a", memory_bytes=3 * 2**30, loaded=1,
+                     memory=MemoryParts(weights_bytes=2**30, graphs_bytes=2**29, reserve_bytes=2**28)),
         WorkerStatus(rank=1, pid=43, device="cuda:1", device_uuid="GPU-b", memory_bytes=0, loaded=1),
     ),
     components=(
@@ -106,6 +108,16 @@ def test_status_is_a_table_for_people(daemon, folder, capsys):
                  "cuda_ipc", "22.0 GiB peer", "3/28",
                  "1 h 02 min", "5 done", "0 connections to other hosts"):  # fmt: skip
         assert text in out
+
+
+def test_status_shows_the_memory_of_workers_by_part(daemon, folder, capsys):
+    answers_status(daemon)
+    assert main(["status", "--runtime-dir", str(folder)]) == exits.DONE
+    out = capsys.readouterr().out
+    (header,) = [line for line in out.splitlines() if "BEYOND WEIGHTS" in line]
+    rank = out.splitlines()[out.splitlines().index(header) + 1]
+    assert header.split()[:4] == ["RANK", "WEIGHTS", "SCRATCH", "GRAPHS"]
+    assert " ".join(rank.split()) == "0 1.0 GiB 0 B 512.0 MiB 0 B 0 B 256.0 MiB - 768.0 MiB"
 
 
 def test_status_shows_restarts_memory_by_tier_and_the_last_errors(daemon, folder, capsys):

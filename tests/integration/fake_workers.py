@@ -36,7 +36,7 @@ from xditd.ipc.facts import (
 from xditd.ipc.layout_choice import choose_layout, report
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Generate
-from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, PackedProducts
+from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, MemoryParts, PackedProducts
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest
 from xditd.ipc.worker_messages import STANDBY_FLAG, CallResults, DigestIo, Prepare, RankTally, Run
 
@@ -122,6 +122,9 @@ class FakeExecutor:
         """Clients whose jobs ran, until ``ForgetClient``."""
         self.plugs = 0
         self.checks: list[FusedCheck] = []
+        self.counted: MemoryParts | None = MemoryParts(
+            weights_bytes=64, graphs_bytes=16, reserve_bytes=8, context_bytes=4
+        )
 
     @property
     def is_last(self) -> bool:
@@ -135,6 +138,10 @@ class FakeExecutor:
 
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         return {}
+
+    def take_memory(self) -> MemoryParts | None:
+        counted, self.counted = self.counted, None
+        return counted
 
     def prepare(self, command: Prepare) -> PreparedFacts:
         manifest = command.manifest

@@ -72,6 +72,7 @@ def _workers(group: WorkerGroup) -> tuple[WorkerStatus, ...]:
             device_uuid=ready.device_uuid,
             memory_bytes=tallies[rank].memory_bytes if rank in tallies else 0,
             loaded=tallies[rank].loaded if rank in tallies else 0,
+            memory=group.ranks.memory.get(rank),
         )
         for rank, ready in sorted(group.ranks.ready.items())
     )

@@ -11,7 +11,7 @@ from xditd.daemon.front.handlers.status import describe_daemon
 from xditd.daemon.front.service import Service
 from xditd.daemon.operations.metrics import write_metrics
 from xditd.ipc.errors import BadCheckpoint
-from xditd.ipc.status import ForwardPath, FusedCheck, PackedProducts, WorkerStatus
+from xditd.ipc.status import ForwardPath, FusedCheck, MemoryParts, PackedProducts, WorkerStatus
 from xditd.ipc.tensors import CopiedBytes
 
 
@@ -47,13 +47,23 @@ def test_counters_and_state_are_written_with_their_labels(service: Service) -> N
 
 
 def test_workers_and_fused_checks_have_samples_of_their_own(service: Service) -> None:
-    worker = WorkerStatus(rank=1, pid=2, device="cuda:1", device_uuid="GPU-1", memory_bytes=5, loaded=1)
+    worker = WorkerStatus(
+        rank=1,
+        pid=2,
+        device="cuda:1",
+        device_uuid="GPU-1",
+        memory_bytes=5,
+        loaded=1,
+        memory=MemoryParts(graphs_bytes=3),
+    )
     check = FusedCheck(kernels='a"b', case="8", error=None, tolerance=0.02, is_used=False)
     status = describe_daemon(service)
     fields = {name: getattr(status, name) for name in status.__struct_fields__}
     changed = type(status)(**fields | {"workers": (worker,), "fused_checks": (check,)})
     found = read(write_metrics(changed, service.counters, 0))
     assert found[labelled("xditd_gpu_memory_used_bytes", rank="1", device="cuda:1", uuid="GPU-1")] == 5
+    assert found[labelled("xditd_worker_memory_bytes", rank="1", part="graphs")] == 3
+    assert labelled("xditd_worker_memory_bytes", rank="1", part="context") not in found  # the driver did not say
     assert math.isnan(found[labelled("xditd_fused_error_ratio", kernels='a"b', tokens="8")])
     assert found[labelled("xditd_fused_in_use", kernels='a"b', tokens="8")] == 0
 

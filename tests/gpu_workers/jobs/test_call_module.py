@@ -96,8 +96,10 @@ def test_a_component_that_is_not_plugged_is_copied(rank: OneRank) -> None:
 
 def test_a_copied_component_gives_the_same(rank: OneRank) -> None:
     vae = Vae(rank, make_vae())
+    assert rank.components.weights_bytes == 0  # mapped memory is the client's
     copied, _ = rank.components.copy_component("vae")
     assert copied.host_to_host > 0
+    assert copied.host_to_host <= rank.components.weights_bytes < 2 * copied.host_to_host
     assert torch.equal(vae.decode(LATENTS), vae.expected(LATENTS))
 
 

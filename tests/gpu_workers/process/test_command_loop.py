@@ -20,7 +20,7 @@ from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadRequest, Internal, XditdError
 from xditd.ipc.processes import ProcessIdentity
-from xditd.ipc.status import LayoutReport
+from xditd.ipc.status import LayoutReport, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.worker_messages import (
     AnyReport,
@@ -31,6 +31,7 @@ from xditd.ipc.worker_messages import (
     Done,
     FilesDigested,
     ForgetClient,
+    MemoryCounted,
     Plug,
     Plugged,
     RankFailed,
@@ -59,6 +60,7 @@ class RecordingExecutor:
         self.calls: list[Any] = []
         self.failure: Exception | None = None
         self.digests: dict[str, tuple[FileDigest, ...]] = {}
+        self.counted: MemoryParts | None = None
 
     def _record(self, *call: Any) -> None:
         self.calls.append(call)
@@ -72,6 +74,10 @@ class RecordingExecutor:
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         digests, self.digests = self.digests, {}
         return digests
+
+    def take_memory(self) -> MemoryParts | None:
+        counted, self.counted = self.counted, None
+        return counted
 
     def prepare(self, command: Any) -> PreparedFacts:
         raise AssertionError("not asked for here")
@@ -223,3 +229,11 @@ def test_digests_are_sent_while_the_rank_is_idle(loop: SimpleNamespace, executor
     told = loop.receive()
     assert isinstance(told, FilesDigested)
     assert (told.component_id, told.digests) == ("c1", (digest,))
+
+
+def test_a_count_of_the_memory_is_sent_once(loop: SimpleNamespace, executor: RecordingExecutor) -> None:
+    executor.counted = MemoryParts(weights_bytes=7, reserve_bytes=3)
+    told = loop.receive()
+    assert isinstance(told, MemoryCounted)
+    assert (told.rank, told.memory.by_part["weights"], told.memory.beyond_weights_bytes) == (1, 7, 3)
+    assert isinstance(loop.ask(Unmap(op_number=1, component_id="c1")), Done)

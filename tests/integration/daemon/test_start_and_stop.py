@@ -31,6 +31,13 @@ def test_hello_is_answered_while_the_workers_start(start_daemon: Any) -> None:
     assert client.status().group_state.value == "starting"
 
 
+def test_status_has_what_idle_workers_counted_of_their_memory(start_daemon: Any) -> None:
+    client = start_daemon().ready_client()
+    client.wait_status(lambda status: all(worker.memory is not None for worker in status.workers))
+    for worker in client.status().workers:
+        assert (worker.memory.weights_bytes, worker.memory.beyond_weights_bytes) == (64, 28)
+
+
 def test_a_stop_does_not_wait_for_workers_that_still_import(start_daemon: Any) -> None:
     daemon = start_daemon(worker_flags=["--imports-s", "60"])
     pids = worker_pids(daemon.ready_client())
