@@ -34,6 +34,7 @@ class PromptMethods:
         transformer: Loan | LoanWithLoras | str,
         prompt: str | Sequence[str],
         *,
+        prompt_2: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         images: Sequence[Any] = (),
         encoders: Mapping[str, Loan | LoanWithLoras | str],
@@ -51,7 +52,9 @@ class PromptMethods:
         diffusers' pipeline of the transformer's family. Floating tensors have the dtype of the transformer's weights;
         encoders compute in float32.
 
-        ``negative_prompt`` is one for all prompts, or one for each; without it there is no negative conditioning.
+        ``prompt_2`` is what the second encoder reads in place of the prompt, such as FLUX.1's T5, where the facts have
+        ``takes_second``; one for all prompts, or one for each. ``negative_prompt`` is one for all prompts, or one for
+        each; without it there is no negative conditioning.
         ``images`` go with every prompt of a family that takes them: PIL images in RGB, or (height, width, 3) of uint8.
         ``options`` are those of the facts, such as ``max_sequence_length``. Weights in prompts, ``(cat:1.2)``, are
         text; ``weights=True`` is refused by a family that has none. ``device`` is that of the tensors, by default the
@@ -65,7 +68,17 @@ class PromptMethods:
         if isinstance(encoders, Mapping) and not encoders:
             raise BadRequest("encoders: none is given; name the text encoders by role, or use tokenize for ids alone")
         found: Conditioning = self._encode(
-            transformer, prompt, negative_prompt, images, encoders, tokenizers, weights, options, device, deadline_s
+            transformer,
+            prompt,
+            negative_prompt,
+            images,
+            encoders,
+            tokenizers,
+            weights,
+            options,
+            device,
+            deadline_s,
+            prompt_2=prompt_2,
         )
         return found
 
@@ -135,6 +148,8 @@ class PromptMethods:
         options: Mapping[str, bool | int | float] | None,
         device: torch.device | str | None,
         deadline_s: float | None,
+        *,
+        prompt_2: Texts | None = None,
     ) -> Any:
         from xditd.client.jobs.arguments import check_text
         from xditd.client.jobs.prompt_requests import prompt_request
@@ -149,6 +164,7 @@ class PromptMethods:
             self._component(transformer, ComponentKind.TRANSFORMER),
             prompt,
             negative_prompt=negative_prompt,
+            prompt_2=prompt_2,
             images=images,
             encoders={role: self._component(each, ComponentKind.TEXT_ENCODER) for role, each in encoders.items()},
             tokenizers={role: self._component(each, ComponentKind.TOKENIZER) for role, each in tokenizers.items()},

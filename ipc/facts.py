@@ -138,6 +138,8 @@ class PromptFacts(Described, frozen=True, kw_only=True):
     max_images: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_PROMPT_IMAGES)] = 0
     """Pictures that a prompt takes."""
     takes_negative: bool = False
+    takes_second: bool = False
+    """Whether the second encoder may read other prompts than the first."""
     default_negative: Annotated[str, msgspec.Meta(max_length=limits.MAX_PROMPT_CHARS)] | None = None
     """The negative prompt that diffusers' pipeline takes if none is given and the guidance needs one."""
     options: Names = ()
@@ -246,6 +248,8 @@ class LoraFacts(Described, frozen=True, kw_only=True):
     """Facts of a LoRA: how many of its layers have names of which families, and which have names of none."""
 
     families: Annotated[dict[Name, Count], msgspec.Meta(max_length=64)]
+    text_encoders: Annotated[tuple[Names, ...], msgspec.Meta(max_length=64)] = ()
+    """Families of text encoders of which it has layers: any of one entry has the layers that this entry is of."""
     layers: Count
     largest_rank: Count
     unknown: Annotated[tuple[Name, ...], msgspec.Meta(max_length=limits.MAX_LORA_NAMES)] = ()

@@ -227,7 +227,8 @@ class EncodePrompt(Request, tag="encode_prompt", frozen=True, kw_only=True):
     """Encode prompts to the conditioning that ``Generate`` takes of them. Answered by ``PromptEncoded``.
 
     ``encoders`` and ``tokenizers`` are named by the roles in the transformer's facts. Lengths, padding, templates and
-    layers are those of the transformer's family. ``negative_prompts`` are as many as ``prompts``, or none. ``images``
+    layers are those of the transformer's family. ``negative_prompts`` are as many as ``prompts``, or none, and so are
+    ``prompts_2``, which the second encoder of a family reads in place of ``prompts``. ``images``
     (height, width, 3), uint8, go with every prompt. Without ``encoders``, the reply has the token ids alone.
     ``out`` is the place for results in ``io``; longer ones are returned in a block of the workers.
     """
@@ -242,6 +243,7 @@ class EncodePrompt(Request, tag="encode_prompt", frozen=True, kw_only=True):
     io: HostShmBlock
     prompts: Prompts
     negative_prompts: Prompts = ()
+    prompts_2: Prompts = ()
     images: Annotated[tuple[IoTensor, ...], msgspec.Meta(max_length=limits.MAX_PROMPT_IMAGES)] = ()
     options: Annotated[dict[Name, bool | Whole | Finite], msgspec.Meta(max_length=64)] = msgspec.field(
         default_factory=dict

@@ -46,6 +46,7 @@ def prompt_request(
     prompt: Texts,
     *,
     negative_prompt: Texts | None,
+    prompt_2: Texts | None = None,
     images: Sequence[Any],
     encoders: Mapping[str, Component],
     tokenizers: Mapping[str, Component],
@@ -63,9 +64,12 @@ def prompt_request(
     place_of_results = _device_of(device)
     family = transformer.facts.family
     prompts = check_texts("prompt", prompt)
-    negatives = _negatives(negative_prompt, len(prompts))
+    negatives = _as_many("negative_prompt", negative_prompt, len(prompts))
     if negatives and not facts.takes_negative:
         raise Unsupported(f"negative_prompt: {family} has no second prediction to weight against; leave it out")
+    seconds = _as_many("prompt_2", prompt_2, len(prompts))
+    if seconds and not facts.takes_second:
+        raise Unsupported(f"prompt_2: {family} has one text for all of its encoders; leave it out")
     if not isinstance(weights, bool):
         raise BadRequest(f"weights: {weights!r:.100} is of type {type(weights).__name__}, use True or False")
     if weights:
@@ -101,6 +105,7 @@ def prompt_request(
             io=io,
             prompts=prompts,
             negative_prompts=negatives,
+            prompts_2=seconds,
             images=tuple(place for place, _ in inputs),
             options=chosen,
             out_offset_bytes=at,
@@ -155,15 +160,15 @@ def check_texts(name: str, given: Texts) -> tuple[str, ...]:
     return texts
 
 
-def _negatives(given: Texts | None, prompts: int) -> tuple[str, ...]:
-    """Return negative prompts, as many as prompts; one text is for all of them."""
+def _as_many(name: str, given: Texts | None, prompts: int) -> tuple[str, ...]:
+    """Return texts beside the prompts, as many as these; one text is for all of them."""
     if given is None:
         return ()
     if isinstance(given, str):
-        return check_texts("negative_prompt", [given] * prompts)
-    texts = check_texts("negative_prompt", given)
+        return check_texts(name, [given] * prompts)
+    texts = check_texts(name, given)
     if len(texts) != prompts:
-        raise BadRequest(f"negative_prompt: {len(texts)} texts for {prompts} prompts; give as many, or one for all")
+        raise BadRequest(f"{name}: {len(texts)} texts for {prompts} prompts; give as many, or one for all")
     return texts
 
 

@@ -56,9 +56,6 @@ class Adapter:
     empty_negative: ClassVar[str | None] = ""
     """The negative prompt of a guided call without one; ``None``: such a call is not guided."""
 
-    of_second_prompt: ClassVar[frozenset[str]] = frozenset()
-    """The conditioning that ``prompt_2`` makes; the rest is of the prompt. Empty: all encoders read one text."""
-
     default_strength: ClassVar[float] = 0.6
     """Of a picture that a call starts from, as in diffusers' pipelines."""
 
@@ -91,8 +88,9 @@ class Adapter:
         starts = "image" in facts.starts
         references = REFERENCES in takes or "reference_images" in takes
         no_start = "it starts from no picture: give those that the prompt refers to as references="
+        has_second = facts.prompt is not None and facts.prompt.takes_second
         reasons = {
-            "prompt_2": (bool(self.of_second_prompt), "its pipeline has one text for all of its encoders"),
+            "prompt_2": (has_second, "its pipeline has one text for all of its encoders"),
             "weights": (False, "its pipeline has no weights in prompts, (cat:1.2) is text"),
             "negative_prompt": (NEGATIVE in takes, "it has no classifier-free guidance, which a negative prompt needs"),
             MAX_LENGTH: (self.has_length, "its prompts have one length"),

@@ -33,7 +33,6 @@ KONTEXT_SIZES: Final = (
 class Flux1(Adapter):
     """FLUX.1: a picture is a start, or of Fill what the mask is of; one reference, which Kontext takes."""
 
-    of_second_prompt = frozenset({"prompt_embeds", "text_ids"})
     without_references = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     edits = ("FluxKontextPipeline",)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xditd.client.client import Client
@@ -152,9 +151,11 @@ class Runner:
         options = plan.text_options | ({} if length is None else {MAX_LENGTH: length})
         classes = facts.image_tokenizers if plan.text_images else facts.tokenizers
         encoders = self._loans.encoders(facts.encoders)
-        encode = partial(
-            self._client.encode_prompt,
+        seconds = None if call.prompts_2 is None else list(call.prompts_2)
+        texts: Mapping[str, Any] = self._client.encode_prompt(
             transformer,
+            list(call.prompts),
+            prompt_2=seconds,
             negative_prompt=None if negatives is None else list(negatives),
             images=list(plan.text_images),
             options=options or None,
@@ -162,11 +163,7 @@ class Runner:
             tokenizers=self._loans.tokenizers(classes),
             deadline_s=self._rest_s(),
         )
-        texts: Mapping[str, Any] = encode(list(call.prompts))
-        if call.prompts_2 is None or call.prompts_2 == call.prompts:
-            return texts
-        second: Mapping[str, Any] = encode(list(call.prompts_2))
-        return {name: (second if name in self._adapter.of_second_prompt else texts)[name] for name in texts}
+        return texts
 
     def _for_images(self, texts: Mapping[str, Any], count: int) -> dict[str, Any]:
         """Repeat what each prompt has for its ``count`` pictures."""
@@ -217,7 +214,10 @@ class Runner:
             every.append((loan, strength, wanted))
             _check_text_layers(loan, _path_of(source))
             families = {} if loan.facts.lora is None else loan.facts.lora.families
+            self._check_encoders(loan, _path_of(source))
             roles = tuple(encoder for encoder in self._source.encoders if parts[encoder].family in families)
+            if call.conditioning is not None:  # encoders read nothing
+                roles = ()
             if parts[wanted].family in families or not roles:
                 by_role[wanted].append((loan, strength))
                 roles = (wanted, *roles)
@@ -227,6 +227,21 @@ class Runner:
         if second is not None and by_role[SECOND]:
             return lent, second.with_loras(by_role[SECOND]), every, tuple(used)
         return lent, second, every, tuple(used)
+
+    def _check_encoders(self, lora: Loan, path: str) -> None:
+        """Refuse a LoRA with layers of a text encoder that the pipeline does not have: they would have no effect.
+
+        Raises:
+            Unsupported: names the file and the families.
+        """
+        own = {self._loans.parts[role].family for role in self._source.encoders}
+        for families in () if lora.facts.lora is None else lora.facts.lora.text_encoders:
+            if not own & set(families):
+                raise Unsupported(
+                    f"loras: {path}: it has layers of a text encoder ({' or '.join(families)}), and "
+                    f"{self._source.name} has none of these: give it by text_encoders= (--text-encoder in the shell), "
+                    "or remove the layers from the file"
+                )
 
     # --- Pictures ------------------------------------------------------------------------------------
 

@@ -88,9 +88,9 @@ def _tokenize(
 
     pictures = [Image.fromarray(each.numpy()) for each in images]
     found = {}
-    for before, texts in (("", job.prompts), (NEGATIVE, job.negative_prompts)):
+    for before, texts, second in (("", job.prompts, job.prompts_2), (NEGATIVE, job.negative_prompts, ())):
         if texts:
-            inputs = PromptInputs(texts, pictures, job.options)
+            inputs = PromptInputs(texts, pictures, job.options, second)
             with refuse_foreign_errors(
                 f"tokenizers of {transformer.manifest.label}", "tokenize these texts", has_prompts=True
             ):

@@ -45,7 +45,11 @@ def check_prompts(job: EncodePrompt, facts: PromptFacts, transformer: Component)
         raise BadRequest(
             f"negative_prompts: {len(job.negative_prompts)} for {len(job.prompts)} prompts; give as many, or none"
         )
-    chars = sum(map(len, (*job.prompts, *job.negative_prompts)))
+    if job.prompts_2 and len(job.prompts_2) != len(job.prompts):
+        raise BadRequest(f"prompts_2: {len(job.prompts_2)} for {len(job.prompts)} prompts; give as many, or none")
+    if job.prompts_2 and not facts.takes_second:
+        raise Unsupported(f"prompt_2: {name} has one text for all of its encoders; leave it out")
+    chars = sum(map(len, (*job.prompts, *job.negative_prompts, *job.prompts_2)))
     if chars > limits.MAX_PROMPTS_CHARS:
         raise BadRequest(
             f"prompts: {chars} characters in all, at most {limits.MAX_PROMPTS_CHARS}; send fewer at a time"

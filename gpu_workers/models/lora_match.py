@@ -9,7 +9,7 @@ import torch
 
 from xditd.gpu_workers.models.entries import TORCH_DTYPES, Bindings, dtype_of_most
 from xditd.gpu_workers.models.lora_binding import FEWEST, LentLora
-from xditd.gpu_workers.models.lora_targets import count_by_family
+from xditd.gpu_workers.models.lora_targets import count_by_family, text_encoders_of
 from xditd.gpu_workers.models.registry import titles
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -96,6 +96,7 @@ def match_lora(manifest: Manifest, description: LoraDescription) -> LoraMatch:
     specs = {spec.name: spec for spec in manifest.tensors}
     facts = LoraFacts(
         families=families,
+        text_encoders=() if description.as_class else text_encoders_of(description.layers),
         layers=len(description.layers),
         largest_rank=max(specs[layer.down].shape[0] for layer in description.layers),
         unknown=tuple(layer.down for layer in unknown[: limits.MAX_LORA_NAMES]),

@@ -115,17 +115,26 @@ def count_by_family(layers: Collection[LoraLayer]) -> tuple[dict[str, int], list
     counts: dict[str, int] = {}
     unknown: list[LoraLayer] = []
     for layer in layers:
-        pattern = _without_numbers(layer.target)
-        known = [
-            name
-            for name, (family, patterns) in _patterns().items()
-            if of_kind(layer.part, family.kind) and pattern in patterns
-        ]
+        known = _families_of(layer)
         for name in known:
             counts[name] = counts.get(name, 0) + 1
         if not known:
             unknown.append(layer)
     return dict(sorted(counts.items(), key=lambda each: -each[1])), unknown
+
+
+def text_encoders_of(layers: Collection[LoraLayer]) -> tuple[tuple[str, ...], ...]:
+    """Return the families of text encoders that layers of a LoRA are of: for each kind of layers all that have them."""
+    return tuple(sorted({tuple(_families_of(layer)) for layer in layers if layer.part == "text_encoder"} - {()}))
+
+
+def _families_of(layer: LoraLayer) -> list[str]:
+    pattern = _without_numbers(layer.target)
+    return [
+        name
+        for name, (family, patterns) in _patterns().items()
+        if of_kind(layer.part, family.kind) and pattern in patterns
+    ]
 
 
 def layers_for(family: Family[Any], layers: Collection[LoraLayer]) -> list[LoraLayer]:

@@ -28,6 +28,8 @@ class PromptInputs:
     texts: Sequence[str]
     images: Sequence[Any] = ()
     options: Mapping[str, float] = field(default_factory=dict)
+    second: Sequence[str] = ()
+    """What the second encoder reads in place of ``texts``, one for each; none: it reads these, too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

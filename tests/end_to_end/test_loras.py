@@ -298,6 +298,7 @@ def test_text_encoders(client, relative_error, leaves_nothing):
                 tensors[layer + (down if role.startswith("A") else up)] = tensor
         loans.append(client.lend_lora(tensors))
         assert set(loans[-1].facts.lora.families) == {"clip_l", "t5", "umt5", "flux1"}  # T5 and UMT5 name layers alike
+        assert loans[-1].facts.lora.text_encoders == (("clip_l",), ("t5", "umt5"))
         assert loans[-1].facts.lora.unknown == ()
     uses = list(zip(loans, strengths, strict=True))
     ids = torch.randint(2, 1000, (2, 20), generator=torch.Generator().manual_seed(1))

@@ -78,6 +78,8 @@ def test_flux1_has_the_bits_of_diffusers_pipeline(client: Client, flux1: Flux1, 
         same(client.encode_prompt(flux1.transformer, prompt, **flux1.loans), flux1.expected(prompt))
     short = client.encode_prompt(flux1.transformer, "a cat", options={"max_sequence_length": 64}, **flux1.loans)
     same(short, flux1.expected("a cat", max_sequence_length=64))
+    both = client.encode_prompt(flux1.transformer, "a cat", prompt_2="a hat", **flux1.loans)
+    same(both, flux1.expected("a cat", prompt_2="a hat"))
 
 
 def test_results_that_do_not_fit_the_clients_block_come_in_one_of_the_workers(

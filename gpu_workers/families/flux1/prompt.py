@@ -22,6 +22,7 @@ T5: Final = "text_encoder_2"
 FACTS: Final = PromptFacts(
     encoders={CLIP: ("clip_l",), T5: ("t5",)},
     tokenizers={"tokenizer": ("CLIPTokenizer",), "tokenizer_2": ("T5Tokenizer",)},
+    takes_second=True,
     options=(MAX_LENGTH,),
 )
 _LENGTH: Final = 512
@@ -44,7 +45,7 @@ class Flux1Prompt:
         of_clip = said if said <= _CLIP_MOST else _CLIP_LENGTH
         return {
             CLIP: Tokens(tokenized(tokenizers["tokenizer"], inputs.texts, of_clip).token_ids),
-            T5: Tokens(tokenized(tokenizers["tokenizer_2"], inputs.texts, length).token_ids),
+            T5: Tokens(tokenized(tokenizers["tokenizer_2"], inputs.second or inputs.texts, length).token_ids),
         }
 
     def encode(self, config: Flux1Config, tokens: Mapping[str, Tokens], encoders: PromptEncoders) -> Conditioning:

@@ -127,3 +127,14 @@ def test_other_pictures_are_refused_by_name() -> None:
             image_tensors([picture])
     with pytest.raises(BadRequest, match="images: a list of pictures is needed, not Image"):
         image_tensors(image)
+
+
+def test_the_second_prompt_goes_with_the_first_where_a_family_takes_it() -> None:
+    takes = transformer(replace(PROMPT, takes_second=True))
+    assert sent(["a", "b"], of=takes, prompt_2="c").prompts_2 == ("c", "c")
+    assert sent("a", of=takes, prompt_2=["c"]).prompts_2 == ("c",)
+    assert sent("a", of=takes).prompts_2 == ()
+    with pytest.raises(BadRequest, match="prompt_2: 2 texts for 1 prompts; give as many, or one for all"):
+        sent("a", of=takes, prompt_2=["b", "c"])
+    with pytest.raises(Unsupported, match=r"prompt_2: .* has one text for all of its encoders; leave it out"):
+        sent("a", prompt_2="c")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import flux1_variants
+import flux1_words
 import pipeline_folders as folders
 import pytest
 import torch
@@ -14,7 +16,7 @@ import wan_models
 from pipeline_parts import image, mask
 from safetensors.torch import save_file
 
-from xditd.client import BadRequest, Pipeline
+from xditd.client import BadRequest, Pipeline, Unsupported
 from xditd.client.demo.checkpoints import flux_vae_state_dict
 from xditd.client.metadata.of_runs import record_of_run
 from xditd.client.pipeline import families
@@ -181,6 +183,31 @@ def test_a_lora_acts(opened: Callable[..., Pipeline], tmp_path: Any) -> None:
     assert sum("style" in each.label for each in pipe.client.status().components) == 1
     with pytest.raises(BadRequest, match="give pairs"):
         pipe(**given, loras=["style.safetensors"])
+
+
+def test_a_lora_of_an_encoder_that_is_not_there_is_refused(opened: Callable[..., Pipeline], tmp_path: Path) -> None:
+    """Its layers would have no effect; with the encoder, words are encoded with them, and tensors are not."""
+    layers = {
+        "transformer.transformer_blocks.0.attn.to_q": flux1_variants.state_of(64)["img_in.weight"].shape[0],
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1": 128,
+    }
+    factors = {}
+    for name, width in layers.items():
+        outer = 4 * width if name.endswith("fc1") else width
+        factors[f"{name}.lora_A.weight"] = 0.1 * folders.rows(1, 4, width)
+        factors[f"{name}.lora_B.weight"] = folders.rows(2, outer, 4)
+    path = tmp_path / "style.safetensors"
+    save_file(factors, path)
+    pipe = opened(folders.flux1())
+    with pytest.raises(Unsupported, match=rf"{path}: it has layers of a text encoder \(clip_l\), and model0 has"):
+        pipe(conditioning=folders.flux1_texts(), loras=[(path, 1.0)], steps=1, width=96, height=64)
+    whole = flux1_words.saved(tmp_path / "flux")
+    with Pipeline.open(whole, client=pipe.client) as words:
+        given: dict[str, Any] = {"steps": 1, "seed": 1, "width": 96, "height": 64}
+        assert words("a cat", loras=[(path, 1.0)], **given).settings.loras[0].roles == ("transformer", "text_encoder")
+        widths = {"prompt_embeds": folders.rows(1, 1, 9, 128), "pooled_prompt_embeds": folders.rows(2, 1, 128)}
+        tensors = words(conditioning=widths, loras=[(path, 1.0)], **given)
+        assert tensors.settings.loras[0].roles == ("transformer",)
 
 
 def test_a_pair_of_transformers_asks_which_one_a_lora_is_for(opened: Callable[..., Pipeline]) -> None:

@@ -53,10 +53,15 @@ def test_a_prompt(client: Client, folder: Path, count: int) -> None:
         assert found.to_numpy().shape == (count, 64, 96, 3)
 
 
-def test_the_second_prompt_is_what_t5_reads(client: Client, folder: Path) -> None:
+def test_the_second_prompt_is_what_t5_reads(client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, seconds = ["a cat", "two dogs"], ["a hat", "猫"]
     with Pipeline.open(folder, client=client) as pipe:
+        asked, encode = [], client.encode_prompt
+        monkeypatch.setattr(
+            client, "encode_prompt", lambda *given, **more: asked.append(more) or encode(*given, **more)
+        )
         one = pipe("a cat", prompt_2="a hat", **GIVEN)
+        assert [each["prompt_2"] for each in asked] == [["a hat"]]  # each encoder runs once
         several = pipe(prompts, prompt_2=seconds, num_images=2, **GIVEN).generation.latents
         for given, says in (
             ({"prompt_2": ["a", "b", "c"]}, "prompt_2: 3 for 1 prompts; give one, or one for each"),
