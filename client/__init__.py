@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     from xditd.client.jobs.arguments import KeptTensor, RowsOf
     from xditd.client.jobs.controls import CallControl, Control
     from xditd.client.jobs.generation import GenerationJob
+    from xditd.client.pipeline.job import PipelineJob
     from xditd.client.pipeline.pipeline import Pipeline
     from xditd.client.pipeline.results import PipelineResult
-    from xditd.client.pipeline.running import PipelineJob
     from xditd.client.pipeline.settings import RunSettings
     from xditd.client.results import GenerationResult, TextEncoding
 
@@ -133,7 +133,7 @@ _MODULES = {
     "GenerationResult": "results",
     "KeptTensor": "jobs.arguments",
     "Pipeline": "pipeline.pipeline",
-    "PipelineJob": "pipeline.running",
+    "PipelineJob": "pipeline.job",
     "PipelineResult": "pipeline.results",
     "RowsOf": "jobs.arguments",
     "RunSettings": "pipeline.settings",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from xditd.client.argument_names import names_unknown
 from xditd.client.daemon_methods import DaemonMethods
 from xditd.client.jobs.component import Component
 from xditd.client.lifetime import Lifetime
@@ -18,7 +19,7 @@ from xditd.client.waiting import check_seconds
 from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.replies import Decoded, Encoded, TextEncoded
+from xditd.ipc.replies import Decoded, Encoded
 from xditd.ipc.tensors import ComponentKind
 
 # Modules of jobs are imported by the methods that run them: a program that asks for the status needs none.
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from xditd.client.jobs.arguments import KeptTensor
     from xditd.client.jobs.controls import CallControl, Control
     from xditd.client.jobs.generation import GenerationJob
-    from xditd.client.results import TextEncoding
 
 SILENCE_DEADLINE_S: Final = 600.0
 """Default for lends and jobs: the longest time without progress. It is longer than the default of the daemon's
@@ -64,6 +64,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
 
         return client_of(cluster)
 
+    @names_unknown("Client")
     def __init__(
         self,
         runtime_dir: str | os.PathLike[str] | None = None,
@@ -108,6 +109,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
         component_id = any_component_id("component", component)
         return self._current().facts_of(component_id) if isinstance(component, str) else component.facts
 
+    @names_unknown("Client.generate")
     def generate(
         self,
         transformer: Loan | LoanWithLoras | str,
@@ -300,37 +302,6 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
             raise BadRequest("foreseen, variant and controls: a module that runs as its class has none; leave them out")
         named = self._component(component, ComponentKind.MODULE)
         return self._runner.call_class(named, parts, method=method, numerics=None, device=None, deadline_s=deadline_s)
-
-    def encode_text(
-        self,
-        encoder: Loan | LoanWithLoras | str,
-        token_ids: torch.Tensor | Sequence[Sequence[int]],
-        *,
-        pooled: bool = False,
-        mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
-        layers: Sequence[int] = (),
-        images: Mapping[str, torch.Tensor] | None = None,
-        deadline_s: float | None = None,
-    ) -> TextEncoding:
-        """Encode token ids (batch, tokens) with a text encoder, in float32, whatever the dtype of its weights.
-
-        The encoder's facts say how many tokens it takes. ``pooled`` adds the pooled state. Encoders with ``layers`` in
-        their facts take a ``mask`` (batch, tokens), 0 for padding, which others do not mask, and ``layers``: the states
-        after these, one beside the other (batch, tokens, layers * width), in place of those after the final norm.
-        Encoders with ``images`` in their facts take images in texts: the tensors of these names that the processor of
-        their class in transformers makes beside the token ids, of all texts in order.
-
-        Raises:
-            BadRequest: an unknown token id, too many tokens, a mask, layers or images that the encoder does not take,
-                images that do not fit the token ids, or an encoder without a pooled state.
-        """
-        from xditd.client.jobs.text_requests import encode_text_request
-        from xditd.client.results import TextEncoding
-
-        component = self._component(encoder, ComponentKind.TEXT_ENCODER)
-        job = encode_text_request(component, token_ids, pooled=pooled, mask=mask, layers=layers, images=images)
-        found = self._runner.run(job, TextEncoded, deadline_s)
-        return TextEncoding(found["hidden_states"], found.get("pooled"))
 
     def decode(
         self,

@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from xditd.client.argument_names import names_unknown
 from xditd.client.connection import CONTROL_DEADLINE_S
 from xditd.client.loans import Loan, any_component_id, kind_named
 from xditd.client.session import Session
@@ -34,6 +35,7 @@ class LoanMethods:
 
     _current: Callable[[], Session]
 
+    @names_unknown("Client.lend")
     def lend(
         self,
         source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | torch.nn.Module,
@@ -116,6 +118,7 @@ class LoanMethods:
 
         return self._current().lend(make_offer, deadline_s)
 
+    @names_unknown("Client.prepare")
     def prepare(
         self,
         source: Mapping[str, Any] | str | os.PathLike[str] | torch.nn.Module,
@@ -157,6 +160,7 @@ class LoanMethods:
             )
         )
 
+    @names_unknown("Client.lend_tokenizer")
     def lend_tokenizer(
         self, source: str | os.PathLike[str], *, label: str | None = None, deadline_s: float | None = None
     ) -> Loan:
@@ -178,6 +182,7 @@ class LoanMethods:
 
         return self._current().lend(make_offer, deadline_s)
 
+    @names_unknown("Client.lend_lora")
     def lend_lora(
         self,
         source: Mapping[str, torch.Tensor] | str | os.PathLike[str] | ReadLora,

@@ -92,8 +92,9 @@ class Mailbox:
         is_total = timeouts.total_s is not None and now_s - self._started_s >= timeouts.total_s
         limit = "the call's" if is_total else "the client's"
         return DeadlineExceeded(
-            f"{self.purpose}: no answer from the daemon for {now_s - began_s:.1f} s, {now_s - self._started_s:.1f} s "
-            f"after the request; {self._last_event}; see xditd status, or raise {limit} deadline_s"
+            f"{self.purpose}: no answer from the daemon for {_seconds(now_s - began_s)}, "
+            f"{_seconds(now_s - self._started_s)} after the request; {self._last_event}; see xditd status, or raise "
+            f"{limit} deadline_s"
         )
 
     def _record_event(self, item: Ending) -> AnyReply:
@@ -120,6 +121,10 @@ class Mailbox:
                     on_event(item)
                 continue
             return expect(item, reply_type, self.purpose)
+
+
+def _seconds(value_s: float) -> str:
+    return f"{value_s:.1f} s" if value_s >= 0.1 else f"{value_s * 1e3:.0f} ms"
 
 
 def expect(reply: AnyReply, reply_type: type[R], purpose: str) -> R:

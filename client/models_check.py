@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,9 +19,10 @@ from xditd.client import lending
 from xditd.client.model_folders import CONFIG, find_model
 from xditd.client.model_json import read_json
 from xditd.client.models_file import ModelEntry
+from xditd.client.part_checks import misfits
 from xditd.client.subprograms import module_command, module_environment
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError
-from xditd.ipc.facts import ComponentFacts, TextEncoderFacts, TransformerFacts
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.tensors import ComponentKind, Manifest
 
 INDEX: Final = "model_index.json"
@@ -229,54 +230,7 @@ def _run(manifests: list[Manifest]) -> list[dict[str, Any]] | str:
 
 
 def _misfits(parts: list[PartCheck]) -> Iterator[str]:
-    """Compare the facts of a model's parts: latents of the VAE, stages, widths of the text encoders."""
-    facts = {part.part: part.facts for part in parts if part.facts is not None}
-    transformers = {name: each.transformer for name, each in facts.items() if each.transformer is not None}
-    vaes = [each.vae for each in facts.values() if each.vae is not None]
-    for name, transformer in transformers.items():
-        for vae in vaes:
-            try:
-                transformer.latents.check_vae(vae.latents)
-            except BadRequest as error:
-                yield f"{name} and {error.detail}"
-    main = facts.get("transformer")
-    second = facts.get("transformer_2")
-    if main is not None and second is not None and main.transformer is not None:
-        if main.family != second.family:
-            yield f"transformer_2: is of {second.family}, and the transformer of {main.family}; both are of one model"
-        elif main.transformer.stages < 2:
-            yield f"transformer_2: {main.family} runs one transformer; remove it"
-    encoders = [(part.part, part.facts) for part in parts if part.facts is not None and part.facts.text_encoder]
-    for transformer in list(transformers.values())[:1]:
-        yield from _missing_encoders(transformer, [each.family for _, each in encoders])
-        for name, each in encoders:
-            if each.text_encoder is not None and not _gives(each.text_encoder, transformer):
-                yield (
-                    f"{name}: {each.family} gives states of width {each.text_encoder.width}, and the transformer takes "
-                    f"{' and '.join(map(str, sorted(_widths(transformer))))}; name the text encoders of this model"
-                )
-
-
-def _missing_encoders(transformer: TransformerFacts, given: Sequence[str]) -> Iterator[str]:
-    """Yield the text encoders that prompts need and that are not there, if there is any: else prompts are not meant."""
-    if transformer.prompt is None or not given:
-        return
-    for role, families in transformer.prompt.encoders.items():
-        if not set(families) & set(given):
-            yield f"{role}: missing; prompts need one of {', '.join(families)} beside {', '.join(given)}"
-
-
-def _widths(transformer: TransformerFacts) -> set[int]:
-    """Return the widths of what a transformer takes of texts; references and masks have no fixed last side."""
-    return {
-        argument.shape[-1]
-        for argument in transformer.conditioning
-        if argument.shape and isinstance(argument.shape[-1], int)
-    }
-
-
-def _gives(encoder: TextEncoderFacts, transformer: TransformerFacts) -> bool:
-    """Return whether states of an encoder, or those of several layers side by side, are what the transformer takes."""
-    return any(
-        each == encoder.width or (encoder.layers > 0 and each % encoder.width == 0) for each in _widths(transformer)
-    )
+    known = [(part.part, part.facts) for part in parts if part.facts is not None]
+    encoders = [(name, each) for name, each in known if each.text_encoder is not None]
+    for name, fault in misfits(dict(known), encoders):
+        yield f"{name}: {fault}"

@@ -1,4 +1,4 @@
-"""The methods of ``Client`` that make conditioning of words."""
+"""The methods of ``Client`` that encode words, and token ids."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from xditd.client.argument_names import names_unknown
 from xditd.client.jobs.component import Component
 from xditd.client.loans import Loan, LoanWithLoras
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.replies import TextEncoded
 from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from xditd.client.conditioning import Conditioning
     from xditd.client.jobs.prompt_requests import Texts
     from xditd.client.jobs.runner import Runner
+    from xditd.client.results import TextEncoding
 
 
 class PromptMethods:
@@ -25,6 +28,7 @@ class PromptMethods:
     _runner: Runner
     _component: Callable[[Loan | LoanWithLoras | str, ComponentKind], Component]
 
+    @names_unknown("Client.encode_prompt")
     def encode_prompt(
         self,
         transformer: Loan | LoanWithLoras | str,
@@ -87,6 +91,37 @@ class PromptMethods:
             transformer, prompt, None, images, {}, tokenizers, False, options, None, deadline_s
         )
         return found
+
+    def encode_text(
+        self,
+        encoder: Loan | LoanWithLoras | str,
+        token_ids: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        pooled: bool = False,
+        mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
+        layers: Sequence[int] = (),
+        images: Mapping[str, torch.Tensor] | None = None,
+        deadline_s: float | None = None,
+    ) -> TextEncoding:
+        """Encode token ids (batch, tokens) with a text encoder, in float32, whatever the dtype of its weights.
+
+        The encoder's facts say how many tokens it takes. ``pooled`` adds the pooled state. Encoders with ``layers`` in
+        their facts take a ``mask`` (batch, tokens), 0 for padding, which others do not mask, and ``layers``: the states
+        after these, one beside the other (batch, tokens, layers * width), in place of those after the final norm.
+        Encoders with ``images`` in their facts take images in texts: the tensors of these names that the processor of
+        their class in transformers makes beside the token ids, of all texts in order.
+
+        Raises:
+            BadRequest: an unknown token id, too many tokens, a mask, layers or images that the encoder does not take,
+                images that do not fit the token ids, or an encoder without a pooled state.
+        """
+        from xditd.client.jobs.text_requests import encode_text_request
+        from xditd.client.results import TextEncoding
+
+        component = self._component(encoder, ComponentKind.TEXT_ENCODER)
+        job = encode_text_request(component, token_ids, pooled=pooled, mask=mask, layers=layers, images=images)
+        found = self._runner.run(job, TextEncoded, deadline_s)
+        return TextEncoding(found["hidden_states"], found.get("pooled"))
 
     def _encode(
         self,

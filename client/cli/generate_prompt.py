@@ -31,6 +31,7 @@ _OF_WORDS: Final = (
     "variant",
     "prompt_2",
     "negative_prompt",
+    "max_sequence_length",
     "num_images",
     "image",
     "mask",
@@ -44,6 +45,7 @@ _OF_WORDS: Final = (
 ARGUMENTS: Final = {
     "prompt_2": "prompt_2",
     "negative_prompt": "negative_prompt",
+    "max_sequence_length": "max_sequence_length",
     "image": "image",
     "mask": "mask",
     "last_image": "last_image",

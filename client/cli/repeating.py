@@ -92,6 +92,7 @@ def apply_record(parsed: argparse.Namespace) -> None:
     if parsed.num_images is None and parsed.prompt is not None and record.num_images > 1:
         parsed.num_images, index = record.num_images, record.index
     simple = {
+        "max_sequence_length": record.max_sequence_length if parsed.embeds is None else None,
         "seed": record.seed,
         "size": (record.width, record.height),
         "steps": record.steps,

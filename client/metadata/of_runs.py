@@ -36,6 +36,7 @@ def record_of_run(settings: RunSettings, index: int, count: int, *, embeds: str 
         prompt=prompts[group] if prompts else None,
         prompt_2=settings.prompts_2[group] if settings.prompts_2 else None,
         negative_prompt=negatives[group % len(negatives)] if negatives and takes("negative_prompt") else None,
+        max_sequence_length=settings.max_sequence_length,
         seed=settings.seed,
         index=index,
         num_images=count,

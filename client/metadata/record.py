@@ -14,7 +14,7 @@ from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.loras import MAX_SCALE
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 """The version of the record. A field more or less makes another one."""
 
 MAX_BYTES: Final = 2**20
@@ -98,6 +98,8 @@ class Record(_Struct, frozen=True, kw_only=True):
     prompt_2: _Prompt | None = None
     """What a second text encoder read in place of the prompt."""
     negative_prompt: _Prompt | None = None
+    max_sequence_length: Annotated[int, Meta(ge=1, le=limits.MAX_TEXT_TOKENS)] | None = None
+    """To how many tokens prompts were padded or cut, if it was not the model's own number."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     index: Annotated[int, Meta(ge=0, lt=limits.MAX_BATCH)] = 0
     num_images: Annotated[int, Meta(ge=1, le=limits.MAX_BATCH)] = 1

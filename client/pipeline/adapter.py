@@ -15,6 +15,7 @@ from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.sources import Source
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import TransformerFacts
+from xditd.ipc.name_lists import listed
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,8 @@ SeePicture = Callable[["Image.Image"], "torch.Tensor"]
 
 NEGATIVE: Final = "negative_prompt_embeds"
 REFERENCES: Final = "reference_latents"
+MAX_LENGTH: Final = "max_sequence_length"
+"""The argument, and the option of prompts."""
 
 
 @dataclass
@@ -59,6 +62,14 @@ class Adapter:
     default_strength: ClassVar[float] = 0.6
     """Of a picture that a call starts from, as in diffusers' pipelines."""
 
+    default_length: ClassVar[int] = 512
+    """The tokens to which prompts are padded or cut, as in diffusers' pipelines."""
+
+    without_references: ClassVar[tuple[str, ...]] = ()
+    """Pipelines of transformers that take references, which take none themselves."""
+    edits: ClassVar[tuple[str, ...]] = ()
+    """Pipelines of these transformers whose picture is a reference."""
+
     def __init__(self, facts: TransformerFacts, source: Source, title: str) -> None:
         self.facts = facts
         self.source = source
@@ -78,22 +89,39 @@ class Adapter:
         """Return the arguments that no call of this model takes, with the reason."""
         facts, takes = self.facts, self.takes
         starts = "image" in facts.starts
+        references = REFERENCES in takes or "reference_images" in takes
+        no_start = "it starts from no picture: give those that the prompt refers to as references="
         reasons = {
             "prompt_2": (bool(self.of_second_prompt), "its pipeline has one text for all of its encoders"),
             "weights": (False, "its pipeline has no weights in prompts, (cat:1.2) is text"),
             "negative_prompt": (NEGATIVE in takes, "it has no classifier-free guidance, which a negative prompt needs"),
+            MAX_LENGTH: (self.has_length, "its prompts have one length"),
             "guidance": (facts.guidance != "none", "its weights take no guidance scale"),
-            "image": (starts or "image" in takes, "it makes pictures from words alone"),
+            "image": (starts or "image" in takes, no_start if references else "it makes pictures from words alone"),
             "mask": ("mask" in facts.starts or "mask" in takes, "it has no inpainting"),
             "strength": (starts, "it does not start from a picture"),
             "last_image": ("last_image" in takes, "it takes no last picture"),
-            "references": (REFERENCES in takes or "reference_images" in takes, "it takes no references"),
+            "references": (references, "it takes no references"),
             "control": (self.has_control, "it takes no control picture and no ControlNet"),
             "frames": (bool(facts.latents.frames), "it makes pictures, no videos"),
             "options": (bool(facts.options), "it has no options of its own"),
             "step_cache": (facts.has_step_cache, "it has no step cache"),
         }
-        return {name: why for name, (is_taken, why) in reasons.items() if not is_taken}
+        return {name: why for name, (is_taken, why) in reasons.items() if not is_taken} | self.refused_by_class()
+
+    def refused_by_class(self) -> dict[str, str]:
+        """Return what the folder's pipeline does not take, though its transformer does."""
+        used = self.source.model_class
+        if used in self.without_references:
+            return {"references": f"a {used} takes none; {listed(self.edits)} do"}
+        if used in self.edits:
+            return dict.fromkeys(("image", "mask", "strength"), f"a {used} edits references; give references=")
+        return {}
+
+    @property
+    def has_length(self) -> bool:
+        """Whether a call says how many tokens its prompts have."""
+        return self.facts.prompt is not None and MAX_LENGTH in self.facts.prompt.options
 
     @property
     def has_control(self) -> bool:
@@ -110,6 +138,7 @@ class Adapter:
             "steps": facts.default_steps,
             "guidance": facts.default_guidance_scale,
             "strength": self.default_strength,
+            **({MAX_LENGTH: self.default_length} if self.has_length else {}),
         }
 
     def options(self) -> dict[str, Any]:
@@ -149,6 +178,11 @@ class Adapter:
     def strength(self, call: Call) -> float:
         """Return the strength of a call that starts from a picture."""
         return float(call.defaults["strength"] if call.strength is None else call.strength)
+
+    def length(self, call: Call) -> int | None:
+        """Return to how many tokens the prompts of a call are padded or cut; ``None`` for the model's own number."""
+        wanted = call.max_sequence_length or call.defaults.get(MAX_LENGTH)
+        return None if wanted == self.default_length else wanted
 
     # --- What it makes of pictures -----------------------------------------------------------------
 

@@ -39,6 +39,7 @@ class Call:
     width: int | None = None
     height: int | None = None
     frames: int | None = None
+    max_sequence_length: int | None = None
     steps: int | None = None
     guidance: float | None = None
     sigmas: Any = None
@@ -56,6 +57,7 @@ ARGUMENTS: Final = (
     "prompt",
     "prompt_2",
     "negative_prompt",
+    "max_sequence_length",
     "weights",
     "image",
     "mask",
@@ -80,6 +82,27 @@ ARGUMENTS: Final = (
     "deadline_s",
 )
 """Every argument of a call."""
+
+OF_CALLERS: Final = ("on_progress", "on_preview")
+"""Functions that a call runs itself: jobs have none."""
+OF_JOBS: Final = (*(name for name in ARGUMENTS if name not in OF_CALLERS), "previews")
+"""Every argument of ``Pipeline.start``."""
+
+
+_MOST: Final = {
+    "width": limits.MAX_SIDE_PIXELS,
+    "height": limits.MAX_SIDE_PIXELS,
+    "frames": limits.MAX_SIDE_PIXELS,
+    "steps": limits.MAX_STEPS,
+    "max_sequence_length": limits.MAX_TEXT_TOKENS,
+}
+"""The highest values of whole numbers from 1."""
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raise ``BadRequest`` unless an argument is a function or ``None``."""
+    if value is not None and not callable(value):
+        raise BadRequest(f"{name}: {value!r:.100} of type {type(value).__name__} cannot be called; give a function")
 
 
 def is_given(name: str, value: Any) -> bool:
@@ -153,9 +176,11 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
         "loras",
     }
     rest = {name: value for name, value in given.items() if name in known and value is not None}
-    for name in ("width", "height", "frames", "steps"):
+    for name, most in _MOST.items():
         if name in rest:
-            _count(name, rest[name], 1, limits.MAX_STEPS if name == "steps" else limits.MAX_SIDE_PIXELS)
+            _count(name, rest[name], 1, most)
+    if conditioning is not None and "max_sequence_length" in rest:
+        raise BadRequest("max_sequence_length beside conditioning: its tensors have their lengths; leave it out")
     for name in ("guidance", "strength"):
         if name in rest and (isinstance(rest[name], bool) or not isinstance(rest[name], int | float)):
             raise BadRequest(f"{name}: {rest[name]!r} is not a number")

@@ -34,6 +34,8 @@ class Flux1(Adapter):
     """FLUX.1: a picture is a start, or of Fill what the mask is of; one reference, which Kontext takes."""
 
     of_second_prompt = frozenset({"prompt_embeds", "text_ids"})
+    without_references = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+    edits = ("FluxKontextPipeline",)
 
     def defaults(self) -> dict[str, Any]:
         found = super().defaults()
@@ -126,17 +128,16 @@ class QwenImage(Adapter):
     """Qwen-Image: guided with a negative prompt alone. The encoder sees references, too."""
 
     empty_negative = None
+    without_references = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+    edits = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+
+    @property
+    def has_length(self) -> bool:
+        return super().has_length and self.source.model_class not in self.edits  # which cut nothing
 
     @property
     def is_first_edit(self) -> bool:
-        return self.source.pipeline_class == "QwenImageEditPipeline"
-
-    def refused(self) -> dict[str, str]:
-        found = super().refused()
-        if self.source.pipeline_class in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
-            why = "its pipeline edits references; give the picture as references="
-            found |= {"image": why, "mask": why, "strength": why}
-        return found
+        return self.source.model_class == "QwenImageEditPipeline"
 
     def size(self, call: Call) -> tuple[int, int]:
         if not call.references:
@@ -155,7 +156,7 @@ class QwenImage(Adapter):
 
     def add_references(self, call: Call, plan: Plan, encode: Encode) -> None:
         super().add_references(call, plan, encode)
-        if self.source.pipeline_class in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline") and not call.references:
+        if self.source.model_class in self.edits and not call.references:
             raise BadRequest(f"references: {self.title} of this folder edits pictures; give one or more")
         plan.text_images = [pictures.rgb(pictures.opened(each, "references")) for each in call.references]
         if self.is_first_edit:

@@ -70,7 +70,7 @@ def find_source(
             own = Source(name=name, parts=_parts_of_file(path))
         if any(role.startswith(ENCODERS) for role in given):
             own = replace(own, parts={role: each for role, each in own.parts.items() if not role.startswith(ENCODERS)})
-        found = replace(own, parts={**own.parts, **given})
+        found = replace(own, parts={**own.parts, **given}, has_own_transformer=TRANSFORMER not in given)
     if tokenizers is not None:
         found = replace(found, tokenizers=_tokenizers(tokenizers))
     if scheduler is not None:

@@ -11,9 +11,11 @@ from typing import Any
 
 from xditd.client.client import Client
 from xditd.client.loans import Loan
+from xditd.client.part_checks import assigned, misfits
 from xditd.client.pipeline.files import tokenizer_path
 from xditd.client.pipeline.sources import IMAGE_ENCODER, TRANSFORMER, VAE, Part, Source
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported, XditdError
+from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType
 
@@ -124,26 +126,43 @@ class Loans:
             Unsupported: one is missing; names its role and its families.
         """
         given = [self._parts[role] for role in self._source.encoders]
-        found: dict[str, Loan] = {}
+        places = assigned(needed, [*zip(self._source.encoders, (each.family for each in given), strict=True)])
         for role, families in needed.items():
-            own = self._parts.get(role)
-            if own is None or own.family not in families:
-                own = next((loan for loan in given if loan.family in families), None)
-            if own is None:
-                others = ", ".join(f"{each.label} ({each.family})" for each in given)
+            if role not in places:
+                others = ", ".join(
+                    f"{other} {self._source.parts[other].path} ({loan.family})"
+                    for other, loan in zip(self._source.encoders, given, strict=True)
+                )
                 raise Unsupported(
                     f"prompt: {self._source.name} has no {role} ({listed(families)}){others and ', it has ' + others}: "
                     "give text_encoders= to Pipeline.open (--text-encoder in the shell), or conditioning= (--embeds) "
                     "in place of the prompt"
                 )
-            found[role] = own
-        return found
+        return {role: given[places[role]] for role in needed}
+
+    def check(self) -> None:
+        """Check that every part that was lent has a use, and fits the others.
+
+        Raises:
+            BadRequest: one does not; names it, its path and the remedy.
+        """
+        parts = {role: loan.facts for role, loan in self._parts.items()}
+        transformer = parts[TRANSFORMER].transformer
+        encoders = [(role, parts[role]) for role in self._source.encoders]
+        faults = list(misfits(parts, encoders, may_lack=True))
+        takes = {each.name for each in transformer.conditioning} if transformer is not None else set()
+        if IMAGE_ENCODER in parts and "image_embeds" not in takes:
+            faults.append((IMAGE_ENCODER, f"this {parts[TRANSFORMER].family} shows no picture to one; remove it"))
+        for name, fault in faults:
+            at = self._source.parts.get(name)
+            raise BadRequest(f"{name}: {'' if at is None else at.path + ': '}{fault}")
 
     def tokenizers(self, needed: Mapping[str, Sequence[str]]) -> dict[str, Loan]:
         """Return the loans of tokenizers by the roles of ``needed``, which has the classes of each; lend them first.
 
         Raises:
             Unsupported: one is missing; names its role and its classes.
+            BadRequest: one is of another class; names both.
             BadCheckpoint: as :meth:`Client.lend_tokenizer`.
         """
         found: dict[str, Loan] = {}
@@ -160,6 +179,11 @@ class Loans:
                 if known is None or not known.is_live:
                     label = f"{self._source.name}/{role}"
                     known = self._tokenizers[path] = self._client.lend_tokenizer(path, label=label)
+                if known.facts.class_name not in classes:
+                    raise BadRequest(
+                        f"tokenizers: {path}: a {known.facts.class_name}, and {role} is a {' or '.join(classes)}; give "
+                        "that of each text encoder, by role or in a folder with both"
+                    )
                 found[role] = known
         return found
 
@@ -198,6 +222,22 @@ class Loans:
     @property
     def vae(self) -> Loan | None:
         return self._parts.get(VAE)
+
+
+def check_tokenizer_roles(given: Mapping[str, Any], facts: ComponentFacts, name: str) -> None:
+    """Refuse tokenizers of roles that prompts of a transformer do not have.
+
+    Raises:
+        BadRequest: names the role, and those that there are.
+    """
+    prompt = None if facts.transformer is None else facts.transformer.prompt
+    known = {} if prompt is None else {**prompt.tokenizers, **prompt.image_tokenizers}
+    for role in given:
+        if role not in known:
+            roles = listed(f"{each} ({' or '.join(classes)})" for each, classes in known.items()) or "none"
+            raise BadRequest(
+                f"tokenizers: {role!r:.100} has no use in {name}; {facts.family} has {roles}; leave it out"
+            )
 
 
 def _return(loans: Iterable[Loan]) -> None:

@@ -43,7 +43,10 @@ def opened(value: Picture, name: str) -> Image.Image:
         return _of_array(_of_tensor(value, name), name)
     if hasattr(value, "__array_interface__"):
         return _of_array(value, name)
-    raise BadRequest(f"{name}: a {type(value).__name__} is no picture; give a path, a PIL image, an array or a tensor")
+    raise BadRequest(
+        f"{name}: {value!r:.100} of type {type(value).__name__} is no picture; give a path, a PIL image, an array or a "
+        "tensor"
+    )
 
 
 def _of_tensor(value: torch.Tensor, name: str) -> Any:

@@ -7,33 +7,40 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from xditd.client.argument_names import check_names, names_unknown
 from xditd.client.client import SILENCE_DEADLINE_S, Client
 from xditd.client.loans import Loan
 from xditd.client.pipeline.adapter import Adapter
-from xditd.client.pipeline.calls import ARGUMENTS, Texts, call_of, check_defaults, check_refused
+from xditd.client.pipeline.calls import (
+    ARGUMENTS,
+    OF_CALLERS,
+    OF_JOBS,
+    Texts,
+    call_of,
+    check_defaults,
+    check_function,
+    check_refused,
+)
 from xditd.client.pipeline.families import adapter_for
-from xditd.client.pipeline.files import PathLike, Paths, find_source, tokenizer_path
+from xditd.client.pipeline.files import PathLike, Paths, tokenizer_path
 from xditd.client.pipeline.folders import PIPELINES
 from xditd.client.pipeline.futures import RunFuture, Threads
+from xditd.client.pipeline.job import OnPreview, OnProgress, PipelineJob
 from xditd.client.pipeline.keep_alive import KeepAlive
-from xditd.client.pipeline.loading import Loans
-from xditd.client.pipeline.named import entry_of
+from xditd.client.pipeline.loading import Loans, check_tokenizer_roles
+from xditd.client.pipeline.opening import opening_of
 from xditd.client.pipeline.results import PipelineResult
-from xditd.client.pipeline.running import OnPreview, OnProgress, PipelineJob, Runner
+from xditd.client.pipeline.running import Runner
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VAE, Source
 from xditd.client.waiting import check_seconds
 from xditd.ipc.errors import BadRequest, Closed, LeaseLost, Unsupported
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.replies import AnyEvent, StepDone
 from xditd.ipc.tensors import Acceleration, ComputeDType
 
 if TYPE_CHECKING:
     from xditd.client.jobs.controls import Control
-
-_ASKS: Final = 2
-"""How often a call is started if its loans have ended: once more after they were lent again."""
 
 
 class Pipeline:
@@ -70,6 +77,7 @@ class Pipeline:
         self._defaults: dict[str, Any] = {}
 
     @classmethod
+    @names_unknown("Pipeline.open")
     def open(
         cls,
         source: PathLike | None = None,
@@ -110,7 +118,8 @@ class Pipeline:
         one of its own, made with ``runtime_dir``, ``wait_s`` and ``deadline_s``.
 
         Raises:
-            BadRequest: an argument that names no part, or has no effect.
+            BadRequest: an argument that is not known, names no part or has no effect, or a part that does not fit the
+                others.
             BadCheckpoint: a file or folder is missing, or is none of its kind; every fault is named.
             Unsupported: a pipeline, a scheduler or a model that no family runs; names it and the value.
             DaemonUnreachable, OutOfMemory and others: as :class:`Client` and :meth:`Client.lend`.
@@ -119,42 +128,26 @@ class Pipeline:
             check_seconds("keep_alive", keep_alive)
         if client is not None and (runtime_dir is not None or wait_s):
             raise BadRequest("client beside runtime_dir or wait_s: the client has its own; give one of both")
-        given = {
-            TRANSFORMER: transformer,
-            SECOND: transformer_2,
-            VAE: vae,
-            IMAGE_ENCODER: image_encoder,
-        }
-        entry: dict[str, Any] = entry_of(source) if source is not None else {}
-        if entry:
-            source, variant = entry.get("source"), variant or entry.get("variant")
-            given = {role: given[role] or entry.get(role) for role in given}
-            text_encoders = text_encoders or entry.get("text_encoders", ())
-            tokenizers = tokenizers if tokenizers is not None else entry.get("tokenizers")
-            scheduler = scheduler if scheduler is not None else entry.get("scheduler")
-            compute_dtype = compute_dtype or entry.get("compute_dtype")
-            acceleration = acceleration or entry.get("acceleration")
-            defaults = {**entry.get("defaults", {}), **(defaults or {})}
-            name = name or entry.get("name")
-        found = find_source(
+        opening = opening_of(
             source,
-            parts=given,
+            parts={TRANSFORMER: transformer, SECOND: transformer_2, VAE: vae, IMAGE_ENCODER: image_encoder},
             text_encoders=text_encoders,
             tokenizers=tokenizers,
             scheduler=scheduler,
             variant=variant,
+            compute_dtype=compute_dtype,
+            acceleration=acceleration,
             name=name,
+            defaults=defaults,
         )
-        if acceleration is not None and IMAGE_ENCODER not in found.parts:
-            raise BadRequest(
-                f"acceleration {acceleration!r} would have no effect: {found.name} has no image_encoder, and families "
-                "run its other parts; leave it out"
-            )
+        found = opening.source
         own = client or Client(runtime_dir, name=f"pipeline {found.name}"[:64], wait_s=wait_s, deadline_s=deadline_s)
-        loans = Loans(own, found, compute_dtype=compute_dtype, acceleration=acceleration, device=device)
-        pipe = cls(own, found, loans, owns_client=client is None, defaults=defaults, keep_alive=keep_alive)
+        loans = Loans(own, found, compute_dtype=opening.compute_dtype, acceleration=opening.acceleration, device=device)
+        pipe = cls(own, found, loans, owns_client=client is None, defaults=opening.defaults, keep_alive=keep_alive)
         try:
             pipe.load()
+            if isinstance(tokenizers, Mapping):
+                check_tokenizer_roles(tokenizers, pipe.facts, pipe.name)
         except BaseException:
             pipe.close()
             raise
@@ -217,6 +210,7 @@ class Pipeline:
         self._lend()
         facts = self._loans.transformer.facts
         assert facts.transformer is not None  # lent as a transformer
+        self._loans.check()
         if facts.transformer.prompt is not None and self._source.encoders:
             given, needed = self._source.tokenizers, facts.transformer.prompt.tokenizers
             there = {role: classes for role, classes in needed.items() if tokenizer_path(given, role, classes)}
@@ -268,12 +262,14 @@ class Pipeline:
 
     # --- Calls ---------------------------------------------------------------------------------------
 
+    @names_unknown("Pipeline")
     def __call__(
         self,
         prompt: Texts | None = None,
         *,
         prompt_2: Texts | None = None,
         negative_prompt: Texts | None = None,
+        max_sequence_length: int | None = None,
         weights: bool = False,
         image: Any = None,
         mask: Any = None,
@@ -300,8 +296,9 @@ class Pipeline:
         """Make pictures or videos from words.
 
         ``prompt`` is one text or several, with ``num_images`` pictures of each; ``negative_prompt`` one, or one for
-        each. ``prompt_2`` is what FLUX.1's T5 reads in place of the prompt, one text or one for each. ``weights`` asks
-        that ``(cat:1.2)`` in a prompt counts, which is text otherwise. Pictures are paths, PIL images, arrays (height,
+        each. ``prompt_2`` is what FLUX.1's T5 reads in place of the prompt, one text or one for each.
+        ``max_sequence_length`` is to how many tokens prompts are padded or cut. ``weights`` asks that ``(cat:1.2)`` in
+        a prompt counts, which is text otherwise. Pictures are paths, PIL images, arrays (height,
         width, 3) of uint8 or floats in [0, 1], or tensors (3, height, width) in [0, 1]. ``image`` is where steps start
         from, by ``strength``, or what the model makes a picture or video from; ``mask`` is white where it is made anew;
         ``references`` are pictures that the prompt refers to; ``control`` is a control picture, a list of pictures for
@@ -319,19 +316,18 @@ class Pipeline:
             XditdError: the error that ended the job; if ``retryable``, the same call may work later.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        del arguments["on_progress"], arguments["on_preview"]
-        has_begun, tries = False, _ASKS
+        for name in OF_CALLERS:
+            check_function(name, arguments.pop(name))
+        job: PipelineJob | None = None
+        is_last = False
         while True:
             try:
                 with self.start(previews=on_preview is not None, **arguments) as job:
-                    for event in job.events():
-                        has_begun = has_begun or isinstance(event, StepDone)
-                        _show(job, event, on_progress, on_preview)
-                    return job.result()
+                    return job.watch(on_progress, on_preview)
             except LeaseLost:  # another program has ended a loan; the next start lends it again
-                tries -= 1
-                if has_begun or not tries:
+                if is_last or (job is not None and job.has_begun):
                     raise
+            is_last = True
 
     def start(
         self, prompt: Texts | None = None, *, previews: bool = False, deadline_s: float | None = None, **arguments: Any
@@ -343,9 +339,7 @@ class Pipeline:
         Raises:
             BadRequest: as a call; or an argument that calls do not have.
         """
-        unknown = sorted(set(arguments) - set(ARGUMENTS) | {"on_progress", "on_preview"} & set(arguments))
-        if unknown:
-            raise BadRequest(f"{unknown[0]}: no argument of a job; calls take {', '.join(ARGUMENTS)}")
+        check_names(arguments, OF_JOBS, "Pipeline.start")
         self._check_open()
         _, adapter = self._known()
         if arguments.get("num_images") is None:
@@ -367,6 +361,7 @@ class Pipeline:
 
         Callbacks run in that thread. Up to 16 calls run at the same time, others wait.
         """
+        check_names(arguments, ARGUMENTS, "Pipeline.submit")
         self._check_open()
         call: Callable[[], PipelineResult] = partial(self, prompt, **arguments)
         return self._threads.submit(call)
@@ -392,10 +387,3 @@ class Pipeline:
         state = "closed" if self._is_closed else "loaded" if self.is_loaded else "not loaded"
         family = "?" if self._facts is None else self._facts.family
         return f"<Pipeline {self.name} of {family}, {state}>"
-
-
-def _show(job: PipelineJob, event: AnyEvent, on_progress: OnProgress | None, on_preview: OnPreview | None) -> None:
-    if on_preview is not None and isinstance(event, StepDone):
-        on_preview(job.preview(), event.step, event.total_steps)
-    if on_progress is not None:
-        on_progress(event)

@@ -1,129 +1,29 @@
-"""One call of a pipeline: words and pictures to a generation, and its events and result back."""
+"""One call of a pipeline: words and pictures to a generation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from xditd.client.client import Client
 from xditd.client.jobs.controls import Control
-from xditd.client.jobs.generation import GenerationJob, draw_seed
+from xditd.client.jobs.generation import draw_seed
 from xditd.client.loans import Loan, LoanWithLoras
 from xditd.client.loras.spelling import read_name
-from xditd.client.pipeline.adapter import Adapter, Plan
+from xditd.client.pipeline.adapter import MAX_LENGTH, Adapter, Plan
 from xditd.client.pipeline.calls import Call
+from xditd.client.pipeline.job import Ended, PipelineJob
 from xditd.client.pipeline.loading import Loans
-from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.settings import RunSettings, UsedLora
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, Source
-from xditd.client.results import GenerationResult
-from xditd.ipc.errors import BadRequest, LeaseLost, Unsupported
+from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import ArgumentFacts
 from xditd.ipc.name_lists import listed
-from xditd.ipc.replies import AnyEvent, StepDone
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-
-OnProgress = Callable[[AnyEvent], object]
-Ended = Callable[[BaseException | None], None]
-"""Is called when a job has ended, with the error that ended it."""
-OnPreview = Callable[["Image.Image", int, int], object]
-
-
-class PipelineJob:
-    """A running call. It runs even if its events are not read.
-
-    Iterate over it for a :class:`StepDone` after every step, then call ``result()``; leaving a ``with`` block, or any
-    exception while waiting, cancels it. For one thread at a time, except ``cancel()``.
-    """
-
-    def __init__(self, job: GenerationJob, settings: RunSettings, ended: Ended) -> None:
-        self._job = job
-        self._ended: Ended | None = ended
-        self._result: PipelineResult | None = None
-        self.settings = settings
-
-    @property
-    def total_steps(self) -> int:
-        return self._job.total_steps
-
-    @property
-    def request_id(self) -> str:
-        return self._job.request_id
-
-    def __iter__(self) -> Iterator[StepDone]:
-        for event in self.events():
-            if isinstance(event, StepDone):
-                yield event
-
-    def events(self) -> Iterator[AnyEvent]:
-        """Iterate over all events, as :meth:`GenerationJob.events` does."""
-        try:
-            yield from self._job.events()
-        except LeaseLost as error:
-            self._end(error)
-            raise
-
-    def preview(self) -> Image.Image:
-        """Return the first picture as the last step predicts it, of a job that was started with previews.
-
-        Raises:
-            BadRequest: as :meth:`GenerationJob.preview`.
-        """
-        from xditd.client.image_files import image_to_pil
-
-        return image_to_pil(self._job.preview()[0])
-
-    def result(self) -> PipelineResult:
-        """Wait for the end and return the result; further calls return the same object.
-
-        Raises:
-            Cancelled: by ``cancel()``, or by leaving the ``with`` block.
-            XditdError: the error that ended the job.
-        """
-        if self._result is None:
-            try:
-                found = self._job.result()
-            except BaseException as error:
-                self._end(error)
-                raise
-            self._end()
-            self._result = PipelineResult(_with_seed(found, self.settings.seed), self.settings)
-        return self._result
-
-    def cancel(self) -> None:
-        """Stop the job at its next step, without waiting. For any thread."""
-        self._job.cancel()
-
-    def _end(self, error: BaseException | None = None) -> None:
-        ended, self._ended = self._ended, None
-        if ended is not None:
-            ended(error)
-
-    def __enter__(self) -> PipelineJob:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._job.__exit__(kind, error, traceback)
-        self._end()
-
-    def __del__(self) -> None:
-        self._end()
-
-    def __repr__(self) -> str:
-        return f"<PipelineJob of {self.settings.model}, {self._job!r}>"
-
-
-def _with_seed(found: GenerationResult, seed: int) -> GenerationResult:
-    if found.seed is None:
-        object.__setattr__(found, "seed", seed)
-    return found
 
 
 class Runner:
@@ -207,6 +107,7 @@ class Runner:
             num_images=call.num_images,
             seed=seed,
             strength=strength,
+            max_sequence_length=adapter.length(call) if call.conditioning is None else None,
             step_cache=call.step_cache,
             options=options,
             scheduler=scheduler,
@@ -238,6 +139,8 @@ class Runner:
             raise Unsupported(
                 f"prompt: workers encode no words for {self._adapter.title}; give conditioning= in place of the prompt"
             )
+        length = self._adapter.length(call)
+        options = plan.text_options | ({} if length is None else {MAX_LENGTH: length})
         classes = facts.image_tokenizers if plan.text_images else facts.tokenizers
         encoders = self._loans.encoders(facts.encoders)
         encode = partial(
@@ -245,7 +148,7 @@ class Runner:
             transformer,
             negative_prompt=None if negatives is None else list(negatives),
             images=list(plan.text_images),
-            options=plan.text_options or None,
+            options=options or None,
             encoders={role: with_those_of(loan, encoder_loras) for role, loan in encoders.items()},
             tokenizers=self._loans.tokenizers(classes),
         )

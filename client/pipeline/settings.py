@@ -35,6 +35,8 @@ class RunSettings:
     num_images: int
     seed: int
     strength: float = 1.0
+    max_sequence_length: int | None = None
+    """The tokens of prompts; ``None`` for the model's own number, or without words."""
     step_cache: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] | None = None

@@ -43,7 +43,13 @@ class Source:
     pipeline_class: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     variant: str = "class"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    has_own_transformer: bool = True
+    """Whether the transformer is that of the folder, not one that was given in its place."""
+
+    @property
+    def model_class(self) -> str | None:
+        """The pipeline whose transformer this is: of a file, and of one in place of the folder's, that is not known."""
+        return self.pipeline_class if self.has_own_transformer else None
 
     @property
     def encoders(self) -> tuple[str, ...]:

@@ -174,6 +174,10 @@ class GenerateFlags(JobFlags, frozen=True, kw_only=True):
         str | None, about("what the second text encoder reads in place of PROMPT, of FLUX.1 its T5", metavar="TEXT")
     ] = None
     negative_prompt: Annotated[str | None, about("what the picture must not show", metavar="TEXT")] = None
+    max_sequence_length: Annotated[
+        Annotated[int, Meta(ge=1, le=limits.MAX_TEXT_TOKENS)] | None,
+        about("tokens to which prompts are padded or cut (default: the model's own)", metavar="COUNT"),
+    ] = None
     num_images: Annotated[
         Annotated[int, Meta(ge=1, le=limits.MAX_BATCH)] | None,
         about("pictures or videos of the prompt (default: 1)", short="-n", metavar="COUNT"),

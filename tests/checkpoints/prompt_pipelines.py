@@ -6,15 +6,21 @@ Their transformers are those of the families' other tests. Text encoders have ra
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import language_models
 import qwen2_5_vl_models
+import qwen_image_models
 import text_checkpoints
 import tokenizer_folders
 import torch
 from safetensors.torch import save_file
+
+QWEN_IMAGE: Final = replace(qwen_image_models.BASE, text_channels=128)
+"""Of a transformer that takes the texts of :func:`qwen_image`."""
 
 
 def flux1(folder: Path) -> None:
@@ -90,6 +96,34 @@ def qwen_image(folder: Path) -> None:
     saved = folder / "processor" / "preprocessor_config.json"
     saved.write_text(json.dumps({**json.loads(saved.read_text()), "processor_class": "Qwen2_5_VLProcessor"}))
     save_file(qwen2_5_vl_models.state_dict(), folder / "text_encoder.safetensors")
+
+
+_WRITTEN: Final[dict[str, tuple[Callable[[Path], None], str, str]]] = {
+    "z_image": (z_image, "Qwen3ForCausalLM", "Qwen2Tokenizer"),
+    "flux2_klein": (flux2_klein, "Qwen3ForCausalLM", "Qwen2Tokenizer"),
+    "flux2_dev": (flux2_dev, "MistralForCausalLM", "PreTrainedTokenizerFast"),
+    "wan": (wan, "UMT5EncoderModel", "T5TokenizerFast"),
+    "qwen_image": (qwen_image, "", "Qwen2Tokenizer"),
+}
+"""By family: what saves it, and the classes of its encoder and tokenizer. Qwen2.5-VL has no folder."""
+
+
+def save_texts(family: str, folder: Path) -> None:
+    """Save a family's text encoder and tokenizer."""
+    _WRITTEN[family][0](folder)
+
+
+def read_texts(family: str, folder: Path) -> dict[str, Any]:
+    """Read what :func:`save_texts` has saved, as the family's pipeline in diffusers takes it."""
+    import transformers
+
+    _, encoder, tokenizer = _WRITTEN[family]
+    return {
+        "text_encoder": getattr(transformers, encoder).from_pretrained(folder / "text_encoder")
+        if encoder
+        else qwen2_5_vl_models.reference(),
+        "tokenizer": getattr(transformers, tokenizer).from_pretrained(folder / "tokenizer"),
+    }
 
 
 def language_model(family: str, *, width: int, layers: int, vocabulary: int) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import flux2_models
 import prompt_pipelines
 import pytest
@@ -20,7 +21,6 @@ from tokenizer_folders import PROMPTS
 
 from xditd.client import BadRequest, Client, Unsupported
 
-QWEN_IMAGE = replace(qwen_image_models.BASE, text_channels=128)
 Same = Callable[[Any, Any], None]
 TEXTS = ["a cat", "一只猫 (cat:1.2) sits &amp; waits 🐈" * 30]
 
@@ -30,6 +30,7 @@ class Words:
 
     def __init__(self, client: Client, folder: Path, pipe: Any, encoder: str = "text_encoder") -> None:
         self.client = client
+        self.folder = folder
         self.pipe = pipe
         self.transformer = client.lend(folder / "transformer.safetensors")
         self.encoders = {"text_encoder": client.lend(folder / encoder)}
@@ -44,19 +45,27 @@ class Words:
         return found["text_encoder"]["token_ids"]
 
 
-Folder = Callable[[str, Callable[[Path], None], Any], Path]
+WordsOf = Callable[..., Words]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    made: dict[str, Path] = {}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By family, what is saved already."""
+    return {}
 
-    def make(name: str, write: Callable[[Path], None], transformer: Any) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            write(made[name])
-            save_file(transformer(), made[name] / "transformer.safetensors")
-        return made[name]
+
+@pytest.fixture
+def words_of(client: Client, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> WordsOf:
+    """Lend a family's models; its pipeline is of class ``kind``."""
+
+    def make(family: str, kind: str, transformer: Callable[[], Any], encoder: str = "text_encoder") -> Words:
+        if family not in folders:
+            where = folders[family] = tmp_path_factory.mktemp(family)
+            prompt_pipelines.save_texts(family, where)
+            save_file(transformer(), where / "transformer.safetensors")
+        texts = prompt_pipelines.read_texts(family, folders[family])
+        pipe = getattr(diffusers, kind)(scheduler=None, vae=None, transformer=None, **texts)
+        return Words(client, folders[family], pipe, encoder)
 
     return make
 
@@ -97,17 +106,8 @@ def tokens_that_pipelines_make(pipe: Any, encode: Callable[[], None]) -> torch.T
 
 
 @pytest.fixture
-def z_image(client: Client, folder: Folder) -> Words:
-    from diffusers import ZImagePipeline
-    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
-
-    where = folder("z_image", prompt_pipelines.z_image, lambda: z_image_models.state_dict(1))
-    pipe = ZImagePipeline(
-        scheduler=None, vae=None, transformer=None,
-        text_encoder=Qwen3ForCausalLM.from_pretrained(where / "text_encoder"),
-        tokenizer=Qwen2Tokenizer.from_pretrained(where / "tokenizer"),
-    )  # fmt: skip
-    return Words(client, where, pipe)
+def z_image(words_of: WordsOf) -> Words:
+    return words_of("z_image", "ZImagePipeline", lambda: z_image_models.state_dict(1))
 
 
 @torch.no_grad()
@@ -134,31 +134,13 @@ def test_z_image_has_the_token_ids_of_diffusers_pipeline(z_image: Words) -> None
 
 
 @pytest.fixture
-def klein(client: Client, folder: Folder) -> Words:
-    from diffusers import Flux2KleinPipeline
-    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
-
-    where = folder("klein", prompt_pipelines.flux2_klein, lambda: flux2_models.state_dict(1, flux2_models.KLEIN))
-    pipe = Flux2KleinPipeline(
-        scheduler=None, vae=None, transformer=None,
-        text_encoder=Qwen3ForCausalLM.from_pretrained(where / "text_encoder"),
-        tokenizer=Qwen2Tokenizer.from_pretrained(where / "tokenizer"),
-    )  # fmt: skip
-    return Words(client, where, pipe)
+def klein(words_of: WordsOf) -> Words:
+    return words_of("flux2_klein", "Flux2KleinPipeline", lambda: flux2_models.state_dict(1, flux2_models.KLEIN))
 
 
 @pytest.fixture
-def dev(client: Client, folder: Folder) -> Words:
-    from diffusers import Flux2Pipeline
-    from transformers import MistralForCausalLM, PreTrainedTokenizerFast
-
-    where = folder("dev", prompt_pipelines.flux2_dev, lambda: flux2_models.state_dict(1))
-    pipe = Flux2Pipeline(
-        scheduler=None, vae=None, transformer=None,
-        text_encoder=MistralForCausalLM.from_pretrained(where / "text_encoder"),
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(where / "tokenizer"),
-    )  # fmt: skip
-    return Words(client, where, pipe)
+def dev(words_of: WordsOf) -> Words:
+    return words_of("flux2_dev", "Flux2Pipeline", lambda: flux2_models.state_dict(1))
 
 
 @torch.no_grad()
@@ -190,17 +172,8 @@ def test_negative_prompts_are_of_klein_alone(klein: Words, dev: Words, same: Sam
 
 
 @pytest.fixture
-def wan(client: Client, folder: Folder) -> Words:
-    from diffusers import WanPipeline
-    from transformers import T5TokenizerFast, UMT5EncoderModel
-
-    where = folder("wan", prompt_pipelines.wan, lambda: wan_models.state_dict(1))
-    pipe = WanPipeline(
-        scheduler=None, vae=None, transformer=None,
-        text_encoder=UMT5EncoderModel.from_pretrained(where / "text_encoder"),
-        tokenizer=T5TokenizerFast.from_pretrained(where / "tokenizer"),
-    )  # fmt: skip
-    return Words(client, where, pipe)
+def wan(words_of: WordsOf) -> Words:
+    return words_of("wan", "WanPipeline", lambda: wan_models.state_dict(1))
 
 
 @torch.no_grad()
@@ -221,18 +194,10 @@ def test_wan_has_the_bits_and_token_ids_of_diffusers_pipeline(wan: Words, same: 
 
 
 @pytest.fixture
-def qwen_image(client: Client, folder: Folder) -> Words:
-    from diffusers import QwenImagePipeline
-    from transformers import Qwen2Tokenizer
-
-    where = folder("qwen_image", prompt_pipelines.qwen_image, lambda: qwen_image_models.state_dict(1, QWEN_IMAGE))
-    pipe = QwenImagePipeline(
-        scheduler=None, vae=None, transformer=None,
-        text_encoder=qwen2_5_vl_models.reference(),
-        tokenizer=Qwen2Tokenizer.from_pretrained(where / "tokenizer"),
-    )  # fmt: skip
-    words = Words(client, where, pipe, "text_encoder.safetensors")
-    words.processors = {"processor": client.lend_tokenizer(where / "processor")}  # type: ignore[attr-defined]
+def qwen_image(words_of: WordsOf) -> Words:
+    transformer = partial(qwen_image_models.state_dict, 1, prompt_pipelines.QWEN_IMAGE)
+    words = words_of("qwen_image", "QwenImagePipeline", transformer, "text_encoder.safetensors")
+    words.processors = {"processor": words.client.lend_tokenizer(words.folder / "processor")}  # type: ignore[attr-defined]
     return words
 
 

@@ -14,6 +14,7 @@ import lora_files
 import pytest
 import torch
 from running_daemon import RunningDaemon
+from shapes.judged_formats import start_drawing
 from shapes.original import write_originals
 from shapes.packed import write_packed
 from shapes_files import (
@@ -31,7 +32,7 @@ from shapes_files import (
 )
 
 from xditd.client import Client, GenerationJob, Pipeline, accelerate
-from xditd.client.demo.shapes_model import SENTENCES, differs, shifted_sigmas
+from xditd.client.demo.shapes_model import SENTENCES, differs
 
 EXACT = 1e-5
 """Of float32 on other ranks: sums in another order, through eight steps and the VAE."""
@@ -107,18 +108,10 @@ def draw(client: Client, transformer: Any, vae: Any, words: Any) -> torch.Tensor
 
 
 def start(client: Client, transformer: Any, vae: Any, words: Any, **more: Any) -> GenerationJob:
-    return client.generate(
-        transformer,
-        words,
-        vae=vae,
-        height=PIXELS,
-        width=PIXELS,
-        steps=STEPS,
-        sigmas=shifted_sigmas(STEPS),
-        guidance_scale=GUIDANCE,
-        seed=SEED,
-        **more,
+    job: GenerationJob = start_drawing(
+        client, transformer, words, vae, steps=STEPS, guidance=GUIDANCE, seed=SEED, **more
     )
+    return job
 
 
 def test_plain_pictures_show_objects(pictures: list[torch.Tensor]) -> None:

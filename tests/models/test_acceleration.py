@@ -17,11 +17,17 @@ from xditd.client.cli.main import main
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.status import ForwardPath
 
-pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("as_many_threads_as_the_worker"),
+]
 
 FLUX = "FluxTransformer2DModel"
 COMPILED = (FLUX, "WanTransformer3DModel")
-MADE_WITHIN_S = 240.0
+MADE_WITHIN_S = 800.0
+"""A compiler has a low priority: on a machine with other work it takes ten times as long as on a quiet one."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ def test_blocks_are_compiled_and_stay_so_when_weights_are_swapped(daemon: Runnin
         while not (found := paths(client, key)) or not found[-1].path.startswith("compiled"):
             assert time.monotonic() < end, found
             check_close(modules[0](**given)[0], expected[0])
-            time.sleep(0.2)
+            time.sleep(0.5)
         assert found[-1].error is not None
         assert found[-1].error <= 1e-6
         check_close(modules[0](**given)[0], expected[0])

@@ -12,9 +12,6 @@ from forked_programs import ProgramServer
 from xditd.gpu_workers.models.token_plans import TokenPlan
 from xditd.gpu_workers.plans import plans
 
-SHORT = "QwenImageTransformer2DModel"
-"""The class that each test run covers; the others are for long runs."""
-
 _NOT_SPLIT_YET = "the stream is split behind this attention, and streams that a call lacks have no tokens"
 _REPEATS = "ranks then send each head as often as the class repeats it, which gives the same result"
 _SAME_TOKENS = "another tensor of the cache has the same tokens, and says so"
@@ -40,14 +37,7 @@ UNSEEN: dict[str, dict[str, str]] = {
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == SHORT else pytest.mark.long)
-        for name, plan in plans().items()
-        if isinstance(plan, TokenPlan)
-    ],
-)
+@pytest.mark.parametrize("name", [name for name, plan in plans().items() if isinstance(plan, TokenPlan)])
 def test_every_wrong_declaration_shows(tmp_path: Path, fork_program: ProgramServer, name: str) -> None:
     program = Path(__file__).with_name("mutated_plans.py")
     done = fork_program(program, tmp_path, name, folders=[program.with_name("support")], timeout_s=550)

@@ -63,7 +63,6 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max()) / (largest or 1.0)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "entry", [each for key, each in ENTRIES.items() if key not in WRITES_ITS_CACHE_TENSORS], ids=lambda each: each.key
 )

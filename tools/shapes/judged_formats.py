@@ -33,6 +33,27 @@ def write_folder_as(folder: Path, out: Path, dtype: torch.dtype) -> Path:
     return out
 
 
+def start_drawing(
+    client: Any, transformer: Any, conditioning: Any, vae: Any, *, steps: int, guidance: float, seed: int, **more: Any
+) -> Any:
+    """Start a job that draws as diffusers' pipeline draws a folder of ``shapes``; return the job.
+
+    ``more`` goes to :meth:`xditd.client.Client.generate`.
+    """
+    return client.generate(
+        transformer,
+        conditioning,
+        vae=vae,
+        height=PIXELS,
+        width=PIXELS,
+        steps=steps,
+        sigmas=shifted_sigmas(steps),
+        guidance_scale=guidance,
+        seed=seed,
+        **more,
+    )
+
+
 @contextmanager
 def lent_sampler(
     client: Any,
@@ -67,17 +88,7 @@ def lent_sampler(
 
         def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
             conditioning = client.encode_prompt(transformer, list(texts), **words)
-            job = client.generate(
-                transformer,
-                conditioning,
-                vae=vae,
-                height=PIXELS,
-                width=PIXELS,
-                steps=steps,
-                sigmas=shifted_sigmas(steps),
-                guidance_scale=guidance,
-                seed=seed,
-            )
+            job = start_drawing(client, transformer, conditioning, vae, steps=steps, guidance=guidance, seed=seed)
             image: torch.Tensor = job.result().image.float().cpu()
             return image
 

@@ -19,8 +19,7 @@ from typing import Final
 import torch
 
 from shapes.draw import save_sheet
-from shapes.judge import GUIDANCE, STEPS, Sampler, faults, pipeline_sampler
-from shapes.reading import read
+from shapes.judge import GUIDANCE, STEPS, Sampler, judge, pipeline_sampler
 from shapes.scenes import Scene, Thing
 from shapes.words import Request
 
@@ -72,11 +71,9 @@ EXAMPLES: Final = {
 
 def draw_examples(sampler: Sampler, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
     """Draw each sentence, and read it back; return the pictures, and the faults of those that have some."""
-    images = {
-        name: sampler([request.text], seed + at)[0].float().cpu() for at, (name, request) in enumerate(EXAMPLES.items())
-    }
-    found = {name: faults(EXAMPLES[name], read(image)) for name, image in images.items()}
-    return images, {name: wrong for name, wrong in found.items() if wrong}
+    drawn, found = judge(sampler, list(EXAMPLES.values()), batch=1, seed=seed)
+    images, wrong = dict(zip(EXAMPLES, drawn, strict=True)), dict(zip(EXAMPLES, found, strict=True))
+    return images, {name: faults for name, faults in wrong.items() if faults}
 
 
 def write_pictures(root: Path, images: dict[str, torch.Tensor]) -> list[Path]:

@@ -30,6 +30,7 @@ from xditd.gpu_workers.families.flux1.checked_products import CheckedProducts, l
 from xditd.gpu_workers.families.flux1.control_residuals import ControlledBlocks, by_block
 from xditd.gpu_workers.families.flux1.fused_loras import ActiveLoras, FusedLoras, key_of
 from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
+from xditd.gpu_workers.families.flux1.rotations import Angles, Rotations
 from xditd.gpu_workers.families.flux1.timesteps import norm_epsilon
 from xditd.gpu_workers.kernels import branch_kernels, triton_kernels
 from xditd.gpu_workers.kernels.branched_products import with_branches
@@ -51,15 +52,13 @@ from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import RankSet
-from xditd.gpu_workers.parallel.token_partition import RankTokens, gather, pad_rows, partition_tokens
+from xditd.gpu_workers.parallel.token_partition import gather, pad_rows, partition_tokens
 from xditd.ipc.status import FusedCheck
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1.config import Flux1Config
 
 logger = logging.getLogger(__name__)
-
-Angles = tuple[torch.Tensor, torch.Tensor]
 
 PLAIN_CALL = CallOptions()
 
@@ -92,7 +91,7 @@ class FusedFlux1:
         self._checkpoint: Weights = {}
         self._blocks: Blocks | None = None
         self._loras: tuple[tuple[int, float], ...] = ()
-        self._rotated: tuple[torch.Tensor, torch.Tensor, Angles] | None = None
+        self._rotations = Rotations(module.pos_embed)
         self._modulator = Modulator(module.time_text_embed, config.hidden)
         self.paths = ForwardPaths(
             module,
@@ -256,15 +255,6 @@ class FusedFlux1:
         """Return the products of these weights: the quickest that all of them have."""
         weights = [checkpoint[f"{name}.weight"] for name in product_shapes(self._config)]
         return self._float8 if self._float8 is not None and Float8Products.fits(weights, self._dtype) else self._usual
-
-    def _rotations(self, txt_ids: torch.Tensor, img_ids: torch.Tensor, own: RankTokens) -> Angles:
-        """Return cosines and sines, (rows, 64), of this rank's tokens; cached for the same id tensors."""
-        kept = self._rotated
-        if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids:
-            ids = torch.cat([txt_ids[own.text], pad_rows(img_ids[own.image], own.padding, dim=0)])
-            cos, sin = self._module.pos_embed(ids)
-            kept = self._rotated = (txt_ids, img_ids, (cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
-        return kept[2]
 
     def _embedded(self, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._module.context_embedder(text), self._module.x_embedder(image)

@@ -46,7 +46,7 @@ def test_other_programs_read_it(path: Path) -> None:
     assert Image.open(path).text["xditd"] == encode(SMALL)  # type: ignore[attr-defined]
     path.write_bytes(encode_image(picture(), "JPEG", encode(SMALL)))
     comment = Image.open(path).getexif().get_ifd(0x8769)[0x9286]
-    assert comment.startswith(b'ASCII\0\0\0{"xditd":2')
+    assert comment.startswith(b'ASCII\0\0\0{"xditd":3')
 
 
 def test_a_video_holds_it_as_its_comment(tmp_path: Path) -> None:

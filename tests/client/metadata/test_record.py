@@ -16,7 +16,7 @@ def test_what_is_written_is_read_again() -> None:
     assert decode(text.encode(), "x") == WHOLE
     assert list(json.loads(text))[:2] == ["xditd", "version"]
     small = Record(version="1", width=8, height=8, steps=1)
-    assert json.loads(encode(small)) == {"xditd": 2, "version": "1", "width": 8, "height": 8, "steps": 1}
+    assert json.loads(encode(small)) == {"xditd": 3, "version": "1", "width": 8, "height": 8, "steps": 1}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_values_that_no_record_may_have_are_not_written(changes: dict[str, objec
         (b"[]", "no record of xditd"),
         (b"{}", "no record of xditd"),
         (b'{"prompt": "a cat"}', "no record of xditd"),
-        (b'{"xditd": 3}', "of schema 3, and this xditd reads 2; install a newer"),
+        (b'{"xditd": 4}', "of schema 4, and this xditd reads 3; install a newer"),
         (b'{"xditd": true}', "no record of xditd"),
         (b'{"xditd": 1}', "missing required field"),
         (b" " * (MAX_BYTES + 1), f"more than {MAX_BYTES} bytes"),

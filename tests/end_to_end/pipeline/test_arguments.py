@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import flux1_variants
 import pipeline_folders as folders
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pipeline_parts import image, mask
 from safetensors.torch import save_file
 
 from xditd.client import BadRequest, Pipeline
+from xditd.client.demo.checkpoints import flux_vae_state_dict
 from xditd.client.metadata.of_runs import record_of_run
 from xditd.client.pipeline import families
 from xditd.client.pipeline.calls import ARGUMENTS
@@ -38,7 +40,11 @@ VIDEO: dict[str, Any] = {"frames": 9, "guidance": 2.0, "options": {"shift": 2.0}
 CASES = {
     "FLUX.1 dev": Case(
         folders.flux1, folders.flux1_texts,
-        takes={**STARTS, "guidance": 2.0, "references": [PICTURE], "step_cache": 1.0},
+        takes={**STARTS, "guidance": 2.0, "step_cache": 1.0},
+    ),
+    "FLUX.1 Kontext": Case(
+        lambda: folders.flux1("FluxKontextPipeline"), folders.flux1_texts,
+        takes={"guidance": 2.0, "references": [PICTURE], "step_cache": 1.0},
     ),
     "FLUX.1 Fill": Case(
         lambda: folders.flux1("FluxFillPipeline", 384), folders.flux1_texts,
@@ -55,7 +61,12 @@ CASES = {
     ),
     "Qwen-Image": Case(
         folders.qwen_image, folders.qwen_image_texts, is_guided=True,
-        takes={**STARTS, "guidance": 2.0, "references": [PICTURE], "options": {"shift": 2.0}},
+        takes={**STARTS, "guidance": 2.0, "options": {"shift": 2.0}},
+    ),
+    "Qwen-Image-Edit": Case(
+        lambda: folders.qwen_image("QwenImageEditPlusPipeline"), folders.qwen_image_texts, is_guided=True,
+        needs={"references": [PICTURE]},
+        takes={"guidance": 2.0, "references": [FRAMES[0]], "options": {"shift": 2.0}},
     ),
     "Z-Image": Case(
         folders.z_image, folders.z_image_texts, is_guided=True,
@@ -106,6 +117,7 @@ ELSEWHERE = {
     "loras",
     "conditioning",
     "prompt_2",
+    "max_sequence_length",
     "weights",
     "on_progress",
     "on_preview",
@@ -214,22 +226,37 @@ def test_wrong_values_are_named(opened: Callable[..., Pipeline]) -> None:
         ({"conditioning": texts, "steps": 2.5}, r"steps: 2.5 is not a whole number"),
         ({"conditioning": texts, "guidance": float("nan")}, "guidance: nan is not a finite number"),
         ({"conditioning": texts, "image": "no.png"}, r"image: .*no.png: no picture"),
-        ({"conditioning": texts, "image": object()}, "image: a object is no picture"),
+        ({"conditioning": texts, "image": 5}, "image: 5 of type int is no picture"),
+        ({"conditioning": texts, "on_progress": 5}, "on_progress: 5 of type int cannot be called; give a function"),
+        ({"conditioning": texts, "on_preview": "a"}, "on_preview: 'a' of type str cannot be called"),
+        ({"conditioning": texts, "stepz": 3}, "stepz: no argument of Pipeline; did you mean steps"),
         ({"conditioning": texts, "mask": MASK}, "mask without image"),
         ({"conditioning": texts, "strength": 0.5}, "strength 0.5 without image would have no effect"),
         (
             {"conditioning": texts, "image": PICTURE, "strength": 0.0, "steps": 4},
             "strength 0 of 4 steps",
         ),
-        ({"conditioning": texts, "image": PICTURE, "references": [PICTURE]}, "image beside references"),
-        ({"conditioning": texts, "references": [PICTURE] * 2}, "references: 2; .* takes one"),
+        ({"conditioning": texts, "references": [PICTURE]}, "cannot honour references: a FluxPipeline takes none; Flux"),
         ({"conditioning": texts, "control": PICTURE}, "control: .* takes ControlNets"),
         ({"conditioning": texts, "options": {"shift": 2.0}}, "cannot honour options: (?!options)"),
         ({"conditioning": texts, "loras": "x.safetensors"}, r"loras: 'x.safetensors' is of type str; give pairs"),
     ):
         with pytest.raises(BadRequest, match=message):
             pipe(width=96, height=64, **given)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="stepz"):
-        pipe(conditioning=texts, stepz=3)  # type: ignore[call-arg]
-    with pytest.raises(BadRequest, match="stepz: no argument of a job"):
-        pipe.start(conditioning=texts, stepz=3)
+
+
+@pytest.mark.long
+def test_pictures_that_exclude_each_other_are_named(opened: Callable[..., Pipeline], tmp_path: Any) -> None:
+    """A file of FLUX.1 does not say whether it is Kontext: it takes a picture to start from, or a reference."""
+    save_file(flux1_variants.state_of(64), tmp_path / "t.safetensors")
+    save_file(flux_vae_state_dict(1), tmp_path / "v.safetensors")
+    texts = folders.flux1_texts()
+    with Pipeline.open(
+        transformer=tmp_path / "t.safetensors", vae=tmp_path / "v.safetensors", client=opened(folders.flux1()).client
+    ) as pipe:
+        for given, message in (
+            ({"image": PICTURE, "references": [PICTURE]}, "image beside references"),
+            ({"references": [PICTURE] * 2}, "references: 2; .* takes one"),
+        ):
+            with pytest.raises(BadRequest, match=message):
+                pipe(conditioning=texts, width=96, height=64, **given)

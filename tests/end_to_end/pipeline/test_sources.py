@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import flux1_variants
+import flux1_words
 import pipeline_folders as folders
 import pytest
 import torch
+import wan_vaes
 from safetensors.torch import save_file
 
 from xditd.client import BadCheckpoint, BadRequest, Client, Pipeline, Unsupported
@@ -131,3 +133,38 @@ def test_words_need_encoders_and_tokenizers(opened: Callable[..., Pipeline]) -> 
     pipe = opened(folders.flux1())
     with pytest.raises(Unsupported, match=r"has no text_encoder .*give text_encoders= to Pipeline\.open"):
         pipe("a cat", **GIVEN)
+
+
+def test_parts_that_have_no_use_are_refused_when_they_are_given(client: Client, tmp_path: Path) -> None:
+    folder = flux1_words.saved(tmp_path / "flux")
+    parts = tmp_path / "flux-parts"
+    clip, t5 = parts / "text_encoder", parts / "text_encoder_2"
+    save_file(wan_vaes.state_dict(), tmp_path / "wan.safetensors")
+    for given, error, message in (
+        (
+            {"text_encoders": [clip, t5, clip]},
+            BadRequest,
+            rf"text_encoder_3: {clip}: a clip_l, and there is another clip_l; remove it",
+        ),
+        (
+            {"text_encoders": [clip, folder / "transformer"]},
+            BadRequest,
+            r"text_encoder_2: .*transformer: a FluxTransformer2DModel, and prompts of flux1 are read by",
+        ),
+        ({"tokenizers": {"tokenizer_3": parts / "tokenizer"}}, BadRequest, "tokenizers: 'tokenizer_3' has no use in"),
+        (
+            {"tokenizers": parts / "tokenizer"},
+            BadRequest,
+            rf"tokenizers: {parts / 'tokenizer'}: a CLIPTokenizer, and tokenizer_2 is a T5Tokenizer; give",
+        ),
+        ({"transformer_2": folder / "transformer"}, BadRequest, r"transformer_2: .*: flux1 runs one transformer"),
+        (
+            {"vae": tmp_path / "wan.safetensors"},
+            BadRequest,
+            "transformer and vae: its latents are of the space wan",
+        ),
+        ({"image_encoder": clip}, BadRequest, r"image_encoder: .*: this flux1 shows no picture to one; remove it"),
+    ):
+        with pytest.raises(error, match=message):
+            Pipeline.open(folder, client=client, **given)  # type: ignore[arg-type]
+        assert not client.status().components

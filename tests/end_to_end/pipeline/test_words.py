@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from xditd.client import Client, Pipeline
 from xditd.client.demo.checkpoints import flux1_state_dict, flux_vae_state_dict
 from xditd.ipc.errors import BadRequest
 
+LONG = "a cat in a hat on a sofa beside two dogs under a lamp"
 GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
 
 
@@ -111,76 +112,73 @@ def test_progress_and_previews(client: Client, folder: Path) -> None:
 # --- Other families --------------------------------------------------------------------------------
 
 
-def with_texts(pipeline: Any, parts: Path, encoder: Any, tokenizer: Any) -> Any:
-    """Give a pipeline the text encoder and the tokenizer that ``parts`` has, of these classes."""
-    pipeline.register_modules(
-        text_encoder=encoder.from_pretrained(parts / "text_encoder"),
-        tokenizer=tokenizer.from_pretrained(parts / "tokenizer"),
-    )
+def with_words(pipeline: Any, family: str, parts: Path) -> Any:
+    """Give a pipeline a text encoder and a tokenizer, which are saved in ``parts``."""
+    prompt_pipelines.save_texts(family, parts)
+    pipeline.register_modules(**prompt_pipelines.read_texts(family, parts))
     return pipeline
 
 
-def z_image_with_words(parts: Path) -> Any:
-    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
-
-    prompt_pipelines.z_image(parts)
-    return with_texts(folders.z_image(), parts, Qwen3ForCausalLM, Qwen2Tokenizer)
-
-
-def klein_with_words(parts: Path) -> Any:
-    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
-
-    prompt_pipelines.flux2_klein(parts)
-    return with_texts(folders.flux2("Flux2KleinPipeline", is_distilled=False), parts, Qwen3ForCausalLM, Qwen2Tokenizer)
-
-
-def dev_with_words(parts: Path) -> Any:
-    from transformers import MistralForCausalLM, PreTrainedTokenizerFast
-
-    prompt_pipelines.flux2_dev(parts)
-    return with_texts(folders.flux2(), parts, MistralForCausalLM, PreTrainedTokenizerFast)
-
-
-def wan_with_words(parts: Path) -> Any:
-    from transformers import T5TokenizerFast, UMT5EncoderModel
-
-    prompt_pipelines.wan(parts)
-    return with_texts(folders.wan(), parts, UMT5EncoderModel, T5TokenizerFast)
-
-
-def qwen_image_with_words(parts: Path) -> Any:
-    from transformers import Qwen2Tokenizer
-
-    prompt_pipelines.qwen_image(parts)
-    config = replace(qwen_image_models.BASE, text_channels=128)
+def qwen_image_pipeline() -> Any:
+    config = prompt_pipelines.QWEN_IMAGE
     pipeline = folders.qwen_image()
-    pipeline.register_modules(
-        transformer=qwen_image_models.reference(qwen_image_models.state_dict(0, config), config),
-        text_encoder=qwen2_5_vl_models.reference(),
-        tokenizer=Qwen2Tokenizer.from_pretrained(parts / "tokenizer"),
-    )
+    pipeline.register_modules(transformer=qwen_image_models.reference(qwen_image_models.state_dict(0, config), config))
     return pipeline
 
 
-WORDS = {
-    "z_image": (z_image_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
-    "flux2": (dev_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
-    "flux2 klein": (klein_with_words, {"guidance_scale": 2.5}, {"guidance": 2.5}),
-    "wan": (wan_with_words, {"guidance_scale": 2.5, "num_frames": 5}, {"guidance": 2.5, "frames": 5}),
+GUIDED = ({"guidance_scale": 2.5}, {"guidance": 2.5})
+WORDS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
+    "z_image": (folders.z_image, *GUIDED),
+    "flux2_dev": (folders.flux2, *GUIDED),
+    "flux2_klein": (partial(folders.flux2, "Flux2KleinPipeline", is_distilled=False), *GUIDED),
+    "wan": (folders.wan, {"guidance_scale": 2.5, "num_frames": 5}, {"guidance": 2.5, "frames": 5}),
     "qwen_image": (
-        qwen_image_with_words, {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
+        qwen_image_pipeline, {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
         {"guidance": 2.5, "negative_prompt": "a dog"},
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["flux1", *WORDS])
+def test_the_length_of_prompts(opened: Callable[..., Pipeline], folder: Path, family: str, tmp_path: Path) -> None:
+    """Shorter and, where a family takes them, longer ones than the pipeline's own have its bits, too."""
+    if family == "flux1":
+        with Pipeline.open(folder, client=opened(folders.flux1()).client) as pipe:
+            assert pipe.defaults["max_sequence_length"] == 512
+            short = pipe(LONG, max_sequence_length=7, **GIVEN)
+            assert torch.equal(short.generation.latents, theirs(folder, LONG, max_sequence_length=7))
+            assert not torch.equal(short.generation.latents, pipe(LONG, **GIVEN).generation.latents)
+            assert (short.settings.max_sequence_length, short.record().max_sequence_length) == (7, 7)
+            assert pipe(LONG, max_sequence_length=512, **GIVEN).settings.max_sequence_length is None
+            for given, says in (
+                ({"max_sequence_length": 513}, "max_sequence_length is 513; use a whole number from 1 to 512"),
+                ({"max_sequence_length": 7.5}, "max_sequence_length: 7.5 is not a whole number"),
+            ):
+                with pytest.raises(BadRequest, match=says):
+                    pipe(LONG, **GIVEN, **given)
+            with pytest.raises(BadRequest, match="max_sequence_length beside conditioning"):
+                pipe(conditioning={}, max_sequence_length=7)
+        return
+    make, of_theirs, of_ours = WORDS[family]
+    pipeline = make(tmp_path / "parts")
+    pipe = opened(pipeline, defaults={"max_sequence_length": 14})
+    right = latents(
+        pipeline, family.split()[0], prompt=LONG, num_inference_steps=2, max_sequence_length=14, **of_theirs
+    )
+    assert torch.equal(pipe(LONG, **GIVEN, **of_ours).generation.latents, right)
+    own = pipe(LONG, max_sequence_length=512, **GIVEN, **of_ours)
+    assert not torch.equal(own.generation.latents, right)
 
 
 @pytest.mark.parametrize("family", WORDS)
 def test_words_of_other_families(opened: Callable[..., Pipeline], family: str, tmp_path: Path) -> None:
     """With guidance, by the negative prompt that the pipeline takes if none is given."""
     make, of_theirs, of_ours = WORDS[family]
-    pipeline = make(tmp_path / "parts")
+    pipeline = with_words(make(), family, tmp_path / "parts")
     pipe = opened(pipeline)
-    right = latents(pipeline, family.split()[0], prompt="a cat", num_inference_steps=2, **of_theirs)
+    right = latents(
+        pipeline, family.removesuffix("_dev").removesuffix("_klein"), prompt="a cat", num_inference_steps=2, **of_theirs
+    )
     found = pipe("a cat", **GIVEN, **of_ours)
     assert torch.equal(found.generation.latents, right)
 
@@ -193,7 +191,7 @@ def test_words_with_pictures(
     from xditd.client.pipeline import families
 
     monkeypatch.setattr(families, "PIXELS", 64 * 64)
-    plain = qwen_image_with_words(tmp_path / "parts")
+    plain = with_words(qwen_image_pipeline(), "qwen_image", tmp_path / "parts")
     pipeline = getattr(diffusers, kind)(**{**plain.components, "processor": None})
     pipe = opened(pipeline, tokenizers={"processor": tmp_path / "parts" / "processor"})
     seen, picture = [], qwen2_5_vl_models.picture(90, 64)
@@ -206,3 +204,5 @@ def test_words_with_pictures(
     assert [each.size for each in given["images"]] == [(90, 64)]  # which the workers resize
     assert given["options"] == ({"edit": True} if kind == "QwenImageEditPipeline" else None)
     assert set(given["tokenizers"]) == {"processor"}
+    with pytest.raises(BadRequest, match="cannot honour max_sequence_length: its prompts have one length"):
+        pipe("make it blue", references=[picture], max_sequence_length=20, **GIVEN)
