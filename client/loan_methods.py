@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from xditd.client.argument_names import names_unknown
 from xditd.client.connection import CONTROL_DEADLINE_S
-from xditd.client.lend_errors import naming_path
 from xditd.client.loans import Loan, any_component_id, kind_named
 from xditd.client.session import Session
 from xditd.ipc.errors import BadRequest, UnknownComponent
@@ -105,8 +104,7 @@ class LoanMethods:
                 prefix=prefix,
             )
 
-        with naming_path(source, label):
-            return self._current().lend(make_offer, deadline_s)
+        return self._current().lend(make_offer, deadline_s)
 
     @names_unknown("Client.lend_tokenizer")
     def lend_tokenizer(
@@ -128,8 +126,7 @@ class LoanMethods:
 
             return describe_tokenizer(source, label=label)
 
-        with naming_path(source, label):
-            return self._current().lend(make_offer, deadline_s)
+        return self._current().lend(make_offer, deadline_s)
 
     @names_unknown("Client.lend_lora")
     def lend_lora(
@@ -167,8 +164,7 @@ class LoanMethods:
                 source, label=label, device=device, metadata=metadata, generation=generation, as_class=as_class
             )
 
-        with naming_path(source, label):
-            loan = self._current().lend(make_offer, deadline_s)
+        loan = self._current().lend(make_offer, deadline_s)
         facts = loan.facts.lora
         if facts is not None and facts.unknown_count and not loan.is_reused:
             logger.warning(
