@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xditd.client.argument_names import names_unknown
 from xditd.client.connection import CONTROL_DEADLINE_S
+from xditd.client.lend_errors import naming_path
 from xditd.client.loans import Loan, any_component_id, kind_named
 from xditd.client.session import Session
 from xditd.ipc.errors import BadRequest, UnknownComponent, XditdError
@@ -116,7 +117,8 @@ class LoanMethods:
                 prefix=prefix,
             )
 
-        return self._current().lend(make_offer, deadline_s)
+        with naming_path(source, label):
+            return self._current().lend(make_offer, deadline_s)
 
     @names_unknown("Client.prepare")
     def prepare(
@@ -180,7 +182,8 @@ class LoanMethods:
 
             return describe_tokenizer(source, label=label)
 
-        return self._current().lend(make_offer, deadline_s)
+        with naming_path(source, label):
+            return self._current().lend(make_offer, deadline_s)
 
     @names_unknown("Client.lend_lora")
     def lend_lora(
@@ -218,7 +221,8 @@ class LoanMethods:
                 source, label=label, device=device, metadata=metadata, generation=generation, as_class=as_class
             )
 
-        loan = self._current().lend(make_offer, deadline_s)
+        with naming_path(source, label):
+            loan = self._current().lend(make_offer, deadline_s)
         facts = loan.facts.lora
         if facts is not None and facts.unknown_count and not loan.is_reused:
             logger.warning(

@@ -14,6 +14,7 @@ from xditd.client.loans import Loan
 from xditd.client.part_checks import assigned, misfits
 from xditd.client.pipeline.files import tokenizer_path
 from xditd.client.pipeline.sources import IMAGE_ENCODER, TRANSFORMER, VAE, Part, Source
+from xditd.ipc.addresses import MISSING
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported, XditdError
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.name_lists import listed
@@ -203,7 +204,7 @@ class Loans:
             known = self._loras.get(path)
             if known is None or not known.is_live:
                 if not os.path.exists(path):
-                    raise BadCheckpoint(f"loras: {path}: no such file or folder")
+                    raise BadCheckpoint(f"loras: {path}: {MISSING}")
                 label = f"{self._source.name}/{os.path.basename(path)}"
                 known = self._loras[path] = self._client.lend_lora(path, label=label, device=self._device)
             return known
