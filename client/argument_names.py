@@ -139,6 +139,11 @@ def names_unknown(where: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         @wraps(method)
         def checked(*args: P.args, **kwargs: P.kwargs) -> T:
             check_names(kwargs, known, where)
+            if len(args) > code.co_argcount:
+                places = ", ".join(known[: code.co_argcount - 1]) or "none"
+                raise BadRequest(
+                    f"{where}: {len(args) - 1} arguments without names, and such are {places}; give the others by name"
+                )
             return method(*args, **kwargs)
 
         return checked

@@ -38,18 +38,19 @@ def add(name: str, table: Mapping[str, Any], path: Path, *, is_replaced: bool = 
     _write(changed, {**tables, name: dict(table)}, path, f"[{name}]")
 
 
-def remove(name: str, path: Path) -> None:
-    """Remove a model and the comment lines right above it. Nothing but the file's text changes.
+def remove(path: Path, *names: str) -> None:
+    """Remove models and the comment lines right above them, at once. Nothing but the file's text changes.
 
     Raises:
-        BadRequest: it is not there, or the file spells it so that it cannot be cut out.
+        BadRequest: the file spells one so that it cannot be cut out; all stay.
         OutputFailed: the file cannot be written; it is unchanged.
     """
     text = read_text(path)
     tables = parse(text, path)
-    assert name in tables
-    changed = _without(text, name, path)
-    _write(changed, {key: table for key, table in tables.items() if key != name}, path, f"[{name}]")
+    assert tables.keys() >= set(names)
+    for name in names:
+        text = _without(text, name, path)
+    _write(text, {key: table for key, table in tables.items() if key not in names}, path, f"[{'], ['.join(names)}]")
 
 
 def _write(text: str, expected: Mapping[str, Any], path: Path, what: str) -> None:

@@ -106,24 +106,12 @@ def models_path() -> Path:
     return Path(base) / "xditd" / "models.toml"
 
 
-def load(path: Path | None = None) -> dict[str, ModelEntry]:
-    """Read all models of the file, in its order; none if there is no file.
-
-    Raises:
-        BadRequest: it cannot be read, is no TOML, or has an unknown key or a value that cannot be; the message names
-            the file, the model and the key, or the line.
-    """
-    path = models_path() if path is None else path
-    tables = parse(read_text(path), path)
-    return {name: check_entry(name, table, path) for name, table in tables.items()}
-
-
 def find(name: str, path: Path | None = None) -> ModelEntry:
     """Return the model of a name.
 
     Raises:
-        BadRequest: the file has no such model, with the names that it has; or as :func:`load`. Other models of the
-            file may be wrong.
+        BadRequest: the file cannot be read, is no TOML, or has no such model, with the names that it has; or the model
+            is wrong, as :func:`check_entry`. Other models of the file may be wrong.
     """
     path = models_path() if path is None else path
     tables = parse(read_text(path), path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Final
 from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, OutputFailed
 
+_NUMBERED: Final = re.compile(r"^(\d{5,9})(?:\.|$)")
 _ALLOCATION_UNKNOWN: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 """Errors of ``posix_fallocate`` where the file system does not support it."""
 
@@ -31,6 +33,23 @@ def output_path(path: str | os.PathLike[str]) -> Path:
     if not text:
         raise BadRequest("path: '' names no file; name the output file, such as 'out.png'")
     return user_path(text)
+
+
+def names_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is meant as a folder of pictures: it ends with a slash, or has no suffix and is a folder."""
+    text = os.fspath(path)
+    return text.endswith(os.sep) or (not Path(text).suffix and user_path(text).is_dir())
+
+
+def numbered_paths(folder: str | os.PathLike[str], count: int, suffix: str) -> list[Path]:
+    """Return paths in a folder, ``00000.png`` and so on, from the number after the largest one there."""
+    where = user_path(folder)
+    try:
+        names = os.listdir(where)
+    except OSError:  # it is not there, or cannot be read: checks of the path say so
+        names = []
+    first = max((int(found[1]) + 1 for found in map(_NUMBERED.match, names) if found), default=0)
+    return [where / f"{first + number:05}{suffix}" for number in range(count)]
 
 
 def check_target(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:

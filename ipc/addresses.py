@@ -65,6 +65,10 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     return Path(expand_home(os.fspath(path)))
 
 
+MISSING: Final = "no such file or folder; name one of this machine, nothing is downloaded"
+"""What is wrong with a path of a model or a part that is not there; the path goes before it."""
+
+
 def endpoint(socket: Path) -> str:
     """Return ZeroMQ's endpoint of a socket path."""
     return f"ipc://{socket}"

@@ -52,10 +52,12 @@ def examine(runtime_dir: Path | None, *, is_quick: bool) -> list[Finding]:
     devices, cluster = host.check_devices(), host.check_cluster(os.environ)
     answers, pid = daemon.check_daemon(runtime.path)
     limits = host.limits_of(pid)
+    # A daemon that runs has a layout, for its own number of workers.
+    is_layout_known = any(each.check == daemon.LAYOUT for each in answers)
     return [
         _versions(),
         *([devices] if devices else []),
-        *([] if is_quick else workers.check_workers(workers.probe())),
+        *([] if is_quick else workers.check_workers(workers.probe(), has_layout=not is_layout_known)),
         host.check_allocator(os.environ),
         *([cluster] if cluster else []),
         host.check_runtime_folder(runtime),

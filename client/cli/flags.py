@@ -31,11 +31,15 @@ def add_flag(
     default: Any = None,
     metavar: str | None = None,
     dest: str | None = None,
+    choices: Sequence[str] = (),
 ) -> None:
-    """Add a flag with a value. Its variable, unless empty, sets the default, which is checked like the flag."""
+    """Add a flag with a value. Its variable, unless empty, sets the default, which is checked like the flag.
+
+    ``choices`` are what a shell completes; ``type`` accepts them.
+    """
     shown = "" if default is None else f" (default: {default})"
     named: dict[str, Any] = {} if dest is None else {"dest": dest}
-    parser.add_argument(
+    action = parser.add_argument(
         *names,
         type=type,
         # argparse converts and checks a string default like a value on the command line.
@@ -44,6 +48,13 @@ def add_flag(
         **named,
         help=f"{help}{shown} [{variable}]",
     )
+    complete(action, choices)
+
+
+def complete(action: argparse.Action, choices: Sequence[str]) -> None:
+    """Have a shell complete an argument with these words, unless there are none."""
+    if choices:
+        action.completer = lambda **_: choices  # type: ignore[attr-defined]
 
 
 def add_named_values(
@@ -167,6 +178,7 @@ def add_settings(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) 
                 metavar=setting.metavar,
                 dest=setting.name,
                 help=setting.help,
+                choices=setting.choices,
             )
 
 

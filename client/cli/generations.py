@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -25,8 +24,6 @@ DEFAULT_FPS: Final = 16
 """Frames a second of an .mp4: those of Wan 2.1 and of Wan 2.2 A14B."""
 DEFAULT_SIZE: Final = (1024, 1024)
 """Of generations from single files; models that are opened as a whole have their own."""
-
-_NUMBERED: Final = re.compile(r"^(\d{5,9})(?:\.|$)")
 
 
 def size_of(parsed: argparse.Namespace) -> tuple[int, int]:
@@ -121,10 +118,11 @@ class Outputs:
             BadRequest, OutputFailed: as the constructor.
         """
         if self.images and count > 1:
+            from xditd.client.output_files import names_folder, numbered_paths
+
             (one,) = self.images
-            if _NUMBERED.match(one.name) and self._is_folder:
-                first = int(one.stem)
-                self.images = [one.with_name(f"{first + number:05}{one.suffix}") for number in range(count)]
+            if self._out is not None and names_folder(self._out):
+                self.images = numbered_paths(self._out, count, "" if self.is_video else one.suffix)
             else:
                 self.images = [one.with_name(f"{one.stem}-{number}{one.suffix}") for number in range(count)]
             for path in self.images:
@@ -138,15 +136,17 @@ class Outputs:
     @property
     def _is_folder(self) -> bool:
         """Whether the path is that of a folder for images. Of a video, it is the folder of its frames."""
-        if self._out is None or self.is_video:
-            return False
-        return self._out.endswith(os.sep) or (not Path(self._out).suffix and os.path.isdir(self._out))
+        from xditd.client.output_files import names_folder
+
+        return self._out is not None and not self.is_video and names_folder(self._out)
 
     def _chosen(self) -> Path:
         """Return the path of one image or video, of several before they are numbered."""
         if self._out is None:
             return Path("out.mp4" if self.is_video else "out.png")
-        return Path(self._out) / f"{_next_number(self._out):05}.png" if self._is_folder else Path(self._out)
+        from xditd.client.output_files import numbered_paths
+
+        return numbered_paths(self._out, 1, ".png")[0] if self._is_folder else Path(self._out)
 
     def _check_target(self, path: str | os.PathLike[str]) -> Path:
         """Check the path of an image, or of a video, and the room for it.
@@ -243,12 +243,3 @@ class Outputs:
             return [(path, "video", [encode_video(path, result.image[number], self._fps, record)])]
         write_or_keep_frames(path, result.image[number], record)
         return []
-
-
-def _next_number(folder: str) -> int:
-    """Return the number after the largest one among the names in a folder; 0 if there is none."""
-    try:
-        names = os.listdir(folder)
-    except OSError:  # it is not there, or cannot be read: checks of the path say so
-        return 0
-    return max((int(found[1]) + 1 for found in map(_NUMBERED.match, names) if found), default=0)

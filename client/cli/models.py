@@ -13,7 +13,7 @@ from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import size_text, table
 from xditd.client.models_file import ModelEntry
 from xditd.ipc import limits
-from xditd.ipc.addresses import expand_home
+from xditd.ipc.addresses import MISSING, expand_home
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.settings.client import JsonFlags
 
@@ -37,7 +37,7 @@ examples:
       --text-encoder clip_l.safetensors --text-encoder t5xxl_fp16.safetensors --tokenizers ~/ComfyUI --steps 28
   xditd models list
   xditd models check flux        that every file is there, known, and fits the others; needs no daemon and no GPU
-  xditd models rm flux           forget the name; the files stay
+  xditd models rm flux qwen      forget the names; the files stay
   xditd generate "a cat" --model flux -o cat.png
 """
 
@@ -57,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checking = _action(
         actions, parser, "check", "check files, headers, families and whether parts fit, without a daemon or a GPU"
     )
-    _name(checking, "check this one (default: all)", nargs="?")
+    _names(checking, "check these (default: all)", nargs="*")
     checking.add_argument("--quick", action="store_true", help="only open the files and read their headers")
     checking.set_defaults(act=_check)
-    removing = _action(actions, parser, "rm", "remove a name; files stay")
-    _name(removing, "the name to remove")
+    removing = _action(actions, parser, "rm", "remove names; files stay")
+    _names(removing, "the names to remove", nargs="+")
     removing.set_defaults(act=_remove)
 
 
@@ -82,8 +82,8 @@ def _action(
     return made
 
 
-def _name(parser: argparse.ArgumentParser, help: str, **more: Any) -> None:
-    parser.add_argument("name", metavar="NAME", help=help, **more).completer = complete_names  # type: ignore[attr-defined]
+def _names(parser: argparse.ArgumentParser, help: str, nargs: str) -> None:
+    parser.add_argument("names", metavar="NAME", help=help, nargs=nargs).completer = complete_names  # type: ignore[attr-defined]
 
 
 def complete_names(**_: object) -> tuple[str, ...]:
@@ -110,8 +110,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", metavar="NAME", help="variant of a folder's weights, such as fp16")
     for flag in models_file.CHOICES:
         choices = models_file.CHOICES[flag]
-        parser.add_argument(f"--{flag.replace('_', '-')}", metavar="NAME", type=flags.one_of(*choices),
-                            help=", ".join(choices))  # fmt: skip
+        name = f"--{flag.replace('_', '-')}"
+        action = parser.add_argument(name, metavar="NAME", type=flags.one_of(*choices), help=", ".join(choices))
+        flags.complete(action, choices)
     parser.add_argument("--steps", metavar="COUNT", type=flags.whole(1, limits.MAX_STEPS), help="default steps")
     parser.add_argument("--guidance", metavar="SCALE", type=flags.number(0, limits.MAX_GUIDANCE),
                         help="default guidance scale")  # fmt: skip
@@ -214,16 +215,16 @@ def _present(path: str) -> str:
     """
     found = os.path.abspath(expand_home(path))
     if not os.path.exists(found):
-        raise BadRequest(f"{found}: no such file or folder; nothing is downloaded")
+        raise BadRequest(f"{found}: {MISSING}")
     return found
 
 
 def _check(parsed: argparse.Namespace) -> int:
     faults: dict[str, str] = {}
-    if parsed.name is None:
-        entries, faults = _all(models_file.models_path())
+    if parsed.names:
+        entries = {name: models_file.find(name) for name in parsed.names}
     else:
-        entries = {parsed.name: models_file.find(parsed.name)}
+        entries, faults = _all(models_file.models_path())
     from xditd.client.models_check import check_models
 
     checks = check_models(entries, asks_workers=not parsed.quick)
@@ -272,8 +273,12 @@ def _check_text(check: ModelCheck) -> str:
 def _remove(parsed: argparse.Namespace) -> int:
     path = models_file.models_path()
     tables = models_file.parse(models_file.read_text(path), path)
-    models_file.check_known(parsed.name, tables, path)
-    models_editing.remove(parsed.name, path)
-    text = f"{parsed.name}: removed from {path}; its files stay"
-    print(json_text({"file": str(path), "removed": parsed.name}) if parsed.json else text)
+    names = tuple(dict.fromkeys(parsed.names))
+    for name in names:  # all of them, before one is removed
+        models_file.check_known(name, tables, path)
+    models_editing.remove(path, *names)
+    if parsed.json:
+        print(json_text({"file": str(path), "removed": names}))
+    else:
+        print("\n".join(f"{name}: removed from {path}; its files stay" for name in names))
     return exits.DONE

@@ -7,7 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
+from xditd.client.cli import completion, flags
 from xditd.client.subprograms import module_command, module_environment
+from xditd.ipc.settings.daemon import SETTINGS
 
 SUMMARY = "run the daemon and its workers in the foreground"
 DESCRIPTION = "Run the daemon in the foreground. xditd serve --help lists its flags."
@@ -15,7 +17,12 @@ EXAMPLES = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Pass all arguments on to the daemon."""
+    """Pass all arguments on to the daemon; for completions, have its flags."""
+    if completion.ASKED in os.environ:
+        parser.add_argument("--config", metavar="FILE")
+        for setting in filter(lambda each: each.flag, SETTINGS):
+            flags.complete(parser.add_argument(setting.flag, dest=setting.name), setting.choices)
+        return
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
 

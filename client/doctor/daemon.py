@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from xditd.client.client import Client
 
 CHECK_DEADLINE_S: Final = 30.0
+LAYOUT: Final = "layout in use"
 
 
 def check_daemon(runtime_dir: Path | None) -> tuple[list[Finding], int | None]:
@@ -27,7 +28,7 @@ def check_daemon(runtime_dir: Path | None) -> tuple[list[Finding], int | None]:
             status = client.status()
             found = [_check_version(status), _check_group(status)]
             if status.layout is not None:
-                found.append(describe_layout("layout in use", status.layout))
+                found.append(describe_layout(LAYOUT, status.layout))
             if status.group_state in (GroupState.READY, GroupState.BUSY):
                 found.append(_check_memory(client))
             return found, status.pid

@@ -39,8 +39,8 @@ def probe() -> dict[str, Any] | str:
     return f"status {done.returncode}: {last[0]}"
 
 
-def check_workers(facts: dict[str, Any] | str) -> list[Finding]:
-    """Convert the probe's facts to findings."""
+def check_workers(facts: dict[str, Any] | str, *, has_layout: bool = True) -> list[Finding]:
+    """Convert the probe's facts to findings; with ``has_layout`` also that of a daemon that is yet to be started."""
     if isinstance(facts, str):
         return [fail("workers' libraries", facts, "pip install 'xditd[workers]' into the environment of the daemon")]
     packages = facts["packages"]
@@ -61,7 +61,8 @@ def check_workers(facts: dict[str, Any] | str) -> list[Finding]:
     ]
     found += _check_gpus(facts)
     found.append(_check_attention(facts))
-    found.append(describe_default_layout(len(facts["gpus"])))
+    if has_layout:
+        found.append(describe_default_layout(len(facts["gpus"])))
     return found
 
 

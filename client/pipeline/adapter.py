@@ -113,7 +113,7 @@ class Adapter:
         """Return what the folder's pipeline does not take, though its transformer does."""
         used = self.source.model_class
         if used in self.without_references:
-            return {"references": f"a {used} takes none; {listed(self.edits)} do"}
+            return {"references": f"a {used} takes none, as {listed(self.edits)} would"}
         if used in self.edits:
             return dict.fromkeys(("image", "mask", "strength"), f"a {used} edits references; give references=")
         return {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from xditd.client.pipeline.pictures import as_list
+from xditd.client.video_files import MAX_FPS
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
@@ -95,6 +96,8 @@ _MOST: Final = {
     "frames": limits.MAX_SIDE_PIXELS,
     "steps": limits.MAX_STEPS,
     "max_sequence_length": limits.MAX_TEXT_TOKENS,
+    "num_images": limits.MAX_BATCH,
+    "fps": MAX_FPS,
 }
 """The highest values of whole numbers from 1."""
 
@@ -110,7 +113,9 @@ def is_given(name: str, value: Any) -> bool:
     unset = UNSET.get(name)
     if unset is None:
         return value is not None
-    return len(value) > 0 if isinstance(unset, tuple) else value != unset
+    if isinstance(unset, tuple):
+        return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
+    return bool(value != unset)
 
 
 def check_refused(given: Mapping[str, Any], refused: Mapping[str, str], title: str) -> None:
@@ -145,6 +150,10 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
     prompts = _texts("prompt", given.get("prompt"))
     if (prompts is None) == (conditioning is None):
         raise BadRequest("prompt, conditioning: give either the words, or the tensors that stand for them")
+    if conditioning is not None and not isinstance(conditioning, Mapping):
+        raise BadRequest(
+            f"conditioning: {conditioning!r:.100} of type {type(conditioning).__name__}; give a dict of tensors by name"
+        )
     negative = given.get("negative_prompt")
     negatives = _texts("negative_prompt", negative)
     if conditioning is not None and negatives is not None:
@@ -176,16 +185,9 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
         "loras",
     }
     rest = {name: value for name, value in given.items() if name in known and value is not None}
-    for name, most in _MOST.items():
-        if name in rest:
-            _count(name, rest[name], 1, most)
+    _check_values(rest)
     if conditioning is not None and "max_sequence_length" in rest:
         raise BadRequest("max_sequence_length beside conditioning: its tensors have their lengths; leave it out")
-    for name in ("guidance", "strength"):
-        if name in rest and (isinstance(rest[name], bool) or not isinstance(rest[name], int | float)):
-            raise BadRequest(f"{name}: {rest[name]!r} is not a number")
-        if name in rest and not math.isfinite(rest[name]):
-            raise BadRequest(f"{name}: {rest[name]!r} is not a finite number")
     if "seed" in rest:
         _count("seed", rest["seed"], 0, 2**63 - 1)
     references = given.get("references")
@@ -207,10 +209,28 @@ def check_defaults(given: Mapping[str, Any] | None, known: Mapping[str, Any]) ->
     Raises:
         BadRequest: one that no call has; names it.
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise BadRequest(f"defaults: {given!r:.100} of type {type(given).__name__}; give a dict, {{'steps': 20}}")
     for name in given or {}:
         if name not in known:
             raise BadRequest(f"defaults: {name!r} is not known; give {listed(known)}{did_you_mean(str(name), known)}")
-    return {name: value for name, value in (given or {}).items() if value is not None}
+    found = {name: value for name, value in (given or {}).items() if value is not None}
+    _check_values(found, "defaults: ")
+    if "negative_prompt" in found and not isinstance(found["negative_prompt"], str):
+        raise BadRequest(f"defaults: negative_prompt: {found['negative_prompt']!r:.100} is no text")
+    return found
+
+
+def _check_values(given: Mapping[str, Any], before: str = "") -> None:
+    for name, most in _MOST.items():
+        if name in given:
+            _count(before + name, given[name], 1, most)
+    for name in ("guidance", "strength"):
+        value = given.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise BadRequest(f"{before}{name}: {value!r:.100} is not a number")
+        if not math.isfinite(value):
+            raise BadRequest(f"{before}{name}: {value!r} is not a finite number")
 
 
 def _texts(name: str, value: Texts | None) -> tuple[str, ...] | None:

@@ -17,7 +17,7 @@ from xditd.client.pipeline.sources import (
     Source,
     kind_of,
 )
-from xditd.ipc.addresses import user_path
+from xditd.ipc.addresses import MISSING, user_path
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.tensor_names import by_prefix
 from xditd.ipc.tensors import ComponentKind
@@ -50,6 +50,9 @@ def find_source(
     """
     given = {role: Part(_checked(path, role), kind_of(role)) for role, path in parts.items() if path is not None}
     given |= {role: Part(_checked(path, role), kind_of(role)) for role, path in _encoders(text_encoders).items()}
+    for argument, text in (("variant", variant), ("name", name)):
+        if text is not None and (not isinstance(text, str) or not text):
+            raise BadRequest(f"{argument}: {text!r:.100} of type {type(text).__name__}; give a text")
     if source is None:
         if variant is not None:
             raise BadRequest(f"variant {variant!r}: it selects files of a folder; give the folder, or leave it out")
@@ -87,6 +90,8 @@ def _encoders(given: Paths) -> dict[str, PathLike]:
         return dict(given)
     if isinstance(given, str | os.PathLike):
         given = [given]
+    if not isinstance(given, list | tuple):
+        raise BadRequest(f"text_encoders: {given!r:.100} of type {type(given).__name__}; give paths, or a dict by role")
     return {role_of_encoder(number): path for number, path in enumerate(given, 1)}
 
 
@@ -131,9 +136,11 @@ def tokenizer_path(given: Mapping[str, str], role: str, classes: Sequence[str]) 
 
 
 def _checked(path: PathLike, role: str) -> str:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise BadRequest(f"{role}: {path!r:.100} of type {type(path).__name__} is no path of a file or a folder")
     found = user_path(path)
     if not found.exists():
-        raise BadCheckpoint(f"{role}: {found}: no such file or folder")
+        raise BadCheckpoint(f"{role}: {found}: {MISSING}")
     return str(found)
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from xditd.ipc.addresses import user_path
+from xditd.ipc.addresses import MISSING, user_path
 from xditd.ipc.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def opened(value: Picture, name: str) -> Image.Image:
 
     if isinstance(value, str | os.PathLike):
         path = user_path(value)
+        if not path.exists():
+            raise BadRequest(f"{name}: {path}: {MISSING}")
         try:
             with Image.open(path) as file:
                 file.load()

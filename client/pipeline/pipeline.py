@@ -99,7 +99,7 @@ class Pipeline:
         client: Client | None = None,
         runtime_dir: str | os.PathLike[str] | None = None,
         wait_s: float = 0.0,
-        deadline_s: float = SILENCE_DEADLINE_S,
+        deadline_s: float | None = None,
     ) -> Pipeline:
         """Find the parts of a pipeline and lend them to the workers.
 
@@ -126,8 +126,10 @@ class Pipeline:
         """
         if keep_alive is not None:
             check_seconds("keep_alive", keep_alive)
-        if client is not None and (runtime_dir is not None or wait_s):
-            raise BadRequest("client beside runtime_dir or wait_s: the client has its own; give one of both")
+        if client is not None and not isinstance(client, Client):
+            raise BadRequest(f"client: {client!r:.100} of type {type(client).__name__} is no Client")
+        if client is not None and (runtime_dir is not None or wait_s or deadline_s is not None):
+            raise BadRequest("client beside runtime_dir, wait_s or deadline_s: the client has its own; leave them out")
         opening = opening_of(
             source,
             parts={TRANSFORMER: transformer, SECOND: transformer_2, VAE: vae, IMAGE_ENCODER: image_encoder},
@@ -141,7 +143,8 @@ class Pipeline:
             defaults=defaults,
         )
         found = opening.source
-        own = client or Client(runtime_dir, name=f"pipeline {found.name}"[:64], wait_s=wait_s, deadline_s=deadline_s)
+        silence_s = SILENCE_DEADLINE_S if deadline_s is None else deadline_s
+        own = client or Client(runtime_dir, name=f"pipeline {found.name}"[:64], wait_s=wait_s, deadline_s=silence_s)
         loans = Loans(own, found, compute_dtype=opening.compute_dtype, acceleration=opening.acceleration, device=device)
         pipe = cls(own, found, loans, owns_client=client is None, defaults=opening.defaults, keep_alive=keep_alive)
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xditd.client.output_files import output_path
+from xditd.client.output_files import names_folder, numbered_paths, output_path
 from xditd.client.pipeline.settings import RunSettings
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest
@@ -92,20 +92,29 @@ class PipelineResult:
     ) -> list[Path]:
         """Write all pictures or videos, or that of ``index``, as ``GenerationResult.save`` does; return the paths.
 
-        Of several, ``out.png`` becomes ``out-0.png``, ``out-1.png`` and so on. ``fps`` is the model's unless given.
+        Of several, ``out.png`` becomes ``out-0.png``, ``out-1.png`` and so on. In a folder, ``pictures/``, pictures are
+        ``00000.png`` and so on, from the next number on; so are several videos, each a folder of PNG files, and one
+        video is the folder itself. ``fps`` is the model's unless given.
         Files say how they were made, unless ``metadata`` is false; `xditd generate --from` repeats them.
+
+        Raises:
+            BadRequest, OutputFailed: as ``GenerationResult.save``.
         """
         rate = self.settings.fps if fps is None else fps
-        one = output_path(path)
-        if not one.name:
-            raise BadRequest(f"path: {one} is a folder; name a file in it, such as {one / 'out.png'}")
+        numbers = range(self.count) if index is None else (index,)
         found = []
-        for number in range(self.count) if index is None else (index,):
+        for number, target in zip(numbers, self._targets(path, len(numbers)), strict=True):
             made = replace(self.generation, record=self.record(number) if metadata else None)
-            is_one = index is not None or self.count == 1
-            target = one if is_one else one.with_name(f"{one.stem}-{number}{one.suffix}")
             found.append(made.save(target, number, fps=rate, metadata=metadata))
         return found
+
+    def _targets(self, path: str | os.PathLike[str], count: int) -> list[Path]:
+        one = output_path(path)
+        if names_folder(path) and not (self.is_video and count == 1):
+            return numbered_paths(path, count, "" if self.is_video else ".png")
+        if not self.is_video and not one.suffix:
+            raise BadRequest(f"path: {one} has no suffix; give a picture, {one}.png, or a folder, {one}/")
+        return [one] if count == 1 else [one.with_name(f"{one.stem}-{number}{one.suffix}") for number in range(count)]
 
     def __repr__(self) -> str:
         what = "videos" if self.is_video else "images"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from xditd.client.pipeline.job import Ended, PipelineJob
 from xditd.client.pipeline.loading import Loans
 from xditd.client.pipeline.settings import RunSettings, UsedLora
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, Source
+from xditd.client.waiting import check_deadline
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import ArgumentFacts
 from xditd.ipc.name_lists import listed
@@ -34,6 +36,8 @@ class Runner:
         self._source = source
         self._loans = loans
         self._adapter = adapter
+        self._ends_s: float | None = None
+        """When the call has to have ended, as ``time.monotonic`` counts."""
 
     def start(self, call: Call, *, previews: bool, deadline_s: float | None, ended: Ended) -> PipelineJob:
         """Encode words and pictures, and start the generation.
@@ -43,6 +47,8 @@ class Runner:
             Unsupported: words, and the pipeline has no text encoders or tokenizers.
             XditdError: as :meth:`Client.generate`.
         """
+        check_deadline(deadline_s)
+        self._ends_s = None if deadline_s is None else time.monotonic() + deadline_s
         adapter, loans = self._adapter, self._loans
         default = float(call.defaults["guidance"])
         negatives = call.negatives
@@ -90,7 +96,7 @@ class Runner:
             start_image=plan.start_image,
             start_mask=plan.start_mask,
             strength=strength,
-            deadline_s=deadline_s,
+            deadline_s=self._rest_s(),
         )
         settings = RunSettings(
             model=self._source.name,
@@ -124,6 +130,9 @@ class Runner:
         )
         return PipelineJob(job, settings, ended)
 
+    def _rest_s(self) -> float | None:
+        return None if self._ends_s is None else max(0.0, self._ends_s - time.monotonic())
+
     # --- Words ---------------------------------------------------------------------------------------
 
     def _encode_words(
@@ -151,6 +160,7 @@ class Runner:
             options=options or None,
             encoders={role: with_those_of(loan, encoder_loras) for role, loan in encoders.items()},
             tokenizers=self._loans.tokenizers(classes),
+            deadline_s=self._rest_s(),
         )
         texts: Mapping[str, Any] = encode(list(call.prompts))
         if call.prompts_2 is None or call.prompts_2 == call.prompts:
@@ -224,7 +234,7 @@ class Runner:
         vae = self._loans.vae
         if vae is None:
             raise Unsupported(f"references: {self._source.name} was opened without a VAE to encode them; give vae=")
-        return self._client.encode(vae, pixels, transformer=self._loans.transformer)
+        return self._client.encode(vae, pixels, transformer=self._loans.transformer, deadline_s=self._rest_s())
 
     def _see_picture(self, picture: Image.Image) -> torch.Tensor:
         encoder = self._loans.parts.get(IMAGE_ENCODER)
@@ -236,7 +246,7 @@ class Runner:
         from xditd.client.pipeline.clip_pictures import clip_pixels
 
         arguments = {"pixel_values": clip_pixels(picture), "output_hidden_states": True}
-        states: torch.Tensor = self._client.call(encoder, arguments)["hidden_states"][-2]
+        states: torch.Tensor = self._client.call(encoder, arguments, deadline_s=self._rest_s())["hidden_states"][-2]
         return states
 
     def _controls(self, call: Call) -> Sequence[Control]:

@@ -55,22 +55,27 @@ class Leader:
     ) -> None:
         self._loop = loop
         self.on_gone = on_gone
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-        assert self._process.stdout is not None  # because of PIPE
-        self._output = WorkerOutput(loop, log_buffer, os.dup(self._process.stdout.fileno()))
-        self._process.stdout.close()
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
+                stdout=writer,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self.pid = self._process.pid
+            self._pidfd = self._open_pidfd()
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        self._output = WorkerOutput(loop, log_buffer, reader)
         self._kill_deadline: Deadline | None = None
         self._empty_deadline: Deadline | None = None
         self._is_gone = False
-        self._pidfd = os.pidfd_open(self.pid)
         loop.watch(self._pidfd, self._leader_exited)
 
     @property
@@ -100,6 +105,16 @@ class Leader:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
+
+    def _open_pidfd(self) -> int:
+        try:
+            return os.pidfd_open(self.pid)
+        except OSError:  # no descriptor is left, and nothing would watch the process that runs by now
+            self.kill()
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            raise
 
     def _leader_exited(self) -> None:
         """The leader is a zombie. Kill its ranks before its pid can be reused, then wait for them."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from xditd.ipc.errors import AlreadyRunning, BadRequest, StorageError
+from xditd.ipc.open_files import describe_limit, is_want_of_descriptors
 from xditd.ipc.processes import peer_credentials
 
 BACKLOG: Final = 128
@@ -78,6 +79,8 @@ def who_listens(path: Path) -> int | None:
 
 def storage_error(what: str, error: OSError) -> StorageError:
     """Build the error for ``what`` that cannot be created in the runtime folder, with its remedy."""
+    if is_want_of_descriptors(error):
+        return StorageError(f"{what}: {describe_limit()}")
     elsewhere = "choose another runtime folder (--runtime-dir or XDITD_RUNTIME_DIR)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{what}: {error.strerror}; free disk space or inodes (see df, df -i), or {elsewhere}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -42,9 +43,16 @@ def lead(options: Options, attempts: Sequence[str]) -> int:
     """
     gpus, can_fork = preload.count_gpus()
     devices = choose_devices(options, gpus)
+    hidden = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    if options.device == "auto" and not gpus and hidden:
+        logger.warning(
+            "torch sees none of this machine's %d GPUs, so the CPU is used; see CUDA_VISIBLE_DEVICES, and xditd doctor",
+            len(hidden),
+        )
     choice = layout_choice.choose_layout(len(devices), options.degrees)
     logger.info("layout chosen workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
-    why_not = "an import has opened CUDA" if not can_fork else preload.find_threads()
+    has_cuda = not can_fork or preload.has_opened_gpu()
+    why_not = "an import has opened CUDA" if has_cuda else preload.find_threads()
     if why_not:
         logger.warning("%s: ranks are spawned, and import everything again", why_not)
     return _run(options, choice, devices, "spawn" if why_not else "fork", attempts)

@@ -34,6 +34,7 @@ from xditd.ipc.worker_messages import UNEXPLAINED
 logger = logging.getLogger(__name__)
 
 _NVML_CHECK: Final = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_CUDA_DEVICE: Final = "/dev/nvidia-uvm"
 _THREAD_END_S: Final = 0.2
 
 FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
@@ -76,8 +77,18 @@ def preload(names: tuple[str, ...]) -> None:
 
 
 def has_opened_gpu() -> bool:
-    """Whether an import has made a CUDA context in this process, which holds memory of a GPU as long as it runs."""
-    return torch.cuda.is_initialized()
+    """Whether an import has opened CUDA in this process: by torch, or by a library of its own.
+
+    The driver opens one device in every process that has called ``cuInit``; NVML does not. (``nvidia-smi`` runs where
+    that device does not exist.) CUDA does not survive a fork, and a context holds memory of a GPU.
+    """
+    if torch.cuda.is_initialized():
+        return True
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    return _CUDA_DEVICE in links
 
 
 def import_family(family: Family[Any]) -> None:

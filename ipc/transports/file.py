@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 
+from xditd.ipc.addresses import MISSING
 from xditd.ipc.errors import BadCheckpoint, OutOfMemory, StaleSource
 from xditd.ipc.file_kinds import folder_kind
 from xditd.ipc.processes import ProcessIdentity
@@ -30,8 +31,7 @@ class LentFile:
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise OutOfMemory(f"{path}: {error.strerror} in this process") from error
-            remedy = "; name a file of this machine, nothing is downloaded" if error.errno == errno.ENOENT else ""
-            raise BadCheckpoint(f"{path}: {error.strerror}{remedy}") from error
+            raise BadCheckpoint(f"{path}: {MISSING if error.errno == errno.ENOENT else error.strerror}") from error
         except ValueError as error:
             raise BadCheckpoint(f"{path!r}: {error}") from error
         opened = settled_stat(self.fd)

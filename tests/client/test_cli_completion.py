@@ -40,6 +40,13 @@ def test_verbs_and_flags_are_completed(tmp_path: Path) -> None:
     assert completions("xditd completion z", tmp_path) == ["zsh"]
 
 
+def test_values_of_flags_are_completed(tmp_path: Path) -> None:
+    assert completions("xditd generate --compute-dtype ", tmp_path) == ["bfloat16", "float16", "float32"]
+    assert set(completions("xditd serve --device c", tmp_path)) == {"cuda", "cpu"}
+    assert "--layout" in completions("xditd serve --la", tmp_path)[0]
+    assert completions("xditd models add x --compute-dtype b", tmp_path) == ["bfloat16"]
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_takes_the_lines(shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["completion", shell]) == exits.DONE

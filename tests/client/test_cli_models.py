@@ -43,8 +43,15 @@ def test_what_is_added_is_listed_and_removed(folder: Path, capsys: pytest.Captur
     assert main(["models", "list", "--json"]) == exits.DONE
     found = json.loads(capsys.readouterr().out)
     assert found["models"]["qwen"] == {"folder": str(folder / "pipeline"), "variant": "fp16", "defaults": {}}
+    assert main(["models", "rm", "flux", "gone"]) == exits.MISUSE
+    assert models_file.names() == ("flux", "qwen")
     assert main(["models", "rm", "flux"]) == exits.DONE
     assert models_file.names() == ("qwen",)
+    assert main(["models", "add", "flux", *parts]) == exits.DONE
+    capsys.readouterr()
+    assert main(["models", "rm", "flux", "qwen", "--json"]) == exits.DONE
+    assert json.loads(capsys.readouterr().out)["removed"] == ["flux", "qwen"]
+    assert models_file.names() == ()
     assert (folder / "t.safetensors").is_file()
 
 

@@ -34,7 +34,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checked(parts: Path, text: str, *, asks_workers: bool = False) -> dict[str, models_check.ModelCheck]:
     file = parts / "models.toml"
     file.write_text(text)
-    found = models_check.check_models(models_file.load(file), asks_workers=asks_workers)
+    found = models_check.check_models(
+        {name: models_file.find(name, file) for name in models_file.names(file)}, asks_workers=asks_workers
+    )
     return {check.name: check for check in found}
 
 
@@ -99,7 +101,7 @@ def test_files_that_are_missing_or_none_are_named_without_workers(parts: Path) -
         """,
     )
     gone, page, tokenizers = found["a"].faults
-    assert gone.startswith(f"transformer: {parts}/gone.safetensors: No such file")
+    assert gone.startswith(f"transformer: {parts}/gone.safetensors: no such file")
     assert "this is a web page" in page
     assert tokenizers.startswith("tokenizers: ")
     assert "not a folder" in tokenizers

@@ -68,26 +68,35 @@ def test_a_name_that_is_there_is_replaced_only_if_asked(file: Path) -> None:
 
 
 def test_a_model_goes_with_the_comments_above_it_and_no_others(file: Path) -> None:
-    models_editing.remove("z", file)
+    models_editing.remove(file, "z")
     assert file.read_text() == USERS[: USERS.index("# the last")]
     models_editing.add("x", {"folder": "/x"}, file)
-    models_editing.remove("x", file)
+    models_editing.remove(file, "x")
+    assert list(models_file.parse(file.read_text(), file)) == ["flux", "wan2.2"]
+
+
+def test_several_go_at_once_or_none(file: Path) -> None:
+    with pytest.raises(BadRequest, match=r"\[z\], \[flux\] is spelled so"):
+        models_editing.remove(file, "z", "flux")
+    assert file.read_text() == USERS
+    models_editing.add("x", {"folder": "/x"}, file)
+    models_editing.remove(file, "x", "z")
     assert list(models_file.parse(file.read_text(), file)) == ["flux", "wan2.2"]
 
 
 def test_what_cannot_be_cut_out_safely_is_left_alone(file: Path) -> None:
     # A text in another model looks like the header of this one.
     with pytest.raises(BadRequest, match="edit the file"):
-        models_editing.remove("flux", file)
+        models_editing.remove(file, "flux")
     assert file.read_text() == USERS
     file.write_text("flux.folder = 'x'\n")
     with pytest.raises(BadRequest, match="edit the file"):
-        models_editing.remove("flux", file)
+        models_editing.remove(file, "flux")
 
 
 def test_tables_of_one_model_go_together(file: Path) -> None:
     file.write_text(USERS.replace('"""\n[flux]\n"""', '"wan"'))
-    models_editing.remove("flux", file)
+    models_editing.remove(file, "flux")
     text = file.read_text()
     assert list(models_file.parse(text, file)) == ["wan2.2", "z"]
     assert text.startswith("# my models\n# since 2024\n\n# wan, for films\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xditd.client import models_file
-from xditd.client.models_file import ModelDefaults
+from xditd.client.models_file import ModelDefaults, ModelEntry
 from xditd.client.pipeline.named import entry_of
 from xditd.ipc.errors import BadRequest
 
@@ -38,10 +38,16 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "models.toml"
 
 
+def load(file: Path) -> dict[str, ModelEntry]:
+    """Read all models of a file, as ``xditd models list`` does."""
+    tables = models_file.parse(models_file.read_text(file), file)
+    return {name: models_file.check_entry(name, table, file) for name, table in tables.items()}
+
+
 def test_paths_are_of_the_files_folder_and_of_home(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/cat")
     file.write_text(WHOLE)
-    qwen, wan, sdxl = models_file.load(file).values()
+    qwen, wan, sdxl = load(file).values()
     assert (qwen.folder, qwen.variant) == ("/home/cat/models/Qwen-Image", "fp16")
     assert wan.name == "wan2.2"
     assert wan.transformer == str(tmp_path / "high.safetensors")
@@ -58,7 +64,7 @@ def test_paths_are_of_the_files_folder_and_of_home(file: Path, tmp_path: Path, m
 def test_the_file_is_in_the_users_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert models_file.models_path() == tmp_path / "xditd" / "models.toml"
-    assert models_file.load() == {}
+    assert load(models_file.models_path()) == {}
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", "/home/cat")
     assert models_file.models_path() == Path("/home/cat/.config/xditd/models.toml")
@@ -96,7 +102,7 @@ def test_the_file_is_in_the_users_configuration(tmp_path: Path, monkeypatch: pyt
 def test_what_is_wrong_is_named_with_its_place_and_the_remedy(file: Path, text: str, says: tuple[str, ...]) -> None:
     file.write_text(text)
     with pytest.raises(BadRequest) as error:
-        models_file.load(file)
+        load(file)
     assert f"file {file}" in error.value.detail
     for part in says:
         assert part in error.value.detail
@@ -119,14 +125,14 @@ def test_a_wrong_model_does_not_hide_the_others(file: Path) -> None:
 def test_files_that_are_none_are_refused(file: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(BadRequest, match="not UTF-8 at byte 0"):
-        models_file.load(file)
+        load(file)
     file.write_bytes(b"#" * (2**20 + 1))
     with pytest.raises(BadRequest, match="more than 1048576 bytes"):
-        models_file.load(file)
+        load(file)
     file.unlink()
     file.mkdir()
     with pytest.raises(BadRequest, match="Is a directory"):
-        models_file.load(file)
+        load(file)
     assert models_file.names(file) == ()
 
 

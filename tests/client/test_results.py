@@ -59,8 +59,38 @@ def test_numbers_and_folders_are_refused_by_a_pipelines_result():
         made.save("out.png", "a")
     with pytest.raises(BadRequest, match="index 3: the batch has 1"):
         made.record(3)
-    with pytest.raises(BadRequest, match=r"path: \. is a folder; name a file in it, such as out\.png"):
-        made.save(".")
+    with pytest.raises(BadRequest, match=r"path: out has no suffix; give a picture, out\.png, or a folder, out/"):
+        made.save("out")
+
+
+def made_of(count: int, frames: int = 1) -> PipelineResult:
+    shape = (count, 3, frames, 8, 8) if frames > 1 else (count, 3, 8, 8)
+    several = dataclasses.replace(result(), image=torch.zeros(shape), latents=torch.zeros(count, 4, 1, 1))
+    return PipelineResult(several, dataclasses.replace(RUN, frames=frames, num_images=count))
+
+
+@pytest.mark.parametrize(
+    ("count", "frames", "path", "names"),
+    [
+        (2, 1, "two/", ["two/00000.png", "two/00001.png"]),
+        (1, 1, "two/", ["two/00000.png"]),
+        (2, 1, "there", ["there/00008.png", "there/00009.png"]),
+        (2, 1, "two.png", ["two-0.png", "two-1.png"]),
+        (2, 5, "two/", ["two/00000/frame_00004.png", "two/00001/frame_00004.png"]),
+        (1, 5, "two/", ["two/frame_00004.png"]),
+        (2, 5, "two", ["two-0/frame_00004.png", "two-1/frame_00004.png"]),
+    ],
+)
+def test_several_pictures_and_videos_in_a_folder(tmp_path, monkeypatch, count, frames, path, names):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "00007.png").touch()
+    saved = made_of(count, frames).save(path)
+    assert len(saved) == count
+    assert all((tmp_path / name).is_file() for name in names)
+    found = {str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*.png")} - {"there/00007.png"}
+    assert found >= set(names)
+    assert len(found) == count * frames
 
 
 def test_a_folder_is_no_image_file(tmp_path, monkeypatch):

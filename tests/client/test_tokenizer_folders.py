@@ -59,7 +59,7 @@ def test_what_is_no_tokenizer_is_refused_by_name(folder: Path, tmp_path: Path) -
         with pytest.raises(BadCheckpoint, match=says):
             describe_tokenizer(path)
 
-    refused(tmp_path / "none", "it is missing; give the folder of the tokenizer")
+    refused(tmp_path / "none", "no such file or folder; name one of this machine")
     refused(folder / "merges.txt", "it is a file; give the folder")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -84,4 +84,4 @@ def test_what_is_no_tokenizer_is_refused_by_name(folder: Path, tmp_path: Path) -
     refused(folder, "not a regular file")
     (folder / "vocab.json").unlink()
     (folder / "vocab.json").symlink_to(tmp_path / "gone")
-    refused(folder, "No such file")
+    refused(folder, "no such file")

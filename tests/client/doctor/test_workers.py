@@ -82,6 +82,9 @@ def test_the_layout_for_these_gpus_is_explained():
     assert [note.split(":")[0] for note in finding.notes] == ["not ring=2", "not cfg=2"]
     (finding,) = [each for each in workers.check_workers({**SOUND, "gpus": []}) if each.check.startswith("layout")]
     assert finding.check == "layout for 2 workers"  # as many start on a CPU
+    assert not [
+        each for each in workers.check_workers(SOUND, has_layout=False) if each.check.startswith("layout")
+    ]  # a daemon that runs has its own
 
 
 def test_every_complaint_has_a_remedy():

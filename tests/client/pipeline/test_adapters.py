@@ -40,7 +40,7 @@ def made(family: str, source: Source) -> Adapter:
 @pytest.mark.parametrize("name", [name for names in WITHOUT.values() for name in names])
 def test_a_pipeline_without_references_refuses_them_by_its_name(name: str) -> None:
     refused = made(PIPELINES[name], Source(name="x", parts={}, pipeline_class=name)).refused()
-    assert refused["references"].startswith(f"a {name} takes none; {EDITS[PIPELINES[name]][0]}")
+    assert refused["references"].startswith(f"a {name} takes none, as {EDITS[PIPELINES[name]][0]}")
     assert not {"image", "mask", "strength"} & set(refused)
 
 

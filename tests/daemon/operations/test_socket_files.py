@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xditd.daemon.operations.runtime_folder import HeldFile
-from xditd.daemon.operations.socket_files import listen_at, remove_stale, who_listens
+from xditd.daemon.operations.socket_files import listen_at, remove_stale, storage_error, who_listens
 from xditd.ipc.errors import AlreadyRunning, BadRequest, StorageError
 
 
@@ -76,3 +77,9 @@ def test_a_file_is_known_by_its_inode(path: Path) -> None:
     again.remove()
     assert not path.exists()
     again.close()
+
+
+def test_want_of_descriptors_is_no_fault_of_the_folder(path: Path) -> None:
+    error = storage_error(f"socket {path}", OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    assert "the hard limit of this process is" in error.detail
+    assert "choose another runtime folder" not in error.detail

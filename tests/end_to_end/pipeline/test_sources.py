@@ -15,7 +15,7 @@ import torch
 import wan_vaes
 from safetensors.torch import save_file
 
-from xditd.client import BadCheckpoint, BadRequest, Client, Pipeline, Unsupported
+from xditd.client import BadCheckpoint, BadRequest, Client, Pipeline, UnknownFamily, Unsupported
 from xditd.client.demo.checkpoints import flux_vae_state_dict
 
 GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
@@ -117,6 +117,8 @@ def test_a_configuration_that_the_family_does_not_have(client: Client, folder: P
 
 
 def test_what_is_no_pipeline(client: Client, folder: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.safetensors"
+    save_file({"a.b": torch.zeros(3)}, odd)
     for given, error, message in (
         ({}, BadRequest, "no transformer"),
         ({"source": tmp_path / "nothing"}, BadCheckpoint, "no such file or folder"),
@@ -124,6 +126,24 @@ def test_what_is_no_pipeline(client: Client, folder: Path, tmp_path: Path) -> No
         ({"source": folder, "defaults": {"stepz": 3}}, BadRequest, "defaults: 'stepz' is not known.*steps"),
         ({"source": folder, "keep_alive": -1.0}, BadRequest, "keep_alive"),
         ({"source": folder, "text_encoders": {"clip": folder}}, BadRequest, "'clip' is no role"),
+        ({"source": 5}, BadRequest, "source: 5 of type int is no path"),
+        ({"source": folder, "text_encoders": 5}, BadRequest, "text_encoders: 5 of type int; give paths"),
+        ({"source": folder, "tokenizers": 5}, BadRequest, "tokenizers: 5 of type int is no path"),
+        ({"source": folder, "scheduler": ""}, BadRequest, "scheduler: '' of type str is no path"),
+        (
+            {"source": folder, "vae": "gone"},
+            BadCheckpoint,
+            "vae: gone: no such file or folder; name one",
+        ),
+        ({"source": folder, "name": 5}, BadRequest, "name: 5 of type int; give a text"),
+        ({"source": folder, "variant": ""}, BadRequest, "variant: '' of type str; give a text"),
+        ({"source": folder, "defaults": 5}, BadRequest, "defaults: 5 of type int; give a dict"),
+        ({"source": folder, "defaults": {"steps": "a"}}, BadRequest, "defaults: steps: 'a' is not a whole number"),
+        ({"source": folder, "defaults": {"guidance": "a"}}, BadRequest, "defaults: guidance: 'a' is not a number"),
+        ({"source": folder, "defaults": {"fps": 0}}, BadRequest, "defaults: fps: 0 is not a whole number"),
+        ({"source": folder, "deadline_s": 3.0}, BadRequest, "client beside runtime_dir, wait_s or deadline_s"),
+        ({"source": odd}, UnknownFamily, f"^{odd}: no known model family"),
+        ({"source": folder, "vae": odd}, UnknownFamily, f"^{odd}: no known model family"),
     ):
         with pytest.raises(error, match=message):
             Pipeline.open(**given, client=client)  # type: ignore[arg-type]

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.multiprocessing
@@ -43,6 +46,19 @@ def wait(ranks: list[SpawnProcess]) -> Iterator[Wait]:
     os.close(sigterm)
     for each in (pipe for pair in pipes for pipe in pair):
         each.close()
+
+
+@pytest.mark.parametrize(("device", "is_told"), [("auto", True), ("cpu", False)])
+def test_gpus_that_torch_does_not_see_are_named(
+    device: str, is_told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``CUDA_VISIBLE_DEVICES`` names others, or the driver is broken: nothing else would say why workers are slow."""
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([Path("/dev/nvidia0"), Path("/dev/nvidia1")]))
+    monkeypatch.setattr(leader.preload, "count_gpus", lambda: (0, True))
+    monkeypatch.setattr(leader, "_run", lambda *_: 0)
+    options: Any = SimpleNamespace(device=device, workers="auto", degrees={})
+    assert leader.lead(options, []) == 0
+    assert ("torch sees none of this machine's 2 GPUs" in caplog.text) is is_told
 
 
 def test_sigterm_ends_the_wait(wait: Wait) -> None:

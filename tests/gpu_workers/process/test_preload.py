@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +99,25 @@ def test_ranks_are_spawned_where_an_import_has_opened_cuda(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert preload.count_gpus() == (3, False)
+
+
+@pytest.mark.gpu
+def test_cuda_that_another_library_has_opened_is_seen() -> None:
+    assert run("""
+import ctypes, json, torch
+from xditd.gpu_workers.process import preload
+before = preload.count_gpus()[0], preload.has_opened_gpu()
+assert ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+print(json.dumps([before[0] > 0, before[1], torch.cuda.is_initialized(), preload.has_opened_gpu()]))
+""") == [True, False, False, True]
+
+
+def test_the_device_of_cuda_is_found_among_the_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = tmp_path / "nvidia-uvm"
+    monkeypatch.setattr(preload, "_CUDA_DEVICE", str(device))
+    assert not preload.has_opened_gpu()
+    with device.open("w"):
+        assert preload.has_opened_gpu()
 
 
 def test_ranks_are_spawned_where_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:

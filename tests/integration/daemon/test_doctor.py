@@ -24,6 +24,7 @@ def test_sound_daemon_passes_with_its_memory_check(shared_daemon: Any, client: A
     assert found["runtime folder"]["verdict"] == "ok"
     assert found["layout in use"]["detail"].startswith("ulysses=2: ")
     assert any(note.startswith("not ring=2: ") for note in found["layout in use"]["notes"])
+    assert not [check for check in found if check.startswith("layout for ")]
 
 
 def test_layout_that_was_asked_for_is_in_use(start_daemon: Any, capsys: Any) -> None:
