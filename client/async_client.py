@@ -137,6 +137,7 @@ class AsyncClient:
             raise
 
     generate = _starting(Client.generate)
+    prepare = _asynchronous(Client.prepare)
     lend = _asynchronous(Client.lend)
     lend_lora = _asynchronous(Client.lend_lora)
     lend_tokenizer = _asynchronous(Client.lend_tokenizer)

@@ -134,9 +134,9 @@ def describe(
             label = label or os.fsencode(label_of(path)).decode("utf-8", "replace")  # names need not be Unicode
             files = find_model(path, variant=variant, has_class=kind is None, as_class=as_class)
             module = files.description
-            specs, packing = _describe_files(files, label, device, memory)
+            specs, packing = describe_files(files, label, device, memory)
             if prefix:
-                specs, packing = _with_prefix(specs, packing, prefix, label)
+                specs, packing = with_prefix(specs, packing, prefix, label)
         elif prefix:
             raise BadRequest(f"prefix {prefix!r} selects the tensors of a file: give its path")
         elif variant is not None:
@@ -156,7 +156,7 @@ def describe(
             label = label or "state_dict"
             state = state_of(source)
             packing = _named_faults(label, lambda: packing_of_tensors(state))
-            specs = describe_tensors(_without(state, packing.markers), device, memory)
+            specs = describe_tensors(without(state, packing.markers), device, memory)
         manifest = Manifest(
             kind=kind,
             module=module if acceleration is None else _accelerated(module, acceleration, label),
@@ -164,7 +164,7 @@ def describe(
             blocks=tuple(memory.blocks),
             tensors=tuple(specs),
             packed=packing.packed,
-            compute_dtype=_compute_dtype(compute_dtype),
+            compute_dtype=checked_compute_dtype(compute_dtype),
             generation=generation,
         )
         check_manifest(manifest)
@@ -192,7 +192,12 @@ def _written(changed: Collection[str], manifest: Manifest) -> tuple[str, ...]:
     return tuple(sorted(changed))
 
 
-def _compute_dtype(given: str | None) -> ComputeDType | None:
+def checked_compute_dtype(given: str | None) -> ComputeDType | None:
+    """Check the name of a dtype.
+
+    Raises:
+        BadRequest: packed weights cannot be dequantised into it.
+    """
     known = get_args(ComputeDType)
     if given is not None and given not in known:
         raise BadRequest(f"compute_dtype: {given!r}; use {', '.join(map(repr, known))}")
@@ -210,9 +215,10 @@ def _accelerated(module: ModuleDescription | None, acceleration: str, label: str
     return msgspec.structs.replace(module, acceleration=cast("Acceleration", acceleration))
 
 
-def _describe_files(
+def describe_files(
     files: ModelFiles, label: str, device: str | None, memory: LentMemory
 ) -> tuple[list[TensorSpec], Packing]:
+    """Describe the tensors of files, which ``memory`` holds open, or their copies in an arena on ``device``."""
     opened = [memory.open_file(path) for path in files.paths]
     headers = [read_header(lent) for lent in opened]
     check_shards(files, headers)
@@ -220,12 +226,12 @@ def _describe_files(
     if device is not None:
         if files.description is None:
             stored = {stored.name: stored for header in headers for stored in header.tensors}
-            known = form_error(logical_tensors(packing.packed, _without(stored, packing.markers)))
+            known = form_error(logical_tensors(packing.packed, without(stored, packing.markers)))
             if known is not None:  # before loading: the workers would fail only after it
                 raise named(label, known)
         arena = memory.own_arena(load_into_arena(opened, headers, device))
         memory.notes.append(f"loaded once into an arena of {arena.size_bytes} bytes on {device}")
-        return describe_tensors(_without(arena.tensors, packing.markers), None, memory), packing
+        return describe_tensors(without(arena.tensors, packing.markers), None, memory), packing
     specs = []
     for lent, header in zip(opened, headers, strict=True):
         length = header.length_bytes
@@ -239,7 +245,7 @@ def _describe_files(
     return specs, packing
 
 
-def _with_prefix(
+def with_prefix(
     specs: Sequence[TensorSpec], packing: Packing, prefix: str, label: str
 ) -> tuple[list[TensorSpec], Packing]:
     """Select the tensors whose names begin with ``prefix``, and the packed weights among them.
@@ -254,7 +260,8 @@ def _with_prefix(
     return found, dataclasses.replace(packing, packed=packed)
 
 
-def _without(tensors: Mapping[str, T], names: Collection[str]) -> Mapping[str, T]:
+def without(tensors: Mapping[str, T], names: Collection[str]) -> Mapping[str, T]:
+    """Return the tensors that are not among ``names``."""
     return {name: each for name, each in tensors.items() if name not in names} if names else tensors
 
 

@@ -6,14 +6,14 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xditd.client.argument_names import names_unknown
 from xditd.client.connection import CONTROL_DEADLINE_S
 from xditd.client.lend_errors import naming_path
 from xditd.client.loans import Loan, any_component_id, kind_named
 from xditd.client.session import Session
-from xditd.ipc.errors import BadRequest, UnknownComponent
+from xditd.ipc.errors import BadRequest, UnknownComponent, XditdError
 from xditd.ipc.name_lists import listed
 from xditd.ipc.renamed import Renamed
 from xditd.ipc.replies import Status
@@ -88,6 +88,18 @@ class LoanMethods:
                 raise BadRequest("tokenizer: it takes a label alone; leave the other arguments out")
             return self.lend_tokenizer(source, label=label, deadline_s=deadline_s)
 
+        if device is not None and not generation:
+            with contextlib.suppress(XditdError):  # what is wrong, the lend says
+                self.prepare(
+                    source,
+                    kind=named,
+                    label=label,
+                    as_class=as_class,
+                    variant=variant,
+                    compute_dtype=compute_dtype,
+                    prefix=prefix,
+                )
+
         def make_offer() -> Offer:
             from xditd.client.lending import describe
 
@@ -107,6 +119,48 @@ class LoanMethods:
 
         with naming_path(source, label):
             return self._current().lend(make_offer, deadline_s)
+
+    @names_unknown("Client.prepare")
+    def prepare(
+        self,
+        source: Mapping[str, Any] | str | os.PathLike[str] | torch.nn.Module,
+        *,
+        kind: ComponentKind | str | None = None,
+        label: str | None = None,
+        as_class: bool = False,
+        variant: str | None = None,
+        compute_dtype: ComputeDType | None = None,
+        prefix: str = "",
+    ) -> None:
+        """Announce a component that will be lent: idle workers build its model, while this program makes its weights.
+
+        Returns at once, also while workers start. Arguments are those of the :meth:`lend` that follows. Of tensors, on
+        any device, ``meta`` included, only names, dtypes and shapes are read, and of files the headers. ``source`` may
+        be a configuration, as the ``config.json`` of diffusers or transformers has it; its weights will have the
+        ``compute_dtype``, bfloat16 unless given.
+
+        Nothing depends on it: without a lend, workers keep the model without weights, at most 8 of such. What they
+        cannot build is refused by the lend. A lend with a ``device`` announces its component by itself, and so do
+        ``Pipeline.open`` with one and ComfyUI's nodes.
+
+        Raises:
+            BadCheckpoint, Unsupported, BadRequest: a file or a value that :meth:`lend` would refuse before it asks the
+                workers.
+        """
+        from xditd.client.outlines import outline_of
+
+        named = None if kind is None else kind_named(kind)
+        self._current().announce(
+            outline_of(
+                source,
+                kind=named,
+                label=label,
+                as_class=as_class,
+                variant=variant,
+                compute_dtype=compute_dtype,
+                prefix=prefix,
+            )
+        )
 
     @names_unknown("Client.lend_tokenizer")
     def lend_tokenizer(

@@ -30,7 +30,16 @@ def describe_config(path: str, *, allows_family: bool) -> ModuleDescription:
         BadCheckpoint: it cannot be read, or is no JSON of a configuration.
         Unsupported: it names no class, or says that the weights are quantised.
     """
-    config = read_json(path, _MAX_CONFIG_BYTES)
+    return description_of(read_json(path, _MAX_CONFIG_BYTES), path, allows_family=allows_family)
+
+
+def description_of(config: dict[str, Any], path: str, *, allows_family: bool) -> ModuleDescription:
+    """Return the class and the configuration of what a ``config.json`` has; ``path`` is for messages.
+
+    Raises:
+        BadCheckpoint: a value is none of JSON.
+        Unsupported: as :func:`describe_config`.
+    """
     if config.get("quantization_config") is not None:
         raise Unsupported(
             f"{path}: it has a quantization_config, so the weights are packed: lend a bfloat16 or float16 checkpoint "
@@ -78,7 +87,7 @@ def _class_of(config: dict[str, Any], path: str) -> str:
 def _text(config: dict[str, Any], path: str) -> str:
     try:
         text = json.dumps(config, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:  # 1e999 is read as infinity
+    except (TypeError, ValueError) as error:  # 1e999 is read as infinity; a caller's values may be anything
         raise BadCheckpoint(f"{path}: {error}; a configuration has finite numbers") from error
     if len(text) > limits.MAX_TEXT_CHARS:
         raise BadCheckpoint(f"{path}: a configuration of {len(text)} characters; at most {limits.MAX_TEXT_CHARS}")

@@ -27,13 +27,14 @@ from xditd.ipc.errors import (
     XditdError,
 )
 from xditd.ipc.facts import ComponentFacts
-from xditd.ipc.replies import Adopted, Farewell, Lent, Returned, Revoked, Status
-from xditd.ipc.requests import Adopt, Cancel, GetStatus, Goodbye, Lend, ReturnLoan, Revoke
+from xditd.ipc.replies import Adopted, Announced, Farewell, Lent, Returned, Revoked, Status
+from xditd.ipc.requests import Adopt, Announce, Cancel, GetStatus, Goodbye, Lend, ReturnLoan, Revoke
 from xditd.ipc.tensors import CopiedBytes, Tier
 
 if TYPE_CHECKING:
     from xditd.client.io_blocks import IoPool
     from xditd.client.lending import Offer
+    from xditd.ipc.outlines import Outline
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,11 @@ class Session:
             loan.copied.total, loan.is_reused, timings["total"],
         )  # fmt: skip
         return loan
+
+    def announce(self, outline: Outline) -> None:
+        """Announce a component that will be lent; the daemon answers at once."""
+        request = Announce(request_id=self.connection.next_request_id(), outline=outline)
+        self.connection.ask(request, Announced)
 
     def check_memory(self, deadline_s: float | None) -> None:
         """Check, unless that was done before, that every worker reads this process's shared memory.

@@ -63,6 +63,10 @@ class Lent(Reply, tag="lent", frozen=True, kw_only=True):
     timings_ms: TimingsMs
 
 
+class Announced(Reply, tag="announced", frozen=True, kw_only=True):
+    """Answers ``Announce``: the workers will build the model, unless they have other work until it is lent."""
+
+
 class Returned(Reply, tag="returned", frozen=True, kw_only=True):
     """Answers ``ReturnLoan``: no worker maps the component any more."""
 
@@ -202,6 +206,7 @@ AnyReply = (
     | BeatHeard
     | Farewell
     | MemoryChecked
+    | Announced
     | Lent
     | Returned
     | Adopted

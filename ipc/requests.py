@@ -11,6 +11,7 @@ from xditd.ipc.arguments import Arguments, Finite, Whole
 from xditd.ipc.facts import LatentScaling
 from xditd.ipc.field_types import Bytes, Count, Name
 from xditd.ipc.job_parts import Control, LoraUses, Numerics, Part, Sampling
+from xditd.ipc.outlines import Outline
 from xditd.ipc.protocol import ComponentId, Request, RequestId
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Digest, HostShmBlock, IoTensor, Manifest, TensorNames
 
@@ -55,6 +56,15 @@ class Lend(Request, tag="lend", frozen=True, kw_only=True):
     manifest: Manifest
     copied: CopiedBytes = CopiedBytes()
     changed: TensorNames | None = None
+
+
+class Announce(Request, tag="announce", frozen=True, kw_only=True):
+    """Announce a component that will be lent. Answered by ``Announced`` at once.
+
+    Idle workers build its model, without weights. No lend has to follow; errors are those of the lend.
+    """
+
+    outline: Outline
 
 
 class ReturnLoan(Request, tag="return_loan", frozen=True, kw_only=True):
@@ -283,6 +293,7 @@ AnyRequest = (
     | Beat
     | Goodbye
     | CheckMemory
+    | Announce
     | Lend
     | ReturnLoan
     | Adopt

@@ -14,6 +14,7 @@ from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, ChangedArguments
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.field_types import Bytes, Count, Described, Name
+from xditd.ipc.outlines import Outline
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
 from xditd.ipc.requests import InferenceRequest
@@ -62,6 +63,12 @@ class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
     exporter: ProcessIdentity
     digests: FileDigests = ()
     changed: TensorNames | None = None
+
+
+class BuildModel(Command, tag="build_model", frozen=True, kw_only=True):
+    """Build the model of a component that will be lent, and keep it without weights. Answered by ``Done``."""
+
+    outline: Outline
 
 
 class Plug(Command, tag="plug", frozen=True, kw_only=True):
@@ -123,7 +130,7 @@ class Shutdown(Command, tag="shutdown", frozen=True, kw_only=True):
     """Unmap everything and exit. Not answered; the leader's exit is the answer."""
 
 
-AnyCommand = Prepare | Plug | CopyComponent | Unmap | ForgetClient | DigestIo | Run | CancelRun | Shutdown
+AnyCommand = BuildModel | Prepare | Plug | CopyComponent | Unmap | ForgetClient | DigestIo | Run | CancelRun | Shutdown
 
 
 class Report(Message, frozen=True, kw_only=True):

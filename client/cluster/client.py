@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ONE_HOST_ONLY: Final = frozenset(
     [
+        "prepare",
         "lend",
         "lend_lora",
         "lend_tokenizer",

@@ -348,9 +348,10 @@ def make_weights(
     ``dtype`` is the compute dtype of packed weights, if there are any.
     """
     device = comfy.model_management.get_torch_device()
+    is_loaded_now = is_whole
     is_whole = is_whole and device.type == "cuda"
     has_packed = isinstance(tensors, LendableTensors) and bool(tensors.packed)
-    return RemoteWeights(
+    weights = RemoteWeights(
         tensors,
         kind=kind,
         label=label,
@@ -359,6 +360,9 @@ def make_weights(
         connect=connect,
         compute_dtype=cast("ComputeDType", dtype_name(dtype)) if has_packed and dtype is not None else None,
     )
+    if is_loaded_now:  # a loader's: what it loads is lent by a later node
+        weights.announce()
+    return weights
 
 
 def make_control(source: ControlSource, load_device: Any) -> tuple[RemoteControlModel, RemotePatcher]:

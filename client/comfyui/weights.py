@@ -12,6 +12,7 @@ weight is written together with its companions. LoRAs that can be branches chang
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -137,6 +138,21 @@ class RemoteWeights:
     def in_use(self) -> Loan | LoanWithLoras:
         """The live loan with the LoRAs of the loaded MODEL, as jobs take it."""
         return self._loras.added_to(self.loan)
+
+    def announce(self) -> None:
+        """Have idle workers build the model, until the weights are lent. Nothing depends on it."""
+        with contextlib.suppress(XditdError):
+            self.connect().prepare(
+                {**self.base, **self.lendable.markers},
+                kind=self._given_kind,
+                label=self.label,
+                compute_dtype=self.compute_dtype,
+            )
+
+    @property
+    def _given_kind(self) -> ComponentKind | None:
+        """The workers recognise a module without a description by its tensors."""
+        return None if self.kind is ComponentKind.MODULE else self.kind
 
     def use_loras(self, branches: Mapping[str, Sequence[Factors]], holder: object) -> None:
         """Use the LoRAs of ``holder``, a MODEL or CLIP, from now on; see :meth:`LentLoras.use`."""
@@ -273,8 +289,7 @@ class RemoteWeights:
         older = self._loan
         self._loan = self.connect().lend(
             {**tensors, **self.lendable.markers},
-            # The workers recognise a module without a description by its tensors.
-            kind=None if self.kind is ComponentKind.MODULE else self.kind,
+            kind=self._given_kind,
             label=self.label,
             generation=self._generation,
             changed=changed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -61,10 +62,17 @@ class Loans:
             BadCheckpoint, OutOfMemory and others: as :meth:`Client.lend`.
         """
         with self._lock:
-            for role, part in self._source.parts.items():
-                known = self._parts.get(role)
-                if known is None or not known.is_live:
-                    self._parts[role] = self._lend(role, part)
+            missing = {
+                role: part
+                for role, part in self._source.parts.items()
+                if role not in self._parts or not self._parts[role].is_live
+            }
+            if self._device is not None:  # this process loads them one after the other
+                for role, part in missing.items():
+                    with contextlib.suppress(XditdError):  # what is wrong, the lend says
+                        self._client.prepare(part.path, **self._as_given(role, part))
+            for role, part in missing.items():
+                self._parts[role] = self._lend(role, part)
 
     def renew(self) -> None:
         """Lend all parts again, after a loan has ended that counted as live: another program has ended it.
@@ -82,19 +90,11 @@ class Loans:
         _return(old)
 
     def _lend(self, role: str, part: Part) -> Loan:
-        label = f"{self._source.name}/{role}"
-        # A folder is lent with its configuration, which a family has to agree with.
-        is_folder = part.variant is not None or (part.prefix is None and _has_config(part.path))
-        kind = None if is_folder else part.kind
         loan = self._client.lend(
             part.path,
-            kind=kind,
-            label=label,
             device=self._device,
-            variant=part.variant,
-            compute_dtype=self._compute_dtype,
             acceleration=self._acceleration if role == IMAGE_ENCODER else None,
-            prefix=part.prefix or "",
+            **self._as_given(role, part),
         )
         if part.kind is not None and loan.kind is not part.kind:
             loan.return_()
@@ -105,6 +105,18 @@ class Loans:
                 "lists them); accelerate(pipe) runs any pipeline of diffusers"
             )
         return loan
+
+    def _as_given(self, role: str, part: Part) -> dict[str, Any]:
+        """Return how a part is prepared and lent."""
+        # A folder is lent with its configuration, which a family has to agree with.
+        is_folder = part.variant is not None or (part.prefix is None and _has_config(part.path))
+        return {
+            "kind": None if is_folder else part.kind,
+            "label": f"{self._source.name}/{role}",
+            "variant": part.variant,
+            "compute_dtype": self._compute_dtype,
+            "prefix": part.prefix or "",
+        }
 
     def encoders(self, needed: Mapping[str, Sequence[str]]) -> dict[str, Loan]:
         """Return the loans of text encoders by the roles of ``needed``, which has the families of each.

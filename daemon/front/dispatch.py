@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from xditd.daemon.front.handlers import (
     adopt,
+    announce,
     beat,
     cancel,
     check_memory,
@@ -43,6 +44,7 @@ HANDLERS: Final[Mapping[type[Request], Handler]] = {
     requests.Beat: beat.answer,
     requests.Goodbye: goodbye.close,
     requests.CheckMemory: check_memory.check,
+    requests.Announce: announce.announce,
     requests.Lend: lend.lend,
     requests.ReturnLoan: return_loan.take_back,
     requests.Adopt: adopt.adopt,

@@ -14,6 +14,7 @@ from xditd.daemon.configuration import Configuration
 from xditd.daemon.front.quotas import Quotas
 from xditd.daemon.groups.ranks import ReportReader
 from xditd.daemon.groups.worker_group import WorkerGroup
+from xditd.daemon.loans.announcements import Announcements
 from xditd.daemon.loans.lending import Lending
 from xditd.daemon.operations.counters import EventCounters
 from xditd.daemon.operations.event_loop import EventLoop
@@ -83,6 +84,8 @@ class Service:
         queue = FairQueue(configuration.queue_limit, configuration.client_queue_limit)
         self.scheduler = Scheduler(self.loop, self.group, self.replies, self.counters, queue)
         self.lending = Lending(self.group, self.scheduler, self.counters)
+        self.announcements = Announcements()
+        self.scheduler.when_idle = self.announcements.take
         self._service_manager = service_manager
         self._folder_watch = FolderWatch(self.loop, folder, self.fail)
 
@@ -135,6 +138,7 @@ class Service:
         # DEBUG for a client that only monitored: at INFO its lines would replace all others in the log buffer.
         level = logging.DEBUG if why in CLIENT_END_REASONS and not leases else logging.INFO
         logger.log(level, "session ended client_pid=%d loans=%d: %s", session.process.pid, len(leases), why)
+        self.announcements.forget(session)
         self.scheduler.cancel_all(lost, lambda job: job.session is session)
         other = self.sessions.of_process(session.process)
         if other is not None:

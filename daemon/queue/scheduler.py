@@ -58,6 +58,8 @@ class Scheduler:
         self.queue = queue
         self.running: Job | None = None
         self.last_job_ms: TimingsMs = {}
+        self.when_idle: Callable[[], Task[None] | None] = lambda: None
+        """Returns a task for workers without any other, if there is one. A job that comes meanwhile waits for it."""
         self._loop = loop
         self._group = group
         self._replies = replies
@@ -157,6 +159,8 @@ class Scheduler:
         while self._is_free:
             tasks = self._unmapping or self._mapping
             task = tasks.popleft() if tasks else self._next_job()
+            if task is None and not self._is_closed:
+                task = self.when_idle()
             if task is None:
                 return
             self._task = task

@@ -18,6 +18,7 @@ from xditd.gpu_workers.models.file_watch import FileWatch, stale_file_error
 from xditd.gpu_workers.models.lent_copies import LentCopies
 from xditd.gpu_workers.models.lora_binding import LentLora
 from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, prepare_variant, strengths_of
+from xditd.gpu_workers.models.matching import match_manifest, outline_of_class
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.models.tokenizer_building import TokenizerCache
@@ -34,6 +35,7 @@ from xditd.ipc.errors import (
     UnknownComponent,
 )
 from xditd.ipc.job_parts import LoraUse
+from xditd.ipc.outlines import Outline
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.status import LoraCounts
 from xditd.ipc.tensors import (
@@ -127,6 +129,18 @@ class Components:
             raise
         self._prepared[component_id] = component
         return component
+
+    def build_ahead(self, outline: Outline) -> None:
+        """Build the model that the :meth:`prepare` of a component will find. All ranks fail together.
+
+        Raises:
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
+        """
+        with raise_on_all_ranks():
+            if not outline.tensors:
+                outline = outline_of_class(outline)
+            with self.models.building_ahead():
+                match_manifest(outline, self.models, self.class_models)
 
     def plug(self, component_id: str) -> Component:
         """Assign a prepared component's tensors as its model's parameters, in place of an older one of the same id."""

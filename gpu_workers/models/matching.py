@@ -7,10 +7,12 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Final
 
+import msgspec
 import torch
 
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
+from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.lora_match import LoraMatch, match_lora
 from xditd.gpu_workers.models.model_cache import ModelCache
@@ -19,8 +21,9 @@ from xditd.gpu_workers.models.registry import describe
 from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
 from xditd.ipc.name_lists import listed
+from xditd.ipc.outlines import Outline, OutlinedTensor
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
-from xditd.ipc.transports.tensor_views import torch_dtype
+from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ AnyMatch = LoadedMatch | TokenizerMatch
 
 
 def match_manifest(
-    manifest: Manifest, models: ModelCache, class_models: ClassModels, taken: Collection[int] = ()
+    manifest: Manifest | Outline, models: ModelCache, class_models: ClassModels, taken: Collection[int] = ()
 ) -> LoadedMatch:
     """Match a manifest to a model of a family, or to a module that runs as its class, or as a LoRA.
 
@@ -40,7 +43,7 @@ def match_manifest(
         BadRequest: a module without its description, or a description that cannot be read.
     """
     try:
-        if manifest.lora is not None:
+        if isinstance(manifest, Manifest) and manifest.lora is not None:
             return match_lora(manifest, manifest.lora)
         tensors = _logical_infos(manifest)
         compute_dtype = None if manifest.compute_dtype is None else torch_dtype(manifest.compute_dtype)
@@ -61,7 +64,20 @@ def match_manifest(
         raise named(manifest.label, error) from error
 
 
-def _logical_infos(manifest: Manifest) -> dict[str, TensorInfo]:
+def outline_of_class(outline: Outline) -> Outline:
+    """Return an outline with the tensors that its module's class makes, as a checkpoint in one dtype has them.
+
+    Raises:
+        Unsupported, BadRequest: see ``build_module``.
+    """
+    assert outline.module is not None
+    dtype = torch_dtype(outline.compute_dtype or "bfloat16")
+    made = build_module(outline.module, dtype).state_dict()
+    tensors = tuple(OutlinedTensor(name, dtype_name(dtype), tuple(each.shape)) for name, each in made.items())
+    return msgspec.structs.replace(outline, tensors=tensors)
+
+
+def _logical_infos(manifest: Manifest | Outline) -> dict[str, TensorInfo]:
     """Return the tensors as models see them: packed weights with their logical shapes, without companions."""
     infos = {spec.name: TensorInfo(spec.dtype, spec.shape) for spec in manifest.tensors}
     for packed in manifest.packed:

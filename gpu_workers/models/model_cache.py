@@ -7,8 +7,10 @@ be unmapped. Another checkpoint of the same architecture, such as a fine-tune, r
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Hashable, Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
 
@@ -40,6 +42,10 @@ Signature = tuple[Kind | None, torch.dtype | None, frozenset[tuple[str, TensorIn
 Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]], torch.dtype, frozenset[tuple[str, str]]]
 
 
+MAX_AHEAD: Final = 8
+"""Models that were announced, but not lent so far, and stay. Each takes some MiB of the host."""
+
+
 class ModelCache:
     """The models of this process, by family, configuration and dtypes. ``layout`` is the group's.
 
@@ -56,6 +62,9 @@ class ModelCache:
         self.packed = memory or PackedMemory(layout.device)
         self._models: dict[tuple[Key, int], CachedModel] = {}
         self._resolutions: dict[Signature, Resolution] = {}
+        self._signatures: dict[Key, Signature] = {}
+        self._is_ahead = False
+        self._ahead: deque[tuple[Key, int]] = deque()
         self._layouts: dict[tuple[int, torch.dtype], ParallelLayout] = {}
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
@@ -116,6 +125,7 @@ class ModelCache:
             resolution.compute_dtype,
             formats,
         )
+        self._signatures[key] = signature
         number = 0
         while resolution.family.kind == "controlnet" and id(self._models.get((key, number))) in taken:
             number += 1
@@ -125,8 +135,12 @@ class ModelCache:
             model = self._build(resolution)
             self._models[key, number] = model
             self.built += 1
-        else:
+            if self._is_ahead:
+                self._ahead.append((key, number))
+        elif not self._is_ahead:
             self.reused += 1
+        if not self._is_ahead and (key, number) in self._ahead:
+            self._ahead.remove((key, number))
         return CheckpointMatch(
             model=model,
             family=resolution.family,
@@ -138,6 +152,21 @@ class ModelCache:
             packed=resolution.packed,
             compute_dtype=resolution.compute_dtype,
         )
+
+    @contextmanager
+    def building_ahead(self) -> Iterator[None]:
+        """Keep at most :data:`MAX_AHEAD` of the models that are built within and are not lent afterwards."""
+        self._is_ahead = True
+        try:
+            yield
+        finally:
+            self._is_ahead = False
+        while len(self._ahead) > MAX_AHEAD:
+            key, number = self._ahead.popleft()
+            del self._models[key, number]
+            signature = self._signatures.pop(key, None)
+            if signature is not None:
+                self._resolutions.pop(signature, None)
 
     def _choose_layout(self, family: Family[Any], config: Hashable, dtype: torch.dtype) -> ParallelLayout:
         """Choose the layout once for each number of heads and dtype, since all ranks have to take part in the choice.

@@ -20,6 +20,7 @@ from xditd.ipc.name_lists import for_message, in_log_lines
 from xditd.ipc.worker_messages import (
     AnyCommand,
     AnyReport,
+    BuildModel,
     CancelRun,
     ComponentCopied,
     CopyComponent,
@@ -132,6 +133,9 @@ class CommandLoop:
         common = self._common_fields(command)
         if isinstance(command, Prepare):
             channel.send(Prepared(**common, **executor.prepare(command)._asdict()))
+        elif isinstance(command, BuildModel):
+            timings_ms = executor.build_model(command.outline)
+            channel.send(Done(**common, timings_ms=timings_ms, tally=executor.tally()))
         elif isinstance(command, Plug):
             timings_ms = executor.plug(command.component_id)
             channel.send(Plugged(**common, timings_ms=timings_ms, tally=executor.tally()))

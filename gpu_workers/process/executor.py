@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.ipc.errors import XditdError
 from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.outlines import Outline
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.status import LayoutReport, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
@@ -78,6 +79,9 @@ class Executor(Protocol):
 
     def prepare(self, command: Prepare) -> PreparedFacts:
         """Do all parts of a lend that may fail. Running components are not changed."""
+
+    def build_model(self, outline: Outline) -> TimingsMs:
+        """Build the model of a component that will be lent, without weights."""
 
     def plug(self, component_id: str) -> TimingsMs:
         """Assign the tensors of a prepared component as its model's parameters."""

@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
@@ -92,8 +92,29 @@ def import_xfuser() -> None:
 
 
 def leave_out_peft() -> None:
-    """Let diffusers' models be imported without PEFT, which imports those of transformers: a rank has its own LoRAs."""
+    """Let diffusers' models be imported, and run, without PEFT, which imports those of transformers.
+
+    A rank has its own LoRAs. PEFT's layers in a client's module are scaled by it as before: it is imported for them.
+    """
     vars(importlib.import_module("diffusers.utils.import_utils"))["_peft_available"] = False
+    utils, functions = importlib.import_module("diffusers.utils"), importlib.import_module("diffusers.utils.peft_utils")
+    for name in ("scale_lora_layers", "unscale_lora_layers"):
+        scale = getattr(functions, name, None)
+        if scale is not None and not isinstance(scale, _ScaleUnlessOne):
+            for module in (functions, utils):
+                setattr(module, name, _ScaleUnlessOne(scale))
+
+
+class _ScaleUnlessOne:
+    """diffusers' functions that scale PEFT's layers, called by every forward: with a scale of 1.0 they do nothing, but
+    import PEFT before, for 0.7 s of the first job."""
+
+    def __init__(self, scale: Callable[..., None]) -> None:
+        self._scale = scale
+
+    def __call__(self, model: Any, weight: float | None = None) -> None:
+        if weight is not None and weight != 1.0:
+            self._scale(model, weight)
 
 
 def _defer(name: str, kind: type[_Deferred]) -> None:

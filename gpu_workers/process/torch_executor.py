@@ -27,6 +27,7 @@ from xditd.gpu_workers.process.lend_imports import LendImports
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
+from xditd.ipc.outlines import Outline
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.status import ForwardPath, LayoutReport, LoraCounts, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
@@ -100,6 +101,11 @@ class TorchExecutor:
                 command.component_id, match.family.name, heads, match.model.layout.degrees,
             )  # fmt: skip
         return PreparedFacts(component.facts, component.copied, match.is_reused, component.timings_ms)
+
+    def build_model(self, outline: Outline) -> TimingsMs:
+        began_s = time.perf_counter()
+        self._components.build_ahead(outline)
+        return {"build": (time.perf_counter() - began_s) * 1e3}
 
     def plug(self, component_id: str) -> TimingsMs:
         return self._components.plug(component_id).timings_ms

@@ -25,13 +25,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PIECE_BYTES: Final = 2 * 2**20
-"""Fits into a core's cache, so that bytes pass the host's memory bus once instead of three times."""
 _MAX_THREADS: Final = 10
 _BUFFERS_PER_THREAD: Final = 2
 """One is filled while the GPU copies the other. torch keeps their memory for the next upload, at most 40 MiB."""
 
 _REPORT_EVERY_S: Final = 5.0
+
+
+class Tuning(NamedTuple):
+    """How an upload is divided; ``benchmarks/run.py uploads`` compares values."""
+
+    threads: int = _MAX_THREADS
+    """At most; never more than this process has cores."""
+    piece_bytes: int = 2 * 2**20
+    """Fits into a core's cache, so that bytes pass the host's memory bus once instead of three times."""
+
+
+TUNING: Final = Tuning()
 
 
 class FileStretch(NamedTuple):
@@ -76,7 +86,9 @@ def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
         room = room[count:]
 
 
-def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> Generator[int, None, None]:
+def upload(
+    pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]], tuning: Tuning = TUNING
+) -> Generator[int, None, None]:
     """Copy each source into its target; all targets are on one GPU.
 
     Pairs of tensors pass :func:`can_upload`; the target of a file range is contiguous and has as many bytes. Yields the
@@ -95,7 +107,7 @@ def upload(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> 
             assert target.nbytes == source.nbytes
         else:
             assert can_upload(source, target)
-    threads = _UploadThreads(pairs)
+    threads = _UploadThreads(pairs, tuning)
     try:
         threads.start()
         for number in range(len(pairs)):
@@ -125,11 +137,12 @@ class _UploadThreads:
     each piece: where wake-ups are slow, as in virtual machines, threads would wait for the GIL most of the time.
     """
 
-    def __init__(self, pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]], tuning: Tuning) -> None:
         import torch
 
         self._device = pairs[0][1].device
-        self._pieces = list(_split(pairs))
+        self._piece_bytes = tuning.piece_bytes
+        self._pieces = list(_split(pairs, tuning.piece_bytes))
         self._counts = Counter(piece.number for piece in self._pieces)
         self._turns = count()
         self._taken = 0
@@ -142,7 +155,7 @@ class _UploadThreads:
         self._is_over = False
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # what still reads or writes the targets
-        self._size = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(self._pieces)))
+        self._size = max(1, min(tuning.threads, len(os.sched_getaffinity(0)), len(self._pieces)))
         self._pool = ThreadPoolExecutor(self._size, "xditd-upload")
         self._running: list[Future[None]] = []
 
@@ -189,7 +202,7 @@ class _UploadThreads:
             while not self._is_over and (turn := next(self._turns)) < len(self._pieces):
                 self._taken = turn
                 if len(buffers) < _BUFFERS_PER_THREAD:
-                    buffers.append(_Buffer(self._stream))
+                    buffers.append(_Buffer(self._stream, self._piece_bytes))
                     self._buffers.append(buffers[-1])
                 buffers.rotate()  # to the least recently used one
                 buffers[0].upload(self._pieces[turn])
@@ -204,12 +217,13 @@ class _UploadThreads:
 class _Buffer:
     """Pinned memory of a thread, and the CUDA event after the last copy from it."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(self, stream: torch.cuda.Stream, size_bytes: int) -> None:
         import torch
 
-        self._memory = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._size_bytes = size_bytes
+        self._memory = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
         self._address = self._memory.data_ptr()
-        self._room = memoryview((ctypes.c_ubyte * _PIECE_BYTES).from_address(self._address)).cast("B")
+        self._room = memoryview((ctypes.c_ubyte * size_bytes).from_address(self._address)).cast("B")
         self._stream = stream.cuda_stream
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record(stream)  # creates the event, and makes the GPU's context current in this thread
@@ -223,7 +237,7 @@ class _Buffer:
         if driver.query(self._event):  # seldom: a thread has two buffers
             _check("cuEventSynchronize", driver.wait(self._event))
         if isinstance(source, FileStretch):
-            room = self._room if nbytes == _PIECE_BYTES else self._room[:nbytes]
+            room = self._room if nbytes == self._size_bytes else self._room[:nbytes]
             read_into(room, source.fd, source.offset_bytes + at, source.path)
         else:
             ctypes.memmove(self._address, source + at, nbytes)
@@ -266,8 +280,8 @@ def _driver() -> _Driver:
     return _Driver(copy, record, query, wait)
 
 
-def _split(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]]) -> Iterator[_Piece]:
+def _split(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]], piece_bytes: int) -> Iterator[_Piece]:
     for number, (source, target) in enumerate(pairs):
         first = source if isinstance(source, FileStretch) else source.data_ptr()
-        for at in range(0, source.nbytes, _PIECE_BYTES):
-            yield _Piece(number, first, at, target.data_ptr() + at, min(_PIECE_BYTES, source.nbytes - at))
+        for at in range(0, source.nbytes, piece_bytes):
+            yield _Piece(number, first, at, target.data_ptr() + at, min(piece_bytes, source.nbytes - at))

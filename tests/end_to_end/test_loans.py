@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from running_daemon import until
 from safetensors.torch import load_file, save_file
 
 from xditd.client import BadRequest, StaleSource
@@ -25,6 +26,16 @@ def test_a_component_may_be_used_by_another_client(daemon, client, transformer, 
     inputs = make_inputs()
     with daemon.connect() as other:
         assert torch.equal(run(other, transformer.component_id, inputs), run(client, transformer, inputs))
+
+
+def test_a_prepared_component_finds_its_model_built(daemon, client):
+    state = checkpoints.flux1_state_dict(1, double_blocks=1, single_blocks=3)  # no other test has so many
+    built = client.status().counters.models_built
+    client.prepare({name: tensor.to("meta") for name, tensor in state.items()}, label="prepared")
+    until(lambda: "model built ahead of its lend label=prepared" in daemon.log_text(), "the model", daemon.log)
+    with client.lend(state) as loan:
+        assert loan.is_model_reused
+    assert client.status().counters.models_built == built + 1
 
 
 def test_a_new_generation_replaces_the_old_one(client, make_inputs, run):

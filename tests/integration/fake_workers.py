@@ -34,6 +34,7 @@ from xditd.ipc.facts import (
     VaeFacts,
 )
 from xditd.ipc.layout_choice import choose_layout, report
+from xditd.ipc.outlines import Outline
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Generate
 from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, MemoryParts, PackedProducts
@@ -122,6 +123,8 @@ class FakeExecutor:
         """Clients whose jobs ran, until ``ForgetClient``."""
         self.plugs = 0
         self.checks: list[FusedCheck] = []
+        self.built: list[str] = []
+        """Labels of the models that were built ahead."""
         self.counted: MemoryParts | None = MemoryParts(
             weights_bytes=64, graphs_bytes=16, reserve_bytes=8, context_bytes=4
         )
@@ -138,6 +141,13 @@ class FakeExecutor:
 
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         return {}
+
+    def build_model(self, outline: Outline) -> dict[str, float]:
+        if outline.label == REFUSED_LABEL and self.is_last:
+            raise BadCheckpoint("no such model")
+        self.built.append(outline.label)
+        time.sleep(self.options.step_s)
+        return {"build": 1.0}
 
     def take_memory(self) -> MemoryParts | None:
         counted, self.counted = self.counted, None

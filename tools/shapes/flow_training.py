@@ -82,17 +82,17 @@ def sample_sigmas(count: int, generator: torch.Generator, device: torch.device) 
 class FlowSettings:
     """One phase: rectified flow; with ``is_distilled``, guidance from a teacher that answers with and without words.
 
-    The rate falls from ``rate`` to its share ``final``. Patches that objects cover count ``object_weight`` times in the
-    first half of the budget, and as the others from three quarters on: objects are few pixels, but most of what is
-    to be learned; at the end the velocity must be the unweighted mean. One step of ``long_every`` pads sentences to
-    512 tokens; 0: none does.
+    The rate falls from ``rate`` to its share ``final``; with a ``text_rate`` of 0 the text encoders stay as they are.
+    Patches that objects cover count ``object_weight`` times in the first half of the budget, and as the others from
+    three quarters on: objects are few pixels, but most of what is to be learned; at the end the velocity must be the
+    unweighted mean. One step of ``long_every`` pads sentences to 512 tokens; 0: none does.
     """
 
     budget: Budget
     is_distilled: bool = False
     batch: int = 256
     rate: float = 1e-3
-    text_rate: float = 5e-4
+    text_rate: float = 0.0
     final: float = 0.01
     object_weight: float = 1.0
     long_every: int = 16
@@ -116,18 +116,20 @@ class FlowTraining:
         self.settings, self.device, self.step = settings, device, 0
         self.ema = copy.deepcopy(flow).eval().requires_grad_(False)
         self._teacher = copy.deepcopy(self.ema) if settings.is_distilled else None
-        texts = (flow.text_encoder, flow.text_encoder_2)
-        self._parameters: list[torch.Tensor] = list(flow.parameters())
-        self._peaks = [settings.rate, settings.text_rate]
-        self._optimizer = adamw(
-            [
-                {"params": list(flow.transformer.parameters())},
-                {"params": [each for text in texts for each in text.parameters()]},
-            ],
-            settings.rate,
-            device,
-            decay=0.01,
-        )
+        self._peaks = {"transformer": settings.rate}
+        for name in ("text_encoder", "text_encoder_2"):
+            if settings.text_rate:
+                self._peaks[name] = settings.text_rate
+            else:
+                getattr(flow, name).requires_grad_(False)
+        self._parameters: list[torch.Tensor] = [each for each in flow.parameters() if each.requires_grad]
+        self._averages: list[torch.Tensor] = [
+            average
+            for average, each in zip(self.ema.parameters(), flow.parameters(), strict=True)
+            if each.requires_grad
+        ]
+        groups: list[dict[str, object]] = [{"params": list(getattr(flow, name).parameters())} for name in self._peaks]
+        self._optimizer = adamw(groups, settings.rate, device, decay=0.01)
         self._update = GraphedStep(settings.name, self._learn, device)
         self._generator = torch.Generator(device)
         self._no_words = tuple(each.to(device) for each in tokens([""]))
@@ -152,7 +154,7 @@ class FlowTraining:
         while (progress := settings.budget.progress(started, self.step)) < 1 and self.step != (until or -1):
             warm = min(1.0, (self.step + 1) / 200)
             share = warm * (settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * progress)))
-            set_rate(self._optimizer, [peak * share for peak in self._peaks])
+            set_rate(self._optimizer, [peak * share for peak in self._peaks.values()])
             extra = (settings.object_weight - 1) * min(1.0, max(0.0, 3 - 4 * progress))
             timed = parts if is_profiled and self.step - told in _TIMED else None
             if timed:
@@ -212,7 +214,7 @@ class FlowTraining:
             timed.mark()
         decay = min(settings.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), self._parameters, 1 - decay)
+            torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
         if timed:
             timed.mark()
         return loss

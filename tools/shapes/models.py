@@ -85,8 +85,13 @@ def build_clip() -> CLIPTextModel:
 
 
 def build_t5() -> T5EncoderModel:
-    """Build the encoder of T5 v1.1 with three layers of width 192."""
-    return T5EncoderModel(
+    """Build the encoder of T5 v1.1 with three layers of width 192.
+
+    Its heads start with a preference for the tokens before, the tokens after, and all near ones, in the manner of ALiBi
+    (Press, Smith and Lewis, "Train Short, Test Long", 2022). T5's positions are these biases alone: from zero they
+    would take thousands of steps to become so large that a head can tell a token from its neighbour.
+    """
+    model = T5EncoderModel(
         T5Config(
             vocab_size=len(t5_pieces()),
             d_model=T5_WIDTH,
@@ -101,6 +106,20 @@ def build_t5() -> T5EncoderModel:
             tie_word_embeddings=False,
         )
     )
+    near, far = torch.arange(8.0), 8 * 16 ** ((torch.arange(8) + 0.5) / 8)  # tokens in each bucket of distances
+    away = torch.cat([near, far])
+    beside, opposite, around = -(away - 1).abs(), -3 - 0.5 * away, -0.15 * away
+    with torch.no_grad():
+        before, after = position_biases(model).unflatten(0, (2, 16))
+        before.copy_(torch.stack([beside, opposite, around], 1))
+        after.copy_(torch.stack([opposite, beside, around], 1))
+    return model
+
+
+def position_biases(t5: T5EncoderModel) -> torch.Tensor:
+    """Return what T5 adds to attention by distance: (32 buckets, 3 heads), first those of tokens before."""
+    biases: torch.Tensor = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    return biases
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -62,8 +62,40 @@ def chunks(seed: int, first: int, size: int, workers: int) -> Iterator[tuple[tor
     return iter(loader)
 
 
-class Pool:
-    """Latents and tokens of ``slots * size`` pictures on ``device``; :meth:`refresh` replaces the oldest chunk.
+class Sentences:
+    """Tokens and scenes of ``slots * size`` sentences on ``device``; :meth:`refresh` replaces the oldest chunk."""
+
+    def __init__(self, device: torch.device, *, seed: int, slots: int, size: int, workers: int, first: int = 0) -> None:
+        """Fill with the ``slots`` chunks from number ``first`` on."""
+        count = slots * size
+        self._device, self._size, self._slots, self._next = device, size, slots, first
+        self.clip = torch.zeros(count, CLIP_TOKENS, dtype=torch.int32, device=device)
+        self.t5 = torch.zeros(count, T5_TOKENS, dtype=torch.int32, device=device)
+        self.scenes = torch.zeros(count, MAX_OBJECTS + 1, FIELDS, device=device)
+        self._chunks = chunks(seed, first, size, workers)
+        for _ in range(slots):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Replace the oldest chunk by a new one."""
+        self._replace(*next(self._chunks))
+
+    def sentences(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Choose sentences: CLIP's tokens, T5's tokens, and their scenes as :func:`~shapes.draw.encode` writes them."""
+        chosen = torch.randint(len(self.clip), (count,), generator=generator, device=self._device)
+        return self.clip[chosen], self.t5[chosen], self.scenes[chosen]
+
+    def _replace(self, scenes: torch.Tensor, clip: torch.Tensor, t5: torch.Tensor) -> slice:
+        at = self._next % self._slots * self._size
+        self._next += 1
+        here = slice(at, at + self._size)
+        for kept, given in ((self.scenes, scenes), (self.clip, clip), (self.t5, t5)):
+            kept[here] = given.to(self._device, non_blocking=True)
+        return here
+
+
+class Pool(Sentences):
+    """Sentences with the latents of their pictures.
 
     Pictures are drawn and encoded once and trained on several times, each time with other noise.
     """
@@ -80,36 +112,12 @@ class Pool:
         first: int = 0,
         outline: float = 0.0,
     ) -> None:
-        """Fill the pool with the ``slots`` chunks from number ``first`` on; ``outline`` is as for ``draw``."""
+        """Fill the pool as :class:`Sentences` does; ``outline`` is as for ``draw``."""
         count = slots * size
-        self._vae, self._device, self._size, self._slots = vae, device, size, slots
+        self._vae, self._outline = vae, outline
         self.latents = torch.zeros(count, 16, 2 * PATCHES, 2 * PATCHES, dtype=torch.float16, device=device)
-        self.clip = torch.zeros(count, CLIP_TOKENS, dtype=torch.int32, device=device)
-        self.t5 = torch.zeros(count, T5_TOKENS, dtype=torch.int32, device=device)
         self.covered = torch.zeros(count, PATCHES**2, dtype=torch.float16, device=device)
-        self.scenes = torch.zeros(count, MAX_OBJECTS + 1, FIELDS, device=device)
-        self._next, self._outline = first, outline
-        self._chunks = chunks(seed, first, size, workers)
-        for _ in range(slots):
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Replace the oldest chunk by a new one."""
-        scenes, clip, t5 = next(self._chunks)
-        at = self._next % self._slots * self._size
-        self._next += 1
-        here = slice(at, at + self._size)
-        images = draw(scenes, self._device, outline=self._outline)
-        self.latents[here] = encode_latents(self._vae, images).to(torch.float16)
-        self.clip[here] = clip.to(self._device, non_blocking=True)
-        self.t5[here] = t5.to(self._device, non_blocking=True)
-        self.scenes[here] = scenes.to(self._device, non_blocking=True)
-        self.covered[here] = covered_patches(self.scenes[here]).to(torch.float16)
-
-    def sentences(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Choose sentences: CLIP's tokens, T5's tokens, and their scenes as :func:`~shapes.draw.encode` writes them."""
-        chosen = torch.randint(len(self.clip), (count,), generator=generator, device=self._device)
-        return self.clip[chosen], self.t5[chosen], self.scenes[chosen]
+        super().__init__(device, seed=seed, slots=slots, size=size, workers=workers, first=first)
 
     def batch(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Choose pictures: packed latents (count, 256, 64) float32, CLIP's tokens, T5's tokens, and which patches
@@ -117,6 +125,13 @@ class Pool:
         chosen = torch.randint(len(self.latents), (count,), generator=generator, device=self._device)
         latents = pack(self.latents[chosen].float())
         return latents, self.clip[chosen], self.t5[chosen], self.covered[chosen].float()
+
+    def _replace(self, scenes: torch.Tensor, clip: torch.Tensor, t5: torch.Tensor) -> slice:
+        here = super()._replace(scenes, clip, t5)
+        images = draw(scenes, self._device, outline=self._outline)
+        self.latents[here] = encode_latents(self._vae, images).to(torch.float16)
+        self.covered[here] = covered_patches(self.scenes[here]).to(torch.float16)
+        return here
 
 
 @torch.no_grad()

@@ -10,97 +10,105 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
 
 from shapes.draw import encode
 from shapes.graphs import GraphedStep, adamw, set_rate
-from shapes.models import CLIP_WIDTH, T5_WIDTH
-from shapes.pool import autocast, tokens
+from shapes.models import CLIP_WIDTH, T5_WIDTH, position_biases
+from shapes.pool import Sentences, autocast, tokens
+from shapes.profiling import profile
 from shapes.scenes import BACKGROUNDS, CELLS, COLOURS, FORMS, MAX_OBJECTS, MIDDLE_RADIUS, PATTERNS, SIZES
 from shapes.vae_training import Budget
 from shapes.words import LANGUAGES, sample_request
 
 LONG_TEXT: Final = 512
 """What FluxPipeline pads sentences to unless told otherwise."""
-AT_A_PLACE: Final = (1 + len(FORMS), 1 + len(COLOURS), 1 + len(SIZES))
-"""Answers for a place: its form, colour and size, of which the first is that nothing is there."""
+ASKED: Final = (CELLS, len(FORMS), len(COLOURS))
+"""How many questions there are about places, forms and colours."""
+ANSWERS: Final = (1 + len(FORMS), 1 + len(COLOURS), 1 + len(SIZES), 1 + CELLS)
+"""Answers to each of them: form, colour, size and place, of which the first is that nothing is there."""
 BEHIND: Final = (len(PATTERNS), len(BACKGROUNDS))
 """Answers for the background: its pattern and colour."""
 SENTENCES: Final = 256
 """Of the report, for each number of objects."""
+BIASES_RATE: Final = 20.0
+"""The rate of T5's biases by position as a multiple of that of other weights: they are as many times larger."""
+_UNCLEAR: Final = -100
+"""The answer where two things have the form, or the colour, that is asked for; it does not count."""
+_PROFILED_AT: Final = 2
 _LONG_EVERY: Final = 16
 _LONG_SHARE: Final = 0.125
 _HEADS: Final = 4
 _SEED: Final = 8_000_000
 
 
-class Sentences(Protocol):
-    """Where sentences come from: :class:`shapes.pool.Pool`."""
-
-    def refresh(self) -> None: ...
-
-    def sentences(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]: ...
-
-
 def said(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the right answers, int64: for places (scenes, 9, 3) and for backgrounds (scenes, 2).
+    """Return the right answers, int64: (scenes, 25, 4) for places, forms and colours, (scenes, 2) for the background.
 
     ``rows`` are as :func:`~shapes.draw.encode` writes them.
     """
     things = rows[:, :MAX_OBJECTS]
     is_there = things[..., 0] >= 0
+    form, colour = things[..., 0].long(), things[..., 1].long()
     column, line = ((things[..., axis] * 3).long().clamp(0, 2) for axis in (2, 3))
-    cell = torch.where(is_there, column + 3 * line, CELLS)
-    answers = torch.stack([things[..., 0] + 1, things[..., 1] + 1, 1 + (things[..., 4] > MIDDLE_RADIUS)], -1).long()
-    places = torch.zeros(len(rows), CELLS + 1, len(AT_A_PLACE), dtype=torch.long, device=rows.device)
-    places.scatter_(1, cell[..., None].expand_as(answers), answers)
-    return places[:, :CELLS], rows[:, MAX_OBJECTS, :2].long()
+    cell = column + 3 * line
+    answers = torch.stack([1 + form, 1 + colour, 1 + (things[..., 4] > MIDDLE_RADIUS).long(), 1 + cell], -1)
+    found = []
+    for asked, count in zip((cell, form, colour), ASKED, strict=True):
+        at = torch.where(is_there, asked, count)
+        right = torch.zeros(len(rows), count + 1, len(ANSWERS), dtype=torch.long, device=rows.device)
+        right.scatter_(1, at[..., None].expand_as(answers), answers)
+        times = torch.zeros(len(rows), count + 1, device=rows.device).scatter_add_(
+            1, at, torch.ones_like(things[..., 0])
+        )
+        found.append(torch.where((times > 1)[..., None], _UNCLEAR, right)[:, :count])
+    return torch.cat(found, 1), rows[:, MAX_OBJECTS, :2].long()
 
 
 class Reader(torch.nn.Module):
-    """Asks T5's states in one step of attention for each place and for the background; asks CLIP's pooled vector for
-    the background, and which forms and colours there are. Used in training only."""
+    """Asks T5's states in one step of attention for each place, form and colour, and for the background; asks CLIP's
+    pooled vector for the background, and which forms and colours there are. Used in training only."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.questions = torch.nn.Parameter(torch.randn(CELLS + 1, T5_WIDTH) * 0.1)
+        self.questions = torch.nn.Parameter(torch.randn(sum(ASKED) + 1, T5_WIDTH) * 0.1)
         self.key, self.value, self.out = (torch.nn.Linear(T5_WIDTH, T5_WIDTH) for _ in range(3))
-        self.at_places = torch.nn.Linear(T5_WIDTH, sum(AT_A_PLACE))
+        self.answers = torch.nn.Linear(T5_WIDTH, sum(ANSWERS))
         self.behind = torch.nn.Linear(T5_WIDTH, sum(BEHIND))
         self.pooled = torch.nn.Linear(CLIP_WIDTH, len(FORMS) + len(COLOURS) + sum(BEHIND))
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits for places (batch, 9, 21) and backgrounds (batch, 9) from ``states`` (batch, tokens, 192)."""
+        """Return logits of answers (batch, 25, 31) and backgrounds (batch, 9) from ``states`` (batch, tokens, 192)."""
         questions = self.questions.to(states.dtype).expand(len(states), -1, -1)
         heads = [
             each.unflatten(-1, (_HEADS, -1)).transpose(1, 2)
             for each in (questions, self.key(states), self.value(states))
         ]
-        found = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        found = self.out(found)
-        return self.at_places(found[:, :CELLS]), self.behind(found[:, CELLS])
+        found = self.out(functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return self.answers(found[:, :-1]), self.behind(found[:, -1])
 
 
 def _loss(logits: torch.Tensor, answers: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """Return the mean cross entropy of several questions whose logits lie side by side."""
     parts = logits.float().flatten(0, -2).split(list(sizes), -1)
     rights = answers.flatten(0, -2).unbind(-1)
-    return torch.stack(
-        [functional.cross_entropy(part, right) for part, right in zip(parts, rights, strict=True)]
-    ).mean()
+    losses = [functional.cross_entropy(part, right) for part, right in zip(parts, rights, strict=True)]
+    return torch.stack(losses).mean()
 
 
 @dataclass(frozen=True)
 class TextSettings:
     budget: Budget
-    batch: int = 512
-    rate: float = 1.5e-3
-    refresh_every: int = 32
+    batch: int = 256
+    rate: float = 1e-3
+    refresh_every: int = 4
     seed: int = 0
+    is_profiled: bool = False
 
 
 class TextTraining:
@@ -113,16 +121,21 @@ class TextTraining:
         self.settings, self.device = settings, device
         models = (self.text_encoder, self.text_encoder_2, self.reader)
         self._parameters = [each for model in models for each in model.requires_grad_(True).parameters()]
-        self._optimizer = adamw([{"params": self._parameters}], settings.rate, device, decay=0.01)
+        biases = position_biases(self.text_encoder_2)
+        others = [each for each in self._parameters if each is not biases]
+        groups: list[dict[str, object]] = [{"params": others}, {"params": [biases], "weight_decay": 0.0}]
+        self._peaks = [settings.rate, settings.rate * BIASES_RATE]
+        self._optimizer = adamw(groups, settings.rate, device, decay=0.01)
         self._update = GraphedStep("words", self._learn, device)
 
     def train(self, pool: Sentences) -> dict[str, Any]:
         """Train until the budget is used; return the steps and what is read right, by number of objects."""
         settings, started, step = self.settings, time.monotonic(), 0
         generator = torch.Generator(self.device)
+        is_profiled = settings.is_profiled and self.device.type == "cuda"
         while (progress := settings.budget.progress(started, step)) < 1:
             share = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-            set_rate(self._optimizer, [settings.rate * share])
+            set_rate(self._optimizer, [peak * share for peak in self._peaks])
             if step and step % settings.refresh_every == 0:
                 pool.refresh()
             is_long = step % _LONG_EVERY == _LONG_EVERY - 1
@@ -130,7 +143,8 @@ class TextTraining:
             clip, t5, rows = pool.sentences(count, generator.manual_seed(settings.seed * 1_000_003 + step))
             if is_long:
                 t5 = functional.pad(t5, (0, LONG_TEXT - t5.shape[1]))
-            loss = self._update(clip, t5, *said(rows))
+            learn = partial(self._update, clip, t5, *said(rows))
+            loss = profile("words", learn) if is_profiled and step == _PROFILED_AT else learn()
             step += 1
             if step % 20 == 0:
                 loss.item()  # waits for the GPU, so that the clock is right
@@ -157,32 +171,27 @@ class TextTraining:
                 for at in range(SENTENCES)
             ]
             _, t5 = tokens([each.text for each in requests])
-            places, _ = said(encode([each.scene for each in requests]))
+            answers, _ = said(encode([each.scene for each in requests]))
             with autocast(self.device):
                 logits, _ = self.reader(self.text_encoder_2(input_ids=t5.to(self.device)).last_hidden_state)
-            parts = logits.float().cpu().split(list(AT_A_PLACE), -1)
-            right = torch.stack([part.argmax(-1) for part in parts[:2]], -1) == places[..., :2]
+            parts = logits.float().cpu()[:, :CELLS].split(list(ANSWERS), -1)
+            right = torch.stack([part.argmax(-1) for part in parts[:2]], -1) == answers[:, :CELLS, :2]
             shares[objects] = float(right.flatten(1).all(1).float().mean())
         return shares
 
-    def _learn(
-        self, clip: torch.Tensor, t5: torch.Tensor, places: torch.Tensor, backgrounds: torch.Tensor
-    ) -> torch.Tensor:
+    def _learn(self, clip: torch.Tensor, t5: torch.Tensor, answers: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
         """Change the weights once, and return the loss; nothing here waits for the GPU, so that it can be recorded."""
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(self.device):
-            at_places, behind = self.reader(self.text_encoder_2(input_ids=t5).last_hidden_state)
+            answered, behind_answered = self.reader(self.text_encoder_2(input_ids=t5).last_hidden_state)
             pooled = self.reader.pooled(self.text_encoder(input_ids=clip).pooler_output).float()
-        there = [
-            (places[..., which, None] == torch.arange(1, size, device=places.device)).any(1).float()
-            for which, size in enumerate(AT_A_PLACE[:2])
-        ]
-        seen, pooled_behind = pooled.split([len(FORMS) + len(COLOURS), sum(BEHIND)], -1)
+        is_there = (answers[:, CELLS:, 0] != 0).float()  # an unclear answer is given where there are two
+        seen, pooled_behind = pooled.split([is_there.shape[1], sum(BEHIND)], -1)
         loss = (
-            _loss(at_places, places, AT_A_PLACE)
-            + _loss(behind, backgrounds, BEHIND)
-            + functional.binary_cross_entropy_with_logits(seen, torch.cat(there, -1))
-            + _loss(pooled_behind, backgrounds, BEHIND)
+            _loss(answered, answers, ANSWERS)
+            + _loss(behind_answered, behind, BEHIND)
+            + functional.binary_cross_entropy_with_logits(seen, is_there)
+            + _loss(pooled_behind, behind, BEHIND)
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)

@@ -37,7 +37,7 @@ from shapes.models import (
     save_weights,
     write_folder,
 )
-from shapes.pool import Pool, autocast, encode_latents
+from shapes.pool import Pool, Sentences, autocast, encode_latents
 from shapes.reading import read
 from shapes.text_training import TextSettings, TextTraining
 from shapes.vae_training import Budget, VaeSettings, train_vae
@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-batch", type=int, default=48)
     parser.add_argument("--text-seconds", type=float, default=45, help="of both text encoders, on sentences alone")
     parser.add_argument("--text-steps", type=int, default=0, help="in place of seconds")
-    parser.add_argument("--text-share", type=float, default=0.1, help="of the flow's rate, for both text encoders")
+    parser.add_argument("--text-share", type=float, default=0.0, help="of the flow's rate, for both text encoders")
     parser.add_argument("--seconds", type=float, default=600, help="of rectified flow")
     parser.add_argument("--steps", type=int, default=0, help="in place of seconds")
     parser.add_argument("--distill-seconds", type=float, default=150)
@@ -104,8 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
     phases = [(False, given.seconds, given.steps), (True, given.distill_seconds, given.distill_steps)]
     phases = [phase for phase in phases if phase[1] or phase[2]]
     texts = Budget(given.text_seconds, given.text_steps)
-    has_texts = bool(texts.seconds or texts.steps) and not _is_resumed(given)
-    if phases or has_texts:
+    if (texts.seconds or texts.steps) and not _is_resumed(given):
+        settings = TextSettings(texts, seed=given.seed, is_profiled=given.profile)
+        training = TextTraining(flow.text_encoder, flow.text_encoder_2, settings, device)
+        report["words"] = training.train(_sentences(given, device))
+        _save(given, report, {"text_encoder": flow.text_encoder, "text_encoder_2": flow.text_encoder_2})
+    if phases:
         pool = Pool(
             parts["vae"],
             device,
@@ -117,9 +121,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
         explained = Explained(parts["vae"], device)
         print(f"pool: {len(pool.latents)} pictures, {time.monotonic() - started:.0f} s since the start", flush=True)
-    if has_texts:
-        training = TextTraining(flow.text_encoder, flow.text_encoder_2, TextSettings(texts, seed=given.seed), device)
-        report["words"] = training.train(pool)
     for is_distilled, seconds, steps in phases:
         flow = _flow(
             given,
@@ -144,15 +145,21 @@ def main(arguments: list[str] | None = None) -> None:
                 is_profiled=given.profile,
             ),
         )
-        for name in PARTS[:1] + PARTS[2:]:
-            parts[name] = getattr(flow, name)
-            save_weights(parts[name], given.out / f"{name}.safetensors")
-            load_weights(parts[name], given.out / f"{name}.safetensors")
+        parts |= {name: getattr(flow, name) for name in PARTS if name != "vae"}
+        _save(given, report, {name: parts[name] for name in PARTS if name != "vae"})
         _judge(given, device, parts, report, "distilled" if is_distilled else "flow")
         report["seconds"] = round(time.monotonic() - started, 1)
-        (given.out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
+        _save(given, report, {})
     if given.folder:
         write_folder(given.folder, parts)
+
+
+def _save(given: argparse.Namespace, report: dict[str, Any], parts: dict[str, torch.nn.Module]) -> None:
+    """Write the report and these models, and give them the rounded weights of their files."""
+    for name, module in parts.items():
+        save_weights(module, given.out / f"{name}.safetensors")
+        load_weights(module, given.out / f"{name}.safetensors")
+    (given.out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
 
 
 def _chunks_before(given: argparse.Namespace) -> int:
@@ -160,8 +167,12 @@ def _chunks_before(given: argparse.Namespace) -> int:
     if not _is_resumed(given):
         return 0
     step = json.loads((given.state / "state.json").read_text())["step"]
-    in_texts = max(0, given.text_steps - 1) // TextSettings.refresh_every
-    return in_texts + max(0, (step - 1) // given.refresh_every)
+    return max(0, (step - 1) // given.refresh_every)
+
+
+def _sentences(given: argparse.Namespace, device: torch.device) -> Sentences:
+    slots = max(1, given.pool // given.chunk)
+    return Sentences(device, seed=given.seed + 2_000_003, slots=slots, size=given.chunk, workers=given.workers)
 
 
 def _is_resumed(given: argparse.Namespace) -> bool:

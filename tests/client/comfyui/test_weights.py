@@ -25,6 +25,12 @@ class Lender:
         self.live_before: list[int] = []
         """How many loans there were at each lend."""
         self.has_room_for = 2
+        self.prepared: list[tuple[set[str], Any]] = []
+
+    def prepare(self, tensors: dict[str, torch.Tensor], *, kind: Any, label: str, compute_dtype: str | None) -> None:
+        if label == "broken":
+            raise Unsupported("no such model")
+        self.prepared.append((set(tensors), kind))
 
     def lend(
         self,
@@ -83,6 +89,22 @@ def weights(lender, base, request) -> Iterator[RemoteWeights]:
 
 def add(amount: float) -> Edit:
     return Edit((amount,), lambda value: value + amount)
+
+
+@pytest.mark.parametrize(("kind", "given"), [(ComponentKind.VAE, ComponentKind.VAE), (ComponentKind.MODULE, None)])
+def test_announced_weights_are_lent_with_the_same_kind(lender, base, kind, given):
+    weights = RemoteWeights(base, kind=kind, label="x", device="cpu", is_whole=False, connect=lambda: lender)
+    weights.announce()
+    assert lender.prepared == [({"a", "b"}, given)]
+    assert not lender.lends
+
+
+def test_an_announcement_that_fails_is_left_to_the_lend(lender, base):
+    weights = RemoteWeights(
+        base, kind=ComponentKind.VAE, label="broken", device="cpu", is_whole=False, connect=lambda: lender
+    )
+    weights.announce()
+    assert lender.prepared == []
 
 
 def test_lends_once_and_again_after_the_loan_is_lost(weights, lender):

@@ -19,11 +19,13 @@ from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFa
 from xditd.ipc.addresses import RuntimeDir, endpoint
 from xditd.ipc.codec import encode, report_decoder
 from xditd.ipc.errors import BadRequest, Internal, XditdError
+from xditd.ipc.outlines import Outline, OutlinedTensor
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.status import LayoutReport, MemoryParts
 from xditd.ipc.tensors import CopiedBytes, FileDigest
 from xditd.ipc.worker_messages import (
     AnyReport,
+    BuildModel,
     CancelRun,
     Command,
     ComponentCopied,
@@ -81,6 +83,10 @@ class RecordingExecutor:
 
     def prepare(self, command: Any) -> PreparedFacts:
         raise AssertionError("not asked for here")
+
+    def build_model(self, outline: Outline) -> dict[str, float]:
+        self._record("build", outline.label)
+        return {"build": 3.0}
 
     def plug(self, component_id: str) -> dict[str, float]:
         self._record("plug", component_id)
@@ -167,13 +173,17 @@ def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor
     plugged = loop.ask(Plug(op_number=1, component_id="c1"))
     assert isinstance(plugged, Plugged)
     assert (plugged.op_number, plugged.timings_ms, plugged.tally) == (1, {"plug": 1.0}, executor.tally())
+    outline = Outline(label="x", tensors=(OutlinedTensor("a", "bfloat16", (2,)),))
+    built = loop.ask(BuildModel(op_number=7, outline=outline))
+    assert isinstance(built, Done)
+    assert built.timings_ms == {"build": 3.0}
     kept = loop.ask(CopyComponent(op_number=2, component_id="c1"))
     assert isinstance(kept, ComponentCopied)
     assert kept.copied == CopiedBytes(host_to_host=7)
     assert isinstance(loop.ask(Unmap(op_number=3, component_id="c1")), Done)
     assert isinstance(loop.ask(ForgetClient(op_number=4, exporter=CLIENT)), Done)
     asked = [call for call in executor.calls if call != "after_answer"]
-    assert asked == [("plug", "c1"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
+    assert asked == [("plug", "c1"), ("build", "x"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
 
 
 def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace, executor: RecordingExecutor) -> None:

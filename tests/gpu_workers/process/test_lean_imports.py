@@ -79,7 +79,33 @@ except AttributeError as error:
     found["error"] = str(error)
 """
 
-BODIES = (START, DIFFUSERS, SCIPY, WRAPPERS)
+FORWARD = """
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+model = FluxTransformer2DModel(
+    in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+    joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+)
+given = dict(hidden_states=torch.ones(1, 2, 4), encoder_hidden_states=torch.ones(1, 2, 8),
+             pooled_projections=torch.ones(1, 8), timestep=torch.ones(1), img_ids=torch.ones(2, 3),
+             txt_ids=torch.ones(2, 3))
+with torch.no_grad():
+    before = model(**given, return_dict=False)[0]
+found["after a forward"] = [name for name in sys.modules if name.split(".")[0] == "peft"]
+from peft import LoraConfig, inject_adapter_in_model
+inject_adapter_in_model(LoraConfig(target_modules=["to_q"], init_lora_weights=False), model)
+layer = model.transformer_blocks[0].attn.to_q
+scales = []
+layer.register_forward_hook(lambda *_: scales.append(layer.scaling["default"]))
+from diffusers.utils import constants
+import diffusers.utils
+diffusers.utils.USE_PEFT_BACKEND = True  # as where PEFT is not left out
+for scale in (1.0, 0.5):
+    with torch.no_grad():
+        model(**given, joint_attention_kwargs={"scale": scale})
+found["scales"] = [each / layer.scaling["default"] for each in scales]
+"""
+
+BODIES = (START, DIFFUSERS, SCIPY, WRAPPERS, FORWARD)
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +151,9 @@ def test_what_schedulers_use_of_scipy_is_there_when_they_use_it(run: Run) -> Non
 def test_wrappers_of_xfuser_are_refused_by_name(run: Run) -> None:
     found = run(WRAPPERS)
     assert found == {"error": "xfuser.xFuserFluxPipeline: workers import the modules of xfuser one by one"}
+
+
+def test_a_forward_imports_peft_only_for_layers_of_it_that_are_scaled(run: Run) -> None:
+    pytest.importorskip("peft", reason="workers need PEFT for models with its layers alone")
+    found = run(FORWARD)
+    assert found == {"after a forward": [], "scales": [1.0, 0.5]}

@@ -1,4 +1,4 @@
-"""Calls of classes of images beside those of their entries: residuals of ControlNets, times of tokens, adapters."""
+"""Calls of classes of images beside those of their entries: ControlNets, times of tokens, adapters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from model_arguments import padding_mask
 
 _FLUX_IP_ADAPTER = ENTRIES["FluxTransformer2DModel-ip_adapter"]
 _CHROMA = ENTRIES["ChromaTransformer2DModel"]
+_FLUX = ENTRIES["FluxTransformer2DModel"]
 
 
 def _chroma_ip_adapter(random: Random) -> dict[str, Any]:
     given = _FLUX_IP_ADAPTER.arguments(random)
     return _CHROMA.arguments(random) | {"joint_attention_kwargs": given["joint_attention_kwargs"]}
+
+
+def _flux_controlnet(random: Random) -> dict[str, Any]:
+    given = _FLUX.arguments(random)
+    return given | {"controlnet_cond": random.normal(*given["hidden_states"].shape)}
 
 
 def _two_residuals(random: Random, _: dict[str, Any]) -> dict[str, Any]:
@@ -35,6 +41,7 @@ def _fibo_short_text(random: Random, _: dict[str, Any]) -> dict[str, Any]:
 
 IMAGE_CALLS = (
     ClassEntry(_CHROMA.name, _CHROMA.config, _chroma_ip_adapter, "ip_adapter", _FLUX_IP_ADAPTER.prepare),
+    ClassEntry("FluxControlNetModel", _FLUX.config, _flux_controlnet),
     further("HunyuanDiT2DModel", "controlnet", _two_residuals),
     further("BriaTransformer2DModel", "controlnet", _two_residuals),
     further("BriaFibo2Transformer2DModel", "short_text", _fibo_short_text),

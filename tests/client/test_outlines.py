@@ -1,0 +1,79 @@
+"""Outlines say of a component what its manifest says, without its bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from xditd.client.lending import describe
+from xditd.client.outlines import outline_of
+from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
+from xditd.ipc.tensors import ComponentKind
+
+STATE = {"x.a": torch.ones(4, 2), "x.b": torch.ones(3, dtype=torch.bfloat16), "y.a": torch.ones(1)}
+
+
+def same_as_described(source: Any, **given: Any) -> None:
+    offer = describe(source, **given)
+    try:
+        manifest = offer.manifest
+        outline = outline_of(source, **given)
+        assert [(t.name, t.dtype, t.shape) for t in outline.tensors] == [
+            (t.name, t.dtype, t.shape) for t in manifest.tensors
+        ]
+        for name in ("kind", "module", "label", "packed", "compute_dtype"):
+            assert getattr(outline, name) == getattr(manifest, name)
+        assert outline.faults() == []
+    finally:
+        offer.close()
+
+
+def test_of_tensors() -> None:
+    same_as_described(STATE, label="x", kind=ComponentKind.VAE, compute_dtype="float16")
+    assert outline_of({name: each.to("meta") for name, each in STATE.items()}) == outline_of(STATE)
+
+
+def test_of_a_file_and_of_a_part_of_it(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "x.safetensors")
+    same_as_described(tmp_path / "x.safetensors")
+    same_as_described(tmp_path / "x.safetensors", prefix="x.")
+
+
+def test_of_packed_weights() -> None:
+    state = {
+        "a.weight": torch.zeros(16, 16, dtype=torch.float8_e4m3fn),
+        "a.scale_weight": torch.ones(()),
+        "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn),
+    }
+    assert outline_of(state).packed
+    same_as_described(state)
+
+
+def test_of_a_configuration() -> None:
+    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
+    outline = outline_of(config, label="x")
+    assert outline.module is not None
+    assert outline.module.class_name == "diffusers:FluxTransformer2DModel"
+    assert outline.module.allows_family
+    assert json.loads(outline.module.config) == config
+    assert outline.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("/no/such/file.safetensors", BadCheckpoint, "/no/such/file.safetensors"),
+        ({"a": 1}, BadRequest, "a: int, not a tensor"),
+        (3, BadRequest, "a int cannot be prepared"),
+        ({"_class_name": "a b"}, Unsupported, "'a b' is no class of diffusers"),
+        ({"_class_name": "A", "x": object()}, BadCheckpoint, "the configuration"),
+    ],
+)
+def test_what_cannot_be_outlined_is_refused_by_name(source: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        outline_of(source)
