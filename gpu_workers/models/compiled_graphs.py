@@ -81,7 +81,8 @@ class CompiledGraphs:
         os.utime(self.folder)
         with suppress(OSError):
             remove_unused(self.folder.parent, self.folder.name, UNUSED_DAYS)
-        # Before torch's compiler is imported. Loading needs none of the processes in which it compiles.
+        # Loading needs none of the processes in which torch's compiler compiles. The daemon sets this as well: the
+        # leader of forked ranks has imported the compiler by now.
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"), _THREADS: "1"}
         self._states: dict[str, GraphState] = {}
         self._pending: list[str] = []

@@ -123,7 +123,7 @@ class FlowTraining:
             else:
                 getattr(flow, name).requires_grad_(False)
         self._parameters: list[torch.Tensor] = [each for each in flow.parameters() if each.requires_grad]
-        self._averages = [
+        self._averages: list[torch.Tensor] = [
             average
             for average, each in zip(self.ema.parameters(), flow.parameters(), strict=True)
             if each.requires_grad

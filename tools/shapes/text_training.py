@@ -123,7 +123,7 @@ class TextTraining:
         self._parameters = [each for model in models for each in model.requires_grad_(True).parameters()]
         biases = position_biases(self.text_encoder_2)
         others = [each for each in self._parameters if each is not biases]
-        groups = [{"params": others}, {"params": [biases], "weight_decay": 0.0}]
+        groups: list[dict[str, object]] = [{"params": others}, {"params": [biases], "weight_decay": 0.0}]
         self._peaks = [settings.rate, settings.rate * BIASES_RATE]
         self._optimizer = adamw(groups, settings.rate, device, decay=0.01)
         self._update = GraphedStep("words", self._learn, device)

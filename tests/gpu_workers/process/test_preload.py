@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from xditd.daemon.groups.worker_environment import worker_environment
 from xditd.gpu_workers.process import preload
 from xditd.ipc.errors import WorkersLost
 from xditd.ipc.worker_messages import UNEXPLAINED
@@ -101,6 +103,25 @@ def test_ranks_are_spawned_where_an_import_has_opened_cuda(monkeypatch: pytest.M
     assert preload.count_gpus() == (3, False)
 
 
+def test_torchs_compiler_starts_no_processes_in_ranks() -> None:
+    """The leader imports it, and it reads its settings once, before a rank could make them."""
+    found = run(
+        """
+import json, threading
+from xditd.gpu_workers.process import leader, preload
+preload.preload(preload.FOR_RANKS)
+from torch._inductor.async_compile import get_compile_threads
+found = []
+thread = threading.Thread(target=lambda: found.append(get_compile_threads()))  # its settings are those of a thread
+thread.start()
+thread.join()
+print(json.dumps(found))
+""",
+        env=worker_environment(os.environ, None),
+    )
+    assert found == [1]
+
+
 @pytest.mark.gpu
 def test_cuda_that_another_library_has_opened_is_seen() -> None:
     assert run("""
@@ -156,7 +177,9 @@ def test_a_driver_that_crashes_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         preload.count_gpus()
 
 
-def run(program: str) -> Any:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+def run(program: str, env: Mapping[str, str] | None = None) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
