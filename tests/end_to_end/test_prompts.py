@@ -53,8 +53,8 @@ class Flux1:
         return {"encoders": self.encoders, "tokenizers": self.tokenizers}
 
     @torch.no_grad()
-    def expected(self, prompt: str | list[str], **more: Any) -> dict[str, torch.Tensor]:
-        embeds, pooled, _ = self.pipe.encode_prompt(prompt, None, device="cpu", **more)
+    def expected(self, prompt: str | list[str], prompt_2: str | None = None, **more: Any) -> dict[str, torch.Tensor]:
+        embeds, pooled, _ = self.pipe.encode_prompt(prompt, prompt_2, device="cpu", **more)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
