@@ -46,7 +46,7 @@ def find_daemon(runtime: RuntimeDir) -> DaemonProcess:
         NotPermitted: the socket belongs to another user, or may not be opened.
         Unsupported: the daemon runs in a pid namespace that is not visible here.
     """
-    runtime.check_lengths()
+    runtime.check_socket_paths()
     path = runtime.client_socket
     clock = AwakeClock()
     began_s = clock.now_s()

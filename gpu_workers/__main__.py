@@ -11,6 +11,7 @@ import msgspec
 
 from xditd.gpu_workers.process.die_with_parent import OUTPUT, die_with_parent, has_no_reader
 from xditd.gpu_workers.process.loopback import check_loopback
+from xditd.gpu_workers.process.memory_priority import ended_first
 from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import XditdError
 from xditd.ipc.network_watch import OutsideConnections
@@ -33,17 +34,20 @@ def main() -> int:
         from xditd.gpu_workers.process.options import parse
 
         is_standby = sys.argv[1:] == [STANDBY_FLAG]
-        options = None if is_standby else parse(sys.argv[1:])
-        preload.preload(preload.FOR_RANKS)
-        if options is None:
-            preload.preload(preload.FOR_LENDS)
-            if preload.has_opened_gpu():
-                print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
-                return 1
-            line = sys.stdin.readline()
+        if is_standby:
+            with ended_first():  # the group that works is worth more
+                preload.preload(preload.FOR_RANKS)
+                preload.preload(preload.FOR_LENDS)
+                if preload.has_opened_gpu():
+                    print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
+                    return 1
+                line = sys.stdin.readline()
             if not line:
                 return 0  # the daemon has ended, or needs no other leader
             options = parse(msgspec.json.decode(line, type=list[str]))
+        else:
+            options = parse(sys.argv[1:])
+            preload.preload(preload.FOR_RANKS)
         logging.getLogger().setLevel(options.log_level.upper())
         return leader.lead(options, outside.attempts)
     except Exception as error:

@@ -44,10 +44,21 @@ class RuntimeDir:
         """The log of a daemon that ``xditd demo`` started."""
         return self.path / "daemon.log"
 
-    def check_lengths(self) -> None:
-        """Raise ``BadRequest`` if a socket path is longer than a socket address allows (107 bytes)."""
+    def check_socket_paths(self) -> None:
+        """Raise ``BadRequest`` if a socket path is longer than an address allows (107 bytes), or not UTF-8.
+
+        ZeroMQ's endpoints and messages are text in UTF-8.
+        """
         for socket in (self.client_socket, self.worker_socket):
-            length = len(os.fsencode(socket))
+            encoded = os.fsencode(socket)
+            length = len(encoded)
+            try:
+                encoded.decode()
+            except UnicodeDecodeError as error:
+                raise BadRequest(
+                    f"socket path {encoded!r}: it is not UTF-8; "
+                    "choose another runtime folder (--runtime-dir or XDITD_RUNTIME_DIR)"
+                ) from error
             if length > MAX_SOCKET_PATH_BYTES:
                 raise BadRequest(
                     f"socket path {socket}: {length} bytes, at most {MAX_SOCKET_PATH_BYTES} fit; "

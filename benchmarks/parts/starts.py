@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="later lends and jobs of a round")
     parser.add_argument("--steps", type=int, default=4, help="of each job")
     parser.add_argument("--standby", choices=("on", "off"), default="on", help="of the daemon")
+    parser.add_argument("--announce", choices=("on", "off"), default="on", help="whether the client prepares its model")
     parser.add_argument("--flags", action="append", default=[], help="a flag of the daemon, --flags=--name=value")
     parser.add_argument("--log", type=Path, help="keep the last daemon's log here")
 
@@ -102,6 +103,9 @@ class Round:
             client = daemon.connect()
             self._note("daemon_answers_s")
             shapes = flux.shapes(self._scale.size, flux.dtype_on(self._given.device))
+            if self._given.announce == "on":
+                meta = {name: torch.empty(shape, dtype=kind, device="meta") for name, (kind, shape) in shapes.items()}
+                client.prepare(meta)
             for seed in (0, 1):
                 arenas.append(Arena(shapes, self._device))
                 flux.fill(arenas[-1].tensors, seed)

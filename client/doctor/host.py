@@ -31,7 +31,7 @@ def check_runtime_folder(runtime: RuntimeDir) -> Finding:
     """Check that the daemon could use this runtime folder."""
     name, path = "runtime folder", runtime.path
     try:
-        runtime.check_lengths()
+        runtime.check_socket_paths()
     except BadRequest as error:
         return fail(name, error.detail, "choose a shorter one (--runtime-dir or XDITD_RUNTIME_DIR)")
     try:

@@ -73,7 +73,7 @@ class RuntimeFolder:
     """
 
     def __init__(self, runtime: RuntimeDir) -> None:
-        runtime.check_lengths()
+        runtime.check_socket_paths()
         self.runtime = runtime
         self._sockets: dict[Path, tuple[HeldFile, Serve]] = {}
         self._awaited: HeldFile | None = None

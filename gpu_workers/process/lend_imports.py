@@ -58,3 +58,4 @@ class LendImports:
     def _add_families(self) -> None:
         """Import the descriptions of our own families; the operations of each are a step of their own."""
         self._steps.extend(partial(preload.import_family, family) for family in registry.own_families())
+        self._steps.append(partial(preload.import_all, registry.DESCRIBED))

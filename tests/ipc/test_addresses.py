@@ -33,9 +33,14 @@ def test_names_lie_in_the_folder_and_differ(tmp_path: Path) -> None:
 def test_lengths_count_bytes_not_characters(letter: str) -> None:
     room = MAX_SOCKET_PATH_BYTES - len("//workers.sock")
     fits = "/" + letter * (room // len(letter.encode()))
-    RuntimeDir(Path(fits)).check_lengths()
+    RuntimeDir(Path(fits)).check_socket_paths()
     with pytest.raises(BadRequest, match="--runtime-dir"):
-        RuntimeDir(Path(fits + letter)).check_lengths()
+        RuntimeDir(Path(fits + letter)).check_socket_paths()
+
+
+def test_a_path_that_is_not_text_is_refused_by_its_bytes() -> None:
+    with pytest.raises(BadRequest, match=r"xff/daemon\.sock': it is not UTF-8; choose another runtime folder"):
+        RuntimeDir(Path(os.fsdecode(b"/tmp/\xff"))).check_socket_paths()
 
 
 def test_the_longest_path_can_be_bound(tmp_path: Path) -> None:

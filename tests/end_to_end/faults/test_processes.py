@@ -209,7 +209,7 @@ def test_a_stopped_rank_is_ended_at_the_deadline(rank, impatient, files, make_in
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stands_still_in_a_call_is_ended_at_the_deadline(
     rank, impatient, files, two_parts, start_call, wait_call_runs
 ):

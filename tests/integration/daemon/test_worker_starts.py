@@ -7,11 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xditd.ipc.status import DaemonStatus, GroupState
+from xditd.ipc.worker_messages import STANDBY_FLAG
 
 WITHOUT_TORCH = """
 import runpy, sys
@@ -20,6 +22,18 @@ runpy.run_module("xditd.gpu_workers", run_name="__main__", alter_sys=True)
 """
 
 
+SLOW_END = """
+import sys
+from xditd.gpu_workers import __main__ as leader
+from xditd.gpu_workers.process import options, preload
+preload.preload = lambda names: names is preload.FOR_LENDS and print("waits", flush=True)
+def parse(arguments):
+    print("began with", arguments, flush=True)
+    sys.stdin.read()
+    raise SystemExit(2)
+options.parse = parse
+leader.main()
+"""
 UNTIL_THE_DAEMON_HAS_ENDED = 'while kill -0 "$PPID" 2>/dev/null; do sleep 0.02; done; exec "$@"'
 
 
@@ -44,6 +58,25 @@ def test_leader_whose_daemon_was_killed_before_it_ran_ends(start_daemon: Any, wa
     except AssertionError:
         os.killpg(leader, signal.SIGKILL)
         raise
+
+
+def test_leader_that_waits_is_the_first_to_be_ended_for_memory() -> None:
+    """And no longer once it has its flags, here wrong ones; the leaders of working groups are not worth less."""
+
+    def adjustment() -> int:
+        return int(Path(f"/proc/{waiting.pid}/oom_score_adj").read_text())
+
+    command = [sys.executable, "-c", SLOW_END, STANDBY_FLAG]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stdin is not None
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "waits\n"
+        assert adjustment() == 1000
+        waiting.stdin.write("[]\n")
+        waiting.stdin.flush()
+        assert waiting.stdout.readline() == "began with []\n"
+        assert adjustment() == int(Path("/proc/self/oom_score_adj").read_text())
+        waiting.stdin.close()
 
 
 def test_missing_torch_is_named_and_not_tried_again(start_daemon: Any) -> None:
