@@ -15,12 +15,12 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
+from shapes.budget import Budget
 from shapes.explained import Explained
 from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.pool import PATCHES, Pool, autocast, tokens
 from shapes.profiling import Parts, profile
 from shapes.text_training import LONG_TEXT
-from shapes.vae_training import Budget
 
 LONG_SHARE: Final = 0.4
 """Of the batch in steps with long sentences: about as many tokens as in the others."""

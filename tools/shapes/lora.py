@@ -21,13 +21,13 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 
+from shapes.budget import Budget
 from shapes.draw import OUTLINE, save_sheet
 from shapes.flow_training import Flow, sample_sigmas
 from shapes.judge import held_out_requests, pipeline_sampler
 from shapes.models import build_parts, build_pipeline, load_parts
 from shapes.pool import Pool, autocast
 from shapes.reading import read
-from shapes.vae_training import Budget
 from shapes.words import Request
 
 RANK: Final = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from random import Random
 from typing import Any, Final
@@ -58,8 +59,13 @@ def chunks(seed: int, first: int, size: int, workers: int) -> Iterator[tuple[tor
         sampler=range(1 << 30),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_interrupts if workers else None,
     )
     return iter(loader)
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for all its processes: training ends its workers
 
 
 class Sentences:

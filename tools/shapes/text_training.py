@@ -17,13 +17,13 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
+from shapes.budget import Budget
 from shapes.draw import encode
 from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.models import CLIP_WIDTH, T5_WIDTH, position_biases
 from shapes.pool import Sentences, autocast, tokens
 from shapes.profiling import profile
 from shapes.scenes import BACKGROUNDS, CELLS, COLOURS, FORMS, MAX_OBJECTS, MIDDLE_RADIUS, PATTERNS, SIZES
-from shapes.vae_training import Budget
 from shapes.words import LANGUAGES, sample_request
 
 LONG_TEXT: Final = 512

@@ -6,7 +6,7 @@
 Each phase is skipped if its seconds (and steps) are 0. OUT gets ``vae.safetensors``, ``transformer.safetensors``,
 ``text_encoder.safetensors``, ``text_encoder_2.safetensors`` (bfloat16, each below 16 MB), ``report.json`` and
 pictures of the judge; ``--folder`` writes the pipeline's folder from them. With ``--state`` the flow's phase saves its
-optimizer, too, and continues from there.
+optimizer, too, and continues from there. After Ctrl-C, the phase ends at once, and what it has learned is written.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import os
 import time
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKL
 
+from shapes.budget import Budget, Interrupt
 from shapes.draw import draw, encode, save_sheet
 from shapes.explained import Explained
 from shapes.flow_training import WEAKEST_GUIDANCE, Flow, FlowSettings, FlowTraining
@@ -40,8 +41,11 @@ from shapes.models import (
 from shapes.pool import Pool, Sentences, autocast, encode_latents
 from shapes.reading import read
 from shapes.text_training import TextSettings, TextTraining
-from shapes.vae_training import Budget, VaeSettings, train_vae
+from shapes.vae_training import VaeSettings, train_vae
 from shapes.words import sample_request
+
+_JUDGED: Final = 12.0
+"""Seconds that the judge takes after a phase on a GPU, with what is written."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +64,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-share", type=float, default=0.0, help="of the flow's rate, for both text encoders")
     parser.add_argument("--seconds", type=float, default=600, help="of rectified flow")
     parser.add_argument("--steps", type=int, default=0, help="in place of seconds")
+    parser.add_argument(
+        "--total-seconds",
+        type=float,
+        default=0,
+        help="of this run: rectified flow gets the rest, if it has seconds",
+    )
     parser.add_argument("--distill-seconds", type=float, default=150)
     parser.add_argument("--distill-steps", type=int, default=0, help="in place of seconds")
     parser.add_argument("--batch", type=int, default=256)
@@ -81,7 +91,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
+    interrupt = Interrupt()
+    with interrupt.watched():
+        _train(parse(arguments), interrupt)
+
+
+def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes that are forked later would warn
@@ -99,11 +114,12 @@ def main(arguments: list[str] | None = None) -> None:
     parts = build_parts()
     if given.start:
         print("started from", ", ".join(load_parts(given.start, parts)), flush=True)
-    parts["vae"] = _vae(given, device, parts["vae"], report)
+    parts["vae"] = _vae(given, device, parts["vae"], report, interrupt)
     flow = Flow(parts["transformer"], parts["text_encoder"], parts["text_encoder_2"])
     phases = [(False, given.seconds, given.steps), (True, given.distill_seconds, given.distill_steps)]
     phases = [phase for phase in phases if phase[1] or phase[2]]
-    texts = Budget(given.text_seconds, given.text_steps)
+    print(f"models: {time.monotonic() - started:.0f} s since the start", flush=True)
+    texts = Budget(given.text_seconds, given.text_steps, interrupt)
     if (texts.seconds or texts.steps) and not _is_resumed(given):
         settings = TextSettings(texts, seed=given.seed, is_profiled=given.profile)
         training = TextTraining(flow.text_encoder, flow.text_encoder_2, settings, device)
@@ -122,6 +138,9 @@ def main(arguments: list[str] | None = None) -> None:
         explained = Explained(parts["vae"], device)
         print(f"pool: {len(pool.latents)} pictures, {time.monotonic() - started:.0f} s since the start", flush=True)
     for is_distilled, seconds, steps in phases:
+        if given.total_seconds and not is_distilled:
+            after = given.distill_seconds + _JUDGED * len(phases)
+            seconds = max(1.0, given.total_seconds - (time.monotonic() - started) - after)
         flow = _flow(
             given,
             device,
@@ -130,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
             explained,
             report,
             FlowSettings(
-                budget=Budget(seconds, steps),
+                budget=Budget(seconds, steps, interrupt),
                 is_distilled=is_distilled,
                 batch=given.batch,
                 rate=given.distill_rate if is_distilled else given.rate,
@@ -180,10 +199,14 @@ def _is_resumed(given: argparse.Namespace) -> bool:
 
 
 def _vae(
-    given: argparse.Namespace, device: torch.device, vae: torch.nn.Module, report: dict[str, Any]
+    given: argparse.Namespace,
+    device: torch.device,
+    vae: torch.nn.Module,
+    report: dict[str, Any],
+    interrupt: Interrupt,
 ) -> torch.nn.Module:
     if given.vae_seconds or given.vae_steps:
-        budget = Budget(given.vae_seconds, given.vae_steps)
+        budget = Budget(given.vae_seconds, given.vae_steps, interrupt)
         settings = VaeSettings(budget, batch=given.vae_batch, seed=given.seed, workers=given.workers)
         vae = train_vae(settings, device)
         save_weights(vae, given.out / "vae.safetensors")

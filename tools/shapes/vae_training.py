@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
+from shapes.budget import Budget
 from shapes.draw import OUTLINE, PIXELS, draw
 from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.models import LATENT_SCALE, LATENT_SHIFT, build_vae
@@ -20,20 +21,6 @@ from shapes.pool import autocast, chunks
 
 CROP: Final = 128
 """Pixels on each side of what both halves are trained on; the decoder then learns whole pictures."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long to train: ``steps`` if not 0, else ``seconds``."""
-
-    seconds: float
-    steps: int = 0
-
-    def progress(self, started: float, step: int) -> float:
-        """Return how much of the training is done, from 0 to 1."""
-        if self.steps:
-            return step / self.steps
-        return min(1.0, (time.monotonic() - started) / max(self.seconds, 1e-9))
 
 
 @dataclass(frozen=True)

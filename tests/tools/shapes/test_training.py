@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from shapes.budget import Budget, Interrupt
 from shapes.draw import draw, encode
 from shapes.flow_training import Flow, FlowSettings, FlowTraining
 from shapes.lora import Lora
@@ -15,7 +18,7 @@ from shapes.models import build_clip, build_t5, build_transformer
 from shapes.pool import Sentences, covered_patches, pack, tokens
 from shapes.scenes import COLOURS, FORMS, SIZES, Scene, Thing
 from shapes.text_training import TextSettings, TextTraining, said
-from shapes.vae_training import Budget, VaeSettings, train_vae
+from shapes.vae_training import VaeSettings, train_vae
 from shapes.words import sample_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,9 +51,11 @@ def fresh_flow() -> Flow:
     return flow
 
 
-def training(steps: int, *, is_distilled: bool = False, text_rate: float = 5e-4) -> FlowTraining:
+def training(
+    steps: int, *, is_distilled: bool = False, text_rate: float = 5e-4, interrupt: Interrupt | None = None
+) -> FlowTraining:
     settings = FlowSettings(
-        Budget(0, steps),
+        Budget(0, steps, interrupt or Interrupt()),
         is_distilled=is_distilled,
         text_rate=text_rate,
         batch=1,
@@ -191,3 +196,20 @@ def test_text_encoders_learn_what_sentences_say() -> None:
     assert last < 0.7 * first
     after = dict([*clip.named_parameters(), *t5.named_parameters()])
     assert all(not each.equal(before[name]) for name, each in after.items() if "final" not in name)
+
+
+def test_an_interrupt_ends_a_phase_and_keeps_what_it_learned() -> None:
+    interrupt = Interrupt()
+    before = signal.getsignal(signal.SIGINT)
+    begun = training(1_000_000, interrupt=interrupt)
+
+    class Interrupting(FewLatents):
+        def refresh(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with interrupt.watched():
+        assert begun.train(Interrupting()) > 0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert begun.step == 3
+    assert signal.getsignal(signal.SIGINT) is before
