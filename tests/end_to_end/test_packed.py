@@ -92,7 +92,7 @@ def test_bad_scales_are_named_and_nothing_is_lost(client, state, tmp_path: Path)
         (
             torch.full_like(packed.tensors[name], torch.nan),
             BadCheckpoint,
-            "x: 1 scales of packed weights are not finite",
+            r"/x\.safetensors: 1 scales of packed weights are not finite",
         ),
         (
             torch.ones(3, 1),

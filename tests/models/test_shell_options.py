@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     "lora": (("--lora", "x.safetensors:0.8"), "loras", (("x.safetensors", 0.8, "transformer"),)),
     "lora_2": (("--lora-2", "x.safetensors:0.8"), "loras", (("x.safetensors", 0.8, "transformer_2"),)),
     "prompt_2": (("--prompt-2", "a dog"), "prompts_2", ("a dog",)),
+    "max_sequence_length": (("--max-sequence-length", "16"), "max_sequence_length", 16),
 }
 """The flags, the field of the call that they set, and its value."""
 
@@ -80,7 +81,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def opened(entry: FamilyEntry) -> Pipeline:
     """A pipeline with the facts of a family, and nothing lent."""
     facts = SimpleNamespace(family=entry.family, transformer=facts_of(entry))
-    loans = SimpleNamespace(lend=lambda: None, transformer=SimpleNamespace(facts=facts), are_live=True)
+    loans = SimpleNamespace(
+        lend=lambda: None, check=lambda: None, transformer=SimpleNamespace(facts=facts), are_live=True
+    )
     found = Pipeline(None, Source(name="x", parts={}), loans, owns_client=False)  # type: ignore[arg-type]
     found.load()
     return found

@@ -87,7 +87,10 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(is_file, name, tensor, 
         save_file(bad, path)
     with pytest.raises(BadCheckpoint) as caught:
         client.lend(path if is_file else bad, label="bad")
-    assert caught.value.detail.startswith("bad: checkpoint does not fit z_image: lend all of its tensors, and nothing")
+    where = str(path) if is_file else "bad"
+    assert caught.value.detail.startswith(
+        f"{where}: checkpoint does not fit z_image: lend all of its tensors, and nothing"
+    )
     kind, _, what = named.partition(": ")
     assert re.search(rf"\d+ {kind}: {re.escape(what)}", caught.value.detail)
     assert named in caught.value.names
@@ -110,7 +113,9 @@ def test_int8_weights_are_refused_with_the_remedy(names, client, state):
 
 
 def test_a_checkpoint_of_another_kind_or_model_is_refused_by_its_name(client, lender, good, files, state):
-    with pytest.raises(BadRequest, match="vae: lent as transformer, but its tensors are those of flux_vae, a vae"):
+    with pytest.raises(
+        BadRequest, match="ae.safetensors: lent as transformer, but its tensors are those of flux_vae, a vae"
+    ):
         client.lend(files.vae, kind="transformer", label="vae")
     with pytest.raises(BadRequest, match="turbo: lent as vae, but its tensors are those of z_image, a transformer"):
         client.lend(state, kind="vae", label="turbo")

@@ -264,8 +264,8 @@ def test_paths_that_are_no_files(tmp_path: Path, open_fds: Callable[[], int]) ->
     reasons = {
         "": "directory",
         "fifo": "not a regular file",
-        "missing": "No such file",
-        "dangling": "No such file",
+        "missing": "no such file or folder; name one of this machine",
+        "dangling": "no such file or folder",
         "loop": "symbolic links",
         "fifo/x": "Not a directory",
         "n" * 300: "too long",
