@@ -113,9 +113,7 @@ def test_int8_weights_are_refused_with_the_remedy(names, client, state):
 
 
 def test_a_checkpoint_of_another_kind_or_model_is_refused_by_its_name(client, lender, good, files, state):
-    with pytest.raises(
-        BadRequest, match="ae.safetensors: lent as transformer, but its tensors are those of flux_vae, a vae"
-    ):
+    with pytest.raises(BadRequest, match=r"ae\.safetensors: lent as transformer, but its .* those of flux_vae"):
         client.lend(files.vae, kind="transformer", label="vae")
     with pytest.raises(BadRequest, match="turbo: lent as vae, but its tensors are those of z_image, a transformer"):
         client.lend(state, kind="vae", label="turbo")
