@@ -58,10 +58,10 @@ def find_source(
             raise BadRequest(f"variant {variant!r}: it selects files of a folder; give the folder, or leave it out")
         if TRANSFORMER not in given:
             raise BadRequest("Pipeline.open: no transformer; give a folder, a checkpoint, or transformer=")
-        found = Source(name=name or Path(given[TRANSFORMER].path).stem, parts=given)
+        found = Source(name=name or _name_of(given[TRANSFORMER].path), parts=given)
     else:
         path = _checked(source, "source")
-        name = name or Path(os.path.realpath(path)).stem
+        name = name or _name_of(os.path.realpath(path))
         if is_pipeline(path):
             own = read_folder(path, name, variant)
         elif os.path.isdir(path):
@@ -80,6 +80,11 @@ def find_source(
         config = scheduler if isinstance(scheduler, Mapping) else read_scheduler(Path(_checked(scheduler, "scheduler")))
         found = replace(found, scheduler=config)
     return found
+
+
+def _name_of(path: str) -> str:
+    """Return the name of a folder, whose dots are part of it (``FLUX.1-dev``), or of a file without its suffix."""
+    return Path(path).name if os.path.isdir(path) else Path(path).stem
 
 
 def _encoders(given: Paths) -> dict[str, PathLike]:

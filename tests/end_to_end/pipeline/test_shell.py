@@ -118,6 +118,45 @@ def test_a_picture_is_repeated_by_its_file(
     assert "made with the model 'mine'" in capsys.readouterr().err
 
 
+def test_the_length_of_prompts_is_repeated(shell: Callable[..., int], folder: Path) -> None:
+    prompt = "a cat in a hat on a sofa beside two dogs under a lamp"
+    model = ["--model", str(folder)]
+    assert shell(prompt, *model, *GIVEN, "-o", "whole.png") == exits.DONE
+    assert shell(prompt, *model, *GIVEN, "--max-sequence-length", "7", "-o", "short.png") == exits.DONE
+    assert not same(Path("short.png"), Image.open("whole.png"))
+    assert (read_record("whole.png").max_sequence_length, read_record("short.png").max_sequence_length) == (None, 7)
+    assert shell("--from", "short.png", *model, "-o", "again.png") == exits.DONE
+    assert same(Path("again.png"), Image.open("short.png"))
+    assert read_record("again.png") == read_record("short.png")
+    assert shell("--from", "short.png", *model, "--max-sequence-length", "512", "-o", "other.png") == exits.DONE
+    assert same(Path("other.png"), Image.open("whole.png"))
+
+
+def test_several_videos_are_numbered_folders_or_files(
+    shell: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline, parts = folders.wan(), tmp_path / "parts"
+    prompt_pipelines.save_texts("wan", parts)
+    pipeline.register_modules(**prompt_pipelines.read_texts("wan", parts))
+    model = ["--model", str(folders.saved(pipeline, tmp_path / "wan"))]
+    given = [*model, *GIVEN, "--frames", "5", "-n", "2"]
+    for first in (0, 2):  # from the next number on
+        assert shell("a cat", *given, "-o", "films/") == exits.DONE
+        said = json.loads(capsys.readouterr().out)
+        assert said["videos"] == [f"films/{first:05}", f"films/{first + 1:05}"]
+    for film in sorted(Path("films").iterdir()):
+        assert sorted(each.name for each in film.iterdir()) == [f"frame_{number:05}.png" for number in range(5)]
+    found = read_record("films/00001/frame_00002.png")
+    assert (found.index, found.num_images, found.frames) == (1, 2, 5)
+    assert shell("--from", "films/00001/frame_00002.png", *model, "-o", "again/") == exits.DONE
+    assert same(Path("again/frame_00002.png"), Image.open("films/00001/frame_00002.png"))
+    assert not same(Path("again/frame_00002.png"), Image.open("films/00000/frame_00002.png"))
+    capsys.readouterr()
+    assert shell("a cat", *given, "-o", "cat.mp4") == exits.DONE
+    assert json.loads(capsys.readouterr().out)["videos"] == ["cat-0.mp4", "cat-1.mp4"]
+    assert read_record("cat-1.mp4").index == 1
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -55,6 +55,19 @@ def test_single_files_and_an_all_in_one_checkpoint_give_the_same(
         assert not torch.equal(pipe(conditioning=texts, **GIVEN).generation.latents, right)  # the family's scheduler
 
 
+def test_a_folder_has_its_whole_name(client: Client, folder: Path, tmp_path: Path) -> None:
+    """What follows a dot tells FLUX.1-dev from FLUX.1-schnell; only files have a suffix."""
+    (tmp_path / "FLUX.1-dev").symlink_to(folder)
+    (tmp_path / "FLUX.1-copy").mkdir()
+    for each in folder.iterdir():
+        (tmp_path / "FLUX.1-copy" / each.name).symlink_to(each)
+    with Pipeline.open(tmp_path / "FLUX.1-copy", client=client) as pipe:
+        assert pipe.name == "FLUX.1-copy"
+        assert pipe.loans["transformer"].label == "FLUX.1-copy/transformer"
+    with Pipeline.open(tmp_path / "FLUX.1-dev", client=client) as pipe:
+        assert pipe.name == folder.name  # of what a link leads to
+
+
 def test_a_name_of_models_toml(
     client: Client, tmp_path: Path, folder: Path, right: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
