@@ -27,7 +27,7 @@ def length_option(options: Mapping[str, float], *, default: int, most: int) -> i
     """
     given = options.get(MAX_LENGTH, default)
     if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= most:
-        raise BadRequest(f"options: {MAX_LENGTH} is {given!r}; use a whole number from 1 to {most}")
+        raise BadRequest(f"{MAX_LENGTH} is {given!r}; use a whole number from 1 to {most}")
     return given
 
 

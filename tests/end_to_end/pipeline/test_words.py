@@ -156,7 +156,7 @@ def test_the_length_of_prompts(opened: Callable[..., Pipeline], folder: Path, fa
             assert (short.settings.max_sequence_length, short.record().max_sequence_length) == (7, 7)
             assert pipe(LONG, max_sequence_length=512, **GIVEN).settings.max_sequence_length is None
             for given, says in (
-                ({"max_sequence_length": 513}, "max_sequence_length is 513; use a whole number from 1 to 512"),
+                ({"max_sequence_length": 513}, "^max_sequence_length is 513; use a whole number from 1 to 512"),
                 ({"max_sequence_length": 7.5}, "max_sequence_length: 7.5 is not a whole number"),
             ):
                 with pytest.raises(BadRequest, match=says):
