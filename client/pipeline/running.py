@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from xditd.client.client import Client
+from xditd.client.jobs.checks import floats_of
 from xditd.client.jobs.controls import Control
 from xditd.client.jobs.generation import draw_seed
 from xditd.client.loans import Loan, LoanWithLoras
@@ -71,7 +72,7 @@ class Runner:
         controls = self._controls(call)
         seed = draw_seed() if call.seed is None else call.seed
         options = {**adapter.options(), **(call.options or {})}
-        steps = int(call.steps or call.defaults["steps"])
+        steps = call.steps or (call.defaults["steps"] if call.sigmas is None else _steps_of(call.sigmas))
         strength = 1.0 if plan.start_image is None else adapter.strength(call)
         scheduler = None if call.sigmas is not None else self._source.scheduler
         job = self._client.generate(
@@ -321,3 +322,9 @@ def _check_text_layers(lora: Loan, path: str) -> None:
 
 def _path_of(given: Any) -> str:
     return given.label if isinstance(given, Loan) else str(given)
+
+
+def _steps_of(sigmas: Any) -> int:
+    """Return how many steps a schedule has; a final 0, which is refused later, is none."""
+    values = floats_of("sigmas", sigmas)
+    return max(1, len(values) - (values[-1:] == (0.0,)))

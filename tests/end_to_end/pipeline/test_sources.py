@@ -100,6 +100,17 @@ def test_a_scheduler_is_obeyed_or_refused_by_name_and_value(client: Client, fold
     ):
         with pytest.raises((BadRequest, Unsupported), match=message):
             run(**changed)
+    unused = {"_class_name": "DDIMScheduler"}
+    given = {name: value for name, value in GIVEN.items() if name != "steps"}
+    with Pipeline.open(folder, scheduler=unused, client=client) as pipe:
+        found = pipe(conditioning=texts, sigmas=[1.0, 0.5, 0.25], **given)  # which say how many steps there are
+        assert found.settings.steps == 3
+        with pytest.raises(BadRequest, match="sigmas: 3 values for 2 steps"):
+            pipe(conditioning=texts, sigmas=[1.0, 0.5, 0.25], **GIVEN)
+        with pytest.raises(BadRequest, match="leave the final 0 out"):
+            pipe(conditioning=texts, sigmas=[1.0, 0.5, 0.0], **given)
+        with pytest.raises(BadRequest, match="sigmas: 0 values for 1 steps"):
+            pipe(conditioning=texts, sigmas=[], **given)
 
 
 @pytest.mark.parametrize(
