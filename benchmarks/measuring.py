@@ -73,6 +73,13 @@ def synchronize(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed(do: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what ``do`` returns, and the milliseconds that it took on the host."""
+    began_s = time.perf_counter()
+    result = do()
+    return result, (time.perf_counter() - began_s) * 1e3
+
+
 def repeat_ms(
     action: Callable[[], object],
     repeats: int = 1,

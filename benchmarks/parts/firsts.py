@@ -15,13 +15,12 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import flux
 import torch
-from measuring import Report, add_device, need_gpus, print_table, say
+from measuring import Report, add_device, need_gpus, print_table, say, timed
 
 from xditd.client.arenas import Arena
 from xditd.client.demo.daemon_process import DaemonProcess
@@ -83,13 +82,13 @@ def _round(given: argparse.Namespace, log: Path, *, prepares: bool) -> dict[str,
         client.check_memory()  # once for each client, whatever it lends
         lends, jobs = [], []
         for number in range(1 + given.repeats):
-            loan, took_ms = _timed(lambda number=number: client.lend(arenas[number % 2].tensors))
+            loan, took_ms = timed(lambda number=number: client.lend(arenas[number % 2].tensors))
             lends.append(took_ms)
             for _ in range(2 if number else 1):  # later jobs are those whose weights have run before
                 generate = lambda loan=loan: client.generate(  # noqa: E731
                     loan, inputs, height=scale.pixels, width=scale.pixels, steps=given.steps, seed=0
                 ).result()
-                _, job_ms = _timed(generate)
+                _, job_ms = timed(generate)
             jobs.append(job_ms)
             loan.return_()
         client.close()
@@ -103,12 +102,6 @@ def _round(given: argparse.Namespace, log: Path, *, prepares: bool) -> dict[str,
         "first_job_ms": jobs[0],
         "later_job_ms": statistics.median(jobs[1:]),
     }
-
-
-def _timed(do: Callable[[], Any]) -> tuple[Any, float]:
-    began_s = time.perf_counter()
-    result = do()
-    return result, (time.perf_counter() - began_s) * 1e3
 
 
 def _median(rounds: list[dict[str, float]], name: str) -> float:

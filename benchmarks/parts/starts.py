@@ -25,7 +25,7 @@ from typing import Any, Final
 import flux
 import torch
 from machine import gpu_memory_by_process
-from measuring import GIB, Report, add_device, need_gpus, print_table, say
+from measuring import GIB, Report, add_device, need_gpus, print_table, say, timed
 
 from xditd.client import Client, Loan
 from xditd.client.arenas import Arena
@@ -129,15 +129,15 @@ class Round:
         self._found[name] = time.perf_counter() - self._began_s
 
     def _measure_lends_and_jobs(self, client: Client, arenas: list[Arena]) -> Loan:
-        loan, first_lend_ms = _timed(lambda: client.lend(arenas[0].tensors))
-        _, first_job_ms = _timed(lambda: self._job(client, loan))
+        loan, first_lend_ms = timed(lambda: client.lend(arenas[0].tensors))
+        _, first_job_ms = timed(lambda: self._job(client, loan))
         self._note("first_job_end_s")
         lends, jobs = [], []
         for number in range(1, self._given.repeats + 1):
             loan.return_()
-            loan, took_ms = _timed(lambda number=number: client.lend(arenas[number % 2].tensors))
+            loan, took_ms = timed(lambda number=number: client.lend(arenas[number % 2].tensors))
             lends.append(took_ms)
-            jobs.append(_timed(lambda loan=loan: self._job(client, loan))[1])
+            jobs.append(timed(lambda loan=loan: self._job(client, loan))[1])
         self._found |= {
             "first_lend_ms": first_lend_ms,
             "later_lend_ms": statistics.median(lends),
@@ -189,12 +189,6 @@ class Round:
             found = re.search(pattern, text)
             if found:
                 self._found[name] = float(found[1])
-
-
-def _timed(do: Any) -> tuple[Any, float]:
-    began_s = time.perf_counter()
-    result = do()
-    return result, (time.perf_counter() - began_s) * 1e3
 
 
 def _wait_for_line(log: Path, words: str, count: int) -> None:
