@@ -6,7 +6,8 @@
 Each phase is skipped if its seconds (and steps) are 0. OUT gets ``vae.safetensors``, ``transformer.safetensors``,
 ``text_encoder.safetensors``, ``text_encoder_2.safetensors`` (bfloat16, each below 16 MB), ``report.json`` and
 pictures of the judge; ``--folder`` writes the pipeline's folder from them. With ``--state`` the flow's phase saves its
-optimizer, too, and continues from there. After Ctrl-C, the phase ends at once, and what it has learned is written.
+optimizer, too, and continues from there. After Ctrl-C, the phase ends at once, as the last one, and what it has learned
+is written.
 """
 
 from __future__ import annotations
@@ -120,12 +121,12 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
     phases = [phase for phase in phases if phase[1] or phase[2]]
     print(f"models: {time.monotonic() - started:.0f} s since the start", flush=True)
     texts = Budget(given.text_seconds, given.text_steps, interrupt)
-    if (texts.seconds or texts.steps) and not _is_resumed(given):
+    if (texts.seconds or texts.steps) and not _is_resumed(given) and not interrupt.is_set:
         settings = TextSettings(texts, seed=given.seed, is_profiled=given.profile)
         training = TextTraining(flow.text_encoder, flow.text_encoder_2, settings, device)
         report["words"] = training.train(_sentences(given, device))
         _save(given, report, {"text_encoder": flow.text_encoder, "text_encoder_2": flow.text_encoder_2})
-    if phases:
+    if phases and not interrupt.is_set:
         pool = Pool(
             parts["vae"],
             device,
@@ -138,6 +139,8 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
         explained = Explained(parts["vae"], device)
         print(f"pool: {len(pool.latents)} pictures, {time.monotonic() - started:.0f} s since the start", flush=True)
     for is_distilled, seconds, steps in phases:
+        if interrupt.is_set:
+            break
         if given.total_seconds and not is_distilled:
             after = given.distill_seconds + _JUDGED * len(phases)
             seconds = max(1.0, given.total_seconds - (time.monotonic() - started) - after)

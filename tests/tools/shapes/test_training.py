@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from shapes import train
 from shapes.budget import Budget, Interrupt
 from shapes.draw import draw, encode
 from shapes.flow_training import Flow, FlowSettings, FlowTraining
@@ -213,3 +214,17 @@ def test_an_interrupt_ends_a_phase_and_keeps_what_it_learned() -> None:
             os.kill(os.getpid(), signal.SIGINT)
     assert begun.step == 3
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupted_phase_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> torch.nn.Module:
+        os.kill(os.getpid(), signal.SIGINT)
+        return torch.nn.Identity()
+
+    def begun(*_: object, **__: object) -> None:
+        raise AssertionError("a further phase has begun")
+
+    monkeypatch.setattr(train, "_vae", interrupted)
+    for name in ("TextTraining", "Pool", "FlowTraining"):
+        monkeypatch.setattr(train, name, begun)
+    train.main([str(tmp_path), "--text-steps", "1", "--steps", "1", "--distill-steps", "1"])
