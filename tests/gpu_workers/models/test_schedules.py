@@ -56,7 +56,7 @@ def test_what_fails_before_the_steps_is_refused() -> None:
     def divide() -> Any:
         raise ZeroDivisionError("float division by zero")
 
-    with pytest.raises(BadRequest, match="base_image_seq_len.*float division by zero"):
+    with pytest.raises(BadRequest, match=r"base_image_seq_len.*float division by zero"):
         tried(Schedule(class_name=EULER, settings={"base_image_seq_len": 4096}), divide)
     with pytest.raises(ZeroDivisionError):  # of our own, a fault of ours
         tried(None, divide)
