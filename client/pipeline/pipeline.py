@@ -229,7 +229,7 @@ class Pipeline:
         adapter = adapter_for(facts.family, facts.transformer, self._source, f"{facts.family} ({self.name})")
         own = adapter.defaults()
         known = {**own, "negative_prompt": None, "num_images": 1}
-        self._defaults = {**known, **check_defaults(self._given_defaults, known)}
+        self._defaults = {**known, **check_defaults(self._given_defaults, known, adapter.refused(), adapter.title)}
         self._adapter, self._facts = adapter, facts
 
     def _lend(self) -> Mapping[str, Loan]:
