@@ -144,9 +144,9 @@ class Outputs:
         """Return the path of one image or video, of several before they are numbered."""
         if self._out is None:
             return Path("out.mp4" if self.is_video else "out.png")
-        from xditd.client.output_files import numbered_paths
+        from xditd.client.output_files import numbered_paths, output_path
 
-        return numbered_paths(self._out, 1, ".png")[0] if self._is_folder else Path(self._out)
+        return numbered_paths(self._out, 1, ".png")[0] if self._is_folder else output_path(self._out)
 
     def _check_target(self, path: str | os.PathLike[str]) -> Path:
         """Check the path of an image, or of a video, and the room for it.

@@ -172,7 +172,7 @@ def _found(file: FileRecord, where: str) -> Path:
     folders = [Path(), Path(os.path.abspath(where)).parent]
     for folder in folders:
         path = folder / file.name
-        if path.is_file():
+        if os.path.isfile(path):
             if is_same(file, path) is False:
                 raise BadRequest(f"{where}: made with the LoRA {_shown(file)}, and {path} is another file; {remedy}")
             return path
