@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from xditd.client.client import Client
-from xditd.client.jobs.checks import floats_of
+from xditd.client.jobs.checks import check_conditioning, floats_of
 from xditd.client.jobs.controls import Control
 from xditd.client.jobs.generation import draw_seed
 from xditd.client.loans import Loan, LoanWithLoras
@@ -115,6 +115,7 @@ class Runner:
             guidance=scale,
             num_images=call.num_images,
             seed=seed,
+            batch=check_conditioning(conditioning, adapter.facts.conditioning),
             strength=strength,
             max_sequence_length=adapter.length(call) if call.conditioning is None else None,
             step_cache=call.step_cache,
