@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from xditd.ipc.status import DaemonStatus, GroupState
-from xditd.ipc.worker_messages import STANDBY_FLAG
+from xditd.ipc.worker_messages import STANDBY_BEGINS, STANDBY_FLAG, STANDBY_IMPORTED
 
 WITHOUT_TORCH = """
 import runpy, sys
@@ -66,17 +67,19 @@ def test_leader_that_waits_is_the_first_to_be_ended_for_memory() -> None:
     def adjustment() -> int:
         return int(Path(f"/proc/{waiting.pid}/oom_score_adj").read_text())
 
+    ours, its = socket.socketpair()
     command = [sys.executable, "-c", SLOW_END, STANDBY_FLAG]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as waiting:
-        assert waiting.stdin is not None
+    with ours, subprocess.Popen(command, stdin=its, stdout=subprocess.PIPE, text=True) as waiting:
+        its.close()
         assert waiting.stdout is not None
         assert waiting.stdout.readline() == "waits\n"
+        assert ours.recv(64) == STANDBY_IMPORTED
         assert adjustment() == 1000
-        waiting.stdin.write("[]\n")
-        waiting.stdin.flush()
+        ours.sendall(b"[]\n")
         assert waiting.stdout.readline() == "began with []\n"
+        assert ours.recv(64) == STANDBY_BEGINS
         assert adjustment() == int(Path("/proc/self/oom_score_adj").read_text())
-        waiting.stdin.close()
+        ours.shutdown(socket.SHUT_WR)
 
 
 def test_missing_torch_is_named_and_not_tried_again(start_daemon: Any) -> None:
