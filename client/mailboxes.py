@@ -40,7 +40,7 @@ class Mailbox:
         self._on_ending: Callable[[Ending], None] | None = None
         self._clock = clock
         self._started_s = clock.now_s()
-        self._last_event = "no event was received"
+        self._last_event = ""
 
     @property
     def is_ended(self) -> bool:
@@ -91,11 +91,14 @@ class Mailbox:
         now_s = self._clock.now_s()
         is_total = timeouts.total_s is not None and now_s - self._started_s >= timeouts.total_s
         limit = "the call's" if is_total else "the client's"
-        return DeadlineExceeded(
-            f"{self.purpose}: no answer from the daemon for {_seconds(now_s - began_s)}, "
-            f"{_seconds(now_s - self._started_s)} after the request; {self._last_event}; see xditd status, or raise "
-            f"{limit} deadline_s"
-        )
+        total, silent = _seconds(now_s - self._started_s), _seconds(now_s - began_s)
+        if not self._last_event:
+            state = f"no answer from the daemon for {silent}, {total} after the request; no event was received"
+        elif is_total:  # the daemon has answered, also just now
+            state = f"not done {total} after the request; {self._last_event}, {silent} ago"
+        else:
+            state = f"no answer from the daemon for {silent}, {total} after the request; {self._last_event}"
+        return DeadlineExceeded(f"{self.purpose}: {state}; see xditd status, or raise {limit} deadline_s")
 
     def _record_event(self, item: Ending) -> AnyReply:
         if isinstance(item, XditdError):

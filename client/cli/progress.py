@@ -55,7 +55,10 @@ class _Job(Protocol[R_co]):
 
 
 def watch(job: _Job[R_co], text: str, is_quiet: bool = False) -> R_co:
-    """Show why a generation waits, its steps and the frames of a video, until its end. An error cancels the job."""
+    """Show why a generation waits, its steps and the frames of a video, until its end. An error cancels the job.
+
+    The bar of steps ends before that of frames begins: of two bars, tqdm moves the cursor up and down, also in files.
+    """
     with job, ExitStack() as bars:
         steps = bars.enter_context(bar(job.total_steps, text, is_quiet))
         frames: Any = None
@@ -65,6 +68,7 @@ def watch(job: _Job[R_co], text: str, is_quiet: bool = False) -> R_co:
                 steps.set_description_str(f"{text}: waiting{behind} ({event.reason})")
             elif isinstance(event, FramesDecoded):
                 if frames is None:
+                    steps.close()
                     frames = bars.enter_context(bar(event.total_frames, "decoding", is_quiet))
                 frames.update(event.frames - frames.n)
             else:

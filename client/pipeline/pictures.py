@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.ipc.addresses import MISSING, user_path
 from xditd.ipc.errors import BadRequest
@@ -20,27 +20,35 @@ Picture = Any
 """A path, a ``PIL.Image``, an array (height, width, 3) of uint8 or of floats in [0, 1], or a tensor (3, height, width)
 of floats in [0, 1]."""
 
+_NO_LEVELS: Final = ("I", "F", "La")
+_UNREADABLE: Final = (OSError, ValueError, TypeError, ArithmeticError, LookupError, SyntaxError, RuntimeError, EOFError)
+"""What Pillow's decoders raise for files that are malformed or of a kind that they do not know."""
+
 
 def opened(value: Picture, name: str) -> Image.Image:
-    """Return a picture as Pillow's, in RGB or, of a mask, as it is.
+    """Return a picture as Pillow's, decoded, in whatever mode it has.
 
     Raises:
-        BadRequest: it cannot be read, or is none; ``name`` is that of the argument.
+        BadRequest: it cannot be read, has no 8 bits a channel, or is no picture; ``name`` is that of the argument.
     """
     from PIL import Image, ImageOps
 
     if isinstance(value, str | os.PathLike):
         path = user_path(value)
-        if not path.exists():
+        if not os.path.exists(path):
             raise BadRequest(f"{name}: {path}: {MISSING}")
         try:
             with Image.open(path) as file:
                 file.load()
-                return ImageOps.exif_transpose(file)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+                return _checked(ImageOps.exif_transpose(file), f"{name}: {path}")
+        except (*_UNREADABLE, Image.DecompressionBombError) as error:
             raise BadRequest(f"{name}: {path}: no picture that can be read: {error}") from error
     if isinstance(value, Image.Image):
-        return value
+        try:
+            value.load()  # of a file that was opened, and not read yet
+        except (*_UNREADABLE, Image.DecompressionBombError) as error:
+            raise BadRequest(f"{name}: {value!r:.100}: no picture that can be read: {error}") from error
+        return _checked(value, f"{name}: {value!r:.100}")
     if hasattr(value, "detach") and hasattr(value, "data_ptr"):
         return _of_array(_of_tensor(value, name), name)
     if hasattr(value, "__array_interface__"):
@@ -51,7 +59,27 @@ def opened(value: Picture, name: str) -> Image.Image:
     )
 
 
+def _checked(picture: Image.Image, what: str) -> Image.Image:
+    """Refuse a picture without pixels, and one whose levels Pillow would cut at 255 instead of scaling them.
+
+    Raises:
+        BadRequest: names it, and its size or mode.
+    """
+    if 0 in picture.size:
+        raise BadRequest(f"{what}: {picture.width}x{picture.height} pixels; give a picture that has some")
+    if picture.mode in _NO_LEVELS or picture.mode.startswith("I;"):
+        raise BadRequest(
+            f"{what}: pixels of Pillow's mode {picture.mode}, which have no 256 levels to convert; save it with 8 bits "
+            "a channel"
+        )
+    return picture
+
+
 def _of_tensor(value: torch.Tensor, name: str) -> Any:
+    import torch
+
+    if value.is_meta or value.layout != torch.strided:
+        raise BadRequest(f"{name}: a tensor without values, or not a dense one; give (3, height, width)")
     found = value.detach().cpu()
     if found.ndim == 4 and found.shape[0] == 1:
         found = found[0]
@@ -102,8 +130,16 @@ def pixels_of(picture: Image.Image) -> torch.Tensor:
 
 
 def mask_of(picture: Image.Image, width: int, height: int) -> torch.Tensor:
-    """Return a mask (1, 1, height, width), float32: 1 where the picture is white."""
-    levels = _levels(resized(picture, width, height).convert("L"), 1)
+    """Return a mask (1, 1, height, width), float32: 1 where the picture is white.
+
+    Raises:
+        BadRequest: Pillow makes no shades of grey of its mode.
+    """
+    try:
+        grey = resized(picture, width, height).convert("L")
+    except ValueError as error:  # of LAB
+        raise BadRequest(f"mask: {picture!r:.100}: {error}; save it in shades of grey") from error
+    levels = _levels(grey, 1)
     return (levels >= 0.5).to(levels.dtype)
 
 

@@ -146,7 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sentences", type=int, default=40)
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # see shapes.train
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # see shapes.train
     parts: dict[str, Any] = build_parts()
     lacking = set(parts) - set(load_parts(given.folder, parts))
     if lacking:

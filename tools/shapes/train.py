@@ -102,10 +102,11 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
     started = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes that are forked later would warn
     device = torch.device(given.device)
-    # cuDNN's attention ends in an illegal access in its backward pass at odd numbers of tokens.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+    if device.type == "cuda":
+        # cuDNN's attention ends in an illegal access in its backward pass at odd numbers of tokens.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     torch.manual_seed(given.seed)
     report: dict[str, Any] = {
         "arguments": {name: str(value) for name, value in vars(given).items()},

@@ -101,6 +101,18 @@ def test_events_then_the_result(client, generates):
     assert {"denoise", "round_trip"} <= set(result.timings_ms)
 
 
+def test_a_deadline_says_whether_the_daemon_was_silent(client, daemon, stalls):
+    job = client.generate("c1", TEXT, height=16, width=16, steps=3, deadline_s=0.2)
+    with pytest.raises(DeadlineExceeded, match=r"not done 0\.\d s after the request; last event: step 1 of 3") as told:
+        job.result()
+    assert "no answer" not in told.value.detail
+    assert "raise the call's deadline_s" in told.value.detail
+    daemon.answers[Generate] = lambda _: []
+    job = client.generate("c1", TEXT, height=16, width=16, steps=3, deadline_s=0.2)
+    with pytest.raises(DeadlineExceeded, match=r"no answer from the daemon for 0\.\d s, .*no event was received; see"):
+        job.result()
+
+
 def test_events_include_queued(client, generates):
     job = client.generate("c1", TEXT, height=16, width=16, steps=1)
     assert [type(event) for event in job.events()] == [Queued, StepDone]

@@ -228,7 +228,9 @@ def test_an_interrupted_phase_is_the_last_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(train, "_vae", interrupted)
     for name in ("TextTraining", "Pool", "FlowTraining"):
         monkeypatch.setattr(train, name, begun)
-    train.main([str(tmp_path), "--text-steps", "1", "--steps", "1", "--distill-steps", "1"])
+    before = torch.backends.cuda.matmul.allow_tf32
+    train.main([str(tmp_path), "--text-steps", "1", "--steps", "1", "--distill-steps", "1", "--device", "cpu"])
+    assert torch.backends.cuda.matmul.allow_tf32 == before  # settings for GPUs do not stay in a process
 
 
 def test_a_folder_is_written_from_weights_alone_and_not_without_them(
