@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,46 @@ def test_want_of_descriptors_is_named_and_not_tried_again(start_daemon: Any, lim
     status = given_up(start_daemon(command=limited, device="cpu", count=2))
     assert f"the hard limit of this process is {limit}" in status.group_detail
     assert "LimitNOFILE=" in status.group_detail
+
+
+def test_leader_without_memory_for_torch_names_the_limit(start_daemon: Any) -> None:
+    """And the daemon serves on: it says so to whoever asks."""
+    limited = ["sh", "-c", 'ulimit -v 307200; exec "$@"', "sh", sys.executable, "-m", "xditd.gpu_workers"]
+    daemon = start_daemon(command=limited, device="cpu", max_restarts=0)
+    status = daemon.client().wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert "out of host memory" in status.group_detail
+    assert "allowed are 0.29 GiB of addresses for a process (RLIMIT_AS)" in status.group_detail
+    assert "MemoryMax=" in status.group_detail
+
+
+@pytest.fixture
+def few_tasks() -> Iterator[Path]:
+    """A control group with room for a leader and one process more."""
+    parent = Path("/sys/fs/cgroup/pids")
+    group = parent / f"xditd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no control group may be made here")
+    try:
+        if not (group / "pids.max").exists():
+            pytest.skip("no controller of processes here")
+        (group / "pids.max").write_text("2")
+        yield group
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.slow
+def test_leader_that_cannot_fork_names_the_limit(start_daemon: Any, few_tasks: Path, wait_until: Any) -> None:
+    inside = ["sh", "-c", f'echo $$ > {few_tasks}/cgroup.procs; exec "$@"', "sh", sys.executable]
+    daemon = start_daemon(command=[*inside, "-m", "xditd.gpu_workers"], device="cpu", count=2, max_restarts=0)
+    status = daemon.client().wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert "no process or thread can be started" in status.group_detail
+    assert "allowed are" in status.group_detail
+    assert "2 for its control group (pids.max)" in status.group_detail
+    assert "TasksMax=" in status.group_detail
+    wait_until(lambda: not (few_tasks / "cgroup.procs").read_text())
 
 
 def test_daemon_without_descriptors_for_its_workers_says_so(start_daemon: Any) -> None:
