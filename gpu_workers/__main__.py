@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+from typing import Final
 
 import msgspec
 
@@ -15,9 +16,18 @@ from xditd.gpu_workers.process.memory_priority import ended_first
 from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import XditdError
 from xditd.ipc.network_watch import OutsideConnections
-from xditd.ipc.worker_messages import CONFIGURATION_STATUS, STANDBY_FLAG, VERDICT_PREFIX
+from xditd.ipc.worker_messages import (
+    CONFIGURATION_STATUS,
+    STANDBY_BEGINS,
+    STANDBY_FLAG,
+    STANDBY_IMPORTED,
+    VERDICT_PREFIX,
+)
 
 logger = logging.getLogger(__name__)
+
+STDIN: Final = 0
+"""A socket for a leader that waits."""
 
 
 def main() -> int:
@@ -41,9 +51,9 @@ def main() -> int:
                 if preload.has_opened_gpu():
                     print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
                     return 1
-                line = sys.stdin.readline()
+                line = _wait_for_flags()
             if not line:
-                return 0  # the daemon has ended, or needs no other leader
+                return 0
             options = parse(msgspec.json.decode(line, type=list[str]))
         else:
             options = parse(sys.argv[1:])
@@ -57,6 +67,20 @@ def main() -> int:
         with contextlib.suppress(BrokenPipeError):  # the daemon has ended
             print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
         return CONFIGURATION_STATUS if is_final else 1
+
+
+def _wait_for_flags() -> str:
+    """Tell the daemon that all imports are done, return the line with the flags, and tell that they have come.
+
+    Empty if none come: the daemon has ended, or needs no other leader.
+    """
+    with contextlib.suppress(OSError):
+        os.write(STDIN, STANDBY_IMPORTED)
+        line = sys.stdin.readline()
+        if line:
+            os.write(STDIN, STANDBY_BEGINS)
+        return line
+    return ""
 
 
 if __name__ == "__main__":

@@ -35,7 +35,13 @@ CONFIGURATION_STATUS: Final = 2
 """Exit status of a leader or a rank when a restart cannot help: a wrong setting, installation or limit."""
 
 STANDBY_FLAG: Final = "--standby"
-"""The only flag of a leader that imports first and then reads its flags from stdin, as one line with a JSON list."""
+"""The only flag of a leader that imports first and then reads its flags from stdin, as one line with a JSON list.
+
+Its stdin is a socket, on which it says :data:`STANDBY_IMPORTED` and, once it has the flags, :data:`STANDBY_BEGINS`.
+"""
+
+STANDBY_IMPORTED: Final = b"i"
+STANDBY_BEGINS: Final = b"b"
 
 VERDICT_PREFIX: Final = "worker group: "
 """Begins the line in which a leader prints why the group has ended."""

@@ -3,6 +3,7 @@
     python benchmarks/run.py modules                                   # five models of full size
     python benchmarks/run.py modules --models flux1 wan --json FILE
     python benchmarks/run.py modules --acceleration eager captured auto --workers 1 2
+    python benchmarks/run.py modules --sizes standard large --workers 1 2 4 --json FILE    # for the part speedup
     python benchmarks/run.py modules --device cpu --small
 
 Weights are random, made on the first GPU. The class in this process and the daemon's worker use the same tensors, in
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,9 +52,9 @@ PROFILED_CALLS = 3
 class Subjects:
     """The models: for each a class with its configuration, and the arguments of one forward."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, small: bool) -> None:
-        self.device, self.dtype, self.small = device, dtype, small
-        self.grid = 4 if small else 64  # tokens on a side of an image of 1024 pixels
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, small: bool, size: str = "standard") -> None:
+        self.device, self.dtype, self.small, self.is_large = device, dtype, small, size == "large"
+        self.grid = (4 if small else 64) * (1 + self.is_large)  # tokens on a side of an image of 1024 or 2048 pixels
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
@@ -132,7 +134,9 @@ class Subjects:
 
     def wan(self) -> tuple[str, Arguments, Callable[[], Arguments]]:
         config = {"num_layers": 2, "num_attention_heads": 2, "text_dim": 64, "ffn_dim": 256} if self.small else {}
-        frames, height, width = (3, 8, 8) if self.small else (21, 60, 104)
+        frames, height, width = (21, 90, 160) if self.is_large else (21, 60, 104)
+        if self.small:
+            frames, height, width = (3, 8, 16 if self.is_large else 8)
         return (
             "WanTransformer3DModel",
             config,
@@ -145,12 +149,17 @@ class Subjects:
 
 
 MODELS = ("flux1", "qwen_image", "z_image", "wan", "flux2")
+SIZES = ("standard", "large")
+"""1024 x 1024 and 2048 x 2048 pixels; of Wan 81 frames of 832 x 480 and 1280 x 720."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument(
         "--acceleration", nargs="+", default=["auto"], choices=get_args(Acceleration), help="one after the other"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=["standard"], choices=SIZES, help="2048 pixels and 720p are large"
     )
     parser.add_argument("--swap", action="store_true", help="two models of each class in turns: twice the memory")
     parser.add_argument("--profile", action="store_true", help="sum up the kernels of a call; needs GPUs")
@@ -171,10 +180,11 @@ def run(given: argparse.Namespace, report: Report) -> int:
                 client = daemon.connect()
                 client.wait_ready(300.0)
                 found = {}
-                for name in given.models:
-                    for acceleration, each in measure(name, given, client, recorder).items():
-                        found[name, acceleration] = each
-                        report.add(**{f"{name}, {acceleration}, {ranks} workers": each})
+                for name, size in product(given.models, given.sizes):
+                    label = name if size == "standard" else f"{name} {size}"
+                    for acceleration, each in measure(name, size, given, client, recorder).items():
+                        found[label, acceleration] = each
+                        report.add(**{f"{label}, {acceleration}, {ranks} workers": each})
                     print_profiles({names: each.pop("profile", {}) for names, each in found.items()})
                 rows = [(*names, *map(str, each.values())) for names, each in found.items()]
                 print_table(f"{ranks} workers", [("model", "acceleration", *next(iter(found.values()))), *rows])
@@ -216,12 +226,12 @@ def build(
 
 @torch.no_grad()
 def measure(
-    name: str, given: argparse.Namespace, client: Client, recorder: KernelRecorder
+    name: str, size: str, given: argparse.Namespace, client: Client, recorder: KernelRecorder
 ) -> dict[str, dict[str, Any]]:
     """Time calls of one model here and in the workers, in turns; by acceleration."""
     device = torch.device(given.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    class_name, config, make = getattr(Subjects(device, dtype, small=given.small), name)()
+    class_name, config, make = getattr(Subjects(device, dtype, small=given.small, size=size), name)()
     model = build(class_name, config, device, dtype)
     arguments = make()
     calls = min(given.calls, 3) if name == "wan" else given.calls

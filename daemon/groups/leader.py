@@ -7,21 +7,24 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from xditd.daemon.configuration import Configuration
 from xditd.daemon.groups.worker_output import WorkerOutput
-from xditd.daemon.operations.event_loop import Deadline, EventLoop
+from xditd.daemon.operations.event_loop import Callback, Deadline, EventLoop
 from xditd.daemon.operations.log_buffer import LogBuffer
 from xditd.ipc.settings.daemon import WORKER_OPTIONS
+from xditd.ipc.worker_messages import STANDBY_BEGINS, STANDBY_IMPORTED
 
 logger = logging.getLogger(__name__)
 
 TERM_GRACE_S: Final = 2.0
 """From SIGTERM to SIGKILL. A group that is ended is broken or idle, so it has nothing to finish."""
 
+_ANSWER_BYTES: Final = 64
 _EMPTY_POLL_S: Final = 0.01
 _EMPTY_DEADLINE_S: Final = 10.0
 
@@ -39,8 +42,8 @@ def leader_command(configuration: Configuration, token: str) -> list[str]:
 class Leader:
     """Start the leader in a session of its own, and watch it until its process group is empty.
 
-    ``on_gone(exit_status, output)`` is called once, with a negative status for a signal. A leader that ``waits`` reads
-    its flags from stdin: see :meth:`begin`.
+    ``on_gone(exit_status, output)`` is called once, with a negative status for a signal. A leader that ``waits`` has a
+    socket as its stdin, from which it reads its flags: see :meth:`begin`.
     """
 
     def __init__(
@@ -55,42 +58,72 @@ class Leader:
     ) -> None:
         self._loop = loop
         self.on_gone = on_gone
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        try:
+        self.has_imported = False
+        """Whether a leader that waits has said that all imports are done."""
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as given:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            undo.callback(os.close, reader)
+            given.callback(os.close, writer)
+            self._stdin: socket.socket | None = None
+            stdin = subprocess.DEVNULL
+            if waits:
+                self._stdin, other_end = socket.socketpair()
+                undo.callback(self._stdin.close)
+                given.callback(other_end.close)
+                stdin = other_end.fileno()
             self._process = subprocess.Popen(
                 command,
                 env=environment,
-                stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=writer,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             self.pid = self._process.pid
             self._pidfd = self._open_pidfd()
-        except OSError:
-            os.close(reader)
-            raise
-        finally:
-            os.close(writer)
+            undo.pop_all()
         self._output = WorkerOutput(loop, log_buffer, reader)
         self._kill_deadline: Deadline | None = None
         self._empty_deadline: Deadline | None = None
+        self._answer_deadline: Deadline | None = None
         self._is_gone = False
         loop.watch(self._pidfd, self._leader_exited)
+        if self._stdin is not None:
+            self._stdin.setblocking(False)
+            loop.watch(self._stdin.fileno(), self._on_answer)
 
     @property
     def last_output(self) -> str:
         """The last error that a process of the group did not handle, else the last line."""
         return self._output.last_error or self._output.last_line
 
-    def begin(self, arguments: Sequence[str]) -> None:
-        """Give a leader that waits its flags. If it has ended meanwhile, ``on_gone`` says so."""
-        assert self._process.stdin is not None  # because of waits
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(list(arguments)).encode() + b"\n")
-            self._process.stdin.flush()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+    def begin(self, arguments: Sequence[str], answer_s: float, on_silent: Callback) -> None:
+        """Give a leader that waits its flags; ``on_silent`` is called if it does not begin within ``answer_s``.
+
+        If it has ended, ``on_gone`` alone says so.
+        """
+        self._answer_deadline = self._loop.deadline(answer_s, on_silent)
+        if self._stdin is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                self._stdin.sendall(json.dumps(list(arguments)).encode() + b"\n")
+
+    def _on_answer(self) -> None:
+        assert self._stdin is not None
+        try:
+            said = self._stdin.recv(_ANSWER_BYTES)
+        except OSError:
+            said = b""
+        self.has_imported = self.has_imported or STANDBY_IMPORTED in said
+        if not said or STANDBY_BEGINS in said:
+            self._close_stdin()
+
+    def _close_stdin(self) -> None:
+        if self._answer_deadline is not None:
+            self._answer_deadline.stop()
+        if self._stdin is not None:
+            self._loop.unwatch(self._stdin.fileno())
+            self._stdin.close()
+            self._stdin = None
 
     def terminate(self) -> None:
         """Ask the leader to end the group, and kill whatever is left after :data:`TERM_GRACE_S`."""
@@ -112,13 +145,12 @@ class Leader:
         except OSError:  # no descriptor is left, and nothing would watch the process that runs by now
             self.kill()
             self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
             raise
 
     def _leader_exited(self) -> None:
         """The leader is a zombie. Kill its ranks before its pid can be reused, then wait for them."""
         self._loop.unwatch(self._pidfd)
+        self._close_stdin()
         if self._kill_deadline is not None:
             self._kill_deadline.stop()
         self.kill()
@@ -143,10 +175,8 @@ class Leader:
         self._is_gone = True
         if self._empty_deadline is not None:
             self._empty_deadline.stop()
+        self._close_stdin()
         self._output.close()
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
         os.close(self._pidfd)
         self.on_gone(self._process.returncode, self._output)
 

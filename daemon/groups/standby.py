@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 DELAY_S: Final = 3.0
 """From a group that is ready to the start of its standby, so that the imports of the first lend come first."""
 
+ANSWER_S: Final = 2.0
+"""For a leader that has imported everything to begin. One that is stopped or stuck would cost the start's deadline."""
+
+IMPORTS_S: Final = 60.0
+"""From the start of a leader to the end of its imports, if the group ends before that."""
+
 _OWN_WORKERS: Final = ("-m", "xditd.gpu_workers")
 """The end of a command that knows :data:`STANDBY_FLAG`."""
 
@@ -34,6 +40,7 @@ class Standby:
         self._command = configuration.worker_command
         self._environment = environment
         self._leader: Leader | None = None
+        self._started_s = 0.0
         self._timer: Timer | None = None
         self._on_ended: Callback | None = None
 
@@ -44,13 +51,19 @@ class Standby:
             self._cancel()
             self._timer = self._loop.call_later(DELAY_S, self._start)
 
-    def take(self, arguments: Sequence[str], on_gone: Callable[[int, WorkerOutput], None]) -> Leader | None:
-        """Hand the waiting leader over, which then begins with ``arguments``; ``None`` if there is none."""
+    def take(
+        self, arguments: Sequence[str], on_gone: Callable[[int, WorkerOutput], None], on_silent: Callback
+    ) -> Leader | None:
+        """Hand the waiting leader over, which then begins with ``arguments``; ``None`` if there is none.
+
+        ``on_silent`` is called if it does not begin in time: it is of no use then.
+        """
         self._cancel()
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.on_gone = on_gone
-            leader.begin(arguments)
+            age_s = self._loop.clock.waited_s(self._started_s)
+            leader.begin(arguments, ANSWER_S if leader.has_imported else max(ANSWER_S, IMPORTS_S - age_s), on_silent)
         return leader
 
     def end(self, on_ended: Callback) -> None:
@@ -81,6 +94,7 @@ class Standby:
         except OSError as error:
             logger.warning("no standby leader, so a rebuilt group has to import again: %s", error.strerror)
             return
+        self._started_s = self._loop.clock.now_s()
         logger.info("standby leader started pid=%d", self._leader.pid)
 
     def _gone(self, status: int, output: WorkerOutput) -> None:

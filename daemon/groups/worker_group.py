@@ -81,6 +81,7 @@ class WorkerGroup:
         self._leader: Leader | None = None
         self._standby = Standby(loop, log_buffer, configuration, environment)
         self._is_ended_by_us = False
+        self._is_standby_silent = False
         self._outside_connections_before = 0
         self._started_s = 0.0
         self._ready_s: float | None = None
@@ -127,20 +128,30 @@ class WorkerGroup:
         self.starts += 1
         self._started_s = self._loop.clock.now_s()
         self._ready_s = None
-        self._is_ended_by_us = False
+        self._is_ended_by_us = self._is_standby_silent = False
         token = os.urandom(16).hex()
         self.ranks = Ranks(self._router, token)
         self._reader.receivers[token] = self
+        arguments = leader_command(self._configuration, token)[len(self._configuration.worker_command) :]
+        taken = self._standby.take(arguments, self._leader_gone, self._standby_silent)
+        if taken is None:
+            self._start_leader(token)
+        else:
+            self._leader_started(taken)
+
+    def _start_leader(self, token: str) -> None:
         command = leader_command(self._configuration, token)
         try:
-            self._leader = self._standby.take(
-                command[len(self._configuration.worker_command) :], self._leader_gone
-            ) or Leader(self._loop, self._log_buffer, command, self._environment, self._leader_gone)
+            leader = Leader(self._loop, self._log_buffer, command, self._environment, self._leader_gone)
         except OSError as error:
             self._start_failed(command[0], error)
-            return
+        else:
+            self._leader_started(leader)
+
+    def _leader_started(self, leader: Leader) -> None:
+        self._leader = leader
         self._start_deadline.extend(self._configuration.start_deadline_s)
-        logger.info("%s starting leader_pid=%d start=%d", self.name, self._leader.pid, self.starts)
+        logger.info("%s starting leader_pid=%d start=%d", self.name, leader.pid, self.starts)
 
     def send(self, make: CommandMaker) -> None:
         """Send the next command to every rank; the listener receives the answers, or the end of the group."""
@@ -272,6 +283,10 @@ class WorkerGroup:
 
     def _leader_gone(self, status: int, output: WorkerOutput) -> None:
         self._leader = None
+        if self._is_standby_silent and self.ranks is not None:
+            self._is_standby_silent = False
+            self._start_leader(self.ranks.token)
+            return
         why = output.explain(status)
         if not self._is_ended_by_us and self.state is not GroupState.DEAD:
             self._mark_dead(WorkersLost(why))
@@ -286,6 +301,16 @@ class WorkerGroup:
             self._give_up(why)
         else:
             self._restart_later()
+
+    def _standby_silent(self) -> None:
+        """Start the group without its standby, which has not read the token, so that this is no failed start."""
+        if self._leader is not None and self.ranks is not None:
+            logger.warning(
+                "standby leader pid=%d does not answer (stopped, or stuck?): it is killed, and the group imports again",
+                self._leader.pid,
+            )
+            self._is_standby_silent = True
+            self._leader.kill()
 
     def _start_failed(self, program: str, error: OSError) -> None:
         self._mark_dead(WorkersLost(f"worker command {program}: {error.strerror}"))

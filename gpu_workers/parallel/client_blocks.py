@@ -1,7 +1,7 @@
 """Clients' blocks of device memory, which carry the large tensors of their calls: each rank copies them once.
 
-The rank on the client's GPU maps the block. With peer access between two ranks the other one maps it too; otherwise
-the first one broadcasts the inputs. Arguments are copied out of a block, never used in place: no forward can write to
+The rank on the client's GPU maps the block. With peer access between all ranks the others map it too; otherwise the
+first one broadcasts the inputs. Arguments are copied out of a block, never used in place: no forward can write to
 the client's memory, and no tensor that a worker keeps refers to it.
 """
 
@@ -118,7 +118,7 @@ class ClientBlocks:
         if copies.is_direct and copies.rank != owner:
             try:
                 mapping = self._open(block, is_own=False)
-            except XditdError as error:  # the other rank waits in agree()
+            except XditdError as error:  # the other ranks wait in agree()
                 logger.warning("no peer copy, inputs are broadcast reason=%s", error.detail)
         is_direct = copies.is_direct and agree(mapping is not None)
         return _Mapped(block, owner, mapping, is_broadcast=not is_direct)

@@ -1,7 +1,7 @@
 """Copy bytes from one rank's GPU to the other ranks' GPUs: one copy each, over NVLink or PCIe.
 
-They are lent blocks, or the shares of a buffer that each rank has uploaded. Two ranks with peer access copy from the
-memory of the other; otherwise the ranks broadcast. All ranks agree on the way. Reasons: docs/decisions/0004.
+They are lent blocks, or the shares of a buffer that each rank has uploaded. Ranks with peer access copy from each
+other's memory; otherwise they broadcast. All ranks agree on the way. Reasons: docs/decisions/0004.
 """
 
 from __future__ import annotations
@@ -17,22 +17,19 @@ import torch
 import torch.distributed as dist
 
 from xditd.gpu_workers.parallel import peer_memory
+from xditd.gpu_workers.parallel.copy_chain import MAX_BLOCK_BYTES, CopyChain, export_buffer
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import agree, gather_bytes, raise_on_all_ranks
 from xditd.gpu_workers.parallel.upload_partition import SHARED_FROM_BYTES, split
-from xditd.ipc.errors import StaleSource, XditdError
+from xditd.ipc.errors import XditdError
 from xditd.ipc.tensors import Block, CudaIpcBlock
-from xditd.ipc.transports.cuda_ipc import CudaMapping, export_allocation, segment_of, wrap_segment
-from xditd.ipc.transports.fingerprints import check_fingerprint
+from xditd.ipc.transports.cuda_ipc import CudaMapping
+from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, check_fingerprint
 
 logger = logging.getLogger(__name__)
 
-_MAX_BLOCK_BYTES: Final = 1024
-"""For the encoded description of device memory, which takes about 300."""
-
-
 _PARTS: Final = 4
-"""Parts of a share: all but the last are fetched from the peer while the next is uploaded."""
+"""Parts of a share: all but the last are fetched from its rank while the next is uploaded."""
 
 Upload = Callable[[Sequence[range]], Generator[None, None, None]]
 """Fills ranges of a buffer from the host, and yields after each, in the order of the current stream. Closing it stops
@@ -59,7 +56,9 @@ class GpuCopies:
         self.rank = layout.rank
         self.ranks = layout.world_size
         self.peer_uuids = peer_uuids
-        self.is_direct = layout.device.type == "cuda" and layout.world_size == 2 and peer_memory.is_possible(2)
+        self.is_direct = (
+            layout.device.type == "cuda" and layout.world_size > 1 and peer_memory.is_possible(layout.world_size)
+        )
         """Whether ranks try peer copies; if one fails, they broadcast."""
 
     @contextmanager
@@ -89,20 +88,28 @@ class GpuCopies:
             for number, block in wanted.items()
         }
         with ExitStack() as opened:
-            if not (self.is_direct and self._copy_from_lender(wanted, missing, copied, opened, mark)):
+            chain = self._open_chain(wanted, missing, opened, mark) if self.is_direct else None
+            if chain is not None:
+                with raise_on_all_ranks():
+                    chain.start(copied)
+            else:
                 for number, block in wanted.items():
                     owner = self.peer_uuids.index(block.device_uuid)
                     for part in copied[number]:
                         dist.broadcast(sources[number].narrow(0, part.start, len(part)), src=owner)
             yield
-            torch.cuda.synchronize(self.device)  # "prepared" means that the bytes are here
+            with raise_on_all_ranks():  # "prepared" means that the bytes are here
+                if chain is not None:
+                    chain.finish()
+                else:
+                    torch.cuda.synchronize(self.device)
             mark("peer_copy")
 
     def fill(self, buffer: torch.Tensor, upload: Upload, mark: Callable[[str], None]) -> range:
         """Fill a buffer (1-D uint8) with the same bytes on all ranks; return the range that this rank uploaded.
 
-        Each rank uploads a share of a large buffer. Two ranks with peer access copy each other's share meanwhile, part
-        by part; otherwise the shares are broadcast afterwards. On return the buffer is filled, and no rank maps it any
+        Each rank uploads a share of a large buffer. Ranks with peer access copy each other's shares meanwhile, part by
+        part; otherwise the shares are broadcast afterwards. On return the buffer is filled, and no rank maps it any
         more. All ranks fail together. ``mark`` is that of :meth:`copy_blocks`; its phase ``copy`` is the upload with
         the peer copies meanwhile.
 
@@ -128,118 +135,100 @@ class GpuCopies:
     def _upload_and_exchange(
         self, buffer: torch.Tensor, shares: Sequence[range], upload: Upload, mark: Callable[[str], None]
     ) -> bool:
-        """Upload this rank's share; return whether both ranks copied the other's share by peer access.
+        """Upload this rank's share; return whether all ranks copied the others' shares by peer access.
 
-        On return and after errors, both have closed the other's memory, so that each may free its own. Both ranks agree
-        after every operation that may fail on one alone, so that both leave at the same point.
+        On return and after errors, all have closed the others' memory, so that each may free its own. They agree after
+        every operation that may fail on one alone, so that all leave at the same point.
         """
         count = _PARTS if self.is_direct else 1
-        mine = split(shares[self.rank], count)
-        theirs = split(shares[1 - self.rank], count) if self.is_direct else []
-        peer: _PeerPart | None = None
+        parts = [split(share, count) for share in shares]
+        peers: Mapping[int, _PeerPart] | None = None
         with raise_on_all_ranks(), ExitStack() as opened:
-            uploaded = opened.enter_context(closing(upload(mine)))
+            uploaded = opened.enter_context(closing(upload(parts[self.rank])))
             for number in range(count):
                 with raise_on_all_ranks():
-                    if peer is not None:
-                        peer.fetch(theirs[number - 1], buffer)
+                    if peers is not None:
+                        for rank, peer in peers.items():
+                            peer.fetch(parts[rank][number - 1], buffer)
                     next(uploaded)
                     torch.cuda.current_stream(self.device).synchronize()
                 if number == 0 and self.is_direct:
                     opened.callback(mark, "peer_close")
-                    block = self._exchange_blocks(buffer, shares[self.rank])
-                    peer = self._open_peer(block, shares[1 - self.rank], buffer, opened)
-                    if not agree(peer is not None):
-                        peer = None
+                    peers = self._open_peers(self._exchange_blocks(buffer, shares), shares, buffer, opened)
+                    if not agree(peers is not None):
+                        peers = None
             with raise_on_all_ranks():
                 deque(uploaded, maxlen=0)  # its checks at the end
                 mark("copy")
-                if peer is not None:
-                    peer.fetch(theirs[-1], buffer)
+                if peers is not None:
+                    for rank, peer in peers.items():
+                        peer.fetch(parts[rank][-1], buffer)
                     torch.cuda.synchronize(self.device)
                     mark("peer_copy")
-        return peer is not None
+        return peers is not None
 
-    def _exchange_blocks(self, buffer: torch.Tensor, share: range) -> CudaIpcBlock | None:
-        """Exchange handles of both ranks' shares; return the other's.
+    def _exchange_blocks(self, buffer: torch.Tensor, shares: Sequence[range]) -> list[CudaIpcBlock | None]:
+        """Exchange handles of all ranks' shares; return those of all.
 
-        Its fingerprint is of the first bytes of the share, and has their offset in the allocation. ``None``: CUDA gives
-        no handle for that memory.
+        Their fingerprints are of the first bytes of the shares, and have their offset in the allocation. ``None``: CUDA
+        gives no handle for that memory.
         """
         mine: CudaIpcBlock | None = None
         try:
-            base, size = segment_of(buffer)  # torch's allocator may have put the buffer into a larger allocation
-            whole = wrap_segment(base, size, self.device.index)
-            at = buffer.data_ptr() - base + share.start
-            mine = export_allocation(base, whole, self.device.index, at)
-        except XditdError as error:  # the other rank waits for the exchange
+            mine = export_buffer(buffer, shares[self.rank].start, SAMPLE_BYTES, self.device)
+        except XditdError as error:  # the other ranks wait for the exchange
             logger.warning("no peer copy from this rank, uploads are broadcast reason=%s", error.detail)
-        both = gather_bytes(msgspec.msgpack.encode(mine), _MAX_BLOCK_BYTES, self.ranks)
-        return msgspec.msgpack.decode(both[1 - self.rank], type=CudaIpcBlock | None)
+        everyone = gather_bytes(msgspec.msgpack.encode(mine), MAX_BLOCK_BYTES, self.ranks)
+        return [msgspec.msgpack.decode(each, type=CudaIpcBlock | None) for each in everyone]
 
-    def _open_peer(
-        self, block: CudaIpcBlock | None, share: range, buffer: torch.Tensor, opened: ExitStack
-    ) -> _PeerPart | None:
-        """Open the other rank's memory; ``opened`` closes it. ``None`` if that fails, or the bytes are wrong."""
-        if block is None:
-            return None
-        try:
-            sample = block.fingerprint
-            mapping = CudaMapping(block, self.device.index)
-            opened.callback(mapping.close)
-            peer = _PeerPart(mapping, share, sample.offset_bytes)
-            peer.fetch(share[: sample.length_bytes], buffer)
-            sample = msgspec.structs.replace(sample, offset_bytes=share.start)
-            check_fingerprint(buffer, sample, f"GPU {block.device_uuid}, seen from another GPU")
-        except XditdError as error:  # the other rank waits in agree()
-            logger.warning("no peer copy, uploads are broadcast reason=%s", error.detail)
-            return None
-        return peer
+    def _open_peers(
+        self,
+        blocks: Sequence[CudaIpcBlock | None],
+        shares: Sequence[range],
+        buffer: torch.Tensor,
+        opened: ExitStack,
+    ) -> dict[int, _PeerPart] | None:
+        """Open the other ranks' memory; ``opened`` closes it. ``None`` if that fails, or bytes are wrong.
 
-    def _copy_from_lender(
+        The next rank is the first, so that not all read the same GPU at once.
+        """
+        peers: dict[int, _PeerPart] = {}
+        for step in range(1, self.ranks):
+            rank = (self.rank + step) % self.ranks
+            block, share = blocks[rank], shares[rank]
+            if not share:
+                continue
+            if block is None:
+                return None
+            try:
+                sample = block.fingerprint
+                mapping = CudaMapping(block, self.device.index)
+                opened.callback(mapping.close)
+                peer = peers[rank] = _PeerPart(mapping, share, sample.offset_bytes)
+                peer.fetch(share[: sample.length_bytes], buffer)
+                sample = msgspec.structs.replace(sample, offset_bytes=share.start)
+                check_fingerprint(buffer, sample, f"GPU {block.device_uuid}, seen from another GPU")
+            except XditdError as error:  # the other ranks wait in agree()
+                logger.warning("no peer copy, uploads are broadcast reason=%s", error.detail)
+                return None
+        return peers
+
+    def _open_chain(
         self,
         blocks: Mapping[int, CudaIpcBlock],
         missing: Mapping[int, torch.Tensor],
-        parts: Mapping[int, Sequence[range]],
         opened: ExitStack,
         mark: Callable[[str], None],
-    ) -> bool:
-        """Begin to copy from the client's memory; ``opened`` closes it. ``False`` on every rank if one cannot."""
+    ) -> CopyChain | None:
+        """Open what each rank reads; ``opened`` closes it. ``None`` on every rank if one cannot."""
         opened.callback(mark, "peer_close")
-        mappings: dict[int, CudaMapping] = {}
-        fault = self._open_blocks(blocks, missing, mappings, opened)
+        chain = CopyChain(self.device, self.rank, self.peer_uuids, blocks, missing)
+        opened.callback(chain.close)
+        fault = chain.open()
         if fault:
             logger.warning("no peer copy, blocks are broadcast reason=%s", fault)
         if not agree(not fault):
             opened.close()
-            return False
+            return None
         mark("peer_open")
-        for number, mapping in mappings.items():
-            for part in parts[number]:
-                mapping.copy_to(missing[number].narrow(0, part.start, len(part)), part.start)
-        return True
-
-    def _open_blocks(
-        self,
-        blocks: Mapping[int, CudaIpcBlock],
-        missing: Mapping[int, torch.Tensor],
-        mappings: dict[int, CudaMapping],
-        opened: ExitStack,
-    ) -> str:
-        """Open the client's handle of each missing block; return the reason if one cannot be used, else ``""``.
-
-        The rank on the client's GPU has opened the handle before. If it fails here, or the bytes are wrong, the path
-        between the GPUs is at fault (IOMMU, driver), or the client has just died.
-        """
-        try:
-            for number, target in missing.items():
-                block = blocks[number]
-                # The current GPU is this rank's own, so that no CUDA context is made on the client's.
-                mapping = mappings[number] = CudaMapping(block, self.device.index)
-                opened.callback(mapping.close)
-                sample = block.fingerprint
-                mapping.copy_to(target.narrow(0, sample.offset_bytes, sample.length_bytes), sample.offset_bytes)
-                check_fingerprint(target, sample, f"GPU {block.device_uuid}, seen from another GPU")
-        except StaleSource as error:
-            return error.detail
-        return ""
+        return chain

@@ -33,15 +33,16 @@ _LENGTH_BYTES: Final = 4
 
 
 class _Page:
-    """Shared memory with two words for each rank, used in turn: the number of the round, and the rank's value.
+    """Shared memory with three words for each rank.
 
-    A rank overwrites a word two rounds later, when all others have entered the round between, and so have read it.
-    Words are written and read whole, so the order of writes does not matter.
+    Two are used in turn: the number of the round, and the rank's value. A rank overwrites a word two rounds later, when
+    all others have entered the round between, and so have read it. Words are written and read whole, so the order of
+    writes does not matter. The third is what the rank has posted.
     """
 
     def __init__(self, store: dist.Store, key: str, rank: int, ranks: int) -> None:
         self._rank, self._ranks, self._round = rank, ranks, 0
-        size = 2 * ranks * _WORD_BYTES
+        size = 3 * ranks * _WORD_BYTES
         if rank == 0:
             # A memfd: a file in a folder could be removed before all ranks have opened it.
             page = os.memfd_create("xditd-rank-sync", os.MFD_CLOEXEC)
@@ -58,6 +59,12 @@ class _Page:
         first = self._round % 2 * self._ranks
         self._words[first + self._rank] = self._round << _VALUE_BITS | value
         return [self._read(first + rank) for rank in range(self._ranks)]
+
+    def post(self, count: int) -> None:
+        self._words[2 * self._ranks + self._rank] = count
+
+    def posted(self, rank: int) -> int:
+        return self._words[2 * self._ranks + rank]
 
     def _read(self, at: int) -> int:
         began_s = time.perf_counter()
@@ -101,6 +108,16 @@ def share_value(value: int) -> list[int]:
     return [value] if page is None else page.exchange(value)
 
 
+def post(count: int) -> None:
+    """Show a number to the other ranks of the group, until the next one. Nobody waits."""
+    _pages[RankSet.GROUP].post(count)
+
+
+def posted(rank: int) -> int:
+    """Return the number that a rank of the group has posted last, 0 before its first."""
+    return _pages[RankSet.GROUP].posted(rank)
+
+
 def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return the sum of ``values`` (a few numbers on the CPU) over a gloo group, with the same bits on every rank.
 
@@ -130,8 +147,8 @@ def gather_bytes(mine: bytes, max_bytes: int, world_size: int) -> list[bytes]:
     assert len(mine) <= max_bytes
     padded = len(mine).to_bytes(_LENGTH_BYTES, "big") + mine.ljust(max_bytes, b"\0")
     everyone = [torch.zeros(len(padded), dtype=torch.uint8) for _ in range(world_size)]
-    dist.all_gather(everyone, torch.tensor(list(padded), dtype=torch.uint8))
-    rows = [bytes(row.tolist()) for row in everyone]
+    dist.all_gather(everyone, torch.frombuffer(bytearray(padded), dtype=torch.uint8))
+    rows = [row.numpy().tobytes() for row in everyone]
     return [row[_LENGTH_BYTES:][: int.from_bytes(row[:_LENGTH_BYTES], "big")] for row in rows]
 
 

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 import torch.multiprocessing
 
-from xditd.gpu_workers.process import preload, rank, start_faults
+from xditd.gpu_workers.process import host_limits, preload, rank, start_faults
 from xditd.gpu_workers.process.die_with_parent import OUTPUT, has_no_reader
 from xditd.gpu_workers.process.options import Options
 from xditd.ipc import layout_choice
@@ -83,6 +83,7 @@ def _run(options: Options, choice: LayoutChoice, devices: list[str], method: str
     error_pipes: list[Connection] = []
     # The file of torch's FileStore, in this process's memory: a file in a folder could be removed while it is needed,
     # and NCCL reads it whenever it makes another communicator.
+    kills_before = host_limits.count_memory_kills()
     store = os.memfd_create("xditd-store", os.MFD_CLOEXEC)
     store_path = f"/proc/{os.getpid()}/fd/{store}"
     try:
@@ -97,7 +98,7 @@ def _run(options: Options, choice: LayoutChoice, devices: list[str], method: str
             error_pipe.close()
             ranks.append(started)
             error_pipes.append(reader)
-        is_terminated = _wait_for_ranks(ranks, error_pipes, sigterm)
+        is_terminated = _wait_for_ranks(ranks, error_pipes, sigterm, kills_before)
     finally:
         for process in ranks:
             process.kill()  # SIGKILL: a rank may be stopped, or stuck in a collective
@@ -120,7 +121,7 @@ def _watch_sigterm() -> int:
     return readable
 
 
-def _wait_for_ranks(ranks: list[BaseProcess], error_pipes: list[Connection], sigterm: int) -> bool:
+def _wait_for_ranks(ranks: list[BaseProcess], error_pipes: list[Connection], sigterm: int, kills_before: int) -> bool:
     """Wait until all ranks have exited with status 0, or SIGTERM has come; return whether it has.
 
     Raises:
@@ -137,7 +138,7 @@ def _wait_for_ranks(ranks: list[BaseProcess], error_pipes: list[Connection], sig
                 alive.pop(sentinel).join()
         # Before SIGTERM is obeyed: when a rank dies, the ranks that wait for it often report first, and the daemon
         # then ends the group, but only the leader knows which rank died.
-        lost = _find_failure(ranks, error_pipes)
+        lost = _find_failure(ranks, error_pipes, kills_before)
         if lost is not None:
             raise lost
         if sigterm in ready:
@@ -151,8 +152,11 @@ def _output_pipe() -> list[int]:
     return [OUTPUT] if stat.S_ISFIFO(os.fstat(OUTPUT).st_mode) else []
 
 
-def _find_failure(ranks: list[BaseProcess], error_pipes: list[Connection]) -> XditdError | None:
-    """Return the error of the rank that failed first, or ``None``."""
+def _find_failure(ranks: list[BaseProcess], error_pipes: list[Connection], kills_before: int) -> XditdError | None:
+    """Return the error of the rank that failed first, or ``None``.
+
+    ``kills_before`` is how many processes the kernel had ended for want of memory when the group started.
+    """
     found: list[tuple[bool, XditdError]] = []
     for number, process in enumerate(ranks):
         if not process.exitcode:
@@ -162,6 +166,8 @@ def _find_failure(ranks: list[BaseProcess], error_pipes: list[Connection]) -> Xd
             return BadRequest(said)
         how = f"rank {number} {describe_exit(process.exitcode)}"
         is_killed = process.exitcode < 0
+        if process.exitcode == -signal.SIGKILL and host_limits.count_memory_kills() > kills_before:
+            said = host_limits.without_memory("the kernel has ended processes of this control group since the start")
         why = f"{how}: {said}" if said else how if is_killed else f"{how} {UNEXPLAINED}"
         found.append((not is_killed, WorkersLost(why)))
     # A rank that a signal killed makes the others fail, never the reverse.

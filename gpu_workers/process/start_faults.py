@@ -7,16 +7,15 @@ import os
 import sys
 from typing import Final
 
+from xditd.gpu_workers.process import host_limits
 from xditd.ipc.errors import RequestError, XditdError
 from xditd.ipc.open_files import describe_limit, is_want_of_descriptors
 
 MAX_DETAIL_BYTES = 65_536
 
 _MEMORY_WORDS: Final = (os.strerror(errno.ENOMEM), "failed to map segment from shared object")
-_MEMORY_REMEDY: Final = (
-    "free some, or raise the limit (ulimit -v, MemoryMax= of the service, --memory of the container)"
-)
-_PROCESS_REMEDY: Final = "raise the limit (ulimit -u, TasksMax= of the service, --pids-limit of the container)"
+_NO_THREAD: Final = ("can't start new thread", os.strerror(errno.EAGAIN))
+"""Python's words, and those of std::thread in native code, which are the whole message."""
 
 
 def explain(error: Exception) -> tuple[str, bool]:
@@ -26,9 +25,9 @@ def explain(error: Exception) -> tuple[str, bool]:
     if is_want_of_descriptors(error):
         return describe_limit(), True
     if _is_want_of_memory(error):
-        return f"out of host memory: {_describe(error)}; {_MEMORY_REMEDY}", False
-    if (isinstance(error, OSError) and error.errno == errno.EAGAIN) or "can't start new thread" in str(error):
-        return f"no process or thread can be started: {_describe(error)}; {_PROCESS_REMEDY}", False
+        return host_limits.without_memory(_describe(error)), False
+    if (isinstance(error, OSError) and error.errno == errno.EAGAIN) or str(error).strip() in _NO_THREAD:
+        return host_limits.without_threads(_describe(error)), False
     if isinstance(error, ImportError):
         return (
             f"{sys.executable} cannot import what workers need: {error}; install it there (pip install "
@@ -37,7 +36,11 @@ def explain(error: Exception) -> tuple[str, bool]:
         )
     if isinstance(error, XditdError):
         return error.detail, False
-    return _describe(error), False
+    limits = host_limits.describe_memory() if isinstance(error, SystemError) else ""
+    # Without memory Python's import fails in many ways, also with an error that says nothing.
+    return f"{_describe(error)}; perhaps for want of memory: allowed are {limits}" if limits else _describe(
+        error
+    ), False
 
 
 def _describe(error: Exception) -> str:

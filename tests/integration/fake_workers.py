@@ -39,7 +39,16 @@ from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.requests import Call, Generate
 from xditd.ipc.status import ForwardPath, FusedCheck, LoraCounts, MemoryParts, PackedProducts
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, FileDigest
-from xditd.ipc.worker_messages import STANDBY_FLAG, CallResults, DigestIo, Prepare, RankTally, Run
+from xditd.ipc.worker_messages import (
+    STANDBY_BEGINS,
+    STANDBY_FLAG,
+    STANDBY_IMPORTED,
+    CallResults,
+    DigestIo,
+    Prepare,
+    RankTally,
+    Run,
+)
 
 REFUSED_LABEL = "refused-by-the-last-rank"
 STUCK_LABEL = "cannot-be-unmapped"
@@ -349,9 +358,12 @@ def main() -> int:
     words = sys.argv[1:]
     if words[-1] == STANDBY_FLAG:
         die_with_parent(os.getppid())
+        os.write(0, STANDBY_IMPORTED)
+        print("fake standby waits", flush=True)
         line = sys.stdin.readline()
         if not line:
             return 0
+        os.write(0, STANDBY_BEGINS)
         words = [*words[:-1], *json.loads(line)]
     options = parser.parse_args(words)
     options.world_size = 2 if options.workers == "auto" else int(options.workers)

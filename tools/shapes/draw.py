@@ -27,6 +27,7 @@ _NAMES: Final = tuple(COLOURS)
 _BACKGROUND_NAMES: Final = tuple(BACKGROUNDS)
 FIELDS: Final = 5
 """Numbers that :func:`encode` writes of a thing."""
+_NOTHING: Final = (-1.0,) * FIELDS
 
 
 def outlined(far: torch.Tensor, width: float) -> torch.Tensor:
@@ -72,14 +73,15 @@ def distance(form: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def encode(scenes: Sequence[Scene]) -> torch.Tensor:
     """Write scenes as numbers for :func:`draw`: (scenes, 4, 5) float32, three things and the background."""
-    rows = torch.full((len(scenes), MAX_OBJECTS + 1, FIELDS), -1.0)
-    for row, scene in zip(rows, scenes, strict=True):
-        for at, thing in enumerate(scene.things):
-            named = (FORMS.index(thing.form), _NAMES.index(thing.colour))
-            row[at] = torch.tensor([*named, thing.x, thing.y, thing.r])
-        background = (PATTERNS.index(scene.pattern), _BACKGROUND_NAMES.index(scene.background))
-        row[MAX_OBJECTS, :2] = torch.tensor([float(number) for number in background])
-    return rows
+    rows = []
+    for scene in scenes:
+        row: list[tuple[float, ...]] = [
+            (FORMS.index(each.form), _NAMES.index(each.colour), each.x, each.y, each.r) for each in scene.things
+        ]
+        row += [_NOTHING] * (MAX_OBJECTS - len(row))
+        row.append((PATTERNS.index(scene.pattern), _BACKGROUND_NAMES.index(scene.background), *_NOTHING[2:]))
+        rows.append(row)
+    return torch.tensor(rows).view(len(scenes), MAX_OBJECTS + 1, FIELDS)
 
 
 def draw(

@@ -9,8 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from shapes.draw import draw, encode
-from shapes.pool import autocast, covered_patches, encode_latents, pack, tokens
+from shapes.pool import autocast, covered_patches, encode_latents, pack
 from shapes.scenes import MAX_OBJECTS
+from shapes.text_tokens import tokens
 from shapes.words import LANGUAGES, sample_request
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from shapes.budget import Budget
 from shapes.explained import Explained
 from shapes.graphs import GraphedStep, adamw, set_rate
-from shapes.pool import PATCHES, Pool, autocast, tokens
+from shapes.pool import PATCHES, Pool, autocast
 from shapes.profiling import Parts, profile
+from shapes.text_tokens import tokens
 from shapes.text_training import LONG_TEXT
 
 LONG_SHARE: Final = 0.4

@@ -2,74 +2,27 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from random import Random
-from typing import Any, Final
+import time
+from typing import Final
 
 import torch
 from diffusers import AutoencoderKL
 
-from shapes.draw import FIELDS, draw, encode
+from shapes.chunks import chunks
+from shapes.draw import FIELDS, draw
 from shapes.models import LATENT_SCALE, LATENT_SHIFT
 from shapes.scenes import MAX_OBJECTS
-from shapes.text_tokens import CLIP_TOKENS, T5_TOKENS, clip_tokenizer, t5_tokenizer
-from shapes.words import sample_request
+from shapes.text_tokens import CLIP_TOKENS, T5_TOKENS
 
 PATCHES: Final = 16
 """Image tokens on each side of a picture."""
 
 
-class SceneChunks(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
-    """Chunks of training scenes by number: the same number gives the same chunk, whoever makes it.
-
-    A chunk is (scenes as :func:`~shapes.draw.encode` writes them, CLIP's tokens, T5's tokens).
-    """
-
-    def __init__(self, seed: int, first: int, chunks: int, size: int) -> None:
-        self._seed, self._first, self._chunks, self._size = seed, first, chunks, size
-
-    def __len__(self) -> int:
-        return self._chunks
-
-    def __getitem__(self, at: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if at >= self._chunks:
-            raise IndexError(at)
-        if torch.utils.data.get_worker_info():
-            torch.set_num_threads(1)
-        rng = Random(f"{self._seed} {self._first + at}")
-        requests = [sample_request(rng) for _ in range(self._size)]
-        return encode([each.scene for each in requests]), *tokens([each.text for each in requests])
-
-
-def tokens(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of texts: CLIP's (texts, 77) and T5's (texts, 64), int32 on the CPU."""
-    both = []
-    for tokenizer, length in ((clip_tokenizer(), CLIP_TOKENS), (t5_tokenizer(), T5_TOKENS)):
-        found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        both.append(found.input_ids.to(torch.int32))
-    return both[0], both[1]
-
-
-def chunks(seed: int, first: int, size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield chunks from number ``first`` on without end, made by ``workers`` processes (0: by this one)."""
-    loader: Any = torch.utils.data.DataLoader(
-        SceneChunks(seed, first, 1 << 30, size),
-        batch_size=None,
-        sampler=range(1 << 30),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_interrupts if workers else None,
-    )
-    return iter(loader)
-
-
-def _ignore_interrupts(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for all its processes: training ends its workers
-
-
 class Sentences:
     """Tokens and scenes of ``slots * size`` sentences on ``device``; :meth:`refresh` replaces the oldest chunk."""
+
+    waited_s: float
+    """How long sentences have been waited for."""
 
     def __init__(self, device: torch.device, *, seed: int, slots: int, size: int, workers: int, first: int = 0) -> None:
         """Fill with the ``slots`` chunks from number ``first`` on."""
@@ -79,12 +32,16 @@ class Sentences:
         self.t5 = torch.zeros(count, T5_TOKENS, dtype=torch.int32, device=device)
         self.scenes = torch.zeros(count, MAX_OBJECTS + 1, FIELDS, device=device)
         self._chunks = chunks(seed, first, size, workers)
+        self.waited_s = 0.0
         for _ in range(slots):
             self.refresh()
 
     def refresh(self) -> None:
         """Replace the oldest chunk by a new one."""
-        self._replace(*next(self._chunks))
+        started = time.monotonic()
+        made = next(self._chunks)
+        self.waited_s += time.monotonic() - started
+        self._replace(*made)
 
     def sentences(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Choose sentences: CLIP's tokens, T5's tokens, and their scenes as :func:`~shapes.draw.encode` writes them."""

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from tokenizers import pre_tokenizers
 
 from shapes.words import CHINESE, CHINESE_PLACES, CHINESE_WORDS, ENGLISH, ENGLISH_PLACES
@@ -122,6 +123,28 @@ def t5_tokenizer() -> Any:
     from transformers import T5TokenizerFast
 
     return _from_files(T5TokenizerFast, _t5_files())
+
+
+def tokens(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of texts as the tokenizers pad them: CLIP's (texts, 77) and T5's (texts, 64), int32."""
+    clip, t5 = (
+        torch.tensor([each.ids for each in padding.encode_batch_fast(texts)], dtype=torch.int32)
+        for padding in _padding_tokenizers()
+    )
+    return clip, t5
+
+
+@cache
+def _padding_tokenizers() -> list[Any]:
+    """Return what both tokenizers are made of, without the lists that transformers makes of each result."""
+    from tokenizers import Tokenizer
+
+    both = []
+    for tokenizer, length in ((clip_tokenizer(), CLIP_TOKENS), (t5_tokenizer(), T5_TOKENS)):
+        both.append(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+        both[-1].enable_truncation(length)
+        both[-1].enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    return both
 
 
 def write_tokenizers(folder: Path) -> None:

@@ -21,9 +21,10 @@ from shapes.budget import Budget
 from shapes.draw import encode
 from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.models import CLIP_WIDTH, T5_WIDTH, position_biases
-from shapes.pool import Sentences, autocast, tokens
+from shapes.pool import Sentences, autocast
 from shapes.profiling import profile
 from shapes.scenes import BACKGROUNDS, CELLS, COLOURS, FORMS, MAX_OBJECTS, MIDDLE_RADIUS, PATTERNS, SIZES
+from shapes.text_tokens import tokens
 from shapes.words import LANGUAGES, sample_request
 
 LONG_TEXT: Final = 512

@@ -102,10 +102,11 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
     started = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes that are forked later would warn
     device = torch.device(given.device)
-    # cuDNN's attention ends in an illegal access in its backward pass at odd numbers of tokens.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+    if device.type == "cuda":
+        # cuDNN's attention ends in an illegal access in its backward pass at odd numbers of tokens.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     torch.manual_seed(given.seed)
     report: dict[str, Any] = {
         "arguments": {name: str(value) for name, value in vars(given).items()},
@@ -113,20 +114,30 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
         "torch": torch.__version__,
     }
     parts = build_parts()
+    made = load_parts(given.start, parts) if given.start else []
     if given.start:
-        print("started from", ", ".join(load_parts(given.start, parts)), flush=True)
-    parts["vae"] = _vae(given, device, parts["vae"], report, interrupt)
-    flow = Flow(parts["transformer"], parts["text_encoder"], parts["text_encoder_2"])
+        print("started from", ", ".join(made) or "nothing", flush=True)
     phases = [(False, given.seconds, given.steps), (True, given.distill_seconds, given.distill_steps)]
     phases = [phase for phase in phases if phase[1] or phase[2]]
+    has_words = bool(given.text_seconds or given.text_steps)
+    if not (phases or has_words or given.vae_seconds or given.vae_steps):
+        _write(given, parts, made)
+        return
+    parts["vae"] = _vae(given, device, parts["vae"], report, interrupt)
+    made += ["vae"] if given.vae_seconds or given.vae_steps else []
+    _save(given, report, {}, started)
+    flow = Flow(parts["transformer"], parts["text_encoder"], parts["text_encoder_2"])
     print(f"models: {time.monotonic() - started:.0f} s since the start", flush=True)
     texts = Budget(given.text_seconds, given.text_steps, interrupt)
-    if (texts.seconds or texts.steps) and not _is_resumed(given) and not interrupt.is_set:
+    if has_words and not _is_resumed(given) and not interrupt.is_set:
         settings = TextSettings(texts, seed=given.seed, is_profiled=given.profile)
         training = TextTraining(flow.text_encoder, flow.text_encoder_2, settings, device)
         report["words"] = training.train(_sentences(given, device))
-        _save(given, report, {"text_encoder": flow.text_encoder, "text_encoder_2": flow.text_encoder_2})
+        encoders = {"text_encoder": flow.text_encoder, "text_encoder_2": flow.text_encoder_2}
+        _save(given, report, encoders, started)
+        made += encoders
     if phases and not interrupt.is_set:
+        since = time.monotonic()
         pool = Pool(
             parts["vae"],
             device,
@@ -136,8 +147,12 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
             workers=given.workers,
             first=_chunks_before(given),
         )
+        filled = f"{time.monotonic() - since:.0f} s, {pool.waited_s:.0f} s of them for sentences"
+        print(
+            f"pool: {len(pool.latents)} pictures in {filled}; {time.monotonic() - started:.0f} s since the start",
+            flush=True,
+        )
         explained = Explained(parts["vae"], device)
-        print(f"pool: {len(pool.latents)} pictures, {time.monotonic() - started:.0f} s since the start", flush=True)
     for is_distilled, seconds, steps in phases:
         if interrupt.is_set:
             break
@@ -168,16 +183,31 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
             ),
         )
         parts |= {name: getattr(flow, name) for name in PARTS if name != "vae"}
-        _save(given, report, {name: parts[name] for name in PARTS if name != "vae"})
+        _save(given, report, {name: parts[name] for name in PARTS if name != "vae"}, started)
+        made += [name for name in PARTS if name != "vae"]
         _judge(given, device, parts, report, "distilled" if is_distilled else "flow")
-        report["seconds"] = round(time.monotonic() - started, 1)
-        _save(given, report, {})
+        _save(given, report, {}, started)
     if given.folder:
-        write_folder(given.folder, parts)
+        _write(given, parts, made)
 
 
-def _save(given: argparse.Namespace, report: dict[str, Any], parts: dict[str, torch.nn.Module]) -> None:
+def _write(given: argparse.Namespace, parts: dict[str, torch.nn.Module], made: list[str]) -> None:
+    """Write the pipeline's folder, unless a part has neither been trained nor been found."""
+    lacking = ", ".join(name for name in PARTS if name not in made)
+    if lacking or not given.folder:
+        raise SystemExit(
+            f"{given.start or given.out}: no weights of {lacking}; train them first"
+            if given.folder
+            else "nothing to do: give seconds of a phase, or --folder"
+        )
+    write_folder(given.folder, parts)
+    sizes = [path.stat().st_size for path in given.folder.rglob("*") if path.is_file()]
+    print(f"{given.folder}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, the largest {max(sizes) / 1e6:.1f} MB")
+
+
+def _save(given: argparse.Namespace, report: dict[str, Any], parts: dict[str, torch.nn.Module], started: float) -> None:
     """Write the report and these models, and give them the rounded weights of their files."""
+    report["seconds"] = round(time.monotonic() - started, 1)
     for name, module in parts.items():
         save_weights(module, given.out / f"{name}.safetensors")
         load_weights(module, given.out / f"{name}.safetensors")

@@ -14,10 +14,11 @@ from diffusers import AutoencoderKL
 from torch.nn import functional
 
 from shapes.budget import Budget
+from shapes.chunks import chunks
 from shapes.draw import OUTLINE, PIXELS, draw
 from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.models import LATENT_SCALE, LATENT_SHIFT, build_vae
-from shapes.pool import autocast, chunks
+from shapes.pool import autocast
 
 CROP: Final = 128
 """Pixels on each side of what both halves are trained on; the decoder then learns whole pictures."""

@@ -22,7 +22,7 @@ ODD = {"e": 512, "f": 1024}
 def run_rank(rank: int, folder: str) -> None:
     from xditd.gpu_workers.models.clock import Clock
     from xditd.gpu_workers.models.component_loading import TensorLoader
-    from xditd.gpu_workers.parallel import gpu_copies, rank_sync
+    from xditd.gpu_workers.parallel import copy_chain, gpu_copies, rank_sync
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
     from xditd.gpu_workers.weights.blocks import OpenBlock
     from xditd.ipc.degrees import Degrees
@@ -59,7 +59,7 @@ def run_rank(rank: int, folder: str) -> None:
             pass
 
     dist.broadcast = counted
-    gpu_copies.CudaMapping = Mapping
+    copy_chain.CudaMapping = Mapping
     torch.cuda.synchronize = lambda device: None
     copies = gpu_copies.GpuCopies(
         ParallelLayout(rank, Degrees(ulysses=2), torch.device("cpu"), "none"), ("GPU", "other")

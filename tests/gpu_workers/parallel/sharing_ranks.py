@@ -22,7 +22,7 @@ OFFSET = 4096 * 3
 
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:
-    from xditd.gpu_workers.parallel import gpu_copies, rank_sync
+    from xditd.gpu_workers.parallel import copy_chain, gpu_copies, rank_sync
     from xditd.gpu_workers.parallel.layouts import ParallelLayout
     from xditd.gpu_workers.parallel.upload_partition import split
     from xditd.ipc.degrees import Degrees
@@ -42,17 +42,16 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 
     buffer = allocation_of(rank)[OFFSET:]
     faults: set[str] = set()
-    is_open = False
+    opened: list[Mapping] = []
 
     class Mapping:
-        """The other rank's allocation, opened."""
+        """Another rank's allocation, opened."""
 
         def __init__(self, block: CudaIpcBlock, index: int) -> None:
-            nonlocal is_open
-            if "open" in faults:
+            if "open" in faults and len(opened) == ranks - 2:
                 raise StaleSource("this one cannot be opened")
             self._bytes = allocation_of(block.handle[0])
-            is_open = True
+            opened.append(self)
 
         def copy_to(self, target: torch.Tensor, offset_bytes: int) -> None:
             if "copy" in faults and target.numel() > 4096:
@@ -62,23 +61,23 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
                 target[0] += 1
 
         def close(self) -> None:
-            nonlocal is_open
-            is_open = False
+            opened.remove(self)
 
-    def export(base: int, whole: torch.Tensor, index: int, at: int) -> CudaIpcBlock:
+    def export(base: int, whole: torch.Tensor, index: int, at: int, length: int) -> CudaIpcBlock:
         if "export" in faults:
             raise NotExportable("no handle for this")
         handle = bytes([rank]) * 64
-        fingerprint = take_fingerprint(whole, at)
+        fingerprint = take_fingerprint(whole, at, length)
         return CudaIpcBlock(device_uuid="GPU", handle=handle, size_bytes=whole.numel(), fingerprint=fingerprint)
 
-    gpu_copies.segment_of = lambda tensor: (tensor.data_ptr() - OFFSET, OFFSET + SIZE)
-    gpu_copies.wrap_segment = lambda base, size, index: allocation_of(rank)
-    gpu_copies.export_allocation = export
+    copy_chain.segment_of = lambda tensor: (tensor.data_ptr() - OFFSET, OFFSET + SIZE)
+    copy_chain.wrap_segment = lambda base, size, index: allocation_of(rank)
+    copy_chain.export_allocation = export
     gpu_copies.CudaMapping = Mapping
     torch.cuda.synchronize = lambda device: None
     torch.cuda.current_stream = lambda device: SimpleNamespace(synchronize=lambda: None)
 
+    torch.cuda.device_count = lambda: 0
     layout = ParallelLayout(rank, Degrees(ulysses=ranks), torch.device("cuda", 0), "none")
     copies = gpu_copies.GpuCopies(layout, ("GPU",) * ranks)
     expected = torch.randint(0, 256, (SIZE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -114,7 +113,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
                 wrong.append(f"{what}: uploaded {own}")
         finally:
             faults.clear()
-            if is_open or is_uploading:
+            if opened or is_uploading:
                 wrong.append(f"{what}: left open")
             rank_sync.agree(True)
         return phases
@@ -138,18 +137,17 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     if copies.fill(buffer, upload, [].append) != range(SMALL) or not torch.equal(buffer, expected[:SMALL]):
         wrong.append("a small buffer is shared")
     buffer = whole
-    if ranks == 2:
-        copies.is_direct = True
-        if share("direct") != ["copy", "peer_copy", "peer_close"]:
-            wrong.append("direct: phases")
-        for fault in ("export", "open", "sample"):
-            for faulty in range(ranks):
-                if share(f"{fault} fails on rank {faulty}", fault, faulty) != ["copy", "peer_close", "peer_copy"]:
-                    wrong.append(f"{fault} fails on rank {faulty}: not broadcast")
-        fail("copy", Internal)
-        for fault in ("upload 0", "upload 1", "upload 3", "changed"):
-            fail(fault, StaleSource)
-        share("direct, after faults")
+    copies.is_direct = True
+    if share("direct") != ["copy", "peer_copy", "peer_close"]:
+        wrong.append("direct: phases")
+    for fault in ("export", "open", "sample"):
+        for faulty in range(ranks):
+            if share(f"{fault} fails on rank {faulty}", fault, faulty) != ["copy", "peer_close", "peer_copy"]:
+                wrong.append(f"{fault} fails on rank {faulty}: not broadcast")
+    fail("copy", Internal)
+    for fault in ("upload 0", "upload 1", "upload 3", "changed"):
+        fail(fault, StaleSource)
+    share("direct, after faults")
     print(f"rank {rank}: {wrong or 'complete'}\n", end="", flush=True)  # one write: ranks share the pipe
     dist.destroy_process_group()
 

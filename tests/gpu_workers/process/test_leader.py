@@ -36,12 +36,13 @@ def ranks() -> Iterator[list[SpawnProcess]]:
 
 
 @pytest.fixture
-def wait(ranks: list[SpawnProcess]) -> Iterator[Wait]:
-    """Wait for the ranks as the leader does."""
+def wait(ranks: list[SpawnProcess], monkeypatch: pytest.MonkeyPatch) -> Iterator[Wait]:
+    """Wait for the ranks as the leader does. So far the kernel has ended three processes for want of memory."""
+    monkeypatch.setattr(leader.host_limits, "count_memory_kills", lambda: 3)
     pipes = [torch.multiprocessing.Pipe(duplex=False) for _ in ranks]
     before = signal.getsignal(signal.SIGTERM)
     sigterm = leader._watch_sigterm()
-    yield lambda: leader._wait_for_ranks(ranks, [reader for reader, _ in pipes], sigterm)
+    yield lambda: leader._wait_for_ranks(ranks, [reader for reader, _ in pipes], sigterm, kills_before=3)
     signal.signal(signal.SIGTERM, before)
     os.close(sigterm)
     for each in (pipe for pair in pipes for pipe in pair):
@@ -83,5 +84,19 @@ def test_a_killed_rank_is_named_although_the_daemon_has_ended_the_group(ranks: l
     ranks[1].kill()
     os.kill(os.getpid(), signal.SIGTERM)
     assert connection.wait([ranks[1].sentinel], timeout=30)
-    with pytest.raises(WorkersLost, match="rank 1 was killed by SIGKILL"):
+    with pytest.raises(WorkersLost, match="rank 1 was killed by SIGKILL") as raised:
         wait()
+    assert "MemoryMax=" not in raised.value.detail
+
+
+def test_a_rank_that_the_kernel_ended_for_want_of_memory_is_named_with_the_limit(
+    ranks: list[SpawnProcess], wait: Wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leader.host_limits, "count_memory_kills", lambda: 4)
+    monkeypatch.setattr(leader.host_limits, "describe_memory", lambda: "2.00 GiB for its control group (memory.max)")
+    ranks[1].kill()
+    assert connection.wait([ranks[1].sentinel], timeout=30)
+    with pytest.raises(WorkersLost, match=r"rank 1 was killed by SIGKILL .*: out of host memory") as raised:
+        wait()
+    assert "2.00 GiB for its control group" in raised.value.detail
+    assert "MemoryMax=" in raised.value.detail

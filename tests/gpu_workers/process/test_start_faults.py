@@ -17,11 +17,12 @@ from xditd.ipc.errors import Unsupported, WorkersLost
         (ModuleNotFoundError("No module named 'xfuser'"), "No module named 'xfuser'; install it there", True),
         (OSError(errno.EMFILE, "Too many open files"), "the hard limit of this process is", True),
         (RuntimeError("pipe: Too many open files"), "the hard limit of this process is", True),
-        (MemoryError(), "out of host memory: MemoryError: no message; free some, or raise the limit (ulimit -v", False),
+        (MemoryError(), "out of host memory: MemoryError: no message; ", False),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "MemoryMax=", False),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "MemoryMax=", False),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "TasksMax=", False),
         (RuntimeError("can't start new thread"), "TasksMax=", False),
+        (RuntimeError("Resource temporarily unavailable"), "TasksMax=", False),  # std::thread of gloo
         (WorkersLost("rank 1 was killed by SIGKILL"), "rank 1 was killed by SIGKILL", False),
         (RuntimeError("connect refused\nat line 3"), "RuntimeError: connect refused", False),
         (RuntimeError(), "RuntimeError: no message", False),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xditd.ipc.status import DaemonStatus, GroupState
-from xditd.ipc.worker_messages import STANDBY_FLAG
+from xditd.ipc.worker_messages import STANDBY_BEGINS, STANDBY_FLAG, STANDBY_IMPORTED
 
 WITHOUT_TORCH = """
 import runpy, sys
@@ -66,17 +68,19 @@ def test_leader_that_waits_is_the_first_to_be_ended_for_memory() -> None:
     def adjustment() -> int:
         return int(Path(f"/proc/{waiting.pid}/oom_score_adj").read_text())
 
+    ours, its = socket.socketpair()
     command = [sys.executable, "-c", SLOW_END, STANDBY_FLAG]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as waiting:
-        assert waiting.stdin is not None
+    with ours, subprocess.Popen(command, stdin=its, stdout=subprocess.PIPE, text=True) as waiting:
+        its.close()
         assert waiting.stdout is not None
         assert waiting.stdout.readline() == "waits\n"
+        assert ours.recv(64) == STANDBY_IMPORTED
         assert adjustment() == 1000
-        waiting.stdin.write("[]\n")
-        waiting.stdin.flush()
+        ours.sendall(b"[]\n")
         assert waiting.stdout.readline() == "began with []\n"
+        assert ours.recv(64) == STANDBY_BEGINS
         assert adjustment() == int(Path("/proc/self/oom_score_adj").read_text())
-        waiting.stdin.close()
+        ours.shutdown(socket.SHUT_WR)
 
 
 def test_missing_torch_is_named_and_not_tried_again(start_daemon: Any) -> None:
@@ -109,6 +113,46 @@ def test_want_of_descriptors_is_named_and_not_tried_again(start_daemon: Any, lim
     status = given_up(start_daemon(command=limited, device="cpu", count=2))
     assert f"the hard limit of this process is {limit}" in status.group_detail
     assert "LimitNOFILE=" in status.group_detail
+
+
+def test_leader_without_memory_for_torch_names_the_limit(start_daemon: Any) -> None:
+    """And the daemon serves on: it says so to whoever asks."""
+    limited = ["sh", "-c", 'ulimit -v 307200; exec "$@"', "sh", sys.executable, "-m", "xditd.gpu_workers"]
+    daemon = start_daemon(command=limited, device="cpu", max_restarts=0)
+    status = daemon.client().wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert "out of host memory" in status.group_detail
+    assert "allowed are 0.29 GiB of addresses for a process (RLIMIT_AS)" in status.group_detail
+    assert "MemoryMax=" in status.group_detail
+
+
+@pytest.fixture
+def few_tasks() -> Iterator[Path]:
+    """A control group with room for a leader and one process more."""
+    parent = Path("/sys/fs/cgroup/pids")
+    group = parent / f"xditd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no control group may be made here")
+    try:
+        if not (group / "pids.max").exists():
+            pytest.skip("no controller of processes here")
+        (group / "pids.max").write_text("2")
+        yield group
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.slow
+def test_leader_that_cannot_fork_names_the_limit(start_daemon: Any, few_tasks: Path, wait_until: Any) -> None:
+    inside = ["sh", "-c", f'echo $$ > {few_tasks}/cgroup.procs; exec "$@"', "sh", sys.executable]
+    daemon = start_daemon(command=[*inside, "-m", "xditd.gpu_workers"], device="cpu", count=2, max_restarts=0)
+    status = daemon.client().wait_status(lambda status: status.group_state is GroupState.GIVEN_UP)
+    assert "no process or thread can be started" in status.group_detail
+    assert "allowed are" in status.group_detail
+    assert "2 for its control group (pids.max)" in status.group_detail
+    assert "TasksMax=" in status.group_detail
+    wait_until(lambda: not (few_tasks / "cgroup.procs").read_text())
 
 
 def test_daemon_without_descriptors_for_its_workers_says_so(start_daemon: Any) -> None:

@@ -15,15 +15,21 @@ from shapes.budget import Budget, Interrupt
 from shapes.draw import draw, encode
 from shapes.flow_training import Flow, FlowSettings, FlowTraining
 from shapes.lora import Lora
-from shapes.models import build_clip, build_t5, build_transformer
-from shapes.pool import Sentences, covered_patches, pack, tokens
+from shapes.models import build_clip, build_parts, build_t5, build_transformer, load_parts, save_weights
+from shapes.pool import Sentences, covered_patches, pack
 from shapes.scenes import COLOURS, FORMS, SIZES, Scene, Thing
+from shapes.text_tokens import tokens
 from shapes.text_training import TextSettings, TextTraining, said
 from shapes.vae_training import VaeSettings, train_vae
 from shapes.words import sample_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as train.main sets it, for its process alone
 
 
 class FewLatents:
@@ -227,4 +233,31 @@ def test_an_interrupted_phase_is_the_last_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(train, "_vae", interrupted)
     for name in ("TextTraining", "Pool", "FlowTraining"):
         monkeypatch.setattr(train, name, begun)
-    train.main([str(tmp_path), "--text-steps", "1", "--steps", "1", "--distill-steps", "1"])
+    before = torch.backends.cuda.matmul.allow_tf32
+    train.main([str(tmp_path), "--text-steps", "1", "--steps", "1", "--distill-steps", "1", "--device", "cpu"])
+    assert torch.backends.cuda.matmul.allow_tf32 == before  # settings for GPUs do not stay in a process
+
+
+def test_a_folder_is_written_from_weights_alone_and_not_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_vae", lambda *_: pytest.fail("a VAE has been judged where nothing is trained"))
+    none = ["--vae-seconds", "0", "--text-seconds", "0", "--seconds", "0", "--distill-seconds", "0"]
+    out, folder = tmp_path / "out", tmp_path / "folder"
+    with pytest.raises(SystemExit, match="nothing to do"):
+        train.main([str(out), *none])
+    parts = build_parts()
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        save_weights(parts[name], out / f"{name}.safetensors")
+    with pytest.raises(SystemExit, match="out: no weights of transformer; train them first"):
+        train.main([str(out), *none, "--start", str(out), "--folder", str(folder)])
+    assert not folder.exists()
+    save_weights(parts["transformer"], out / "transformer.safetensors")
+    (out / "report.json").write_text("{}")
+    train.main([str(out), *none, "--start", str(out), "--folder", str(folder)])
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert "model_index.json" in sizes
+    assert max(sizes.values()) < 16_000_000
+    assert sum(sizes.values()) < 25_000_000
+    assert (out / "report.json").read_text() == "{}", "the report of the training is gone"
+    assert load_parts(folder, parts) == list(parts)
