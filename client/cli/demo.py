@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     exits.configure_logging(parsed.log_level, parsed.verbose)
-    signal.signal(signal.SIGTERM, _interrupt)
 
     from xditd.client.cli.progress import bar
     from xditd.client.demo.journey import DemoOptions, DemoRun
@@ -43,6 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     check_folder(parsed.out, _OUTPUT_BYTES)
     require_torch()
+    signal.signal(signal.SIGTERM, _interrupt)
     options = DemoOptions(
         out=parsed.out,
         workers=parsed.workers or 0,

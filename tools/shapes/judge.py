@@ -1,6 +1,7 @@
 """Judge a model of ``shapes``: draw sentences that training never saw, read the pictures back, and compare.
 
     PYTHONPATH=tools python -m shapes.judge models/shapes              # 200 sentences with diffusers, float32, CPU
+    PYTHONPATH=tools python -m shapes.judge models/shapes --processes 2    # the same, faster: one thread in each
     PYTHONPATH=tools python -m shapes.judge models/shapes --device cuda --dtype bfloat16
     PYTHONPATH=tools python -m shapes.judge models/shapes --daemon     # with the workers of a running daemon
     PYTHONPATH=tools python -m shapes.judge models/shapes --formats    # diffusers, then the daemon in every format
@@ -15,7 +16,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -118,6 +121,34 @@ def judge(
     return drawn, [faults(request, read(image)) for request, image in zip(requests, drawn, strict=True)]
 
 
+def judge_in_processes(given: argparse.Namespace, requests: Sequence[Request]) -> tuple[torch.Tensor, list[list[str]]]:
+    """Do as :func:`judge` with diffusers, its batches in ``given.processes`` processes of one thread each.
+
+    The model's layers are small: threads wait for each other longer than they compute.
+    """
+    parts = [(at, requests[at : at + given.batch]) for at in range(0, len(requests), given.batch)]
+    with ProcessPoolExecutor(given.processes, get_context("spawn"), _open_in_process, (given,)) as processes:
+        judged = list(processes.map(_judge_in_process, parts))
+    return torch.cat([torch.from_numpy(images) for images, _ in judged]), [
+        each for _, found in judged for each in found
+    ]
+
+
+_sampler_of_process: Sampler
+
+
+def _open_in_process(given: argparse.Namespace) -> None:
+    global _sampler_of_process
+    torch.set_num_threads(1)
+    _sampler_of_process = _diffusers(given)
+
+
+def _judge_in_process(part: tuple[int, Sequence[Request]]) -> tuple[Any, list[list[str]]]:
+    at, requests = part
+    images, found = judge(_sampler_of_process, requests, batch=len(requests), seed=at)
+    return images.numpy(), found
+
+
 def pipeline_sampler(
     pipeline: object, *, steps: int = STEPS, guidance: float = GUIDANCE, text_tokens: int = T5_TOKENS
 ) -> Sampler:
@@ -139,14 +170,25 @@ def pipeline_sampler(
     return sample
 
 
-def daemon_sampler(pipe: Any, *, steps: int = STEPS, guidance: float = GUIDANCE) -> Sampler:
+def daemon_sampler(
+    pipe: Any, *, steps: int = STEPS, guidance: float = GUIDANCE, text_tokens: int = T5_TOKENS, **more: Any
+) -> Sampler:
     """Sample with ``xditd.client.Pipeline``, in the workers of a daemon, with the noise of the other sampler.
 
-    Sentences are padded to 512 tokens, as ``FluxPipeline`` does unless told otherwise.
+    ``more`` goes to the pipeline's call.
     """
 
     def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
-        result = pipe(list(texts), steps=steps, guidance=guidance, height=PIXELS, width=PIXELS, seed=seed)
+        result = pipe(
+            list(texts),
+            steps=steps,
+            guidance=guidance,
+            height=PIXELS,
+            width=PIXELS,
+            seed=seed,
+            max_sequence_length=text_tokens,
+            **more,
+        )
         return result.generation.image.float().cpu()
 
     return sample
@@ -173,6 +215,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--text-tokens", type=int, default=T5_TOKENS)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=1, help="of diffusers on a CPU, each with one thread")
     parser.add_argument("--json", type=Path, help="write the table and every picture's faults here")
     parser.add_argument("--sheet", type=Path, help="write the pictures here, as one .png")
     given = parser.parse_args()
@@ -188,8 +231,11 @@ def main() -> None:
         from xditd.client import Pipeline
 
         with Pipeline.open(given.folder, wait_s=60.0) as pipe:
-            sampler = daemon_sampler(pipe, steps=given.steps, guidance=given.guidance)
+            options = {"steps": given.steps, "guidance": given.guidance, "text_tokens": given.text_tokens}
+            sampler = daemon_sampler(pipe, **options)
             images, found = judge(sampler, requests, batch=given.batch)
+    elif given.processes > 1:
+        images, found = judge_in_processes(given, requests)
     else:
         images, found = judge(_diffusers(given), requests, batch=given.batch)
     rows = table(requests, found)
@@ -207,7 +253,9 @@ def main() -> None:
 
 def _diffusers(given: argparse.Namespace) -> Sampler:
     from diffusers import FluxPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()
     pipeline = FluxPipeline.from_pretrained(given.folder, dtype=getattr(torch, given.dtype)).to(given.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance, text_tokens=given.text_tokens)

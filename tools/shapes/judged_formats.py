@@ -101,7 +101,7 @@ def print_formats(rows: dict[str, dict[str, Any]]) -> None:
     print(f"{'format':>10} " + " ".join(f"{group:>10}" for group in groups) + "   same reading  relative error")
     for name, row in rows.items():
         cells = " ".join(f"{row['table'][group]['percent']:8.1f} %" for group in groups)
-        print(f"{name:>10} {cells} {row['same_reading_percent']:12.1f} % {row['relative_error']:15.4f}", flush=True)
+        print(f"{name:>10} {cells} {row['same_reading_percent']:12.1f} % {row['relative_error']:15.2g}", flush=True)
 
 
 def compared(

@@ -9,12 +9,11 @@ The file has the names of diffusers (``transformer.transformer_blocks.0.attn.to_
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,16 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from shapes.budget import Budget
-from shapes.draw import OUTLINE, save_sheet
+from shapes.draw import OUTLINE
 from shapes.flow_training import Flow, sample_sigmas
-from shapes.judge import held_out_requests, pipeline_sampler
+from shapes.judge import Sampler, held_out_requests, pipeline_sampler
+from shapes.judged_lora import SENTENCES, judge_strengths, write_report
 from shapes.models import build_parts, build_pipeline, load_parts
 from shapes.pool import Pool, autocast
-from shapes.reading import read
-from shapes.words import Request
 
 RANK: Final = 8
-STRENGTHS: Final = (0.0, 0.5, 1.0)
 _LAYERS: Final = re.compile(
     r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|blocks\.\d+\.proj_out)$"
 )
@@ -119,17 +116,6 @@ def train_lora(
     return lora
 
 
-def count_forms(requests: Sequence[Request], images: torch.Tensor) -> dict[str, int]:
-    """Count the objects that a picture shows as its sentence asks, filled and as outlines."""
-    counts = {"objects": 0, "filled": 0, "outlines": 0}
-    for request, image in zip(requests, images, strict=True):
-        wanted = {(thing.form, thing.colour) for thing in request.scene.things}
-        counts["objects"] += len(wanted)
-        for kind, outline in (("filled", 0.0), ("outlines", OUTLINE)):
-            counts[kind] += len(wanted & {(each.form, each.colour) for each in read(image, outline=outline).things})
-    return counts
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a LoRA for shapes that draws outlines.")
     parser.add_argument("folder", type=Path, help="a pipeline's folder, or one that shapes.train wrote")
@@ -143,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sentences", type=int, default=40)
+    parser.add_argument("--sentences", type=int, default=SENTENCES, help="that are judged at the end; 0: none")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     if device.type == "cuda":
@@ -164,17 +150,18 @@ def main(arguments: list[str] | None = None) -> None:
     lora.save(given.out)
     if not given.sentences:
         return
-    requests = held_out_requests(given.sentences)
-    sampler = pipeline_sampler(build_pipeline(parts))
-    found, shown = {}, []
-    for strength in STRENGTHS:
-        with torch.no_grad(), lora.applied(strength):
-            images = sampler([each.text for each in requests], 0).float().cpu()
-        found[str(strength)] = count_forms(requests, images)
-        shown.append(images[:: max(1, len(images) // 8)][:8])
-        print(f"strength {strength}: {found[str(strength)]}", flush=True)
-    given.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
-    save_sheet(torch.cat(shown), given.out.with_suffix(".png"))
+    pipeline = build_pipeline(parts)
+    with ExitStack() as applied:
+
+        def at(strength: float) -> Sampler:
+            applied.close()
+            applied.enter_context(lora.applied(strength))
+            return pipeline_sampler(pipeline)
+
+        found, shown = judge_strengths(
+            at, held_out_requests(given.sentences), batch=100 if device.type == "cuda" else 8
+        )
+    write_report(given.out, found, shown)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as train.main sets it, for its process alone
+
+
 class FewLatents:
     """A pool whose pictures are noise."""
 
