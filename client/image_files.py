@@ -46,7 +46,7 @@ def image_format(path: str | os.PathLike[str], width: int, height: int) -> str:
     target = output_path(path)
     suffix = target.suffix.lower()
     remedy = f"use one of {', '.join(_SUGGESTED)}"
-    if not target.name or target.is_dir():
+    if not target.name or os.path.isdir(target):
         raise BadRequest(f"image file {target}: is a folder; name a file in it, such as {target / 'out.png'}")
     if not suffix:
         raise BadRequest(f"image file {target}: has no suffix to tell the format by; {remedy}, such as {target}.png")

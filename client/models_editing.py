@@ -60,7 +60,14 @@ def _write(text: str, expected: Mapping[str, Any], path: Path, what: str) -> Non
         is_as_expected = False
     if not is_as_expected:
         raise BadRequest(f"file {path}: {what} is spelled so that it cannot be changed by a program; edit the file")
-    write_file(path, text.encode())
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequest(
+            f"file {path}: {what} has a path that is no UTF-8, {error.object[error.start - 20 : error.end]!r}: "
+            "rename it, or link to it by another name"
+        ) from error
+    write_file(path, data)
 
 
 def _without(text: str, name: str, path: Path) -> str:

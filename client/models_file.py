@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,10 +160,12 @@ def read_text(path: Path) -> str:
     """Return the text of the file; empty if there is none.
 
     Raises:
-        BadRequest: it cannot be read, is larger than 1 MiB, or no UTF-8.
+        BadRequest: it cannot be read, is no regular file, larger than 1 MiB, or no UTF-8.
     """
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # a FIFO must not block
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadRequest(f"file {path}: not a regular file; mend it, or set XDG_CONFIG_HOME")
             found = file.read(_MAX_BYTES + 1)
         if len(found) > _MAX_BYTES:
             raise BadRequest(f"file {path}: more than {_MAX_BYTES} bytes; a file of models has less")
@@ -187,7 +190,8 @@ def parse(text: str, path: Path) -> dict[str, dict[str, Any]]:
         import tomli as tomllib
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        repr(tables)  # messages show values, and Python refuses to show numbers of more than 4,300 digits
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is no TOMLDecodeError
         raise BadRequest(f"file {path}: not TOML: {error}") from error
     for name, table in tables.items():
         if not isinstance(table, dict):

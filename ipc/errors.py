@@ -14,7 +14,8 @@ class XditdError(Exception):
     """Base of every error that xditd raises on purpose."""
 
     code: ClassVar[str] = "internal"
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
+    """Whether the same call may work later; an object says it where it knows more than its class."""
     retry_after_s: float | None = None
     """After how many seconds a retry is likely to succeed, if the daemon knows."""
     names: tuple[str, ...] = ()

@@ -73,7 +73,11 @@ def run(parsed: argparse.Namespace) -> int:
             conditioning = random_conditioning(transformer.facts, parsed.random_embeds, parsed.text_tokens)
         else:
             conditioning = conditioning_of(stored, transformer.facts, str(parsed.embeds))
-        outputs.prepare(transformer.facts, conditioning)
+        repeated = getattr(parsed, "repeated", None)
+        index = None if repeated is None else repeated.index
+        if repeated is not None and index is not None:
+            repeated.check_rows(conditioning, transformer.facts)
+        outputs.prepare(transformer.facts, conditioning, is_one=index is not None)
         job = client.generate(
             transformer.with_loras(uses["transformer"]),
             conditioning,
@@ -84,7 +88,7 @@ def run(parsed: argparse.Namespace) -> int:
             **sampling_of(parsed),
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
-        outputs.write(dataclasses.replace(result, record=record_of_files(parsed, result.record)))
+        outputs.write(dataclasses.replace(result, record=record_of_files(parsed, result.record)), first=index or 0)
         lent = (transformer, second, vae, *loras.values(), *control_flags.loans_of(controls))
         loans = [loan for loan in lent if isinstance(loan, Loan)]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}

@@ -112,6 +112,7 @@ def run(parsed: argparse.Namespace) -> int:
                 )
             outputs.images = []
         repeated = getattr(parsed, "repeated", None)
+        outputs.spare(pipe.files.values())
         arguments = arguments_of(parsed, pipe)
         with pipe.start(parsed.prompt, **arguments) as job:
             made = job.settings
@@ -120,11 +121,12 @@ def run(parsed: argparse.Namespace) -> int:
             outputs.resize(made.width, made.height, made.frames, parsed.fps or made.fps)
             index = None if repeated is None else repeated.index
             if index is None:
-                outputs.name_images(_count(made))
-            outputs.check_latents(pipe.facts, _count(made))
+                outputs.name_images(made.batch)
+            outputs.check_latents(pipe.facts, made.batch)
             result = watch(job, "denoising", is_quiet=parsed.json)
         outputs.write(result.generation, lambda number: _record(parsed, result, number), index or 0)
-        _report(parsed, pipe, result, outputs, lend_s)
+        report = _report(parsed, pipe, result, outputs, lend_s)
+    print(report)  # when nothing can fail any more: with --json, an error would be a second document
     return exits.DONE
 
 
@@ -172,15 +174,14 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
         from xditd.client.tensor_files import read_tensors
 
         found["conditioning"] = conditioning_of(read_tensors(parsed.embeds), pipe.facts, str(parsed.embeds))
+        repeated = getattr(parsed, "repeated", None)
+        if repeated is not None and repeated.index is not None:
+            found["num_images"] = repeated.of_each_row(found["conditioning"], pipe.facts)
     elif parsed.random_embeds is not None:
         from xditd.client.conditioning import random_conditioning
 
         found["conditioning"] = random_conditioning(pipe.facts, parsed.random_embeds, parsed.text_tokens)
     return found
-
-
-def _count(made: Any) -> int:
-    return max(1, len(made.prompts)) * int(made.num_images)
 
 
 def _record(parsed: argparse.Namespace, result: PipelineResult, number: int) -> str:
@@ -200,10 +201,8 @@ def _record(parsed: argparse.Namespace, result: PipelineResult, number: int) -> 
     return encode(replace(found, compute_dtype=parsed.compute_dtype))
 
 
-def _report(
-    parsed: argparse.Namespace, pipe: Pipeline, result: PipelineResult, outputs: Outputs, lend_s: float
-) -> None:
-    """Print what was made, and of what."""
+def _report(parsed: argparse.Namespace, pipe: Pipeline, result: PipelineResult, outputs: Outputs, lend_s: float) -> str:
+    """Format what was made, and of what."""
     made, generation = result.settings, result.generation
     loans: Mapping[str, Loan] = pipe.loans
     seconds = {"lend": lend_s, "generate": generation.timings_ms["round_trip"] / 1e3}
@@ -230,15 +229,14 @@ def _report(
             "reused_steps": generation.reused_steps,
             "components": [{"role": role, **describe_loan(loan)} for role, loan in loans.items()],
         }
-        print(json_text(report, indent=2))
-        return
+        return json_text(report, indent=2)
+    lines = []
     for role, loan in loans.items():
         tiers = "+".join(tier.value for tier in loan.tiers)
         path = os.path.basename(pipe.files[role][0])
         named = "" if path == role else f"{path}, "
-        print(f"{role}: {named}{size_text(loan.lent_bytes)} by {tiers}, copied: "
-              f"{copied_text(loan.copied)}")  # fmt: skip
+        lines.append(f"{role}: {named}{size_text(loan.lent_bytes)} by {tiers}, copied: {copied_text(loan.copied)}")
     written = ", ".join(str(path) for path in (*outputs.images, outputs.latents) if path is not None)
     reused = f", {generation.reused_steps} of {made.steps} steps reused" if made.step_cache else ""
-    print(f"{written}: seed {result.seed}, lent in {span_text(lend_s)}, generated in "
-          f"{span_text(seconds['generate'])}{reused}")  # fmt: skip
+    spans = f"lent in {span_text(lend_s)}, generated in {span_text(seconds['generate'])}"
+    return "\n".join([*lines, f"{written}: seed {result.seed}, {spans}{reused}"])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.cli.printing import print_error
+from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest, OutputFailed
 from xditd.ipc.facts import ComponentFacts
 
@@ -46,6 +48,17 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+_PART_FLAGS: Final = ("model", "transformer", "transformer_2", "vae", "image_encoder", "tokenizers", "scheduler")
+
+
+def _files_at(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a path and, of a folder, the paths of what is in it."""
+    found = expand_home(os.fspath(path))
+    yield found
+    with contextlib.suppress(OSError):  # no folder
+        yield from (each.path for each in os.scandir(found))
+
+
 class Outputs:
     """The output files of a generation: checked before anything is lent, written elsewhere if that fails later."""
 
@@ -65,7 +78,9 @@ class Outputs:
         self._has_image = parsed.vae is not None or getattr(parsed, "model", None) is not None
         self._has_metadata = not parsed.no_metadata
         loras = map(os.path.expanduser, (*(parsed.lora or {}), *(parsed.lora_2 or {})))
-        inputs = (parsed.transformer, parsed.transformer_2, parsed.vae, parsed.embeds, *loras, *read)
+        parts = [getattr(parsed, name, None) for name in _PART_FLAGS]
+        encoders = getattr(parsed, "text_encoders", None) or ()
+        inputs = (*parts, *encoders, parsed.embeds, *loras, *read)
         self._read = [path for path in inputs if path is not None]
         self.images: list[Path] = []
         self.latents: Path | None = None
@@ -86,8 +101,19 @@ class Outputs:
             self.images = [self._check_target(self._chosen())]
             self._check_apart()
 
-    def prepare(self, facts: ComponentFacts, conditioning: Conditioning) -> None:
+    def spare(self, paths: Iterable[Sequence[str]]) -> None:
+        """Check that no output is a file of a model, such as one in the folder of a part.
+
+        Raises:
+            BadRequest: names it.
+        """
+        self._read += [path for each in paths for path in each]
+        self._check_apart()
+
+    def prepare(self, facts: ComponentFacts, conditioning: Conditioning, *, is_one: bool = False) -> None:
         """Set and check the paths, now that the number of images and the shape of latents are known.
+
+        With ``is_one``, only one of the images will be written.
 
         Raises:
             BadRequest, OutputFailed: as the constructor; or the transformer does not take this conditioning.
@@ -96,7 +122,8 @@ class Outputs:
 
         assert facts.transformer is not None  # lent with kind="transformer"
         batch = check_conditioning(conditioning, facts.transformer.conditioning)
-        self.name_images(batch)
+        if not is_one:
+            self.name_images(batch)
         self.check_latents(facts, batch)
 
     def check_latents(self, facts: ComponentFacts, batch: int) -> None:
@@ -144,9 +171,9 @@ class Outputs:
         """Return the path of one image or video, of several before they are numbered."""
         if self._out is None:
             return Path("out.mp4" if self.is_video else "out.png")
-        from xditd.client.output_files import numbered_paths
+        from xditd.client.output_files import numbered_paths, output_path
 
-        return numbered_paths(self._out, 1, ".png")[0] if self._is_folder else Path(self._out)
+        return numbered_paths(self._out, 1, ".png")[0] if self._is_folder else output_path(self._out)
 
     def _check_target(self, path: str | os.PathLike[str]) -> Path:
         """Check the path of an image, or of a video, and the room for it.
@@ -167,7 +194,7 @@ class Outputs:
         return check_image_target(path, self._width, self._height)
 
     def _check_apart(self) -> None:
-        taken = {os.path.realpath(path) for path in self._read}
+        taken = {os.path.realpath(path) for given in self._read for path in _files_at(given)}
         for output in (*self.images, self.latents):
             if output is not None:
                 real = os.path.realpath(output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,13 +14,14 @@ from xditd.client import models_file
 from xditd.client.cli.printing import print_error
 from xditd.client.metadata.file_hashes import is_same
 from xditd.client.metadata.reading import read_record
-from xditd.client.metadata.record import FileRecord, Record
+from xditd.client.metadata.record import FileRecord, LoraRecord, Record
 from xditd.client.pipeline.sources import SECOND
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
 
 if TYPE_CHECKING:
     from xditd.client.pipeline.settings import RunSettings
+    from xditd.ipc.facts import ComponentFacts
 
 _INPUTS: Final = {
     "image": ("image", "--image FILE"),
@@ -31,6 +33,7 @@ _INPUTS: Final = {
 """Pictures that a record counts and does not hold: the argument, and the flag that gives them again."""
 
 _SHOWN_DIGITS: Final = 10
+_LORA_REMEDY: Final = "give LoRAs by --lora and --lora-2 FILE=STRENGTH; they replace all those of the picture"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,32 @@ class Repeated:
                     f"give --model {made.model} to use it all the same"
                 )
 
+    def of_each_row(self, conditioning: Mapping[str, Any], facts: ComponentFacts) -> int:
+        """Return how many pictures each row of text embeddings has to give for as many as there were.
+
+        Raises:
+            BadRequest: no whole number does.
+        """
+        from xditd.client.jobs.checks import check_conditioning
+
+        assert facts.transformer is not None
+        rows = check_conditioning(conditioning, facts.transformer.conditioning)
+        if self.record.num_images % rows:
+            raise BadRequest(
+                f"{self.where}: made with {self.record.num_images} pictures at once, which {rows} rows of embeddings "
+                "do not give; give those that it was made from, or -n COUNT for others"
+            )
+        return self.record.num_images // rows
+
+    def check_rows(self, conditioning: Mapping[str, Any], facts: ComponentFacts) -> None:
+        """Check that single files, which make one picture of each row, make as many as there were.
+
+        Raises:
+            BadRequest: they do not.
+        """
+        if (each := self.of_each_row(conditioning, facts)) != 1:
+            raise BadRequest(f"{self.where}: made with {each} pictures of each row of embeddings; give -n {each}")
+
 
 def apply_record(parsed: argparse.Namespace) -> None:
     """Fill in what the command line leaves open. Sets ``parsed.repeated``.
@@ -89,8 +118,10 @@ def apply_record(parsed: argparse.Namespace) -> None:
         parsed.negative_prompt = record.negative_prompt
     checks_model = _choose_model(parsed, record, where)
     index = None
-    if parsed.num_images is None and parsed.prompt is not None and record.num_images > 1:
-        parsed.num_images, index = record.num_images, record.index
+    if parsed.num_images is None and record.num_images > 1:
+        index = record.index
+        if parsed.embeds is None:  # whose file has some rows, each for one picture or more
+            parsed.num_images = record.num_images
     simple = {
         "max_sequence_length": record.max_sequence_length if parsed.embeds is None else None,
         "seed": record.seed,
@@ -109,9 +140,8 @@ def apply_record(parsed: argparse.Namespace) -> None:
     if record.options:
         parsed.option = {**record.options, **(parsed.option or {})}
     if parsed.lora is None and parsed.lora_2 is None and record.loras:
-        first = {str(_found(each.file, where)): each.strength for each in record.loras if SECOND not in each.roles}
-        second = {str(_found(each.file, where)): each.strength for each in record.loras if SECOND in each.roles}
-        parsed.lora, parsed.lora_2 = first or None, second or None
+        parsed.lora = _strengths([each for each in record.loras if SECOND not in each.roles], where)
+        parsed.lora_2 = _strengths([each for each in record.loras if SECOND in each.roles], where)
     parsed.repeated = Repeated(where, record, index, checks_model)
 
 
@@ -162,22 +192,39 @@ def _choose_model(parsed: argparse.Namespace, record: Record, where: str) -> boo
     )
 
 
+def _strengths(loras: Sequence[LoraRecord], where: str) -> dict[str, Any] | None:
+    """Return the strengths of LoRAs by their paths, as flags have them.
+
+    Raises:
+        BadRequest: as :func:`_found`; or a program has used one twice, which flags do not say.
+    """
+    found: dict[str, Any] = {}
+    for each in loras:
+        path = str(_found(each.file, where))
+        if path in found:
+            raise BadRequest(f"{where}: made with the LoRA {_shown(each.file)} twice; {_LORA_REMEDY}")
+        found[path] = each.strength
+    return found or None
+
+
 def _found(file: FileRecord, where: str) -> Path:
     """Return the path of a LoRA: of this name, and with these bytes, in the current folder or in that of the picture.
 
     Raises:
         BadRequest: there is none, or another one.
     """
-    remedy = "give LoRAs by --lora and --lora-2 FILE=STRENGTH; they replace all those of the picture"
     folders = [Path(), Path(os.path.abspath(where)).parent]
     for folder in folders:
         path = folder / file.name
-        if path.is_file():
+        if os.path.isfile(path):
             if is_same(file, path) is False:
-                raise BadRequest(f"{where}: made with the LoRA {_shown(file)}, and {path} is another file; {remedy}")
+                raise BadRequest(
+                    f"{where}: made with the LoRA {_shown(file)}, and {path} is another file; {_LORA_REMEDY}"
+                )
             return path
     raise BadRequest(
-        f"{where}: made with the LoRA {_shown(file)}, which is neither in the current folder nor beside it; {remedy}"
+        f"{where}: made with the LoRA {_shown(file)}, which is neither in the current folder nor beside it; "
+        f"{_LORA_REMEDY}"
     )
 
 

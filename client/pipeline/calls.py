@@ -203,11 +203,13 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
     )
 
 
-def check_defaults(given: Mapping[str, Any] | None, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the defaults that a pipeline is opened with.
+def check_defaults(
+    given: Mapping[str, Any] | None, known: Mapping[str, Any], refused: Mapping[str, str], title: str
+) -> dict[str, Any]:
+    """Check the defaults that a pipeline is opened with; ``refused`` are the arguments that no call of it takes.
 
     Raises:
-        BadRequest: one that no call has; names it.
+        BadRequest: one that no call has, or another than in ``known`` that the model cannot honour; names it.
     """
     if given is not None and not isinstance(given, Mapping):
         raise BadRequest(f"defaults: {given!r:.100} of type {type(given).__name__}; give a dict, {{'steps': 20}}")
@@ -216,6 +218,13 @@ def check_defaults(given: Mapping[str, Any] | None, known: Mapping[str, Any]) ->
             raise BadRequest(f"defaults: {name!r} is not known; give {listed(known)}{did_you_mean(str(name), known)}")
     found = {name: value for name, value in (given or {}).items() if value is not None}
     _check_values(found, "defaults: ")
+    if (strength := found.get("strength", 0.0)) > 1 or strength < 0:
+        raise BadRequest(f"defaults: strength: {strength!r} is not a number from 0 to 1")
+    if (guidance := found.get("guidance", 0.0)) > limits.MAX_GUIDANCE or guidance < 0:
+        raise BadRequest(f"defaults: guidance: {guidance!r} is not a number from 0 to {limits.MAX_GUIDANCE:g}")
+    of_videos = {"fps": refused["frames"]} if "frames" in refused else {}
+    changed = {name: value for name, value in found.items() if value != known[name]}
+    check_refused(changed, {**refused, **of_videos}, f"defaults: {title}")
     if "negative_prompt" in found and not isinstance(found["negative_prompt"], str):
         raise BadRequest(f"defaults: negative_prompt: {found['negative_prompt']!r:.100} is no text")
     return found

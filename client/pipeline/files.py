@@ -144,7 +144,7 @@ def _checked(path: PathLike, role: str) -> str:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise BadRequest(f"{role}: {path!r:.100} of type {type(path).__name__} is no path of a file or a folder")
     found = user_path(path)
-    if not found.exists():
+    if not os.path.exists(found):
         raise BadCheckpoint(f"{role}: {found}: {MISSING}")
     return str(found)
 

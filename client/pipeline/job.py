@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.settings import RunSettings
 from xditd.client.results import GenerationResult
-from xditd.ipc.errors import LeaseLost
+from xditd.ipc.errors import LeaseLost, SessionLost, UnknownComponent
 from xditd.ipc.replies import AnyEvent, StepDone
 
 if TYPE_CHECKING:
     from PIL import Image
+
+LOST: Final = (LeaseLost, SessionLost, UnknownComponent)
+"""A job or its start ends with one of them where a loan has ended."""
 
 OnProgress = Callable[[AnyEvent], object]
 Ended = Callable[[BaseException | None], None]
@@ -56,7 +59,7 @@ class PipelineJob:
             for event in self._job.events():
                 self.has_begun = self.has_begun or isinstance(event, StepDone)
                 yield event
-        except LeaseLost as error:
+        except LOST as error:
             self._end(error)
             raise
 

@@ -6,16 +6,16 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from xditd.client.client import Client
 from xditd.client.loans import Loan
 from xditd.client.part_checks import assigned, misfits
 from xditd.client.pipeline.files import tokenizer_path
-from xditd.client.pipeline.sources import IMAGE_ENCODER, TRANSFORMER, VAE, Part, Source
+from xditd.client.pipeline.sources import IMAGE_ENCODER, TRANSFORMER, Part, Source
 from xditd.ipc.addresses import MISSING
-from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported, XditdError
+from xditd.ipc.errors import BadCheckpoint, BadRequest, Closed, Unsupported, XditdError
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType
@@ -41,6 +41,7 @@ class Loans:
         self._acceleration = acceleration
         self._device = device
         self._lock = threading.Lock()
+        self._is_closed = False
         self._parts: dict[str, Loan] = {}
         self._tokenizers: dict[str, Loan] = {}
         self._loras: dict[str, Loan] = {}
@@ -54,14 +55,15 @@ class Loans:
     def are_live(self) -> bool:
         return set(self._parts) == set(self._source.parts) and all(each.is_live for each in self._parts.values())
 
-    def lend(self) -> None:
-        """Lend all parts that are not lent.
+    def lend(self) -> Mapping[str, Loan]:
+        """Lend all parts that are not lent; return all loans by role, of which another thread may end some.
 
         Raises:
+            Closed: the pipeline is closed.
             Unsupported: a transformer or VAE that no family runs.
             BadCheckpoint, OutOfMemory and others: as :meth:`Client.lend`.
         """
-        with self._lock:
+        with self._open():
             missing = {
                 role: part
                 for role, part in self._source.parts.items()
@@ -73,6 +75,7 @@ class Loans:
                         self._client.prepare(part.path, **self._as_given(role, part))
             for role, part in missing.items():
                 self._parts[role] = self._lend(role, part)
+            return dict(self._parts)
 
     def renew(self) -> None:
         """Lend all parts again, after a loan has ended that counted as live: another program has ended it.
@@ -82,7 +85,7 @@ class Loans:
         Raises:
             XditdError: as :meth:`lend`.
         """
-        with self._lock:
+        with self._open():
             old = [*self._parts.values(), *self._tokenizers.values(), *self._loras.values()]
             self._tokenizers, self._loras = {}, {}
             for role, part in self._source.parts.items():
@@ -118,7 +121,15 @@ class Loans:
             "prefix": part.prefix or "",
         }
 
-    def encoders(self, needed: Mapping[str, Sequence[str]]) -> dict[str, Loan]:
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """Hold the lock of a pipeline that is not closed."""
+        with self._lock:
+            if self._is_closed:
+                raise Closed(f"pipeline {self._source.name} is closed; open it again")
+            yield
+
+    def encoders(self, parts: Mapping[str, Loan], needed: Mapping[str, Sequence[str]]) -> dict[str, Loan]:
         """Return the loans of text encoders by the roles of ``needed``, which has the families of each.
 
         Those of files that were given in another order are found by their families.
@@ -126,7 +137,7 @@ class Loans:
         Raises:
             Unsupported: one is missing; names its role and its families.
         """
-        given = [self._parts[role] for role in self._source.encoders]
+        given = [parts[role] for role in self._source.encoders]
         places = assigned(needed, [*zip(self._source.encoders, (each.family for each in given), strict=True)])
         for role, families in needed.items():
             if role not in places:
@@ -141,13 +152,13 @@ class Loans:
                 )
         return {role: given[places[role]] for role in needed}
 
-    def check(self) -> None:
+    def check(self, loans: Mapping[str, Loan]) -> None:
         """Check that every part that was lent has a use, and fits the others.
 
         Raises:
             BadRequest: one does not; names it, its path and the remedy.
         """
-        parts = {role: loan.facts for role, loan in self._parts.items()}
+        parts = {role: loan.facts for role, loan in loans.items()}
         transformer = parts[TRANSFORMER].transformer
         encoders = [(role, parts[role]) for role in self._source.encoders]
         faults = list(misfits(parts, encoders, may_lack=True))
@@ -167,7 +178,7 @@ class Loans:
             BadCheckpoint: as :meth:`Client.lend_tokenizer`.
         """
         found: dict[str, Loan] = {}
-        with self._lock:
+        with self._open():
             for role, classes in needed.items():
                 path = tokenizer_path(self._source.tokenizers, role, classes)
                 if path is None:
@@ -200,7 +211,7 @@ class Loans:
         if not isinstance(given, str | os.PathLike):
             raise BadRequest(f"loras: {given!r:.100} is no path, and no loan of lend_lora()")
         path = os.path.realpath(os.path.expanduser(os.fspath(given)))
-        with self._lock:
+        with self._open():
             known = self._loras.get(path)
             if known is None or not known.is_live:
                 if not os.path.exists(path):
@@ -216,13 +227,11 @@ class Loans:
             self._loras, self._parts, self._tokenizers = {}, {}, {}
         _return(every)
 
-    @property
-    def transformer(self) -> Loan:
-        return self._parts[TRANSFORMER]
-
-    @property
-    def vae(self) -> Loan | None:
-        return self._parts.get(VAE)
+    def close(self) -> None:
+        """Return all loans, and lend no more: a call of another thread may be about to."""
+        with self._lock:
+            self._is_closed = True
+        self.return_all()
 
 
 def check_tokenizer_roles(given: Mapping[str, Any], facts: ComponentFacts, name: str) -> None:

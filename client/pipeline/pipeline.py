@@ -27,7 +27,7 @@ from xditd.client.pipeline.families import adapter_for
 from xditd.client.pipeline.files import PathLike, Paths, tokenizer_path
 from xditd.client.pipeline.folders import PIPELINES
 from xditd.client.pipeline.futures import RunFuture, Threads
-from xditd.client.pipeline.job import OnPreview, OnProgress, PipelineJob
+from xditd.client.pipeline.job import LOST, OnPreview, OnProgress, PipelineJob
 from xditd.client.pipeline.keep_alive import KeepAlive
 from xditd.client.pipeline.loading import Loans, check_tokenizer_roles
 from xditd.client.pipeline.opening import opening_of
@@ -35,7 +35,7 @@ from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.running import Runner
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VAE, Source
 from xditd.client.waiting import check_seconds
-from xditd.ipc.errors import BadRequest, Closed, LeaseLost, Unsupported
+from xditd.ipc.errors import BadRequest, Closed, Unsupported
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.tensors import Acceleration, ComputeDType
 
@@ -210,10 +210,10 @@ class Pipeline:
             XditdError: as :meth:`Client.lend`.
         """
         self._check_open()
-        self._lend()
-        facts = self._loans.transformer.facts
+        parts = self._lend()
+        facts = parts[TRANSFORMER].facts
         assert facts.transformer is not None  # lent as a transformer
-        self._loans.check()
+        self._loans.check(parts)
         if facts.transformer.prompt is not None and self._source.encoders:
             given, needed = self._source.tokenizers, facts.transformer.prompt.tokenizers
             there = {role: classes for role, classes in needed.items() if tokenizer_path(given, role, classes)}
@@ -229,14 +229,14 @@ class Pipeline:
         adapter = adapter_for(facts.family, facts.transformer, self._source, f"{facts.family} ({self.name})")
         own = adapter.defaults()
         known = {**own, "negative_prompt": None, "num_images": 1}
-        self._defaults = {**known, **check_defaults(self._given_defaults, known)}
+        self._defaults = {**known, **check_defaults(self._given_defaults, known, adapter.refused(), adapter.title)}
         self._adapter, self._facts = adapter, facts
 
-    def _lend(self) -> None:
-        if self._has_lost:
+    def _lend(self) -> Mapping[str, Loan]:
+        has_lost, self._has_lost = self._has_lost, False
+        if has_lost:
             self._loans.renew()
-            self._has_lost = False
-        self._loans.lend()
+        return self._loans.lend()
 
     def unload(self) -> None:
         """Return the models and free their memory in the workers; the next call lends them again."""
@@ -251,16 +251,17 @@ class Pipeline:
         if self._owns_client:
             self.client.close()  # which ends all loans
         else:
-            self._loans.return_all()
+            self._loans.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise Closed(f"pipeline {self.name} is closed; open it again")
 
-    def _end(self, error: BaseException | None = None) -> None:
-        """A call has ended, well or by an error."""
-        if isinstance(error, LeaseLost):
+    def _end(self, error: BaseException | None = None, *, lends_all: bool = True) -> None:
+        """A call has ended, well or by an error. ``lends_all``: the next one lends all that it needs again."""
+        if isinstance(error, LOST):
             self._has_lost = True
+            error.retryable = lends_all and not self._is_closed
         self._keep_alive.end()
 
     # --- Calls ---------------------------------------------------------------------------------------
@@ -327,7 +328,8 @@ class Pipeline:
             try:
                 with self.start(previews=on_preview is not None, **arguments) as job:
                     return job.watch(on_progress, on_preview)
-            except LeaseLost:  # another program has ended a loan; the next start lends it again
+            except LOST:  # another program or thread has ended a loan; the next start lends it again
+                self._check_open()
                 if is_last or (job is not None and job.has_begun):
                     raise
             is_last = True
@@ -351,12 +353,12 @@ class Pipeline:
         check_refused(given, adapter.refused(), adapter.title)
         call = call_of(given, self._defaults)
         self._keep_alive.begin()
+        ended = partial(self._end, lends_all=call.control is None and not any(map(_is_lent, call.loras)))
         try:
-            runner = Runner(self.client, self._source, self._loans, adapter)
-            self._lend()
-            return runner.start(call, previews=previews, deadline_s=deadline_s, ended=self._end)
+            runner = Runner(self.client, self._source, self._loans, self._lend(), adapter)
+            return runner.start(call, previews=previews, deadline_s=deadline_s, ended=ended)
         except BaseException as error:
-            self._end(error)
+            ended(error)
             raise
 
     def submit(self, prompt: Texts | None = None, **arguments: Any) -> RunFuture[PipelineResult]:
@@ -390,3 +392,8 @@ class Pipeline:
         state = "closed" if self._is_closed else "loaded" if self.is_loaded else "not loaded"
         family = "?" if self._facts is None else self._facts.family
         return f"<Pipeline {self.name} of {family}, {state}>"
+
+
+def _is_lent(lora: Any) -> bool:
+    """Whether a LoRA of a call is a loan of the caller's, which a pipeline does not lend again."""
+    return isinstance(lora, tuple | list) and bool(lora) and isinstance(lora[0], Loan)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from xditd.client.client import Client
-from xditd.client.jobs.checks import floats_of
+from xditd.client.jobs.checks import check_conditioning, floats_of
 from xditd.client.jobs.controls import Control
 from xditd.client.jobs.generation import draw_seed
 from xditd.client.loans import Loan, LoanWithLoras
@@ -17,7 +17,7 @@ from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.job import Ended, PipelineJob
 from xditd.client.pipeline.loading import Loans
 from xditd.client.pipeline.settings import RunSettings, UsedLora
-from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, Source
+from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VAE, Source
 from xditd.client.waiting import check_deadline
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import ArgumentFacts
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Starts calls on the loans of a pipeline."""
+    """Starts calls on the loans of a pipeline. ``parts`` are those by role: another thread may end them meanwhile."""
 
-    def __init__(self, client: Client, source: Source, loans: Loans, adapter: Adapter) -> None:
+    def __init__(
+        self, client: Client, source: Source, loans: Loans, parts: Mapping[str, Loan], adapter: Adapter
+    ) -> None:
         self._client = client
         self._source = source
         self._loans = loans
+        self._parts = parts
         self._adapter = adapter
         self._ends_s: float | None = None
         """When the call has to have ended, as ``time.monotonic`` counts."""
@@ -49,7 +52,7 @@ class Runner:
         """
         check_deadline(deadline_s)
         self._ends_s = None if deadline_s is None else time.monotonic() + deadline_s
-        adapter, loans = self._adapter, self._loans
+        adapter, parts = self._adapter, self._parts
         default = float(call.defaults["guidance"])
         negatives = call.negatives
         if negatives is None and call.defaults.get("negative_prompt") is not None and call.conditioning is None:
@@ -78,7 +81,7 @@ class Runner:
         job = self._client.generate(
             transformer,
             conditioning,
-            vae=loans.vae,
+            vae=parts.get(VAE),
             height=plan.height,
             width=plan.width,
             frames=plan.frames,
@@ -100,7 +103,7 @@ class Runner:
         )
         settings = RunSettings(
             model=self._source.name,
-            family=loans.transformer.family,
+            family=parts[TRANSFORMER].family,
             prompts=call.prompts,
             prompts_2=call.prompts_2 or (),
             negative_prompts=negatives or (),
@@ -112,6 +115,7 @@ class Runner:
             guidance=scale,
             num_images=call.num_images,
             seed=seed,
+            batch=check_conditioning(conditioning, adapter.facts.conditioning),
             strength=strength,
             max_sequence_length=adapter.length(call) if call.conditioning is None else None,
             step_cache=call.step_cache,
@@ -151,7 +155,7 @@ class Runner:
         length = self._adapter.length(call)
         options = plan.text_options | ({} if length is None else {MAX_LENGTH: length})
         classes = facts.image_tokenizers if plan.text_images else facts.tokenizers
-        encoders = self._loans.encoders(facts.encoders)
+        encoders = self._loans.encoders(self._parts, facts.encoders)
         seconds = None if call.prompts_2 is None else list(call.prompts_2)
         texts: Mapping[str, Any] = self._client.encode_prompt(
             transformer,
@@ -194,7 +198,7 @@ class Runner:
         Raises:
             BadRequest: no pair of a LoRA and a strength, or with two transformers no role.
         """
-        parts = self._loans.parts
+        parts = self._parts
         second = parts.get(SECOND)
         by_role: dict[str, list[tuple[Loan | str, Any]]] = {TRANSFORMER: [], SECOND: []}
         every: list[tuple[Loan, Any, str]] = []
@@ -235,7 +239,7 @@ class Runner:
         Raises:
             Unsupported: names the file and the families.
         """
-        own = {self._loans.parts[role].family for role in self._source.encoders}
+        own = {self._parts[role].family for role in self._source.encoders}
         for families in () if lora.facts.lora is None else lora.facts.lora.text_encoders:
             if not own & set(families):
                 raise Unsupported(
@@ -247,13 +251,13 @@ class Runner:
     # --- Pictures ------------------------------------------------------------------------------------
 
     def _encode_picture(self, pixels: torch.Tensor) -> torch.Tensor:
-        vae = self._loans.vae
+        vae = self._parts.get(VAE)
         if vae is None:
             raise Unsupported(f"references: {self._source.name} was opened without a VAE to encode them; give vae=")
-        return self._client.encode(vae, pixels, transformer=self._loans.transformer, deadline_s=self._rest_s())
+        return self._client.encode(vae, pixels, transformer=self._parts[TRANSFORMER], deadline_s=self._rest_s())
 
     def _see_picture(self, picture: Image.Image) -> torch.Tensor:
-        encoder = self._loans.parts.get(IMAGE_ENCODER)
+        encoder = self._parts.get(IMAGE_ENCODER)
         if encoder is None:
             raise Unsupported(
                 f"image: {self._source.name} needs the image encoder (CLIP vision) beside its transformer; give "

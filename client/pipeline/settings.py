@@ -34,6 +34,8 @@ class RunSettings:
     guidance: float
     num_images: int
     seed: int
+    batch: int
+    """How many pictures or videos there are: ``num_images`` of each prompt, or of each row of its tensors."""
     strength: float = 1.0
     max_sequence_length: int | None = None
     """The tokens of prompts; ``None`` for the model's own number, or without words."""

@@ -6,10 +6,12 @@ diffusers' pipeline with that folder. What a loop without the pipeline cannot do
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -84,6 +86,48 @@ def build_scheduler(given: Schedule, changed: Mapping[str, Any]) -> Any:
         raise Unsupported(f"scheduler {given.class_name} with {settings}: {error}") from error
     except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
         raise BadRequest(f"scheduler {given.class_name} with {settings}: {error}") from error
+
+
+_REFUSALS: Final = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError,
+    torch.linalg.LinAlgError,
+)  # fmt: skip
+"""What diffusers' schedulers raise in the middle of a generation for settings that they had taken."""
+
+
+def tried(given: Schedule | None, prepare: Callable[[], Any]) -> Any:
+    """Return the scheduler that ``prepare`` builds, with its timesteps set.
+
+    Settings of the client's are tried first: all steps are run on one number, because some settings fail in the
+    last step alone.
+
+    Raises:
+        BadRequest: they fail, or give no finite number; names the settings.
+    """
+    if given is None:
+        return prepare()
+    try:
+        scheduler = prepare()
+        is_finite = _is_finite(scheduler)
+    except _REFUSALS as error:
+        raise BadRequest(f"{_described(given)}: no steps can be run with it: {error}") from error
+    if not is_finite:
+        raise BadRequest(f"{_described(given)}: its steps give NaN or infinite numbers; use the model's own settings")
+    return scheduler
+
+
+def _described(given: Schedule) -> str:
+    return f"scheduler {given.class_name} with {dict(given.settings)!s:.1000}"
+
+
+def _is_finite(scheduler: Any) -> bool:
+    """Run all steps on the CPU, on one number, by a copy."""
+    trial = copy.deepcopy(scheduler)
+    trial.timesteps, trial.sigmas = trial.timesteps.cpu(), trial.sigmas.cpu()
+    sample, output = torch.full((1, 1, 1, 1), 0.5), torch.ones(1, 1, 1, 1)
+    for time in trial.timesteps:
+        sample = trial.step(output, time, sample, return_dict=False)[0]
+    return bool(torch.isfinite(sample).all())
 
 
 def euler(given: Schedule | None, own: Mapping[str, Any], changed: Mapping[str, Any] | None = None) -> Any:

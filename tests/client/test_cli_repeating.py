@@ -164,7 +164,7 @@ def test_a_model_of_the_same_name_with_other_files_is_refused(folder: Path) -> N
 
     made = RunSettings(
         model="flux", family="flux1", prompts=("a cat",), negative_prompts=(), width=8, height=8, frames=1, fps=16,
-        steps=1, guidance=1.0, num_images=1, seed=7, files={"transformer": (str(weights),)},
+        steps=1, guidance=1.0, num_images=1, seed=7, batch=1, files={"transformer": (str(weights),)},
     )  # fmt: skip
     repeated.check_model(made)
     weights.write_bytes(b"two")
@@ -176,6 +176,24 @@ def test_a_model_of_the_same_name_with_other_files_is_refused(folder: Path) -> N
     with pytest.raises(BadRequest, match=r"made with the scheduler scheduler_config\.json .* has none"):
         parsed(record).repeated.check_model(made)
     parsed(record).repeated.check_model(with_scheduler)
+
+
+def test_a_lora_that_was_used_twice_is_refused() -> None:
+    """Flags name each once: one of the two strengths would be dropped."""
+    Path("style.safetensors").write_bytes(b"style")
+    file = describe("style.safetensors")
+    loras = tuple(LoraRecord(file=file, strength=strength, roles=("transformer",)) for strength in (0.5, 0.3))
+    with pytest.raises(
+        BadRequest, match=r"cat\.png: made with the LoRA style\.safetensors \(.*\) twice; give LoRAs by"
+    ):
+        parsed(replace(RECORD, loras=loras))
+    assert parsed(replace(RECORD, loras=loras), "--lora", "style.safetensors:1").lora == {"style.safetensors": 1}
+
+
+def test_a_lora_whose_name_no_file_can_have_is_not_there() -> None:
+    file = FileRecord(name="猫" * 200)
+    with pytest.raises(BadRequest, match="neither in the current folder nor beside it"):
+        parsed(replace(RECORD, loras=(LoraRecord(file=file, strength=0.5),)))
 
 
 def test_each_lora_is_given_to_the_transformer_that_had_it() -> None:

@@ -43,3 +43,8 @@ def test_a_side_beyond_the_format_is_refused():
 def test_an_encoder_error_becomes_output_failed():
     with pytest.raises(OutputFailed, match=r"image as JPEG: .*save it as \.png"):
         encode_image(Image.new("RGBA", (8, 8)), "JPEG")
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    with pytest.raises(OutputFailed, match="File name too long"):
+        check_image_target(tmp_path / f"{'a' * 300}.png", 16, 16)

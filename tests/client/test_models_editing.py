@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,11 @@ def test_names_and_files_that_cannot_be_are_refused(file: Path) -> None:
     with pytest.raises(BadRequest, match="not TOML"):
         models_editing.add("a", {"folder": "/x"}, file)
     assert file.read_text() == "[flux"
+
+
+def test_a_path_that_is_no_utf8_is_refused(file: Path) -> None:
+    before = file.read_bytes()
+    path = os.fsdecode(b"/models/\xff.safetensors")
+    with pytest.raises(BadRequest, match=r"\[odd\] has a path that is no UTF-8, .*udcff.*: rename it"):
+        models_editing.add("odd", {"checkpoint": path}, file)
+    assert file.read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,17 @@ def test_a_name_that_is_also_another_path_here_is_refused(tmp_path: Path, monkey
     assert entry_of("./flux") == entry_of("other") == {}
     with pytest.raises(BadRequest, match="not in"):
         entry_of("absent")
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000])
+def test_a_number_without_end_is_refused(file: Path, number: str) -> None:
+    file.write_text(f"[flux]\nfolder = 'x'\ndefaults = {{steps = {number}}}\n")
+    with pytest.raises(BadRequest, match=f"file {file}"):
+        load(file)
+
+
+def test_a_fifo_is_not_waited_for(file: Path) -> None:
+    os.mkfifo(file)
+    with pytest.raises(BadRequest, match="not a regular file"):
+        load(file)
+    assert models_file.names(file) == ()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xditd.client.output_files import check_folder, check_target, write_file, write_or_keep
+from xditd.client.output_files import check_folder, check_target, names_folder, write_file, write_or_keep
 from xditd.ipc.errors import BadRequest, OutputFailed
 
 
@@ -100,3 +100,10 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert check_target("~/a/b.txt") == tmp_path / "a" / "b.txt"
     assert write_file("~/a/b.txt", b"1") == tmp_path / "a" / "b.txt"
     assert check_folder("~/c") == tmp_path / "c"
+
+
+def test_a_folder_is_named_by_a_slash_or_is_there(tmp_path):
+    assert names_folder("cats/")
+    assert names_folder(tmp_path)
+    assert not names_folder("")  # which names no file, and not the current folder
+    assert not names_folder("a" * 300)

@@ -12,7 +12,7 @@ from xditd.client.pipeline.settings import RunSettings  # noqa: E402
 from xditd.ipc.errors import BadRequest, OutputFailed  # noqa: E402
 
 SIZES = {"width": 16, "height": 16, "frames": 1, "fps": 16, "steps": 2, "guidance": 1.0, "num_images": 1, "seed": 7}
-RUN = RunSettings(model="model", family="flux1", prompts=("cat",), negative_prompts=(), **SIZES)
+RUN = RunSettings(model="model", family="flux1", prompts=("cat",), negative_prompts=(), batch=1, **SIZES)
 
 
 def result(image=True):

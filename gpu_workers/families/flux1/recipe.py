@@ -31,7 +31,7 @@ from xditd.gpu_workers.families.flux1.timesteps import SCALE, time_dtype
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.models.picture_recipes import Sampled, whole_mask
-from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
+from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler, tried
 from xditd.gpu_workers.parallel.token_partition import partition_tokens
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.limits import MAX_SIDE_PIXELS
@@ -86,7 +86,7 @@ class Flux1Recipe:
         beside = _channels_beside(model, wanted, conditioning)
         reference, places = (None, []) if given is None else _packed_reference(model, wanted, given, noise.dtype)
         latents = cast(torch.Tensor, FluxPipeline._pack_latents(noise.contiguous(), *noise.shape))
-        scheduler = _scheduled(config, wanted, latents.shape[1], model.device)
+        scheduler = tried(wanted.schedule, lambda: _scheduled(config, wanted, latents.shape[1], model.device))
         # As the pipeline gives them to the model. The host reads them here, before it would wait for GPU work.
         timesteps = scheduler.timesteps.to(latents.dtype) / SCALE
         guidance = torch.full([1], wanted.guidance_scale, device=model.device, dtype=torch.float32)

@@ -28,7 +28,7 @@ from xditd.gpu_workers.families.flux2.facts import FLOAT32_TIME, KV_CACHE, NEGAT
 from xditd.gpu_workers.families.flux2.module import CACHE, ReferenceCache
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
-from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
+from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler, tried
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.limits import MAX_SIDE_PIXELS
@@ -68,7 +68,7 @@ class Flux2Recipe:
         latents = Flux2Pipeline._pack_latents(noise.contiguous())
         image_ids = Flux2Pipeline._prepare_latent_ids(noise[:1])[0].to(model.device)
         references = references.packed(prepared[len(texts) :], wanted.batch)
-        scheduler = _scheduled(wanted, latents.shape[1], model.device)
+        scheduler = tried(wanted.schedule, lambda: _scheduled(wanted, latents.shape[1], model.device))
         timesteps = scheduler.timesteps.to(latents.dtype) / TRAINED_TIMESTEPS
         guidance = torch.full([1], wanted.guidance_scale, device=model.device, dtype=torch.float32)
         fixed = [

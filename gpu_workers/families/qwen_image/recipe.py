@@ -34,7 +34,7 @@ from xditd.gpu_workers.families.qwen_image.references import References, packed
 from xditd.gpu_workers.models.guidance import Guidance, texts_for
 from xditd.gpu_workers.models.job_checks import check_shape, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
-from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
+from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler, tried
 from xditd.ipc.errors import BadRequest
 
 MASKS = {PROMPT: PROMPT_MASK, NEGATIVE: NEGATIVE_MASK}
@@ -85,7 +85,7 @@ class QwenImageRecipe:
         embeds = prepare(model, **texts, **references.named)
         reference_tokens = packed(embeds[len(texts) :], wanted.batch)
         latents = cast(torch.Tensor, QwenImagePipeline._pack_latents(noise.contiguous(), *noise.shape))
-        scheduler = _scheduled(wanted, latents.shape[1], model.device)
+        scheduler = tried(wanted.schedule, lambda: _scheduled(wanted, latents.shape[1], model.device))
         # As the pipeline gives them to the model. The host reads them here, before it would wait for GPU work.
         timesteps = scheduler.timesteps.to(latents.dtype) / SCHEDULER["num_train_timesteps"]
         fixed = [

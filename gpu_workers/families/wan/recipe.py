@@ -36,7 +36,7 @@ from xditd.gpu_workers.families.wan.pictures import (
 from xditd.gpu_workers.models.job_checks import prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.models.schedules import EULER as ONLY_EULER
-from xditd.gpu_workers.models.schedules import EULER_OR_UNIPC, build_scheduler, check_schedule
+from xditd.gpu_workers.models.schedules import EULER_OR_UNIPC, build_scheduler, check_schedule, tried
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.job_parts import Schedule
 
@@ -119,7 +119,7 @@ class WanRecipe:
         check_split(model.layout, tokens)
         fixed, condition = self.conditions(model, wanted, conditioning, noise)
         embeds = prepare(model, **texts)
-        scheduler = _scheduled(config, wanted, model.device)
+        scheduler = tried(wanted.schedule, lambda: _scheduled(config, wanted, model.device))
         boundary = wanted.options.get(BOUNDARY, config.default_boundary) * TIMESTEPS
         known = tuple(float(each) for each in scheduler.timesteps.tolist())
         stages = tuple(int(wanted.stages == 2 and each < boundary) for each in known)

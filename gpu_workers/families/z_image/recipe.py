@@ -29,7 +29,7 @@ from xditd.gpu_workers.families.z_image.config import (
 )
 from xditd.gpu_workers.families.z_image.facts import CFG_NORMALIZATION, CFG_TRUNCATION, COMFYUI, SHIFT
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
-from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler
+from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler, tried
 from xditd.ipc.errors import BadRequest
 
 TRAINED_TIMESTEPS: Final = 1000
@@ -76,7 +76,7 @@ class ZImageRecipe:
             check_list(name, each, wanted.batch)
             check_texts(name, each, model.config)
         check_split(model.layout, rows * columns, [len(text) for each in texts.values() for text in each])
-        scheduler = _scheduled(wanted, rows * columns, model.device)
+        scheduler = tried(wanted.schedule, lambda: _scheduled(wanted, rows * columns, model.device))
         if wanted.variant == COMFYUI:
             times = 1 - scheduler.sigmas[:-1].to(model.device)
         else:

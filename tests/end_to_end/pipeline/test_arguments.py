@@ -277,6 +277,23 @@ def test_wrong_values_are_named(opened: Callable[..., Pipeline]) -> None:
             pipe(width=96, height=64, **given)  # type: ignore[arg-type]
 
 
+def test_defaults_that_the_model_cannot_honour_are_refused(opened: Callable[..., Pipeline]) -> None:
+    pipe = opened(folders.flux1())
+    path = Path(pipe.files["vae"][0]).parent
+    for wrong, message in (
+        ({"frames": 5}, "defaults: flux1 .* cannot honour frames: it makes pictures, no videos; leave it out"),
+        ({"fps": 24}, "cannot honour fps: it makes pictures"),
+        ({"negative_prompt": "a dog"}, "cannot honour negative_prompt: it has no classifier-free guidance"),
+        ({"strength": 7.0}, "defaults: strength: 7.0 is not a number from 0 to 1"),
+        ({"strength": -1}, "defaults: strength: -1 is not a number from 0 to 1"),
+        ({"guidance": -3.0}, "defaults: guidance: -3.0 is not a number from 0 to 1000"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            Pipeline.open(path, client=pipe.client, defaults=wrong)
+    with Pipeline.open(path, client=pipe.client, defaults={**pipe.defaults, "steps": 3}) as other:
+        assert other.defaults == {**pipe.defaults, "steps": 3}
+
+
 @pytest.mark.long
 def test_pictures_that_exclude_each_other_are_named(opened: Callable[..., Pipeline], tmp_path: Any) -> None:
     """A file of FLUX.1 does not say whether it is Kontext: it takes a picture to start from, or a reference."""

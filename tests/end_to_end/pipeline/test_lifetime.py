@@ -14,8 +14,10 @@ import pipeline_folders as folders
 import pytest
 import torch
 from running_daemon import RunningDaemon, until
+from safetensors.torch import save_file
 
-from xditd.client import AsyncClient, Cancelled, Client, Closed, Pipeline, UnknownComponent
+from xditd.client import AsyncClient, Cancelled, Client, Closed, LeaseLost, Pipeline, UnknownComponent
+from xditd.client.pipeline import pipeline
 
 GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
 LONG: dict[str, Any] = {**GIVEN, "steps": 1000}
@@ -69,6 +71,59 @@ def test_unloading_by_hand_and_by_name(pipe: Pipeline, client: Client) -> None:
     with pytest.raises(Closed, match="flux is closed"):
         run(pipe)
     client.status()  # which is its owner's
+
+
+def test_a_call_whose_models_another_thread_returns_says_that_it_may_be_repeated(
+    pipe: Pipeline, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = run(pipe)
+    with pytest.raises(LeaseLost) as lost:
+        run(pipe, steps=1000, on_progress=lambda _: pipe.unload())
+    assert lost.value.retryable
+    generate = client.generate
+    unloads = iter((True, False))
+
+    def unload_at_first(*given: Any, **more: Any) -> Any:
+        job = generate(*given, **more)
+        if next(unloads):
+            pipe.unload()
+        return job
+
+    monkeypatch.setattr(client, "generate", unload_at_first)
+    try:
+        found = run(pipe)
+    except LeaseLost as error:  # a step was done before; otherwise the call begins again by itself
+        assert error.retryable  # noqa: PT017 (both may happen)
+        found = run(pipe)
+    assert torch.equal(found, before)
+    assert next(unloads, None) is None
+
+
+def test_a_loan_of_the_callers_is_not_lent_again(pipe: Pipeline, client: Client, tmp_path: Path) -> None:
+    layer = folders.flux1_transformer().transformer_blocks[0].attn.to_q
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_"
+    factors = {
+        f"{name}A.weight": folders.rows(1, 4, layer.in_features),
+        f"{name}B.weight": folders.rows(2, layer.out_features, 4),
+    }
+    save_file(factors, tmp_path / "style.safetensors")
+    with client.lend_lora(tmp_path / "style.safetensors") as lora:
+        run(pipe, loras=[(lora, 0.5)])
+    with pytest.raises(LeaseLost) as lost:
+        run(pipe, loras=[(lora, 0.5)])
+    assert not lost.value.retryable
+
+
+def test_a_call_that_begins_while_its_pipeline_is_closed_lends_nothing(
+    pipe: Pipeline, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(*_: Any) -> None:
+        pipe.close()
+
+    monkeypatch.setattr(pipeline, "check_refused", close)  # after it was seen to be open
+    with pytest.raises(Closed, match="pipeline flux is closed"):
+        run(pipe)
+    assert not client.status().components
 
 
 def test_an_idle_pipeline_returns_its_models(client: Client, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,53 @@ def test_several_videos_are_numbered_folders_or_files(
     assert shell("a cat", *given, "-o", "cat.mp4") == exits.DONE
     assert json.loads(capsys.readouterr().out)["videos"] == ["cat-0.mp4", "cat-1.mp4"]
     assert read_record("cat-1.mp4").index == 1
+
+
+def test_one_of_several_pictures_from_embeddings_is_repeated(shell: Callable[..., int], folder: Path) -> None:
+    texts = {"prompt_embeds": folders.rows(1, 2, 15, 128), "pooled_prompt_embeds": folders.rows(2, 2, 128)}
+    save_file(texts, "two.safetensors")
+    save_file({name: each[:1].clone() for name, each in texts.items()}, "one.safetensors")
+    model = ["--model", str(folder)]
+    for embeds, count in (("two", 1), ("one", 2)):  # two pictures each
+        given = ["--embeds", f"{embeds}.safetensors"]
+        assert shell(*model, *GIVEN, *given, "-n", str(count), "-o", f"{embeds}.png") == exits.DONE
+        assert read_record(f"{embeds}-1.png").num_images == 2
+        assert shell("--from", f"{embeds}-1.png", *model, *given, "-o", f"{embeds}-again.png") == exits.DONE
+        assert same(Path(f"{embeds}-again.png"), Image.open(f"{embeds}-1.png"))
+        assert not same(Path(f"{embeds}-again.png"), Image.open(f"{embeds}-0.png"))
+        assert read_record(f"{embeds}-again.png") == read_record(f"{embeds}-1.png")
+    assert shell("--random-embeds", "3", *model, *GIVEN, "-n", "2", "-o", "random.png") == exits.DONE
+    assert shell("--from", "random-1.png", *model, "-o", "random-again.png") == exits.DONE
+    assert same(Path("random-again.png"), Image.open("random-1.png"))
+
+
+def test_the_files_of_a_model_are_not_written_to(
+    shell: Callable[..., int], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    encoder = tmp_path / "encoder.safetensors"
+    shutil.copy(folder / "text_encoder" / "model.safetensors", encoder)
+    model = ["--model", str(folder)]
+    for path, more in ((weights, []), (encoder, ["--text-encoder", str(encoder)])):
+        before = path.read_bytes()
+        given = [*model, *more, *GIVEN, "--save-latents", str(path), "-o", "cat.png"]
+        assert shell("a cat", *given) == exits.MISUSE
+        assert f"output file {path}: is also read here" in capsys.readouterr().err
+        assert path.read_bytes() == before
+
+
+def test_an_error_after_the_pictures_is_the_only_document(
+    shell: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Pipeline.close
+
+    def interrupted(pipe: Pipeline) -> None:
+        close(pipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "close", interrupted)
+    assert shell("a cat", "--model", str(folder), *GIVEN, "-o", "cat.png") == exits.INTERRUPTED
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "cancelled"
 
 
 @pytest.mark.parametrize(
