@@ -18,6 +18,7 @@ from xditd.client.memory_check import MemoryCheck, log_event
 from xditd.client.waiting import check_deadline
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir
+from xditd.ipc.codec import reply_decoder
 from xditd.ipc.errors import (
     Closed,
     DaemonUnreachable,
@@ -142,6 +143,7 @@ class Session:
         """Announce a component that will be lent; the daemon answers at once."""
         request = Announce(request_id=self.connection.next_request_id(), outline=outline)
         self.connection.ask(request, Announced)
+        reply_decoder.warm_up(Lent)
 
     def check_memory(self, deadline_s: float | None) -> None:
         """Check, unless that was done before, that every worker reads this process's shared memory.

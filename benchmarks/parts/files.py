@@ -34,7 +34,13 @@ INPUTS = "inputs.safetensors"
 DIFFUSERS = "diffusers"
 MADE = "made.json"
 VAE_SEED = 3
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 WRITERS = 16
 PIECE_BYTES = 16 * 2**20
 LORA_RANK = 16

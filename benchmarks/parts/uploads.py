@@ -5,8 +5,9 @@
 
 A FLUX.1 file of ``--gib`` is written once and stays in the page cache. First the uploader alone, in this process, with
 each number of threads and size of pieces, also for as many bytes in many small ranges. Then a daemon lends the file, as
-one and in shards; its rate is that of the phase in which workers copy. Without a GPU the uploader's reads are compared
-with copies of memory by the same threads.
+one and in shards; its rate is that of the phase in which workers copy. The same weights follow in ``--formats``, packed
+as ComfyUI's files are, or in GGUF: their rate is of their own, fewer bytes. Without a GPU the uploader's reads are
+compared with copies of memory by the same threads; lends then copy only what is not aligned in the file.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
@@ -33,6 +34,7 @@ import torch
 from machine import temporary_folder
 from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table, say
 from parts.files import write_in_place
+from parts.packed_steps import FORMATS, pack
 
 from xditd.client.demo.daemon_process import DaemonProcess
 from xditd.ipc.transports.uploads import FileStretch, Tuning, read_into, upload
@@ -42,6 +44,8 @@ BAR: Final = 0.9
 SMALL_RANGE: Final = 96 * 1024
 SHARDS: Final = 4
 PHASES: Final = ("copy", "peer_copy")
+PLAIN: Final = FORMATS[0]
+PACKED: Final = ("int8", "q8_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[6, 10, 14, 20])
     parser.add_argument("--piece-mib", type=float, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--formats", nargs="*", default=PACKED, choices=FORMATS[1:], help="of lends, beside bfloat16")
     parser.add_argument("--folder", type=Path, help="for the file; by default in memory, if there is room for it")
 
 
@@ -67,12 +72,37 @@ def run(given: argparse.Namespace, report: Report) -> None:
         table, pinned_rate = _measure_uploader(one, given)
         report.add(bytes=wanted, pinned_gib_s=pinned_rate, uploader=table)
         _show_uploader(table, pinned_rate, given.device)
-        lends = {}
-        for workers in given.ranks:
-            for way, path in (("one file", one), (f"{SHARDS} shards", shards)):
-                lends[f"{way}, {workers} workers"] = _measure_lends(path, workers, given)
+        lends: dict[str, dict[str, Any]] = {}
+
+        def measure(way: str, path: Path, size_bytes: int, compute_dtype: str | None = None) -> None:
+            for workers in given.ranks:
+                found = _measure_lends(path, workers, given, compute_dtype)
+                lends[f"{way}, {workers} workers"] = {"bytes": size_bytes, **found}
                 report.add(lends=lends)
-    _show_lends(lends, wanted, pinned_rate)
+
+        measure(f"{PLAIN}, one file", one, wanted)
+        measure(f"{PLAIN}, {SHARDS} shards", shards, wanted)
+        for name in given.formats:
+            path = _write_packed(one.parent, name, size, given)
+            measure(f"{name}, one file", path, path.stat().st_size, _name_of(flux.dtype_on(given.device)))
+            path.unlink()
+    _show_lends(lends, pinned_rate, is_upload=given.device == "cuda")
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_packed(folder: Path, name: str, size: flux.Size, given: argparse.Namespace) -> Path:
+    """Write the same weights, packed."""
+    say(f"  writing {name}")
+    weights = flux.state_dict(size, flux.dtype_on(given.device), flux.device_of(given), 0)
+    packed = pack(weights, name, folder)
+    if isinstance(packed, Path):
+        return packed
+    path = folder / f"flux-{name}.safetensors"
+    write_in_place(packed, path)
+    return path
 
 
 def _write(folder: Path, size: flux.Size, given: argparse.Namespace) -> tuple[Path, Path]:
@@ -191,18 +221,18 @@ def _read_by_threads(sources: list[tuple[FileStretch | None, int]], tuning: Tuni
         deque(pool.map(work, range(tuning.threads)), maxlen=0)
 
 
-def _measure_lends(path: Path, workers: int, given: argparse.Namespace) -> dict[str, Any]:
+def _measure_lends(path: Path, workers: int, given: argparse.Namespace, compute_dtype: str | None) -> dict[str, float]:
     say(f"  lends of {path.name} to {workers} workers")
     log = path.parent / "daemon.log"
     daemon = DaemonProcess(log, workers, given.device, ["--standby", "off"])
     found: list[dict[str, float]] = []
     try:
         with daemon.connect() as client:
-            client.prepare(path)
+            client.prepare(path, compute_dtype=compute_dtype)
             daemon.wait_ready(client, lambda _: None)
             for _ in range(given.repeats + 1):
                 began_s = time.perf_counter()
-                with client.lend(path) as loan:
+                with client.lend(path, compute_dtype=compute_dtype) as loan:
                     found.append({**loan.timings_ms, "whole": (time.perf_counter() - began_s) * 1e3})
     finally:
         daemon.stop(None)
@@ -224,12 +254,14 @@ def _show_uploader(rows: list[dict[str, Any]], pinned_rate: float, device: str) 
     print_table(f"uploader: ratio to {base}, {pinned_rate:.1f} GiB/s; in use {Tuning()}", table)
 
 
-def _show_lends(lends: dict[str, dict[str, Any]], moved_bytes: int, pinned_rate: float) -> None:
-    table = [("lend", "whole ms", "copy ms", "GiB/s", "of pinned", f"bar {BAR:g}")]
+def _show_lends(lends: dict[str, dict[str, Any]], pinned_rate: float, *, is_upload: bool) -> None:
+    table = [("lend", "GiB", "whole ms", "copy ms", "GiB/s", "of pinned", f"bar {BAR:g}")]
     for name, found in lends.items():
         copy_ms = sum(found.get(phase, 0.0) for phase in PHASES)
-        rate = moved_bytes / GIB / (copy_ms / 1e3) if copy_ms else 0.0
+        size_gib = found["bytes"] / GIB
+        rate = size_gib / (copy_ms / 1e3) if copy_ms else 0.0
         ratio = rate / pinned_rate
-        verdict = "-" if not copy_ms else "held" if ratio >= BAR else "missed"
-        table.append((name, f"{found['whole']:.0f}", f"{copy_ms:.0f}", f"{rate:.1f}", f"{ratio:.2f}", verdict))
+        verdict = "-" if not copy_ms or not is_upload else "held" if ratio >= BAR else "missed"
+        whole = f"{found['whole']:.0f}"
+        table.append((name, f"{size_gib:.2f}", whole, f"{copy_ms:.0f}", f"{rate:.1f}", f"{ratio:.2f}", verdict))
     print_table("lends of a warm file; with several workers each uploads a share over its own link", table)

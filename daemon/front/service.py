@@ -26,6 +26,7 @@ from xditd.daemon.queue.scheduler import Scheduler
 from xditd.daemon.sockets.credentials import Credentials
 from xditd.daemon.sockets.routers import ReplySender, Router
 from xditd.daemon.sockets.sessions import Session, Sessions
+from xditd.ipc.codec import report_decoder, request_decoder
 from xditd.ipc.errors import DaemonStopping, LeaseLost, WorkersUnavailable, XditdError
 from xditd.ipc.worker_messages import Answer, Command, FilesDigested, FramesReached, StepReached
 
@@ -41,6 +42,9 @@ CLIENT_END_REASONS: Final = (SAID_GOODBYE, PROCESS_EXITED)
 
 BEATS: Final = 4
 """Heartbeats that a client sends within ``client_deadline_s``, so that some may come late."""
+
+WARM_UP_S: Final = 0.5
+"""From the start of the loop to the analysis of all messages, which takes 15 ms: workers still import then."""
 
 _LINGER_MS: Final = 300
 """ZMQ_LINGER: how long the daemon waits at its end for clients to read their last replies."""
@@ -110,6 +114,7 @@ class Service:
         self.group.start()
         self._service_manager.begin(self.loop, self.group.detail, lambda: self.group.overdue_s)
         self._check_beats()
+        self.loop.call_later(WARM_UP_S, _warm_up)
         self.loop.run(self._after_round)
 
     def close(self) -> None:
@@ -244,6 +249,11 @@ class Service:
         if not self._is_shutting_down:
             self._is_shutting_down = True
             self.group.shut_down(self.loop.stop)
+
+
+def _warm_up() -> None:
+    request_decoder.warm_up()
+    report_decoder.warm_up()
 
 
 def _with_retry_advice(error: XditdError) -> XditdError:

@@ -23,6 +23,7 @@ from xditd.ipc.errors import AlreadyRunning, BadRequest, NotPermitted, XditdErro
 
 logger = logging.getLogger(__name__)
 
+PRIVATE: Final = 0o700
 CHECK_EVERY_S: Final = 1.0
 MAX_FAILURES: Final = 3
 """Failed restores in a row after which the daemon ends: another process may be removing the folder just now."""
@@ -52,6 +53,13 @@ class HeldFile:
             return os.path.samestat(os.fstat(self._fd), self.path.lstat())
         except OSError:
             return False
+
+    def stat(self) -> os.stat_result:
+        return os.fstat(self._fd)
+
+    def chmod(self, mode: int) -> None:
+        """Set the mode, by way of /proc: the descriptor is open for its path alone."""
+        os.chmod(f"/proc/self/fd/{self._fd}", mode)
 
     def remove(self) -> None:
         """Remove the file if it is still the one at the path, not another process's."""
@@ -105,7 +113,10 @@ class RuntimeFolder:
     ) -> None:
         """Remove the sockets, then release the lock. The lock file stays: the next daemon may hold it already."""
         for held, _ in self._sockets.values():
-            held.remove()
+            try:
+                held.remove()
+            except OSError as error:  # the folder is read-only by now, or closed to this process
+                logger.warning("socket %s stays: %s; the next daemon removes it", held.path, error.strerror)
             held.close()
         self._close_files()
 
@@ -134,7 +145,7 @@ class RuntimeFolder:
         self._awaited = HeldFile(path)
 
     def restore(self) -> list[Path]:
-        """Create what is missing of folder, lock and sockets; returns their paths.
+        """Create what is missing of folder, lock and sockets, and make the folder private; returns what was changed.
 
         Raises:
             AlreadyRunning: another daemon has locked the folder.
@@ -154,7 +165,9 @@ class RuntimeFolder:
                 f"socket {self._awaited.path}: it was removed, so no client can connect; the service manager made it: "
                 "restart the socket unit (systemctl --user restart xditd.socket)"
             )
-        if not self._folder.is_in_place():
+        if self._folder.is_in_place():
+            made += self._keep_private()
+        else:
             _make_private(self.runtime.path)
             folder = HeldFile(self.runtime.path)
             self._folder.close()
@@ -170,6 +183,17 @@ class RuntimeFolder:
                 self.listen(path, serve)
                 made.append(path)
         return made
+
+    def _keep_private(self) -> list[Path]:
+        """Set the folder's mode again; return its path if that was needed."""
+        path, found = self.runtime.path, self._folder.stat()
+        _check_owner(path, found)
+        mode = found.st_mode & 0o777
+        if mode == PRIVATE:
+            return []
+        self._folder.chmod(PRIVATE)
+        logger.warning("runtime folder %s: its mode was changed to %04o; it is %04o again", path, mode, PRIVATE)
+        return [path]
 
     def _close_files(self) -> None:
         for held in (self._folder, self._lock, self._awaited):
@@ -208,7 +232,7 @@ class FolderWatch:
 
 def _make_private(path: Path) -> None:
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
     except FileExistsError:
         raise BadRequest(f"runtime folder {path}: exists and is not a folder; remove it or choose another") from None
     except OSError as error:
@@ -216,12 +240,16 @@ def _make_private(path: Path) -> None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise BadRequest(f"runtime folder {path}: a link, not a folder; name the folder itself")
-    if found.st_uid != os.getuid():
-        raise NotPermitted(f"runtime folder {path}: owned by uid {found.st_uid}, not {os.getuid()}; choose another")
+    _check_owner(path, found)
     if found.st_mode & 0o077:
         raise NotPermitted(
             f"runtime folder {path}: mode {stat.S_IMODE(found.st_mode):04o} lets others in; chmod 700 {path}"
         )
+
+
+def _check_owner(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.getuid():
+        raise NotPermitted(f"runtime folder {path}: owned by uid {found.st_uid}, not {os.getuid()}; choose another")
 
 
 def _take_lock(path: Path) -> HeldFile:

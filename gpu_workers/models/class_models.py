@@ -51,6 +51,7 @@ class ClassModels:
             self._peers = PeerExchange(layout.device, layout.rank, layout.world_size)
         self.built = 0
         self.reused = 0
+        self.dropped = 0
 
     def take_split_checks(self) -> tuple[SplitCheck, ...]:
         """Return the checks of rows since the last call."""
@@ -152,3 +153,4 @@ class ClassModels:
         for each in [each for each, idle in self._models.items() if idle.owner is None and idle is not model]:
             if len(self._models) > MAX_MODELS:
                 del self._models[each]
+                self.dropped += 1

@@ -222,6 +222,11 @@ class Components:
         storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in own}
         return sum(storages.values()) + sum(filled.values())
 
+    @property
+    def models_dropped(self) -> int:
+        """How many models the caches have dropped so far. Modules and their graphs are in reference cycles."""
+        return self.models.dropped + self.class_models.dropped
+
     def has_module(self, component_id: str) -> bool:
         """Return whether a component runs as its own class, with no family."""
         component = self._plugged.get(component_id)

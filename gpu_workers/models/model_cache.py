@@ -59,6 +59,7 @@ class ModelCache:
         self._resources = resources
         self.built = 0
         self.reused = 0
+        self.dropped = 0
         self.packed = memory or PackedMemory(layout.device)
         self._models: dict[tuple[Key, int], CachedModel] = {}
         self._resolutions: dict[Signature, Resolution] = {}
@@ -164,6 +165,7 @@ class ModelCache:
         while len(self._ahead) > MAX_AHEAD:
             key, number = self._ahead.popleft()
             del self._models[key, number]
+            self.dropped += 1
             signature = self._signatures.pop(key, None)
             if signature is not None:
                 self._resolutions.pop(signature, None)

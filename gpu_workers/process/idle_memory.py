@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections import deque
@@ -28,14 +29,21 @@ that comes later allocates it again, which takes some 20 ms."""
 class IdleMemory:
     """Counts a rank's memory twice in each idle time: after :data:`COUNT_AFTER_S`, and once it has been trimmed.
 
-    Trimming frees no memory that anything uses: weights, graphs and their memory stay.
+    Trimming frees no memory that anything uses: weights, graphs and their memory stay. ``dropped`` says how many models
+    were dropped so far, which may be garbage that no collection visits: imports behind readiness freeze all objects.
     """
 
     def __init__(
-        self, device: torch.device, count: Callable[[], MemoryParts], clock: Callable[[], float] = time.monotonic
+        self,
+        device: torch.device,
+        count: Callable[[], MemoryParts],
+        dropped: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
         self._count = count
+        self._dropped = dropped
+        self._freed_models = dropped()
         self._clock = clock
         self._found: MemoryParts | None = None
         self.note_command()
@@ -54,13 +62,32 @@ class IdleMemory:
         """Count, or trim and count, if it is time."""
         if not self._due or self.wait_s:
             return
-        if self._due.popleft() == TRIM_AFTER_S and self._device.type == "cuda":
-            before_bytes = torch.cuda.memory_reserved(self._device)
-            torch.cuda.empty_cache()
-            freed_bytes = before_bytes - torch.cuda.memory_reserved(self._device)
-            if freed_bytes:
-                logger.info("idle: memory kept for jobs was given back mib=%d", freed_bytes / 2**20)
+        if self._due.popleft() == TRIM_AFTER_S:
+            self._free_dropped()
+            self._trim()
         self._found = self._count()
+
+    def _free_dropped(self) -> None:
+        """Free models that were dropped. It visits every object of the process, so it is done for them alone."""
+        dropped = self._dropped()
+        if dropped == self._freed_models:
+            return
+        began_s = time.perf_counter()
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        took_s = time.perf_counter() - began_s
+        logger.info("idle: dropped models were freed models=%d took_s=%.2f", dropped - self._freed_models, took_s)
+        self._freed_models = dropped
+
+    def _trim(self) -> None:
+        if self._device.type != "cuda":
+            return
+        before_bytes = torch.cuda.memory_reserved(self._device)
+        torch.cuda.empty_cache()
+        freed_bytes = before_bytes - torch.cuda.memory_reserved(self._device)
+        if freed_bytes:
+            logger.info("idle: memory kept for jobs was given back mib=%d", freed_bytes / 2**20)
 
     def take(self) -> MemoryParts | None:
         """Return a new count, once."""

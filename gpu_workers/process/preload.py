@@ -27,6 +27,7 @@ from xditd.gpu_workers.models import registry
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
+from xditd.ipc.codec import command_decoder
 from xditd.ipc.errors import WorkersLost
 from xditd.ipc.processes import describe_exit
 from xditd.ipc.worker_messages import UNEXPLAINED
@@ -72,6 +73,7 @@ def preload(names: tuple[str, ...]) -> None:
         lean_imports.leave_out_peft()
         lean_imports.defer_packages()
         import_all(names)
+        command_decoder.warm_up()
     atexit.register(gc.unfreeze)  # else triton's bindings report leaks at exit
     logger.info("leader has imported what ranks share imports_s=%.2f", time.perf_counter() - began_s)
 

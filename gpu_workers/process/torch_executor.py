@@ -67,7 +67,10 @@ class TorchExecutor:
         self._io = JobIo(layout.device)
         self._jobs = JobRunner(self._components, layout.rank, layout.device, group)
         self._imports = LendImports()
-        self._memory = IdleMemory(layout.device, partial(count_parts, layout.device, uuid, self._components))
+        components = self._components
+        self._memory = IdleMemory(
+            layout.device, partial(count_parts, layout.device, uuid, components), lambda: components.models_dropped
+        )
         self._memory_bytes = 0
         self._measured_at = -MEASURE_EVERY_S
         self._measure_memory()

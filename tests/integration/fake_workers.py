@@ -286,7 +286,8 @@ def count_start(runtime_dir: str) -> int:
     """Count the groups that were started in this folder, beside the daemon's own files."""
     path = Path(runtime_dir) / "fake-starts"
     starts = int(path.read_text()) + 1 if path.exists() else 1
-    path.write_text(str(starts))
+    with contextlib.suppress(OSError):  # a test has filled the folder
+        path.write_text(str(starts))
     return starts
 
 

@@ -3,7 +3,8 @@
     PYTHONPATH=tools python -m shapes.lora models/shapes out/outlines.safetensors --seconds 90
 
 The file has the names of diffusers (``transformer.transformer_blocks.0.attn.to_q.lora_A.weight``), so that
-``load_lora_weights`` and ``lend_lora`` read it.
+``load_lora_weights`` and ``lend_lora`` read it. After Ctrl-C, training ends, and what it has learned is written and
+judged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 
-from shapes.budget import Budget
+from shapes.budget import Budget, Interrupt
 from shapes.draw import OUTLINE
 from shapes.flow_training import Flow, sample_sigmas
 from shapes.judge import Sampler, held_out_requests, pipeline_sampler
@@ -145,8 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
     pool = Pool(
         parts["vae"], device, seed=given.seed, slots=slots, size=given.chunk, workers=given.workers, outline=OUTLINE
     )
-    budget = Budget(given.seconds, given.steps)
-    lora = train_lora(flow, pool, budget, device, batch=given.batch, rate=given.rate, seed=given.seed)
+    interrupt = Interrupt()
+    budget = Budget(given.seconds, given.steps, interrupt)
+    with interrupt.watched():
+        lora = train_lora(flow, pool, budget, device, batch=given.batch, rate=given.rate, seed=given.seed)
     lora.save(given.out)
     if not given.sentences:
         return

@@ -20,6 +20,7 @@ import torch
 
 from shapes.draw import save_sheet
 from shapes.judge import GUIDANCE, STEPS, Sampler, judge, pipeline_sampler
+from shapes.pages import replaced
 from shapes.scenes import Scene, Thing
 from shapes.words import Request
 
@@ -95,10 +96,6 @@ def write_pictures(root: Path, images: dict[str, torch.Tensor]) -> list[Path]:
 
 
 def _with_table(text: str, page: Path) -> str:
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page}: no {BEGIN} with {END} below it")
     to = os.path.relpath(FOLDER, page.parent)
     rows = [
         " | ".join(f"![{request.text}]({to}/{name}.png)" for name, request in EXAMPLES.items()),
@@ -106,7 +103,7 @@ def _with_table(text: str, page: Path) -> str:
         " | ".join(request.text for request in EXAMPLES.values()),
     ]
     table = "\n".join(f"| {row} |" if " | " in row else f"|{row}|" for row in rows)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    return replaced(text, page, BEGIN, END, table)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,7 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     given = parser.parse_args(arguments)
     from diffusers import FluxPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()
     pipeline = FluxPipeline.from_pretrained(given.folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     sampler = pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance)

@@ -186,6 +186,27 @@ def test_folder_of_somebody_else_is_refused(runtime: RuntimeDir) -> None:
         RuntimeFolder(runtime)
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o000])
+def test_a_mode_that_was_changed_is_set_again(runtime: RuntimeDir, mode: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Others could enter, or not even its owner."""
+    with RuntimeFolder(runtime) as folder:
+        assert folder.restore() == []
+        runtime.path.chmod(mode)
+        assert folder.restore() == [runtime.path]
+        assert runtime.path.stat().st_mode & 0o777 == 0o700
+        assert f"its mode was changed to {mode:04o}" in caplog.text
+        assert folder.restore() == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_that_was_given_away_is_left(runtime: RuntimeDir) -> None:
+    """Its owner can put other sockets in the place of the daemon's."""
+    with RuntimeFolder(runtime) as folder:
+        os.chown(runtime.path, 12345, -1)
+        with pytest.raises(NotPermitted, match="owned by uid 12345"):
+            folder.restore()
+
+
 def test_link_and_file_are_refused(runtime: RuntimeDir, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir(mode=0o700)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import pytest
 import torch
 
+from xditd.gpu_workers.models import class_models
 from xditd.gpu_workers.process import driver_memory, idle_memory
 from xditd.gpu_workers.process.idle_memory import COUNT_AFTER_S, TRIM_AFTER_S, IdleMemory, count_parts
 from xditd.ipc.status import MemoryParts
 
+if TYPE_CHECKING:
+    from one_rank import OneRank
+
+CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 SEGMENTS = [
     {"device": 0, "segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 70},
@@ -40,7 +48,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def idle(device: torch.device, now: list[float]) -> IdleMemory:
     counts = iter(range(1, 9))
-    return IdleMemory(device, lambda: MemoryParts(weights_bytes=next(counts)), lambda: now[0])
+    return IdleMemory(device, lambda: MemoryParts(weights_bytes=next(counts)), lambda: 0, lambda: now[0])
 
 
 def test_memory_is_counted_after_a_second_and_trimmed_later(gpu: SimpleNamespace) -> None:
@@ -79,6 +87,43 @@ def test_nothing_is_trimmed_on_the_cpu(gpu: SimpleNamespace) -> None:
     memory.run_due()
     memory.run_due()
     assert (gpu.trims, memory.take()) == (0, MemoryParts(weights_bytes=2))
+
+
+def vae(channels: int) -> torch.nn.Module:
+    return diffusers.AutoencoderKL(block_out_channels=(channels,), norm_num_groups=4, sample_size=8)
+
+
+def test_a_dropped_model_that_imports_have_frozen_is_freed(rank: OneRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in reference cycles, and no collection visits frozen objects: it would be kept as long as the rank."""
+    monkeypatch.setattr(class_models, "MAX_MODELS", 1)
+    components, now = rank.components, [50.0]
+    memory = IdleMemory(CPU, MemoryParts, lambda: components.models_dropped, lambda: now[0])
+    rank.lend("first", vae(4))
+    model = weakref.ref(components.get("first", "module").match.model)
+
+    def idle_for_long() -> None:
+        memory.note_command()
+        now[0] += TRIM_AFTER_S
+        memory.run_due()
+        memory.run_due()
+
+    try:
+        gc.collect()
+        gc.freeze()  # as each import behind readiness does
+        components.unmap("first")
+        idle_for_long()
+        frozen = gc.get_freeze_count()
+        assert model() is not None  # kept for a lend of the same class
+        rank.lend("second", vae(8))
+        gc.collect()
+        assert model() is not None
+        idle_for_long()
+        assert model() is None
+        assert gc.get_freeze_count() > frozen / 2  # the modules are left out of collections as before
+        monkeypatch.setattr(gc, "collect", lambda: pytest.fail("nothing was dropped since"))
+        idle_for_long()
+    finally:
+        gc.unfreeze()
 
 
 def test_parts_add_up_to_what_the_driver_says(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,14 +259,18 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def start_daemon(folder: Path) -> Iterator[StartDaemon]:
-    """Start daemons in one folder, and stop them after the test."""
+    """Start daemons in one folder, or one in its ``home``, and stop them after the test."""
     started: list[DaemonProcess] = []
 
     def start(
-        *flags: str, worker_flags: list[str] | None = None, before: Sequence[str] = (), **settings: Any
+        *flags: str,
+        worker_flags: list[str] | None = None,
+        before: Sequence[str] = (),
+        home: Path = folder,
+        **settings: Any,
     ) -> DaemonProcess:
         daemon = DaemonProcess(
-            folder, settings=settings, worker_flags=worker_flags or [], flags=list(flags), before=before
+            home, settings=settings, worker_flags=worker_flags or [], flags=list(flags), before=before
         )
         started.append(daemon)
         return daemon

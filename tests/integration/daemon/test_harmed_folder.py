@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.replies import Generated, StepDone, Stopping
 from xditd.ipc.requests import Stop
 from xditd.ipc.status import GroupState
@@ -63,6 +64,28 @@ def test_a_folder_removed_while_the_workers_start(start_daemon: Any, wait_until:
     remove(daemon.runtime.path)
     wait_until(daemon.runtime.client_socket.exists, MENDED_S)
     assert daemon.ready_client().status().counters.group_starts == 1
+
+
+def test_a_folder_that_was_opened_to_others_is_private_again(start_daemon: Any, wait_until: Any) -> None:
+    daemon = start_daemon()
+    client = daemon.ready_client()
+    daemon.runtime.path.chmod(0o755)
+    wait_until(lambda: daemon.runtime.path.stat().st_mode & 0o777 == 0o700, MENDED_S)
+    assert client.status().pid == daemon.client().status().pid == daemon.process.pid
+    assert f"runtime folder {daemon.runtime.path}: its mode was changed to 0755; it is 0700 again" in daemon.log
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_that_was_given_away_ends_the_daemon(start_daemon: Any) -> None:
+    daemon = start_daemon()
+    daemon.ready_client()
+    os.chown(daemon.runtime.path, 12345, -1)
+    try:
+        assert daemon.wait() == 1
+        assert f"runtime folder {daemon.runtime.path}: owned by uid 12345, not 0; choose another" in daemon.log
+        assert "Traceback" not in daemon.log
+    finally:
+        os.chown(daemon.runtime.path, 0, -1)
 
 
 def test_one_removed_file_is_made_again(start_daemon: Any, wait_until: Any) -> None:
@@ -167,3 +190,35 @@ def test_a_folder_without_room(folder: Path, script: str, words: str) -> None:
     assert words in done.stderr
     assert "runtime folder (--runtime-dir or XDITD_RUNTIME_DIR)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+MOUNTED = 'mount -t tmpfs -o size=1m,mode=700 tmpfs "$1" && shift && exec "$@"'
+READ_ONLY_FROM_NOW_ON = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && ! touch "$1/new" 2>/dev/null'
+FILL = 'head -c 2m /dev/zero > "$1/full" 2>/dev/null; test -s "$1/full"'
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a daemon in a user namespace of its own sees clients as another user's")
+@pytest.mark.parametrize("spoil", [FILL, READ_ONLY_FROM_NOW_ON], ids=["full", "read-only"])
+def test_a_folder_without_room_while_it_runs(
+    start_daemon: Any, folder: Path, memory: Any, wait_until: Any, spoil: str
+) -> None:
+    """Nothing is written to it after the start: jobs run, clients come, and an ended group is rebuilt."""
+    runtime = folder / "run"
+    runtime.mkdir(mode=0o700)
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace may be made here")
+    daemon = start_daemon(before=["unshare", "-m", "sh", "-c", MOUNTED, "sh", str(runtime)])
+    wait_until(lambda: "daemon listening" in daemon.log)
+    inside = ["nsenter", "-t", str(daemon.process.pid), "-m"]
+    daemon.runtime = RuntimeDir(Path(f"/proc/{daemon.process.pid}/root{runtime}"))
+    client = daemon.ready_client()
+    lent = client.lend(memory.manifest())
+    subprocess.run([*inside, "sh", "-c", spoil, "sh", str(runtime)], check=True)
+    os.kill(client.status().workers[0].pid, signal.SIGKILL)
+    client.wait_status(lambda status: status.counters.group_starts == 2 and status.group_state is GroupState.READY)
+    client.ask(memory.generate(lent.component_id), Generated)
+    assert daemon.client().status().pid == daemon.process.pid
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert "Traceback" not in daemon.log
+    assert ("daemon.sock stays: Read-only file system" in daemon.log) is (spoil == READ_ONLY_FROM_NOW_ON)

@@ -14,6 +14,7 @@ import pytest
 
 from xditd.ipc.replies import Failed, Generated, StepDone, Stopping
 from xditd.ipc.requests import Stop
+from xditd.ipc.status import GroupState
 
 
 def worker_pids(client: Any) -> list[int]:
@@ -56,6 +57,28 @@ def test_second_daemon_is_refused_and_the_first_serves_on(start_daemon: Any) -> 
     assert f"another daemon (pid {first.process.pid}) holds it" in second.log
     client.status()
     first.client().status()
+
+
+def test_three_daemons_of_one_user_do_not_meet(start_daemon: Any, folder: Path, memory: Any) -> None:
+    """In folders of their own: each has its workers, its loans under the same names, and its end."""
+    homes = [folder / name for name in ("a", "b", "c")]
+    for home in homes:
+        home.mkdir()
+    daemons = [start_daemon(home=home) for home in homes]
+    clients = [daemon.ready_client() for daemon in daemons]
+    lent = [client.lend(memory.manifest()) for client in clients]
+    pids = [{worker.pid for worker in client.status().workers} for client in clients]
+    assert len(set.union(*pids)) == 6
+    os.kill(min(pids[0]), signal.SIGKILL)  # in one, a lost group; another stops
+    daemons[1].process.send_signal(signal.SIGTERM)
+    assert daemons[1].wait() == 0
+    clients[0].wait_status(lambda status: status.counters.group_starts == 2 and status.group_state is GroupState.READY)
+    for client, loan in ((clients[0], lent[0]), (clients[2], lent[2])):
+        client.ask(memory.generate(loan.component_id), Generated)
+    third = clients[2].status()
+    assert (third.pid, third.counters.group_starts) == (daemons[2].process.pid, 1)
+    assert {worker.pid for worker in third.workers} == pids[2]
+    assert {path.name for path in homes[1].joinpath("run").iterdir()} == {"daemon.lock", "fake-starts"}
 
 
 def test_socket_of_a_killed_daemon_is_taken_over(start_daemon: Any, wait_until: Any) -> None:
