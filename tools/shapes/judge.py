@@ -113,12 +113,14 @@ def judge(
     sampler: Sampler, requests: Sequence[Request], *, batch: int = 8, seed: int = 0
 ) -> tuple[torch.Tensor, list[list[str]]]:
     """Draw every request with ``sampler``; return the pictures on the CPU, and the faults of each."""
-    images = [
-        sampler([each.text for each in requests[at : at + batch]], seed + at).float().cpu()
-        for at in range(0, len(requests), batch)
-    ]
-    drawn = torch.cat(images)
+    drawn = draw_requests(sampler, requests, batch=batch, seed=seed)
     return drawn, [faults(request, read(image)) for request, image in zip(requests, drawn, strict=True)]
+
+
+def draw_requests(sampler: Sampler, requests: Sequence[Request], *, batch: int, seed: int = 0) -> torch.Tensor:
+    """Draw every request with ``sampler``, in batches with noise of their own; return the pictures on the CPU."""
+    parts = [(seed + at, requests[at : at + batch]) for at in range(0, len(requests), batch)]
+    return torch.cat([sampler([each.text for each in part], number).float().cpu() for number, part in parts])
 
 
 def judge_in_processes(given: argparse.Namespace, requests: Sequence[Request]) -> tuple[torch.Tensor, list[list[str]]]:
@@ -262,8 +264,8 @@ def _diffusers(given: argparse.Namespace) -> Sampler:
 
 
 def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> None:
-    """Judge diffusers and then every format in the daemon, on the same noise; print and write one table."""
-    from shapes.judged_formats import FORMATS, PLAIN, compared, lent_sampler, print_formats
+    """Judge diffusers and then every format in the daemon, on the same noise; print and write a row after each."""
+    from shapes.judged_formats import FORMATS, PLAIN, compared, lent_sampler, print_format
     from xditd.client import Client
 
     formats = given.formats or FORMATS
@@ -275,10 +277,15 @@ def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> No
 
     def add(name: str, sampler: Sampler) -> None:
         nonlocal first
-        images, found = judge(sampler, requests, batch=given.batch)
-        readings = [_coarse(read(image)) for image in images]
+        images = draw_requests(sampler, requests, batch=given.batch)
+        read_back = [read(image) for image in images]
+        found = [faults(request, reading) for request, reading in zip(requests, read_back, strict=True)]
+        readings = [_coarse(each) for each in read_back]
         first = first or (images, readings)
         rows[name] = compared(table(requests, found), images, readings, first)
+        print_format(name, rows[name], is_first=len(rows) == 1)
+        if given.json:
+            given.json.write_text(json.dumps(rows, indent=1))
 
     with Client(wait_s=60.0) as client, TemporaryDirectory() as scratch:
         add("diffusers", _diffusers(given))
@@ -286,9 +293,6 @@ def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> No
         for name in formats:
             with lent_sampler(client, given.folder, name, Path(scratch), **options) as sampler:
                 add(name, sampler)
-    print_formats(rows)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
 
 
 def _coarse(reading: Reading) -> object:

@@ -95,13 +95,13 @@ def lent_sampler(
         yield sample
 
 
-def print_formats(rows: dict[str, dict[str, Any]]) -> None:
-    """Print what :func:`compared` collects: a line a format."""
-    groups = [group for group in next(iter(rows.values()))["table"] if "object" in group or group == "all"]
-    print(f"{'format':>10} " + " ".join(f"{group:>10}" for group in groups) + "   same reading  relative error")
-    for name, row in rows.items():
-        cells = " ".join(f"{row['table'][group]['percent']:8.1f} %" for group in groups)
-        print(f"{name:>10} {cells} {row['same_reading_percent']:12.1f} % {row['relative_error']:15.2g}", flush=True)
+def print_format(name: str, row: dict[str, Any], *, is_first: bool) -> None:
+    """Print a line of what :func:`compared` returns, below a head for the first one."""
+    groups = [group for group in row["table"] if "object" in group or group == "all"]
+    if is_first:
+        print(f"{'format':>10} " + " ".join(f"{group:>10}" for group in groups) + "   same reading  relative error")
+    cells = " ".join(f"{row['table'][group]['percent']:8.1f} %" for group in groups)
+    print(f"{name:>10} {cells} {row['same_reading_percent']:12.1f} % {row['relative_error']:15.2g}", flush=True)
 
 
 def compared(

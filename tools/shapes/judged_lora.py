@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from shapes.draw import OUTLINE, save_sheet
-from shapes.judge import GUIDANCE, STEPS, Sampler, daemon_sampler, held_out_requests, pipeline_sampler
+from shapes.judge import GUIDANCE, STEPS, Sampler, daemon_sampler, draw_requests, held_out_requests, pipeline_sampler
 from shapes.reading import read
 from shapes.words import Request
 
@@ -58,11 +58,8 @@ def judge_strengths(
     found, shown = {}, []
     print("strength  objects  filled  outlines", flush=True)
     for strength in STRENGTHS:
-        sampler = sampler_at(strength)
-        parts = [requests[at : at + batch] for at in range(0, len(requests), batch)]
         with torch.no_grad():
-            drawn = [sampler([each.text for each in part], at * batch).float().cpu() for at, part in enumerate(parts)]
-        images = torch.cat(drawn)
+            images = draw_requests(sampler_at(strength), requests, batch=batch)
         counts = found[str(strength)] = count_forms(requests, images)
         print(f"{strength:8} {counts['objects']:8} {counts['filled']:7} {counts['outlines']:9}", flush=True)
         shown.append(images[:: max(1, len(images) // _SHOWN)][:_SHOWN])
