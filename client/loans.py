@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Protocol
@@ -71,6 +72,8 @@ class Loan:
         self.is_reused = lent.is_reused
         self.is_model_reused = lent.is_model_reused
         self.timings_ms = timings_ms
+        self.lent_ns = time.time_ns()
+        """When it was lent, by the clock of files: what was written later is not what workers hold."""
 
     @property
     def family(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import socket
+import time
 from pathlib import Path
 from typing import Final
 
@@ -163,6 +164,7 @@ def _submit(parsed: argparse.Namespace) -> int:
 
     require_torch()
     outputs = Outputs(parsed)
+    lent_ns = time.time_ns()
     with ClusterClient(parsed.address) as cluster:
         result = cluster.generate(
             str(parsed.transformer),
@@ -175,7 +177,7 @@ def _submit(parsed: argparse.Namespace) -> int:
             **sampling_of(parsed),
         ).result()
     outputs.name_images(0 if result.image is None else len(result.image))
-    outputs.write(dataclasses.replace(result, record=record_of_files(parsed, result.record)))
+    outputs.write(dataclasses.replace(result, record=record_of_files(parsed, result.record, lent_ns)))
     paths = [str(path) for path in (*outputs.images, outputs.latents) if path is not None]
     if parsed.json:
         report = {

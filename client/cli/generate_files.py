@@ -88,7 +88,10 @@ def run(parsed: argparse.Namespace) -> int:
             **sampling_of(parsed),
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
-        outputs.write(dataclasses.replace(result, record=record_of_files(parsed, result.record)), first=index or 0)
+        outputs.write(
+            dataclasses.replace(result, record=record_of_files(parsed, result.record, transformer.lent_ns)),
+            first=index or 0,
+        )
         lent = (transformer, second, vae, *loras.values(), *control_flags.loans_of(controls))
         loans = [loan for loan in lent if isinstance(loan, Loan)]
         seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
@@ -132,12 +135,18 @@ def run(parsed: argparse.Namespace) -> int:
     return exits.DONE
 
 
-def record_of_files(parsed: argparse.Namespace, record: Record | None) -> Record | None:
-    """Return the metadata with the files of this command, which the library knows as loans alone."""
+def record_of_files(parsed: argparse.Namespace, record: Record | None, lent_ns: int) -> Record | None:
+    """Return the metadata with the files of this command, which the library knows as loans alone.
+
+    One that has changed since ``lent_ns`` (as :func:`time.time_ns` counts) has its name alone.
+    """
     if record is None or parsed.no_metadata:
         return None
     from xditd.client.metadata.file_hashes import describe
-    from xditd.client.metadata.record import InputsRecord, LoraRecord, ModelRecord
+    from xditd.client.metadata.record import FileRecord, InputsRecord, LoraRecord, ModelRecord
+
+    def described(path: str) -> FileRecord:
+        return describe(path, read_ns=lent_ns)
 
     paths = {"transformer": parsed.transformer, "transformer_2": parsed.transformer_2, "vae": parsed.vae}
     is_random = parsed.random_embeds is not None
@@ -147,14 +156,14 @@ def record_of_files(parsed: argparse.Namespace, record: Record | None) -> Record
         random_embeds=parsed.random_embeds,
         text_tokens=parsed.text_tokens if is_random else None,
         model=ModelRecord(
-            family=record.model.family, files={role: (describe(path),) for role, path in paths.items() if path}
+            family=record.model.family, files={role: (described(path),) for role, path in paths.items() if path}
         ),
         loras=tuple(
-            LoraRecord(file=describe(path), strength=strength, roles=(role,))
+            LoraRecord(file=described(path), strength=strength, roles=(role,))
             for role, given in (("transformer", parsed.lora), ("transformer_2", parsed.lora_2))
             for path, strength in (given or {}).items()
         ),
-        inputs=InputsRecord(embeds=None if is_random else describe(parsed.embeds), control=record.inputs.control),
+        inputs=InputsRecord(embeds=None if is_random else described(parsed.embeds), control=record.inputs.control),
     )
 
 

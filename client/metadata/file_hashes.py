@@ -26,9 +26,10 @@ _known: dict[tuple[int, ...], FileRecord] = {}
 _lock = threading.Lock()
 
 
-def describe(path: str | os.PathLike[str]) -> FileRecord:
+def describe(path: str | os.PathLike[str], *, read_ns: int | None = None) -> FileRecord:
     """Describe a file. One that cannot be read, or is no file, has its name alone. For any thread.
 
+    So has one that has changed since ``read_ns``, when its content was used (as :func:`time.time_ns` counts).
     What is found is kept for this process, by device, inode, size, mtime and ctime.
     """
     name = base_name(path)
@@ -36,6 +37,8 @@ def describe(path: str | os.PathLike[str]) -> FileRecord:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
+                return FileRecord(name=name)
+            if read_ns is not None and max(found.st_mtime_ns, found.st_ctime_ns) > read_ns:
                 return FileRecord(name=name)
             key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             with _lock:

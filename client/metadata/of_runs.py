@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def record_of_run(settings: RunSettings, index: int, count: int, *, embeds: str | None = None) -> Record:
     """Return how the picture or video of an ``index`` was made, among the ``count`` of a call.
 
-    ``embeds`` is the file of the text embeddings that a call had in place of words. Files are read for their hashes.
+    ``embeds`` is the file of the text embeddings that a call had in place of words. Files are read for their hashes;
+    one that has changed since it was lent has its name alone.
     """
     prompts, negatives = settings.prompts, settings.negative_prompts
 
@@ -56,7 +57,9 @@ def record_of_run(settings: RunSettings, index: int, count: int, *, embeds: str 
             files=files_of(settings),
         ),
         loras=tuple(
-            LoraRecord(file=describe(each.path), strength=strength_of(each.strength), roles=each.roles)
+            LoraRecord(
+                file=describe(each.path, read_ns=each.lent_ns), strength=strength_of(each.strength), roles=each.roles
+            )
             for each in settings.loras
         ),
         inputs=InputsRecord(
@@ -74,18 +77,18 @@ def record_of_run(settings: RunSettings, index: int, count: int, *, embeds: str 
 
 def files_of(settings: RunSettings) -> dict[str, tuple[FileRecord, ...]]:
     """Describe the files of a model by role, of folders those of the weights, and the scheduler by its values."""
-    found = {role: tuple(_files(paths)) for role, paths in settings.files.items()}
+    found = {role: tuple(_files(paths, settings.lent_ns.get(role))) for role, paths in settings.files.items()}
     if settings.scheduler is not None:
         values = json.dumps(settings.scheduler, sort_keys=True, default=str).encode()
         found["scheduler"] = (FileRecord(name="scheduler_config.json", sample=hashlib.sha256(values).hexdigest()),)
     return found
 
 
-def _files(paths: tuple[str, ...]) -> Iterator[FileRecord]:
+def _files(paths: tuple[str, ...], lent_ns: int | None) -> Iterator[FileRecord]:
     """Describe files, and those of the weights in folders."""
     for path in paths:
         found: tuple[str, ...] = (path,)
         if os.path.isdir(path) or path.endswith(".json"):
             with contextlib.suppress(XditdError):  # several variants: its name says which model it is
                 found = find_model(path, has_class=False).paths
-        yield from map(describe, found)
+        yield from (describe(each, read_ns=lent_ns) for each in found)

@@ -123,6 +123,7 @@ class Runner:
             scheduler=scheduler,
             variant=self._source.variant,
             files={role: (part.path,) for role, part in self._source.parts.items()},
+            lent_ns={role: loan.lent_ns for role, loan in parts.items()},
             loras=used_loras,
             has_image=call.image is not None,
             has_mask=call.mask is not None,
@@ -226,7 +227,7 @@ class Runner:
             if parts[wanted].family in families or not roles:
                 by_role[wanted].append((loan, strength))
                 roles = (wanted, *roles)
-            used.append(UsedLora(_path_of(source), strength, roles))
+            used.append(UsedLora(_path_of(source), strength, roles, loan.lent_ns))
         first = parts[TRANSFORMER]
         lent = first.with_loras(by_role[TRANSFORMER]) if by_role[TRANSFORMER] else first
         if second is not None and by_role[SECOND]:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 
 class UsedLora(NamedTuple):
-    """A LoRA of a call: its path, its strength as given, and the roles of the parts whose layers it changed."""
+    """A LoRA of a call: path, strength as given, roles of the parts whose layers it changed, and when it was lent."""
 
     path: str
     strength: Any
     roles: tuple[str, ...]
+    lent_ns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class RunSettings:
     scheduler: Mapping[str, Any] | None = None
     variant: str = "class"
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lent_ns: Mapping[str, int] = field(default_factory=dict)
+    """When the files of a role were lent."""
     loras: tuple[UsedLora, ...] = ()
     has_image: bool = False
     has_mask: bool = False

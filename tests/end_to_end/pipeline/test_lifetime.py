@@ -100,6 +100,17 @@ def test_a_call_whose_models_another_thread_returns_says_that_it_may_be_repeated
     assert next(unloads, None) is None
 
 
+def test_a_file_that_was_replaced_after_it_was_lent_is_named_without_a_hash(pipe: Pipeline, folder: Path) -> None:
+    made = pipe(conditioning=folders.flux1_texts(), **GIVEN)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    other = weights.with_suffix(".new")
+    save_file({name: each + 1 for name, each in load_file(weights).items()}, other)
+    other.replace(weights)
+    files = made.record().model.files
+    assert [(each.name, each.sample) for each in files["vae"]] == [(weights.name, None)]
+    assert all(each.sample for each in files["transformer"])
+
+
 def test_another_model_in_place_of_the_first_is_refused(pipe: Pipeline, folder: Path) -> None:
     """Such as schnell in place of dev, which would drop the guidance scale."""
     before = run(pipe)
