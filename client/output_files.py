@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +51,38 @@ def numbered_paths(folder: str | os.PathLike[str], count: int, suffix: str) -> l
         names = []
     first = max((int(found[1]) + 1 for found in map(_NUMBERED.match, names) if found), default=0)
     return [where / f"{first + number:05}{suffix}" for number in range(count)]
+
+
+def take_numbered(folder: str | os.PathLike[str], count: int, suffix: str) -> list[Path]:
+    """Return paths as :func:`numbered_paths` does, made as empty files, or as folders without a suffix.
+
+    So no other thread or process takes their numbers meanwhile; :func:`drop_empty` removes those that stay empty.
+
+    Raises:
+        OutputFailed: the folder cannot be created or written.
+    """
+    found: list[Path] = []
+    try:
+        user_path(folder).mkdir(parents=True, exist_ok=True)
+        while len(found) < count:
+            (path,) = numbered_paths(folder, 1, suffix)
+            with contextlib.suppress(FileExistsError):  # another one was faster
+                path.touch(exist_ok=False) if suffix else path.mkdir()
+                found.append(path)
+    except (OSError, ValueError) as error:
+        drop_empty(found)
+        raise _output_failed(f"output folder {folder}", error) from error
+    return found
+
+
+def drop_empty(paths: Iterable[Path]) -> None:
+    """Remove files and folders without content, such as those of :func:`take_numbered` that were not written."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            elif path.stat().st_size == 0:
+                path.unlink()
 
 
 def check_target(path: str | os.PathLike[str], size_bytes: int = 1) -> Path:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from xditd.client.interrupts import interrupts_wait
 from xditd.client.output_files import write_file
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -23,9 +24,17 @@ _CODES: Final = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float6
 
 
 def require_torch() -> None:
-    """Raise ``Unsupported`` if torch is not installed: the base install does not contain it."""
+    """Import torch for the shell.
+
+    An interrupt (Ctrl-C) waits until torch is there, a second one does not: torch imports numpy in C++, where the
+    exception is dropped, and the program goes on without numpy.
+
+    Raises:
+        Unsupported: torch is not installed: the base install does not contain it.
+    """
     try:
-        import torch  # noqa: F401
+        with interrupts_wait():
+            import torch  # noqa: F401
     except ImportError:
         raise Unsupported("torch: not installed here; pip install torch, or pip install 'xditd[workers]'") from None
 

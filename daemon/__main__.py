@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = current_folder()
     try:
         configuration = build_configuration(flags, os.environ, folder)
+        configuration.runtime.check_socket_paths()
         service_manager = service_manager_of_this_process()
         listener = take_listener(os.environ, os.getpid(), configuration.runtime.client_socket)
     except XditdError as error:

@@ -155,6 +155,10 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
         BadRequest: the file of text embeddings lacks some, or cannot be read.
     """
     found = {name: value for flag, name in ARGUMENTS.items() if (value := getattr(parsed, flag)) is not None}
+    repeated = getattr(parsed, "repeated", None)
+    transformer = pipe.facts.transformer
+    if repeated is not None and parsed.frames is None and transformer is not None and transformer.latents.frames:
+        found["frames"] = repeated.record.frames  # one, of a model whose default is a video
     if parsed.control_images is not None:
         images = parsed.control_images
         found["control"] = images if len(images) > 1 else images[0]
@@ -174,7 +178,6 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
         from xditd.client.tensor_files import read_tensors
 
         found["conditioning"] = conditioning_of(read_tensors(parsed.embeds), pipe.facts, str(parsed.embeds))
-        repeated = getattr(parsed, "repeated", None)
         if repeated is not None and repeated.index is not None:
             found["num_images"] = repeated.of_each_row(found["conditioning"], pipe.facts)
     elif parsed.random_embeds is not None:

@@ -212,6 +212,15 @@ class Outputs:
         Raises:
             OutputFailed: one was not written; the message names the file that has its content instead.
         """
+        from xditd.client.output_files import drop_empty
+
+        numbered = self._take_numbers()
+        try:
+            self._write(result, record, first)
+        finally:
+            drop_empty(numbered)
+
+    def _write(self, result: GenerationResult, record: Callable[[int], str | None] | None, first: int) -> None:
         from xditd.client.output_files import write_or_keep
         from xditd.client.tensor_files import encode_tensors
 
@@ -233,6 +242,23 @@ class Outputs:
             found = OutputFailed("; ".join(error.detail for error in failures))
             found.kept = tuple(path for error in failures for path in error.kept)
             raise found
+
+    def _take_numbers(self) -> list[Path]:
+        """Take the numbers in a folder for good: another program may have written there since they were checked.
+
+        Returns the paths, of files or folders that are empty; none if the path is that of a file.
+        """
+        from xditd.client.output_files import names_folder, take_numbered
+
+        if not self.images or self._out is None or not names_folder(self._out):
+            return []
+        if self.is_video and len(self.images) == 1:  # the folder itself
+            return []
+        try:
+            self.images = take_numbered(self._out, len(self.images), "" if self.is_video else ".png")
+        except OutputFailed:
+            return []  # writing says why, and keeps the content elsewhere
+        return list(self.images)
 
     def _text(self, result: GenerationResult, number: int, record: Callable[[int], str | None] | None) -> str | None:
         """Return the metadata of an image; a picture is not lost because they cannot be written."""

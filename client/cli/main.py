@@ -137,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(_parse(given, as_json), as_json)
     except SystemExit as ended:
         system_exit = ended
+    except KeyboardInterrupt:  # while the verb was parsed, or its error printed
+        code = exits.INTERRUPTED
     stdout_failure = flush_streams()
     if isinstance(stdout_failure, BrokenPipeError):
         return code or exits.READER_LEFT  # the reader of stdout (head, less) has exited

@@ -114,7 +114,7 @@ def apply_record(parsed: argparse.Namespace) -> None:
             parsed.prompt_2 = record.prompt_2
         if record.text_tokens is not None:
             parsed.text_tokens = record.text_tokens
-    if parsed.negative_prompt is None and parsed.embeds is None:
+    if parsed.negative_prompt is None and parsed.embeds is None and not _is_own_negative(record):
         parsed.negative_prompt = record.negative_prompt
     checks_model = _choose_model(parsed, record, where)
     index = None
@@ -143,6 +143,14 @@ def apply_record(parsed: argparse.Namespace) -> None:
         parsed.lora = _strengths([each for each in record.loras if SECOND not in each.roles], where)
         parsed.lora_2 = _strengths([each for each in record.loras if SECOND in each.roles], where)
     parsed.repeated = Repeated(where, record, index, checks_model)
+
+
+def _is_own_negative(record: Record) -> bool:
+    """Whether a negative prompt is what guided calls of the family have without one; unguided ones would refuse it."""
+    from xditd.client.pipeline.adapter import Adapter
+    from xditd.client.pipeline.families import ADAPTERS
+
+    return record.negative_prompt == ADAPTERS.get(record.model.family or "", Adapter).empty_negative
 
 
 def _check_inputs(parsed: argparse.Namespace, record: Record, where: str) -> None:

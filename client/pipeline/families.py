@@ -7,6 +7,7 @@ These are sizes of pictures, and which of two meanings an argument has. Sources:
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +15,7 @@ from xditd.client.pipeline import pictures
 from xditd.client.pipeline.adapter import Adapter, Encode, Plan, SeePicture
 from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.sources import SECOND, Source
+from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
 
@@ -116,11 +118,21 @@ class Flux2(Adapter):
 
 
 def area_size(picture: Image.Image, area: int) -> tuple[int, int]:
-    """Return the width and height of about so many pixels, in multiples of 32, with a picture's aspect."""
+    """Return the width and height of about so many pixels, in multiples of 32, with a picture's aspect.
+
+    Raises:
+        BadRequest: the picture is so narrow that a side is none or longer than a job takes.
+    """
     ratio = picture.width / picture.height
     width = math.sqrt(area * ratio)
     height = width / ratio
-    return round(width / 32) * 32, round(height / 32) * 32
+    found = round(width / 32) * 32, round(height / 32) * 32
+    if min(found) < 1 or max(found) > limits.MAX_SIDE_PIXELS:
+        raise BadRequest(
+            f"references: {picture.width}x{picture.height} pixels are {found[0]}x{found[1]} at {area} in all; give one "
+            "that is less narrow"
+        )
+    return found
 
 
 class QwenImage(Adapter):
@@ -177,6 +189,11 @@ class ZImage(Adapter):
         picture = pictures.opened(call.image, "image")
         multiple = self.facts.latents.pixels * self.facts.latents.multiple
         wide, high = (side // multiple * multiple for side in picture.size)
+        if not (call.width or wide) or not (call.height or high):
+            raise BadRequest(
+                f"image: {picture.width}x{picture.height} pixels, and {self.title} makes {multiple} or more on a side; "
+                "give width and height"
+            )
         return call.width or wide, call.height or high
 
 
@@ -243,6 +260,10 @@ class WanVace(Wan):
         import torch
 
         argument = "control" if name == "video" else name
+        if isinstance(given, str | os.PathLike | Mapping) or not hasattr(given, "__iter__"):
+            raise BadRequest(
+                f"{argument}: {given!r:.100} of type {type(given).__name__}; give a list, a picture for each frame"
+            )
         opened = [pictures.rgb(pictures.opened(each, f"{argument}[{n}]")) for n, each in enumerate(given)]
         if len(opened) != plan.frames:
             raise BadRequest(f"{argument}: {len(opened)} pictures for {plan.frames} frames; give one for each")
@@ -258,9 +279,14 @@ class WanVace(Wan):
             picture = pictures.rgb(pictures.opened(each, f"references[{number}]"))
             multiple = self.facts.latents.pixels  # as the pipeline's processor, which gets no size
             wide, high = (side // multiple * multiple for side in picture.size)
-            pixels = pictures.pixels_of(pictures.resized(picture, wide, high))
-            scale = min(plan.height / high, plan.width / wide)
+            scale = min(plan.height / max(1, high), plan.width / max(1, wide))
             size = (int(high * scale), int(wide * scale))
+            if 0 in size:
+                raise BadRequest(
+                    f"references[{number}]: {picture.width}x{picture.height} pixels; give {multiple} or more on a "
+                    "side, and one that is less narrow"
+                )
+            pixels = pictures.pixels_of(pictures.resized(picture, wide, high))
             pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
             canvas = torch.ones(3, plan.height, plan.width)
             top, left = (plan.height - size[0]) // 2, (plan.width - size[1]) // 2

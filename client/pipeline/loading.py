@@ -12,6 +12,7 @@ from typing import Any
 from xditd.client.client import Client
 from xditd.client.loans import Loan
 from xditd.client.part_checks import assigned, misfits
+from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.files import tokenizer_path
 from xditd.client.pipeline.sources import IMAGE_ENCODER, TRANSFORMER, Part, Source
 from xditd.ipc.addresses import MISSING
@@ -232,6 +233,24 @@ class Loans:
         with self._lock:
             self._is_closed = True
         self.return_all()
+
+
+def lends_all(call: Call) -> bool:
+    """Whether a pipeline lends all that a call needs: no LoRA and no ControlNet is a loan of the caller's."""
+    pairs = [each for each in call.loras if isinstance(each, tuple | list)]
+    return call.control is None and not any(isinstance(each, Loan) for pair in pairs for each in pair[:1])
+
+
+def check_same_model(found: ComponentFacts, known: ComponentFacts | None, name: str) -> None:
+    """Check that a transformer that was lent again takes the arguments of the one before; other weights may differ.
+
+    Raises:
+        BadCheckpoint: its file is that of another model now.
+    """
+    if known is not None and (found.family, found.transformer) != (known.family, known.transformer):
+        raise BadCheckpoint(
+            f"pipeline {name}: the file of its transformer is of another model since it was opened; open it again"
+        )
 
 
 def check_tokenizer_roles(given: Mapping[str, Any], facts: ComponentFacts, name: str) -> None:

@@ -29,7 +29,7 @@ from xditd.client.pipeline.folders import PIPELINES
 from xditd.client.pipeline.futures import RunFuture, Threads
 from xditd.client.pipeline.job import LOST, OnPreview, OnProgress, PipelineJob
 from xditd.client.pipeline.keep_alive import KeepAlive
-from xditd.client.pipeline.loading import Loans, check_tokenizer_roles
+from xditd.client.pipeline.loading import Loans, check_same_model, check_tokenizer_roles, lends_all
 from xditd.client.pipeline.opening import opening_of
 from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.running import Runner
@@ -236,7 +236,9 @@ class Pipeline:
         has_lost, self._has_lost = self._has_lost, False
         if has_lost:
             self._loans.renew()
-        return self._loans.lend()
+        parts = self._loans.lend()
+        check_same_model(parts[TRANSFORMER].facts, self._facts, self.name)
+        return parts
 
     def unload(self) -> None:
         """Return the models and free their memory in the workers; the next call lends them again."""
@@ -353,7 +355,7 @@ class Pipeline:
         check_refused(given, adapter.refused(), adapter.title)
         call = call_of(given, self._defaults)
         self._keep_alive.begin()
-        ended = partial(self._end, lends_all=call.control is None and not any(map(_is_lent, call.loras)))
+        ended = partial(self._end, lends_all=lends_all(call))
         try:
             runner = Runner(self.client, self._source, self._loans, self._lend(), adapter)
             return runner.start(call, previews=previews, deadline_s=deadline_s, ended=ended)
@@ -392,8 +394,3 @@ class Pipeline:
         state = "closed" if self._is_closed else "loaded" if self.is_loaded else "not loaded"
         family = "?" if self._facts is None else self._facts.family
         return f"<Pipeline {self.name} of {family}, {state}>"
-
-
-def _is_lent(lora: Any) -> bool:
-    """Whether a LoRA of a call is a loan of the caller's, which a pipeline does not lend again."""
-    return isinstance(lora, tuple | list) and bool(lora) and isinstance(lora[0], Loan)

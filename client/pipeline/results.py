@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xditd.client.output_files import names_folder, numbered_paths, output_path
+from xditd.client.output_files import drop_empty, names_folder, output_path, take_numbered
 from xditd.client.pipeline.settings import RunSettings
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest
@@ -102,16 +102,26 @@ class PipelineResult:
         """
         rate = self.settings.fps if fps is None else fps
         numbers = range(self.count) if index is None else (index,)
+        records = [self.record(number) if metadata else None for number in numbers]
+        targets = self._targets(path, len(numbers))
         found = []
-        for number, target in zip(numbers, self._targets(path, len(numbers)), strict=True):
-            made = replace(self.generation, record=self.record(number) if metadata else None)
-            found.append(made.save(target, number, fps=rate, metadata=metadata))
+        try:
+            for number, record, target in zip(numbers, records, targets, strict=True):
+                made = replace(self.generation, record=record)
+                found.append(made.save(target, number, fps=rate, metadata=metadata))
+        except BaseException:
+            if self._is_numbered(path, len(numbers)):
+                drop_empty(targets)
+            raise
         return found
+
+    def _is_numbered(self, path: str | os.PathLike[str], count: int) -> bool:
+        return names_folder(path) and not (self.is_video and count == 1)
 
     def _targets(self, path: str | os.PathLike[str], count: int) -> list[Path]:
         one = output_path(path)
-        if names_folder(path) and not (self.is_video and count == 1):
-            return numbered_paths(path, count, "" if self.is_video else ".png")
+        if self._is_numbered(path, count):
+            return take_numbered(path, count, "" if self.is_video else ".png")
         if not self.is_video and not one.suffix:
             raise BadRequest(f"path: {one} has no suffix; give a picture, {one}.png, or a folder, {one}/")
         return [one] if count == 1 else [one.with_name(f"{one.stem}-{number}{one.suffix}") for number in range(count)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 from collections.abc import Mapping
 from functools import partial
 from typing import Final
@@ -21,6 +22,7 @@ from xditd.daemon.operations.log_buffer import LogBuffer
 from xditd.daemon.operations.states import move
 from xditd.daemon.sockets.routers import Router
 from xditd.ipc.errors import BadMessage, Internal, WorkersLost, WorkersUnavailable, XditdError, error_for
+from xditd.ipc.host_limits import count_memory_kills, explain_kill
 from xditd.ipc.open_files import describe_limit, is_want_of_descriptors
 from xditd.ipc.status import GroupState
 from xditd.ipc.worker_messages import (
@@ -83,6 +85,7 @@ class WorkerGroup:
         self._is_ended_by_us = False
         self._is_standby_silent = False
         self._outside_connections_before = 0
+        self._kills_before = 0
         self._started_s = 0.0
         self._ready_s: float | None = None
         self._start_deadline = Deadline(loop, self._start_overdue)
@@ -150,6 +153,7 @@ class WorkerGroup:
 
     def _leader_started(self, leader: Leader) -> None:
         self._leader = leader
+        self._kills_before = count_memory_kills()
         self._start_deadline.extend(self._configuration.start_deadline_s)
         logger.info("%s starting leader_pid=%d start=%d", self.name, leader.pid, self.starts)
 
@@ -288,6 +292,8 @@ class WorkerGroup:
             self._start_leader(self.ranks.token)
             return
         why = output.explain(status)
+        if status == -signal.SIGKILL and not self._is_ended_by_us:
+            why = "; ".join(filter(None, (why, explain_kill(self._kills_before))))
         if not self._is_ended_by_us and self.state is not GroupState.DEAD:
             self._mark_dead(WorkersLost(why))
         elif self._on_stopped is None and output.has_cause and status == 1:

@@ -18,10 +18,10 @@ from typing import cast
 import torch
 import torch.multiprocessing
 
-from xditd.gpu_workers.process import host_limits, preload, rank, start_faults
+from xditd.gpu_workers.process import preload, rank, start_faults
 from xditd.gpu_workers.process.die_with_parent import OUTPUT, has_no_reader
 from xditd.gpu_workers.process.options import Options
-from xditd.ipc import layout_choice
+from xditd.ipc import host_limits, layout_choice
 from xditd.ipc.errors import BadRequest, Unsupported, WorkersLost, XditdError
 from xditd.ipc.layout_choice import LayoutChoice
 from xditd.ipc.processes import describe_exit
@@ -166,8 +166,8 @@ def _find_failure(ranks: list[BaseProcess], error_pipes: list[Connection], kills
             return BadRequest(said)
         how = f"rank {number} {describe_exit(process.exitcode)}"
         is_killed = process.exitcode < 0
-        if process.exitcode == -signal.SIGKILL and host_limits.count_memory_kills() > kills_before:
-            said = host_limits.without_memory("the kernel has ended processes of this control group since the start")
+        if process.exitcode == -signal.SIGKILL:
+            said = host_limits.explain_kill(kills_before)
         why = f"{how}: {said}" if said else how if is_killed else f"{how} {UNEXPLAINED}"
         found.append((not is_killed, WorkersLost(why)))
     # A rank that a signal killed makes the others fail, never the reverse.

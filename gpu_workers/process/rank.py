@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from xditd.gpu_workers.process import host_limits, lean_imports, preload, start_faults, xfuser_start
+from xditd.gpu_workers.process import lean_imports, preload, start_faults, thread_room, xfuser_start
 from xditd.gpu_workers.process.command_loop import CommandLoop, DaemonChannel
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
 from xditd.gpu_workers.process.options import Options
@@ -54,7 +54,7 @@ def main(
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // choice.degrees.world_size) if where.type == "cpu" else 1)
     try:
-        host_limits.check_threads(host_limits.THREADS_OF_A_RANK)
+        thread_room.check_threads(thread_room.THREADS_OF_A_RANK)
         lean_imports.leave_out_peft()
         layout = xfuser_start.start(
             rank,

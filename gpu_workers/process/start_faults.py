@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Final
 
-from xditd.gpu_workers.process import host_limits
+from xditd.ipc import host_limits
 from xditd.ipc.errors import RequestError, XditdError
 from xditd.ipc.open_files import describe_limit, is_want_of_descriptors
 

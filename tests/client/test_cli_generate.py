@@ -281,6 +281,21 @@ def test_a_folder_numbers_its_pictures(generate, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["images"] == [f"{out}00042.png"]
 
 
+def test_a_number_that_another_program_has_taken_meanwhile_is_left_to_it(generate, daemon, tmp_path, capsys):
+    answer, out = daemon.answers[Generate], tmp_path / "cats"
+
+    def answer_later(request):
+        out.mkdir()
+        (out / "00000.png").write_bytes(b"another's")
+        return answer(request)
+
+    daemon.answers[Generate] = answer_later
+    assert generate("--out", f"{out}/", "--json") == exits.DONE
+    assert json.loads(capsys.readouterr().out)["images"] == [f"{out}/00001.png"]
+    assert (out / "00000.png").read_bytes() == b"another's"
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00001.png"]
+
+
 def test_strengths_may_follow_a_colon():
     given = ("--lora", "a.safetensors:0.8", "--lora", "~/b:c=d.safetensors:-1,e:0.5=2")
     expected = {"a.safetensors": 0.8, "~/b:c=d.safetensors": -1, "e:0.5": 2}

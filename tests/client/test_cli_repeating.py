@@ -178,6 +178,15 @@ def test_a_model_of_the_same_name_with_other_files_is_refused(folder: Path) -> N
     parsed(record).repeated.check_model(with_scheduler)
 
 
+@pytest.mark.parametrize(("family", "kept"), [("wan", None), ("z_image", None), ("qwen_image", "")])
+def test_the_empty_negative_prompt_of_a_guided_call_is_its_familys(family: str, kept: str | None) -> None:
+    """`--guidance 1` would refuse it, and nobody could leave it out. Qwen-Image guides with a negative prompt alone."""
+    record = replace(RECORD, negative_prompt="", model=ModelRecord(name="flux", family=family))
+    assert parsed(record).negative_prompt == kept
+    assert parsed(record, "--negative-prompt", "a dog").negative_prompt == "a dog"
+    assert parsed(replace(record, negative_prompt="a hat")).negative_prompt == "a hat"
+
+
 def test_a_lora_that_was_used_twice_is_refused() -> None:
     """Flags name each once: one of the two strengths would be dropped."""
     Path("style.safetensors").write_bytes(b"style")

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from xditd.client import Client, RowsOf  # noqa: E402
+from xditd.client import Client, RowsOf, session  # noqa: E402
 from xditd.ipc.errors import (  # noqa: E402
     BadCheckpoint,
     BadRequest,
@@ -19,8 +19,8 @@ from xditd.ipc.errors import (  # noqa: E402
     LeaseLost,
     StaleSource,
 )
-from xditd.ipc.replies import Failed, MemoryChecked  # noqa: E402
-from xditd.ipc.requests import Cancel, CheckMemory, Goodbye, Lend, ReturnLoan  # noqa: E402
+from xditd.ipc.replies import Announced, Failed, Lent, MemoryChecked  # noqa: E402
+from xditd.ipc.requests import Announce, Cancel, CheckMemory, Goodbye, Lend, ReturnLoan  # noqa: E402
 from xditd.ipc.tensors import ComponentKind, Tier  # noqa: E402
 
 TEXT = {"prompt_embeds": torch.zeros(1, 2, 8), "pooled_prompt_embeds": torch.zeros(1, 4)}
@@ -34,6 +34,14 @@ def transformer():
 def client(daemon, folder):
     with Client(folder, deadline_s=5.0) as client:
         yield client
+
+
+def test_the_reply_of_a_lend_is_analysed_while_it_is_announced(daemon, client, monkeypatch):
+    warmed = []
+    daemon.answers[Announce] = lambda request: [Announced(request_id=request.request_id)]
+    monkeypatch.setattr(session.reply_decoder, "warm_up", lambda *kinds: warmed.extend(kinds))
+    client.prepare(transformer())
+    assert warmed == [Lent]
 
 
 def lose(client):

@@ -3,11 +3,20 @@
 import os
 import resource
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from xditd.client.output_files import check_folder, check_target, names_folder, write_file, write_or_keep
+from xditd.client.output_files import (
+    check_folder,
+    check_target,
+    drop_empty,
+    names_folder,
+    take_numbered,
+    write_file,
+    write_or_keep,
+)
 from xditd.ipc.errors import BadRequest, OutputFailed
 
 
@@ -107,3 +116,17 @@ def test_a_folder_is_named_by_a_slash_or_is_there(tmp_path):
     assert names_folder(tmp_path)
     assert not names_folder("")  # which names no file, and not the current folder
     assert not names_folder("a" * 300)
+
+
+def test_numbers_are_taken_once(tmp_path):
+    folder = tmp_path / "cats"
+    with ThreadPoolExecutor(8) as threads:
+        taken = [path for each in threads.map(lambda _: take_numbered(folder, 4, ".png"), range(8)) for path in each]
+    assert sorted(path.name for path in taken) == [f"{number:05}.png" for number in range(32)]
+    (folder / "00003.png").write_bytes(b"cat")
+    (film,) = take_numbered(folder, 1, "")
+    assert film.is_dir()
+    drop_empty([*taken, film])
+    assert [path.name for path in folder.iterdir()] == ["00003.png"]
+    with pytest.raises(OutputFailed, match=r"output folder .*00003\.png: "):
+        take_numbered(folder / "00003.png", 1, ".png")

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from xditd.client.pipeline.adapter import Adapter
-from xditd.client.pipeline.families import adapter_for
+from xditd.client.pipeline.adapter import Adapter, Plan
+from xditd.client.pipeline.families import PIXELS, adapter_for, area_size
 from xditd.client.pipeline.files import find_source
 from xditd.client.pipeline.folders import PIPELINES
 from xditd.client.pipeline.sources import Part, Source
+from xditd.ipc.errors import BadRequest
 
 WITHOUT = {
     "flux1": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
@@ -79,3 +81,39 @@ def test_a_model_of_references_says_so_when_it_gets_a_picture() -> None:
     assert adapter_for("flux2", facts(starts=()), Source(name="x", parts={}), "x").refused()["image"] == (
         "it makes pictures from words alone"
     )
+
+
+def call(**given: Any) -> Any:
+    sizes = {"width": 64, "height": 64, "frames": 5}
+    return SimpleNamespace(width=None, height=None, references=(), image=None, defaults=sizes, **given)
+
+
+def small(family: str) -> Adapter:
+    found = facts("prompt_embeds", "image", "video", "mask", "reference_images")
+    found.latents = SimpleNamespace(frames=0, pixels=8, multiple=2)
+    return adapter_for(family, found, Source(name="x", parts={}), "x")
+
+
+def test_pictures_that_are_smaller_than_a_patch_are_named() -> None:
+    z_image, dot = small("z_image"), Image.new("RGB", (100, 5))
+    with pytest.raises(
+        BadRequest, match="image: 100x5 pixels, and x makes 16 or more on a side; give width and height"
+    ):
+        z_image.size(SimpleNamespace(**{**vars(call()), "image": dot}))
+    assert z_image.size(SimpleNamespace(**{**vars(call()), "image": dot, "height": 32})) == (96, 32)
+    for narrow in ((5, 5), (1, 2000), (8, 4000)):
+        picture = Image.new("RGB", narrow)
+        given = SimpleNamespace(**{**vars(call()), "references": (picture,)})
+        with pytest.raises(BadRequest, match=r"references\[0\]: .* pixels; give 8 or more on a side"):
+            small("wan_vace").add_references(given, Plan(64, 64, 5), lambda pixels: pixels)
+    for size in ((1, 2000), (1, 9000), (9000, 1)):
+        with pytest.raises(BadRequest, match=f"references: {size[0]}x{size[1]} pixels are .*less narrow"):
+            area_size(Image.new("RGB", size), PIXELS)
+
+
+@pytest.mark.parametrize("given", [5, "control.mp4", Image.new("RGB", (8, 8)), {1: "a.png"}])
+def test_a_control_video_is_a_list(given: Any) -> None:
+    for name in ("control", "mask"):
+        whole = {"control": [Image.new("RGB", (8, 8))] * 5, "mask": None, name: given}
+        with pytest.raises(BadRequest, match=f"{name}: .*give a list, a picture for each frame"):
+            small("wan_vace").add_control(call(**whole), Plan(64, 64, 5))

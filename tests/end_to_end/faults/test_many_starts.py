@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +30,15 @@ def open_fds(pid: int) -> int:
 
 
 def shared_memory() -> set[str]:
-    """What the libraries of workers make there; other programs put files of their own into it meanwhile."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "psm_", "sem.", "nccl-", "cuda."))}
+    """What is there and no process has mapped: what another program uses meanwhile is none of ours.
+
+    Source: proc(5), /proc/pid/maps.
+    """
+    names = set(os.listdir("/dev/shm"))
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            names -= set(re.findall(r"/dev/shm/(\S+)", maps.read_text())) if names else set()
+    return {name for name in names if os.path.exists(f"/dev/shm/{name}")}
 
 
 def is_alive(pid: int) -> bool:

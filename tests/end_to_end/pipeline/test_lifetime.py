@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -14,9 +15,9 @@ import pipeline_folders as folders
 import pytest
 import torch
 from running_daemon import RunningDaemon, until
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from xditd.client import AsyncClient, Cancelled, Client, Closed, LeaseLost, Pipeline, UnknownComponent
+from xditd.client import AsyncClient, BadCheckpoint, Cancelled, Client, Closed, LeaseLost, Pipeline, UnknownComponent
 from xditd.client.pipeline import pipeline
 
 GIVEN: dict[str, Any] = {"steps": 2, "seed": 1, "width": 96, "height": 64}
@@ -97,6 +98,21 @@ def test_a_call_whose_models_another_thread_returns_says_that_it_may_be_repeated
         found = run(pipe)
     assert torch.equal(found, before)
     assert next(unloads, None) is None
+
+
+def test_another_model_in_place_of_the_first_is_refused(pipe: Pipeline, folder: Path) -> None:
+    """Such as schnell in place of dev, which would drop the guidance scale."""
+    before = run(pipe)
+    pipe.unload()
+    weights, config = (folder / "transformer" / name for name in ("diffusion_pytorch_model.safetensors", "config.json"))
+    save_file({name: each for name, each in load_file(weights).items() if "guidance" not in name}, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
+    with pytest.raises(BadCheckpoint, match="flux: the file of its transformer is of another model"):
+        run(pipe, guidance=3.5)
+    with Pipeline.open(folder, client=pipe.client) as again:
+        assert again.facts.transformer is not None
+        assert again.facts.transformer.guidance == "none"
+        assert not torch.equal(run(again), before)
 
 
 def test_a_loan_of_the_callers_is_not_lent_again(pipe: Pipeline, client: Client, tmp_path: Path) -> None:

@@ -205,6 +205,19 @@ def test_an_error_after_the_pictures_is_the_only_document(
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "cancelled"
 
 
+def test_a_picture_of_a_model_of_videos_is_repeated_as_one(shell: Callable[..., int], tmp_path: Path) -> None:
+    pipeline, parts = folders.wan(), tmp_path / "parts"
+    prompt_pipelines.save_texts("wan", parts)
+    pipeline.register_modules(**prompt_pipelines.read_texts("wan", parts))
+    model = ["--model", str(folders.saved(pipeline, tmp_path / "wan"))]
+    assert shell("a cat", *model, *GIVEN, "--frames", "1", "--guidance", "3", "-o", "cat.png") == exits.DONE
+    assert read_record("cat.png").negative_prompt == ""
+    assert shell("--from", "cat.png", *model, "-o", "again.png") == exits.DONE
+    assert same(Path("again.png"), Image.open("cat.png"))
+    assert shell("--from", "cat.png", *model, "--guidance", "1", "-o", "plain.png") == exits.DONE
+    assert not same(Path("plain.png"), Image.open("cat.png"))
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

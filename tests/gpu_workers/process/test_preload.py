@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -51,6 +53,18 @@ os.close(writer)
 found["sum in a forked rank"] = os.read(reader, 9).decode()
 print(json.dumps(found))
 """
+
+
+def test_commands_are_analysed_before_ranks_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[bool] = []
+    monkeypatch.setattr(preload.command_decoder, "warm_up", lambda: warmed.append(True))
+    monkeypatch.setattr(preload, "lean_imports", MagicMock())  # it changes libraries of this process
+    monkeypatch.setattr(preload, "quiet_libraries", lambda: None)
+    try:
+        preload.preload(())
+    finally:
+        gc.unfreeze()
+    assert warmed == [True]
 
 
 @pytest.mark.gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,15 @@ def open_fds(pid: int) -> int:
 
 
 def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    """What is there and no process has mapped: what another program uses meanwhile is none of ours.
+
+    Source: proc(5), /proc/pid/maps.
+    """
+    names = set(os.listdir("/dev/shm"))
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            names -= set(re.findall(r"/dev/shm/(\S+)", maps.read_text())) if names else set()
+    return {name for name in names if os.path.exists(f"/dev/shm/{name}")}
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.long)])

@@ -171,6 +171,7 @@ def test_stop_is_answered_and_new_work_refused(start_daemon: Any, memory: Any, f
         (["--device", "tpu"], "flag --device = 'tpu'"),
         (["--config", "/nowhere/xditd.toml"], "file /nowhere/xditd.toml: No such file"),
         (["--no-such-flag"], "unrecognized arguments"),
+        (["--runtime-dir", "/tmp/" + 99 * "x"], "116 bytes, at most 107 fit; choose a shorter runtime folder"),
     ],
 )
 def test_misuse_has_its_own_exit_status(flags: list[str], words: str) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import resource
-import threading
 from pathlib import Path
 
 import pytest
 
-from xditd.gpu_workers.process import host_limits
-from xditd.ipc.errors import WorkersLost
+from xditd.ipc import host_limits
 
 VERSION_1 = "8:pids:/service\n4:cpu,memory:/user/service\n0::/\n"
 VERSION_2 = "0::/user/service\n"
@@ -73,24 +71,7 @@ def test_ends_for_want_of_memory_are_counted(groups: Path, files: dict[str, str]
     assert host_limits.count_memory_kills() == 7
 
 
-def test_a_worker_without_room_for_its_threads_says_so(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before native code ends the process; the threads that could be started are ended."""
-    write(groups, {"cgroup": VERSION_1, "pids/service/pids.max": "50\n"})
-    before, start, room = threading.active_count(), threading.Thread.start, iter(range(3))
-
-    def limited(thread: threading.Thread) -> None:
-        if next(room, None) is None:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", limited)
-        with pytest.raises(WorkersLost) as raised:
-            host_limits.check_threads(5)
-    assert "can't start new thread: 3 of the 5 that a worker needs" in raised.value.detail
-    assert (
-        "allowed are 50 for its control group (pids.max); raise the limit (ulimit -u, TasksMax=" in raised.value.detail
-    )
-    assert threading.active_count() == before
-    host_limits.check_threads(5)
-    assert threading.active_count() == before
+def test_a_kill_is_explained_by_memory_where_the_count_has_risen(groups: Path) -> None:
+    write(groups, {"cgroup": VERSION_2, "user/service/memory.events": "oom_kill 7\n"})
+    assert host_limits.explain_kill(7) == ""
+    assert host_limits.explain_kill(6).startswith("out of host memory: the kernel has ended processes of this control")

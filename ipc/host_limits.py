@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
-
-from xditd.ipc.errors import WorkersLost
-
-THREADS_OF_A_RANK: Final = 64
-"""Threads that a rank on the CPU has started when it is ready, on two cores: gloo's, mostly."""
 
 _MOUNTS: Final = Path("/sys/fs/cgroup")
 _GROUPS: Final = Path("/proc/self/cgroup")
@@ -65,25 +59,11 @@ def count_memory_kills() -> int:
     return 0
 
 
-def check_threads(count: int) -> None:
-    """Start ``count`` threads at once, and end them: where that fails, native code would end this process by SIGABRT.
-
-    Raises:
-        WorkersLost: there is no room for so many.
-    """
-    done = threading.Event()
-    started: list[threading.Thread] = []
-    try:
-        for _ in range(count):
-            thread = threading.Thread(target=done.wait, daemon=True)
-            thread.start()
-            started.append(thread)
-    except RuntimeError as error:
-        raise WorkersLost(without_threads(f"{error}: {len(started)} of the {count} that a worker needs")) from error
-    finally:
-        done.set()
-        for thread in started:
-            thread.join()
+def explain_kill(kills_before: int) -> str:
+    """Say whether memory ran out since ``kills_before`` was counted, after which a process was ended; ``""`` if not."""
+    if count_memory_kills() <= kills_before:
+        return ""
+    return without_memory("the kernel has ended processes of this control group since the start")
 
 
 def without_threads(why: str) -> str:
