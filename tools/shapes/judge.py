@@ -126,7 +126,7 @@ def draw_requests(sampler: Sampler, requests: Sequence[Request], *, batch: int, 
 def judge_in_processes(given: argparse.Namespace, requests: Sequence[Request]) -> tuple[torch.Tensor, list[list[str]]]:
     """Do as :func:`judge` with diffusers, its batches in ``given.processes`` processes of one thread each.
 
-    The model's layers are small: threads wait for each other longer than they compute.
+    On a machine that others use, threads of these small layers wait for each other longer than they compute.
     """
     parts = [(at, requests[at : at + given.batch]) for at in range(0, len(requests), given.batch)]
     with ProcessPoolExecutor(given.processes, get_context("spawn"), _open_in_process, (given,)) as processes:
