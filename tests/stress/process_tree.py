@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 
@@ -51,6 +52,18 @@ def memfds(pid: int) -> set[str]:
     """Return the inodes of the memfds that a process has mapped."""
     with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
         return {line.split()[4] for line in maps if "/memfd:" in line}
+
+
+def shared_memory() -> set[str]:
+    """Return the files of /dev/shm that no process has mapped: what another program uses meanwhile is none of ours.
+
+    Source: proc(5), /proc/pid/maps.
+    """
+    names = set(os.listdir("/dev/shm"))
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            names -= set(re.findall(r"/dev/shm/(\S+)", maps.read_text())) if names else set()
+    return {name for name in names if os.path.exists(f"/dev/shm/{name}")}
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_tree import count_fds, shared_memory
 
 from xditd.client import Client
 from xditd.client.demo.checkpoints import flux1_state_dict
@@ -23,22 +22,6 @@ pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(7200)]
 
 STARTS, REBUILDS = 100, 50
 WAIT_S = 120.0
-
-
-def open_fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def shared_memory() -> set[str]:
-    """What is there and no process has mapped: what another program uses meanwhile is none of ours.
-
-    Source: proc(5), /proc/pid/maps.
-    """
-    names = set(os.listdir("/dev/shm"))
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            names -= set(re.findall(r"/dev/shm/(\S+)", maps.read_text())) if names else set()
-    return {name for name in names if os.path.exists(f"/dev/shm/{name}")}
 
 
 def is_alive(pid: int) -> bool:
@@ -93,8 +76,8 @@ def test_starts_and_stops_leave_nothing(tmp_path: Path, state: Mapping[str, torc
         assert not [pid for pid in pids if is_alive(pid)]
         assert shared_memory() == shared
         if number == 1:
-            fds = open_fds(os.getpid())
-    assert open_fds(os.getpid()) <= fds
+            fds = count_fds(os.getpid())
+    assert count_fds(os.getpid()) <= fds
 
 
 def test_rebuilt_groups_leave_nothing(
@@ -113,7 +96,7 @@ def test_rebuilt_groups_leave_nothing(
     for number in range(REBUILDS):
         wait_until(lambda: len(children(daemon.pid)) == 2)  # the leader and the standby
         if number == 1:
-            fds, processes = open_fds(daemon.pid), len(descendants(daemon.pid))
+            fds, processes = count_fds(daemon.pid), len(descendants(daemon.pid))
         victim = client.status().workers[number % ranks].pid
         before = descendants(daemon.pid)
         os.kill(victim, signal.SIGKILL)
@@ -122,7 +105,7 @@ def test_rebuilt_groups_leave_nothing(
         assert len([pid for pid in before if is_alive(pid)]) <= 1  # the standby, which leads now
     wait_until(lambda: len(children(daemon.pid)) == 2)
     wait_until(lambda: len(descendants(daemon.pid)) <= processes)
-    wait_until(lambda: open_fds(daemon.pid) <= fds)
+    wait_until(lambda: count_fds(daemon.pid) <= fds)
     assert shared_memory() == shared
     loan.return_()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process_tree import count_fds, descendants, shared_memory
 
 from xditd.ipc.replies import Generated
 from xditd.ipc.status import GroupState
@@ -17,34 +16,9 @@ from xditd.ipc.status import GroupState
 LIKE_OUR_OWN = ["-m", "xditd.gpu_workers"]
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that descend from one. Source: proc(5), /proc/pid/task/tid/children."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found += [child, *descendants(child)]
-    return found
-
-
-def open_fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def shared_memory() -> set[str]:
-    """What is there and no process has mapped: what another program uses meanwhile is none of ours.
-
-    Source: proc(5), /proc/pid/maps.
-    """
-    names = set(os.listdir("/dev/shm"))
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            names -= set(re.findall(r"/dev/shm/(\S+)", maps.read_text())) if names else set()
-    return {name for name in names if os.path.exists(f"/dev/shm/{name}")}
-
-
 @pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.long)])
 def test_starts_and_stops_leave_nothing(count: int, start_daemon: Any, folder: Path) -> None:
-    shared, fds = shared_memory(), open_fds(os.getpid())
+    shared, fds = shared_memory(), count_fds(os.getpid())
     left: set[str] = set()
     for number in range(count):
         daemon = start_daemon(worker_flags=LIKE_OUR_OWN, standby="on")
@@ -58,10 +32,10 @@ def test_starts_and_stops_leave_nothing(count: int, start_daemon: Any, folder: P
         assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
         if number == 0:
             left = {path.name for path in daemon.runtime.path.iterdir()} - {"fake-starts"}
-            fds = open_fds(os.getpid())
+            fds = count_fds(os.getpid())
     assert {path.name for path in daemon.runtime.path.iterdir()} - {"fake-starts"} == left
     assert shared_memory() == shared
-    assert open_fds(os.getpid()) <= fds
+    assert count_fds(os.getpid()) <= fds
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.long)])
@@ -83,7 +57,7 @@ def test_rebuilt_groups_leave_nothing(
     for number in range(count):
         before = wait_for_processes()
         if number == 0:
-            fds = open_fds(daemon.process.pid)
+            fds = count_fds(daemon.process.pid)
         os.kill(client.status().workers[number % 2].pid, signal.SIGKILL)
         starts = number + 2
         client.wait_status(
@@ -95,5 +69,5 @@ def test_rebuilt_groups_leave_nothing(
         taken = {pid for pid in before if os.path.exists(f"/proc/{pid}")}
         assert len(taken) == (standby == "on")  # the standby became the leader
     wait_for_processes()
-    wait_until(lambda: open_fds(daemon.process.pid) <= fds)  # connections of killed ranks close a little later
+    wait_until(lambda: count_fds(daemon.process.pid) <= fds)  # connections of killed ranks close a little later
     assert shared_memory() == shared
