@@ -114,8 +114,8 @@ def apply_record(parsed: argparse.Namespace) -> None:
             parsed.prompt_2 = record.prompt_2
         if record.text_tokens is not None:
             parsed.text_tokens = record.text_tokens
-    if parsed.negative_prompt is None and parsed.embeds is None and not _is_own_negative(record):
-        parsed.negative_prompt = record.negative_prompt
+    if parsed.negative_prompt is None and parsed.embeds is None:
+        parsed.negative_prompt = _negative_prompt(record, parsed.guidance, where)
     checks_model = _choose_model(parsed, record, where)
     index = None
     if parsed.num_images is None and record.num_images > 1:
@@ -145,12 +145,24 @@ def apply_record(parsed: argparse.Namespace) -> None:
     parsed.repeated = Repeated(where, record, index, checks_model)
 
 
-def _is_own_negative(record: Record) -> bool:
-    """Whether a negative prompt is what guided calls of the family have without one; unguided ones would refuse it."""
+def _negative_prompt(record: Record, guidance: float | None, where: str) -> str | None:
+    """Return the negative prompt of a record; ``None`` where it would be refused, and nobody could leave it out.
+
+    So it is with the negative prompt that guided calls of the family have without one, and with ``guidance``, a scale
+    that was asked for, which is too small to guide.
+    """
     from xditd.client.pipeline.adapter import Adapter
     from xditd.client.pipeline.families import ADAPTERS
 
-    return record.negative_prompt == ADAPTERS.get(record.model.family or "", Adapter).empty_negative
+    adapter, negative = ADAPTERS.get(record.model.family or "", Adapter), record.negative_prompt
+    if negative is None or negative == adapter.empty_negative:
+        return None
+    if guidance is not None and guidance <= adapter.guides_above:
+        print_error(
+            f"xditd generate: {where}: its negative prompt has no effect with --guidance {guidance:g}, and is left out"
+        )
+        return None
+    return negative
 
 
 def _check_inputs(parsed: argparse.Namespace, record: Record, where: str) -> None:

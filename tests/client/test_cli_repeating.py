@@ -187,6 +187,13 @@ def test_the_empty_negative_prompt_of_a_guided_call_is_its_familys(family: str, 
     assert parsed(replace(record, negative_prompt="a hat")).negative_prompt == "a hat"
 
 
+def test_a_negative_prompt_is_left_out_with_a_guidance_that_does_not_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    record = replace(RECORD, negative_prompt="a hat", model=ModelRecord(name="flux", family="wan"))
+    assert parsed(record, "--guidance", "1").negative_prompt is None
+    assert "its negative prompt has no effect with --guidance 1, and is left out" in capsys.readouterr().err
+    assert parsed(record, "--guidance", "4").negative_prompt == "a hat"
+
+
 def test_a_lora_that_was_used_twice_is_refused() -> None:
     """Flags name each once: one of the two strengths would be dropped."""
     Path("style.safetensors").write_bytes(b"style")
