@@ -90,8 +90,9 @@ class LoanMethods:
 
         if device is not None and not generation:
             with contextlib.suppress(XditdError):  # what is wrong, the lend says
-                self.prepare(
+                self._announce(
                     source,
+                    waits=False,  # the lend waits, at most its own deadline
                     kind=named,
                     label=label,
                     as_class=as_class,
@@ -147,20 +148,23 @@ class LoanMethods:
             BadCheckpoint, Unsupported, BadRequest: a file or a value that :meth:`lend` would refuse before it asks the
                 workers.
         """
+        self._announce(
+            source,
+            waits=True,
+            kind=None if kind is None else kind_named(kind),
+            label=label,
+            as_class=as_class,
+            variant=variant,
+            compute_dtype=compute_dtype,
+            prefix=prefix,
+        )
+
+    def _announce(
+        self, source: Mapping[str, Any] | str | os.PathLike[str] | torch.nn.Module, *, waits: bool, **given: Any
+    ) -> None:
         from xditd.client.outlines import outline_of
 
-        named = None if kind is None else kind_named(kind)
-        self._current().announce(
-            outline_of(
-                source,
-                kind=named,
-                label=label,
-                as_class=as_class,
-                variant=variant,
-                compute_dtype=compute_dtype,
-                prefix=prefix,
-            )
-        )
+        self._current().announce(outline_of(source, **given), waits=waits)
 
     @names_unknown("Client.lend_tokenizer")
     def lend_tokenizer(

@@ -139,10 +139,13 @@ class Session:
         )  # fmt: skip
         return loan
 
-    def announce(self, outline: Outline) -> None:
-        """Announce a component that will be lent; the daemon answers at once."""
+    def announce(self, outline: Outline, *, waits: bool) -> None:
+        """Announce a component that will be lent. The daemon answers at once; ``waits`` for that, and for its error."""
         request = Announce(request_id=self.connection.next_request_id(), outline=outline)
-        self.connection.ask(request, Announced)
+        if waits:
+            self.connection.ask(request, Announced)
+        else:
+            self.connection.submit(request)
         reply_decoder.warm_up(Lent)
 
     def check_memory(self, deadline_s: float | None) -> None:

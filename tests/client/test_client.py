@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from xditd.client import Client, RowsOf, session  # noqa: E402
+from xditd.client.connection import CONTROL_DEADLINE_S  # noqa: E402
 from xditd.ipc.errors import (  # noqa: E402
     BadCheckpoint,
     BadRequest,
@@ -42,6 +43,15 @@ def test_the_reply_of_a_lend_is_analysed_while_it_is_announced(daemon, client, m
     monkeypatch.setattr(session.reply_decoder, "warm_up", lambda *kinds: warmed.extend(kinds))
     client.prepare(transformer())
     assert warmed == [Lent]
+
+
+def test_a_lend_does_not_wait_for_its_announcement(daemon, client):
+    """It has a deadline of its own; a daemon that is busy answers late."""
+    began = time.monotonic()
+    loan = client.lend(transformer(), device="cpu", deadline_s=5.0)  # nothing answers an Announce here
+    assert time.monotonic() - began < CONTROL_DEADLINE_S
+    assert [type(each) for each in daemon.seen if isinstance(each, (Announce, Lend))] == [Announce, Lend]
+    assert loan.is_live
 
 
 def lose(client):

@@ -81,9 +81,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def opened(entry: FamilyEntry) -> Pipeline:
     """A pipeline with the facts of a family, and nothing lent."""
     facts = SimpleNamespace(family=entry.family, transformer=facts_of(entry))
-    loans = SimpleNamespace(
-        lend=lambda: None, check=lambda: None, transformer=SimpleNamespace(facts=facts), are_live=True
-    )
+    parts = {"transformer": SimpleNamespace(facts=facts)}
+    loans = SimpleNamespace(lend=lambda: parts, check=lambda _parts: None, are_live=True)
     found = Pipeline(None, Source(name="x", parts={}), loans, owns_client=False)  # type: ignore[arg-type]
     found.load()
     return found

@@ -27,7 +27,7 @@ def test_words_become_the_pictures_of_diffusers(client: Client, tmp_path: Path) 
     for name in PARTS:
         save_weights(parts[name], tmp_path / name / weights_file(name), torch.float32)
     with Pipeline.open(tmp_path, client=client) as pipe:
-        found = daemon_sampler(pipe, steps=2)(TEXTS, 3)
+        found = daemon_sampler(pipe, steps=2, text_tokens=512)(TEXTS, 3)
     assert found.shape == expected.shape == (2, 3, 256, 256)
     assert not torch.equal(found[0], found[1])
     assert (found.clamp(-1, 1) - expected).norm() < 1e-3 * expected.norm()
