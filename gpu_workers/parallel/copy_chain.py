@@ -48,6 +48,9 @@ class CopyChain:
     """Copies of ``blocks`` (by number) for the ranks that lack them; all ranks make the same calls.
 
     ``missing`` are this rank's buffers to fill (1-D uint8, as long as the block).
+
+    Raises:
+        torch.OutOfMemoryError: the GPU has no room for a few KiB.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class CopyChain:
         self._before = (rank - 1) % self._ranks
         self._owners = {number: peer_uuids.index(block.device_uuid) for number, block in blocks.items()}
         self._blocks, self._missing = blocks, missing
+        longest = max(block.fingerprint.length_bytes for block in blocks.values())
+        self._sample = torch.empty(longest, dtype=torch.uint8, device=device)
         self._mappings: dict[bytes, CudaMapping] = {}
         self._sources: dict[int, _Source] = {}
         self._thread: threading.Thread | None = None
@@ -115,9 +120,7 @@ class CopyChain:
             StaleSource: the bytes that came are not those that were lent.
             OtherRankFailed: the rank before has failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         torch.cuda.synchronize(self._device)
         if self._error is not None:
             raise self._error
@@ -127,12 +130,15 @@ class CopyChain:
 
     def close(self) -> None:
         """Close what was opened."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         self._sources.clear()
         while self._mappings:
             self._mappings.popitem()[1].close()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _export(self) -> dict[int, CudaIpcBlock]:
         """Describe the buffers that the next rank reads, with fingerprints of what they hold before the copy."""
@@ -149,7 +155,7 @@ class CopyChain:
         if (mapping := self._mappings.get(block.handle)) is None:
             mapping = self._mappings[block.handle] = CudaMapping(block, self._device.index)
         expected = block.fingerprint
-        sample = torch.empty(expected.length_bytes, dtype=torch.uint8, device=self._device)
+        sample = self._sample[: expected.length_bytes]
         mapping.copy_to(sample, expected.offset_bytes)
         check_fingerprint(
             sample,

@@ -222,7 +222,8 @@ class GpuCopies:
     ) -> CopyChain | None:
         """Open what each rank reads; ``opened`` closes it. ``None`` on every rank if one cannot."""
         opened.callback(mark, "peer_close")
-        chain = CopyChain(self.device, self.rank, self.peer_uuids, blocks, missing)
+        with raise_on_all_ranks():
+            chain = CopyChain(self.device, self.rank, self.peer_uuids, blocks, missing)
         opened.callback(chain.close)
         fault = chain.open()
         if fault:
