@@ -24,6 +24,7 @@ ROUNDS = 2
 STEPS = 2
 GUIDANCE = 1.0
 """More of it multiplies what roundings differ by."""
+SHIFT = 6.0
 CONFIG = replace(z_image_models.SMALL, hidden=768, layers=1, refiners=1)
 """Six heads: Ulysses may have degrees 2 and 3."""
 
