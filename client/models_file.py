@@ -22,7 +22,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
 from xditd.ipc.suggestions import did_you_mean
 from xditd.ipc.tensors import Acceleration, ComputeDType
+from xditd.ipc.toml_text import parse_toml
 
 PATH_KEYS: Final = (
     "folder",
@@ -184,19 +184,14 @@ def parse(text: str, path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         BadRequest: no TOML, with the line; or an entry that is no table of a model.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        tables = tomllib.loads(text)
-        repr(tables)  # messages show values, and Python refuses to show numbers of more than 4,300 digits
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is no TOMLDecodeError
+        tables = parse_toml(text)
+    except ValueError as error:
         raise BadRequest(f"file {path}: not TOML: {error}") from error
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise BadRequest(
-                f"file {path}, {name} = {table!r:.100}: outside of a model; put it below a line such as [flux]"
+                f"file {path}, {name:.100} = {table!r:.100}: outside of a model; put it below a line such as [flux]"
             )
         try:
             check_name(name)
@@ -216,8 +211,8 @@ def check_entry(name: str, table: dict[str, Any], path: Path) -> ModelEntry:
         if key not in KEYS:
             remedy = f"remove it, or use one of {', '.join(KEYS)}{did_you_mean(key, KEYS)}"
             if isinstance(value, dict):
-                remedy = f'if this is a name with a dot, write ["{name}.{key}"]; else {remedy}'
-            raise BadRequest(f"{where} {key}: no such key; {remedy}")
+                remedy = f'if this is a name with a dot, write ["{name}.{key:.100}"]; else {remedy}'
+            raise BadRequest(f"{where} {key:.100}: no such key; {remedy}")
     found: dict[str, Any] = {}
     for key in PATH_KEYS:
         if key in table:
@@ -279,7 +274,7 @@ def _defaults(table: object, where: str) -> ModelDefaults:
         raise BadRequest(f"{where} = {table!r:.100}: use a table, such as {{ steps = 20, guidance = 4.0 }}")
     found: dict[str, Any] = {}
     for key, value in table.items():
-        source = f"{where}.{key} = {value!r:.100}"
+        source = f"{where}.{key:.100} = {value!r:.100}"
         if key == "steps":
             if type(value) is not int or not 1 <= value <= limits.MAX_STEPS:
                 raise BadRequest(f"{source}: use a whole number from 1 to {limits.MAX_STEPS}")
@@ -292,7 +287,7 @@ def _defaults(table: object, where: str) -> ModelDefaults:
             found[key] = _size(value, source)
         else:
             known = f"remove it, or use one of {', '.join(DEFAULT_KEYS)}{did_you_mean(key, DEFAULT_KEYS)}"
-            raise BadRequest(f"{where}.{key}: no such key; {known}")
+            raise BadRequest(f"{where}.{key:.100}: no such key; {known}")
     return ModelDefaults(**found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from xditd.ipc.addresses import RuntimeDir, user_path
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.settings.daemon import CONFIG_VARIABLE, SECTIONS, SETTINGS, DaemonSettings
 from xditd.ipc.suggestions import did_you_mean
+from xditd.ipc.toml_text import parse_toml
 
 
 class Configuration(DaemonSettings, frozen=True, kw_only=True):
@@ -70,13 +70,13 @@ def _read_file(path: Path) -> dict[str, Any]:
         if section not in SECTIONS or not isinstance(table, dict):
             hint = did_you_mean(section, SECTIONS)
             listed = " and ".join(f"[{name}]" for name in SECTIONS)
-            raise BadRequest(f"file {path}: unknown entry [{section}]; the sections are {listed}{hint}")
+            raise BadRequest(f"file {path}: unknown entry [{section:.100}]; the sections are {listed}{hint}")
         known = {setting.key: setting for setting in SETTINGS if setting.section == section}
         for key, value in table.items():
-            source = f"file {path}, [{section}] {key}"
+            source = f"file {path}, [{section}] {key:.100}"
             if key not in known:
                 raise BadRequest(
-                    f"{source} = {value!r}: no such key; remove it, or use one of {', '.join(sorted(known))}"
+                    f"{source} = {value!r:.100}: no such key; remove it, or use one of {', '.join(sorted(known))}"
                     f"{did_you_mean(key, known)}"
                 )
             found[known[key].name] = known[key].read(value, source)
@@ -84,16 +84,11 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _parse_toml(path: Path) -> dict[str, Any]:
-    # Imported here to start faster: most daemons run without a file.
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return parse_toml(path.read_text("utf-8"))
     except OSError as error:
         raise BadRequest(
             f"file {path}: {error.strerror}; name another one (--config or {CONFIG_VARIABLE}), or none"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also bytes that are no UTF-8
         raise BadRequest(f"file {path}: not TOML: {error}; see the example xditd.toml in xditd/systemd") from error

@@ -70,7 +70,7 @@ def compiled_code() -> None:
     """Compile the bytecode that every process uses, as an installed package has it."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="xditd-pyc-")
-    for module in ("xditd.client", "xditd.daemon.__main__"):
+    for module in ("xditd.client", "xditd.daemon.main"):
         subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
 
 

@@ -6,14 +6,12 @@ import logging
 import sys
 
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, XditdError
+from xditd.ipc.interrupted_imports import INTERRUPTED as INTERRUPTED
 
 DONE = 0
 FAILED = 1
 MISUSE = 2
 UNREACHABLE = 3
-INTERRUPTED = 130
-"""128 + SIGINT, as a shell reports a program that Ctrl-C ended."""
-
 READER_LEFT = 141
 """128 + SIGPIPE, as a shell reports a program that wrote to a pipe without a reader."""
 

@@ -164,6 +164,14 @@ def test_a_number_without_end_is_refused(file: Path, number: str) -> None:
         load(file)
 
 
+def test_a_key_of_many_parts_or_letters_is_refused_in_a_short_line(file: Path) -> None:
+    for key, says in ((".".join("a" * 60_000), "59999 dots"), ("a" * 60_000, "no such key")):
+        file.write_text(f"[flux]\n{key} = 1\n")
+        with pytest.raises(BadRequest, match=says) as error:
+            load(file)
+        assert len(error.value.detail) < 500
+
+
 def test_a_fifo_is_not_waited_for(file: Path) -> None:
     os.mkfifo(file)
     with pytest.raises(BadRequest, match="not a regular file"):

@@ -49,6 +49,8 @@ def test_file_is_found_where_the_desktop_keeps_it(tmp_path: Path) -> None:
     [
         ("[daemon]\nqueue_limt = 3", "[daemon] queue_limt = 3: no such key"),
         ("[workers]\nqueue_limit = 3", "[workers] queue_limit = 3: no such key"),
+        ("[daemon]\n" + ".".join("a" * 60_000) + " = 1", "line 2, a.a.a"),
+        ("[daemon]\nqueue_limit = " + "[" * 5_000, "too deep"),
         ("[client]\nx = 1", "unknown entry [client]"),
         ("queue_limit = 3", "unknown entry [queue_limit]"),
         ("daemon = 3", "unknown entry [daemon]"),

@@ -90,7 +90,7 @@ def install() -> None:
     (site,) = PREFIX.glob("lib/python*/site-packages")
     (site / "journey.pth").write_text(f"{ROOT / '.pkg'}\n{sysconfig.get_path('purelib')}\n")
     command = PREFIX / "bin" / "xditd"
-    command.write_text(f"#!{python}\nimport sys\nfrom xditd.client.cli.main import main\nsys.exit(main())\n")
+    command.write_text(f"#!{python}\nimport sys\nfrom xditd.__main__ import main\nsys.exit(main())\n")
     command.chmod(0o755)
     run("useradd", "--create-home", USER)
     folder = Path(pwd.getpwnam(USER).pw_dir) / ".config" / "xditd"

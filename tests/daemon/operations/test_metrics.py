@@ -85,5 +85,5 @@ def test_forward_paths_count_the_last_decision_on_each_case(service: Service) ->
 
 
 def test_a_daemon_without_metrics_does_not_import_their_library() -> None:
-    code = "import sys, xditd.daemon.__main__; print('prometheus_client' in sys.modules)"
+    code = "import sys, xditd.daemon.main; print('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
