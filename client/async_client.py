@@ -18,6 +18,7 @@ from xditd.client.client import SILENCE_DEADLINE_S, Client
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_scopes import JobScope, run_in
 from xditd.client.loans import Loan
+from xditd.client.loop_futures import LOOK_S, awaited
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest, Closed
 from xditd.ipc.replies import AnyEvent, StepDone
@@ -30,9 +31,6 @@ T = TypeVar("T")
 
 MAX_AT_ONCE: Final = 128
 """Methods that run at once; others wait for their turn in this process."""
-
-_LOOK_S: Final = 0.5
-"""Between two looks at the event loop."""
 
 
 def _asynchronous(
@@ -115,7 +113,7 @@ class AsyncClient:
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Close the client if its loop is closed before: threads that wait keep the tasks that wait for them."""
-        while not self._is_closed.wait(_LOOK_S):
+        while not self._is_closed.wait(LOOK_S):
             if loop.is_closed():
                 self._close()
 
@@ -129,7 +127,7 @@ class AsyncClient:
         self._scopes.add(scope)
         future.add_done_callback(lambda _: self._scopes.discard(scope))
         try:
-            return await asyncio.wrap_future(future)
+            return await awaited(future, getattr(function, "__name__", "a function"))
         except BaseException:  # cancelled: nobody takes the result
             if not future.cancel():
                 scope.cancel()

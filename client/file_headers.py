@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -25,12 +24,15 @@ def read_header(lent: LentFile) -> Header:
     """Read and check the header of an open file. Tensors of an encoder in llama.cpp's names get those of transformers.
 
     Raises:
-        BadCheckpoint: neither of the two formats, or a malformed header.
+        BadCheckpoint: neither of the two formats, or a malformed header; or the file cannot be read.
         Unsupported: a GGUF file of a language model.
     """
-    if os.pread(lent.fd, len(gguf_header.MAGIC), 0) != gguf_header.MAGIC:
-        return safetensors_header.read_header(lent.fd, lent.path)
-    header = gguf_header.read_header(lent.fd, lent.path)
+    try:
+        if lent.read(len(gguf_header.MAGIC), 0) != gguf_header.MAGIC:
+            return safetensors_header.read_header(lent.fd, lent.path)
+        header = gguf_header.read_header(lent.fd, lent.path)
+    except OSError as error:
+        raise lent.unreadable(error) from error
     named = [stored.name for stored in header.tensors if _LLAMA_CPP.match(stored.name)]
     if any(map(ENCODER.match, named)):
         return _renamed(header, lent.path)

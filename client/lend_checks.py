@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.model_folders import ModelFiles
 from xditd.ipc import limits
@@ -59,7 +60,7 @@ def state_of(source: Any) -> Mapping[str, torch.Tensor]:
             f"{type(source).__name__} cannot be lent: give a state dict, a module or a path; of a pipeline "
             "one model at a time, such as pipe.transformer, or run all of it by accelerate(pipe)"
         )
-    tensors: Mapping[str, torch.Tensor] = source if isinstance(source, Mapping) else source.state_dict()
+    tensors = read_tensors(source)
     if not tensors:
         raise BadRequest("component without tensors: nothing to lend")
     if len(tensors) > limits.MAX_TENSORS:
@@ -68,6 +69,33 @@ def state_of(source: Any) -> Mapping[str, torch.Tensor]:
         _check_name(name)
         _check_tensor(name, tensor)
     return tensors
+
+
+_FAILED_READS: Final = (OSError, EOFError, LookupError, AttributeError, RuntimeError, TypeError, ValueError)
+"""What a mapping of a program, or the ``state_dict`` of a module, raises if it cannot give its tensors."""
+
+
+def read_tensors(source: Any) -> dict[str, Any]:
+    """Read the entries of a state dict or of a module's, each once: a mapping may read them from a file.
+
+    Raises:
+        BadRequest: the source cannot give them; names it and its entry.
+    """
+    what, name = type(source).__name__, None
+    try:
+        state = source if isinstance(source, Mapping) else source.state_dict()
+        if type(state) in (dict, OrderedDict):
+            return dict(state)
+        found = {}
+        for name in state:
+            found[name] = state[name]
+    except _FAILED_READS as error:
+        entry = "its names" if name is None else f"tensor {name}"
+        raise BadRequest(
+            f"source of type {what}: {entry} cannot be read: {type(error).__name__}: {error}; give a dict of tensors "
+            "that are in memory, or the path of their file"
+        ) from error
+    return found
 
 
 def check_manifest(manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from xditd.client.lend_checks import path_of
+from xditd.client.lend_checks import path_of, read_tensors
 from xditd.client.lending import checked_compute_dtype, describe_files, with_prefix, without
 from xditd.client.lent_memory import LentMemory
 from xditd.client.model_folders import find_model, label_of
@@ -44,14 +44,16 @@ def outline_of(
     dtype = checked_compute_dtype(compute_dtype)
     if isinstance(source, (str, bytes, os.PathLike)):
         return _of_path(path_of(source), kind, label, dtype, as_class=as_class, variant=variant, prefix=prefix)
-    if isinstance(source, Mapping) and ("_class_name" in source or "architectures" in source):
+    if isinstance(source, Mapping):
+        source = read_tensors(source)
+    if isinstance(source, dict) and ("_class_name" in source or "architectures" in source):
         described = description_of(dict(source), "the configuration", allows_family=not as_class)
         return Outline(module=described, label=label or described.class_name, kind=kind, compute_dtype=dtype)
     if kind is None and (as_class or is_described(source)):
         label = label or type(source).__name__
         module, tensors = describe_module(cast("torch.nn.Module", source), label, allows_family=not as_class)
         return Outline(module=module, label=label, tensors=_outlined(tensors), compute_dtype=dtype)
-    state = cast("Mapping[str, torch.Tensor]", source if isinstance(source, Mapping) else _state_dict(source))
+    state = cast("Mapping[str, torch.Tensor]", _state_of(source))
     others = [name for name, each in state.items() if not hasattr(each, "is_meta")]
     if others:
         raise BadRequest(f"{listed(others)}: {type(state[others[0]]).__name__}, not a tensor", names=others)
@@ -97,9 +99,9 @@ def _outlined(tensors: Mapping[str, torch.Tensor]) -> tuple[OutlinedTensor, ...]
     )
 
 
-def _state_dict(source: Any) -> Mapping[str, torch.Tensor]:
-    if not hasattr(source, "state_dict"):
+def _state_of(source: Any) -> dict[str, Any]:
+    if not isinstance(source, Mapping) and not hasattr(source, "state_dict"):
         raise BadRequest(
             f"a {type(source).__name__} cannot be prepared: give a path, a state dict, a module or a configuration"
         )
-    return cast("Mapping[str, torch.Tensor]", source.state_dict())
+    return read_tensors(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -106,7 +105,7 @@ def packing_of_files(files: Sequence[LentFile], headers: Sequence[Header]) -> Pa
 
     def read(name: str) -> bytes:
         lent, stored = places[name]
-        return os.pread(lent.fd, stored.size_bytes, stored.offset_bytes)
+        return lent.read(stored.size_bytes, stored.offset_bytes)
 
     metadata = [
         (lent.path, header.metadata[METADATA])

@@ -59,6 +59,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             found[stored.name] = flat.view(stored.shape)
         file.check_unchanged()
         return found
+    except OSError as error:
+        raise file.unreadable(error) from error
     finally:
         file.close()
 

@@ -178,7 +178,7 @@ def _as_matrices(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, Matr
 def _read_alpha(lent: LentFile, stored: StoredTensor) -> float:
     if math.prod(stored.shape) != 1:
         raise BadCheckpoint(f"{lent.path}: tensor {stored.name} {list(stored.shape)} is no alpha, which is one number")
-    content = os.pread(lent.fd, stored.size_bytes, stored.offset_bytes)
+    content = lent.read(stored.size_bytes, stored.offset_bytes)
     return decode_scalar(content, stored.dtype, f"{lent.path}: {stored.name}")
 
 

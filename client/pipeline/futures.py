@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from xditd.client.jobs.job_scopes import JobScope, run_in
-from xditd.ipc.errors import Closed
+from xditd.client.loop_futures import LoopWatch, awaited
+from xditd.ipc.errors import Cancelled, Closed
 
 T = TypeVar("T")
 
@@ -49,6 +51,7 @@ class Threads:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._running: set[RunFuture[object]] = set()
+        self._loops = LoopWatch()
         self._is_closed = False
 
     def submit(self, function: Callable[[], T]) -> RunFuture[T]:
@@ -67,6 +70,21 @@ class Threads:
             self._pool.submit(future.run, function)
         future.add_done_callback(self._forget)
         return future
+
+    async def awaited(self, future: RunFuture[T], purpose: str) -> T:
+        """Wait for a future in an event loop. Its call is cancelled with the task, and if the loop is closed first.
+
+        Raises:
+            Cancelled: another thread cancelled the call before it had begun, as ``close`` does.
+        """
+        self._loops.add(future, asyncio.get_running_loop())
+        try:
+            return await awaited(future, purpose)
+        except CancelledError:
+            raise Cancelled(f"{purpose}: cancelled before it had begun, or its pipeline was closed") from None
+        except BaseException:  # also GeneratorExit, of a task that is dropped
+            future.cancel()
+            raise
 
     def _forget(self, future: Future[T]) -> None:
         with self._lock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -374,13 +373,12 @@ class Pipeline:
         return self._threads.submit(call)
 
     async def run_async(self, prompt: Texts | None = None, **arguments: Any) -> PipelineResult:
-        """Run a call for an event loop: in a thread, as :meth:`submit`. Cancelling the task cancels the job."""
+        """Run a call for an event loop: in a thread, as :meth:`submit`. Cancelling the task cancels the job.
+
+        If the loop is closed before the call has ended, the job is cancelled, and a warning is logged.
+        """
         future = self.submit(prompt, **arguments)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.cancel()
-            raise
+        return await self._threads.awaited(future, f"a call of pipeline {self.name}")
 
     def __enter__(self) -> Pipeline:
         return self

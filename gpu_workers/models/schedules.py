@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Final
 
 import torch
@@ -99,7 +99,7 @@ def tried(given: Schedule | None, prepare: Callable[[], Any]) -> Any:
     """Return the scheduler that ``prepare`` builds, with its timesteps set.
 
     Settings of the client's are tried first: all steps are run on one number, because some settings fail in the
-    last step alone.
+    last step alone. Steps that passed are not run again by later jobs of the same settings and timesteps.
 
     Raises:
         BadRequest: they fail, or give no finite number; names the settings.
@@ -120,14 +120,35 @@ def _described(given: Schedule) -> str:
     return f"scheduler {given.class_name} with {dict(given.settings)!s:.1000}"
 
 
+_PASSED_AT_MOST: Final = 64
+
+_passed: dict[tuple[Hashable, ...], None] = {}
+"""The settings and timesteps that passed, oldest first: a trial of 50 steps of UniPC takes 60 ms on every rank."""
+
+
 def _is_finite(scheduler: Any) -> bool:
-    """Run all steps on the CPU, on one number, by a copy."""
+    """Run all steps on the CPU, on one number, by a copy, unless they have passed before."""
+    key = _all_that_steps_read(scheduler)
+    if key in _passed:
+        return True
     trial = copy.deepcopy(scheduler)
     trial.timesteps, trial.sigmas = trial.timesteps.cpu(), trial.sigmas.cpu()
     sample, output = torch.full((1, 1, 1, 1), 0.5), torch.ones(1, 1, 1, 1)
     for time in trial.timesteps:
         sample = trial.step(output, time, sample, return_dict=False)[0]
-    return bool(torch.isfinite(sample).all())
+    is_finite = bool(torch.isfinite(sample).all())
+    if is_finite:
+        while len(_passed) >= _PASSED_AT_MOST:
+            del _passed[next(iter(_passed))]
+        _passed[key] = None
+    return is_finite
+
+
+def _all_that_steps_read(scheduler: Any) -> tuple[Hashable, ...]:
+    """Return what distinguishes a scheduler, whose timesteps are set, from others: tensors by their bytes."""
+    tensors = (scheduler.timesteps, scheduler.sigmas)
+    values = [(str(each.dtype), each.cpu().numpy().tobytes()) for each in tensors]
+    return type(scheduler), repr(sorted(scheduler.config.items())), scheduler.begin_index, *values
 
 
 def euler(given: Schedule | None, own: Mapping[str, Any], changed: Mapping[str, Any] | None = None) -> Any:

@@ -59,14 +59,33 @@ class LentFile:
                 "lend it again once it is complete"
             )
 
+    def read(self, size_bytes: int, offset_bytes: int) -> bytes:
+        """Read part of the file; less if it ends before.
+
+        Raises:
+            BadCheckpoint: it cannot be read.
+        """
+        try:
+            return os.pread(self.fd, size_bytes, offset_bytes)
+        except OSError as error:
+            raise self.unreadable(error) from error
+
+    def unreadable(self, error: OSError) -> BadCheckpoint:
+        """Return the error of a file of which some bytes cannot be read."""
+        return BadCheckpoint(
+            f"{self.path}: it cannot be read: {error.strerror or error}; look after its disk or network (dmesg), "
+            "or get the file again"
+        )
+
     def block(self, header_bytes: int = SAMPLE_BYTES) -> FileBlock:
         """Describe the file, with a fingerprint of ``header_bytes`` from its start.
 
         Raises:
             StaleSource: it has changed since it was opened.
+            BadCheckpoint: it cannot be read.
         """
         found = self._opened
-        sample = os.pread(self.fd, header_bytes, 0)
+        sample = self.read(header_bytes, 0)
         self.check_unchanged()
         return FileBlock(
             fd=self.fd,

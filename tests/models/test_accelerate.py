@@ -33,19 +33,8 @@ def entries(features: Collection[str] = tuple(_first)) -> list[object]:
     ]
 
 
-AMPLIFIED = {
-    "ace-step": 1.5e-5,
-    "chroma": 3e-6,
-    "cogvideox": 2e-5,
-    "glm-image-edit": 2e-6,
-    "hunyuan-video": 2e-6,
-    "ltx2": 3e-6,
-    "lumina2": 2e-6,
-    "stable-audio": 3e-5,
-    "stable-diffusion-parts": 4e-6,
-}
-"""Pipelines that amplify the last bits of their models, by guidance and decoders, and their bounds. In one process they
-change as much if the results of their denoiser are changed by 3e-7 at random."""
+LAST_BIT = 2.0**-23
+"""The distance of two neighbours in float32, relative to them."""
 
 HALVES = 2.5e-2
 """The bound in half precision."""
@@ -80,6 +69,32 @@ def run_both(
         left = set(vars(getattr(pipe, name))) - before[name]
         assert not left & {"forward", "encode", "decode"}
     return found, expected
+
+
+def largest_errors(found: list[torch.Tensor], expected: list[torch.Tensor]) -> tuple[float, float]:
+    """Return the largest relative errors of results in float32 and of others: 0 without any, NaN if one is."""
+    errors = {True: [0.0], False: [0.0]}
+    for ours, theirs in zip(found, expected, strict=True):
+        error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-6)
+        errors[ours.dtype == torch.float32].append(float(error))
+    return float(torch.tensor(errors[True]).max()), float(torch.tensor(errors[False]).max())
+
+
+def run_disturbed(entry: PipelineEntry, seed: int) -> list[torch.Tensor]:
+    """Return the results of this process if each result of a layer is wrong by up to its last bit, at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(module: torch.nn.Module, args: object, output: object) -> object:
+        if isinstance(output, torch.Tensor) and output.dtype == torch.float32:
+            return output * (1 + LAST_BIT * (2 * torch.rand(output.shape, generator=generator) - 1))
+        return None
+
+    pipe = entry.build()
+    for name in entry.components:
+        for layer in getattr(pipe, name).modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(disturb)
+    return entry.run(pipe)
 
 
 def models_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -142,5 +157,11 @@ def test_two_workers_give_the_same_to_1e_6(
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
-        error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-6)
-        assert error <= (AMPLIFIED.get(entry.name, 1e-6) if ours.dtype == torch.float32 else HALVES)
+    error, others = largest_errors(found, expected)
+    assert others <= HALVES
+    assert error <= 5e-5
+    # Processors round differently, and some pipelines amplify that, by guidance and decoders: these may differ by what
+    # they differ from themselves when the results of their layers change in the last bit.
+    if error > 1e-6:
+        disturbed = [largest_errors(run_disturbed(entry, seed), expected)[0] for seed in range(3)]
+        assert error <= 2 * max(disturbed)

@@ -197,6 +197,41 @@ def test_an_event_loop(pipe: Pipeline, client: Client) -> None:
     until(lambda: not client.status().jobs, "the cancelled job to end")
 
 
+def test_a_loop_that_is_closed_in_mid_call_cancels_its_job(pipe: Pipeline, client: Client) -> None:
+    right = run(pipe)
+    loop = asyncio.new_event_loop()
+
+    async def call() -> None:
+        def stop(_: Any) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(loop.stop)
+
+        await pipe.run_async(conditioning=folders.flux1_texts(), on_progress=stop, **LONG)
+
+    task = loop.create_task(call())
+    task.add_done_callback(lambda _: loop.stop())
+    loop.run_forever()
+    assert client.status().jobs
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio warns of the task, which is meant
+    loop.close()
+    until(lambda: not client.status().jobs, "the job that nobody waits for to end")
+    assert torch.equal(run(pipe), right)
+
+
+def test_a_call_of_an_event_loop_that_waits_while_its_pipeline_is_closed(client: Client, folder: Path) -> None:
+    pipe = Pipeline.open(folder, client=client)
+
+    async def calls() -> list[Any]:
+        running = [asyncio.create_task(pipe.run_async(conditioning=folders.flux1_texts(), **LONG)) for _ in range(18)]
+        await asyncio.to_thread(until, lambda: client.status().jobs, "a job to run")
+        await asyncio.to_thread(pipe.close)
+        return await asyncio.gather(*running, return_exceptions=True)
+
+    found = asyncio.run(calls())
+    assert {type(each) for each in found} <= {Cancelled, LeaseLost, Closed}
+    assert any("cancelled before it had begun, or its pipeline was closed" in str(each) for each in found)
+
+
 def test_nothing_is_left_when_it_is_closed(client: Client, folder: Path) -> None:
     pipe = Pipeline.open(folder, client=client)
     running = pipe.submit(conditioning=folders.flux1_texts(), **LONG)

@@ -6,7 +6,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
 
+from xditd.gpu_workers.models import schedules
 from xditd.gpu_workers.models.schedules import build_scheduler, tried
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.job_parts import Schedule
@@ -62,3 +65,32 @@ def test_what_fails_before_the_steps_is_refused() -> None:
         tried(Schedule(class_name=EULER, settings={"base_image_seq_len": 4096}), divide)
     with pytest.raises(ZeroDivisionError):  # of our own, a fault of ours
         tried(None, divide)
+
+
+def test_steps_that_passed_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    step = UniPCMultistepScheduler.step
+
+    def counted(self: Any, *given: Any, **more: Any) -> Any:
+        runs.append("step")
+        return step(self, *given, **more)
+
+    monkeypatch.setattr(schedules, "_passed", {})
+    monkeypatch.setattr(UniPCMultistepScheduler, "step", counted)
+    first = steps_of(UNIPC, **FLOW)
+    assert len(runs) == 3
+    again = steps_of(UNIPC, **FLOW)
+    assert len(runs) == 3
+    assert torch.equal(first.sigmas, again.sigmas)
+    assert again.step_index is None
+    steps_of(UNIPC, **{**FLOW, "flow_shift": 3.0000001})
+    assert len(runs) == 6
+    steps_of(UNIPC, **{**FLOW, "solver_order": 2})  # with the same timesteps
+    assert len(runs) == 9
+    for _ in range(2):  # what fails is refused by every job
+        with pytest.raises(BadRequest, match="its steps give NaN"):
+            steps_of(UNIPC, **{**FLOW, "solver_type": "bh1"})
+    assert len(runs) == 15
+    for number in range(2 * schedules._PASSED_AT_MOST):
+        steps_of(EULER, shift=1.0 + number)
+    assert len(schedules._passed) == schedules._PASSED_AT_MOST

@@ -1,0 +1,74 @@
+"""Futures of threads in event loops: every error arrives, and a loop that is closed cancels what it waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import CancelledError, Future
+
+import pytest
+
+from xditd.client.loop_futures import LoopWatch, awaited
+
+
+def test_results_and_errors_arrive() -> None:
+    async def both() -> int:
+        right: Future[int] = Future()
+        threading.Timer(0.01, right.set_result, (3,)).start()
+        wrong: Future[int] = Future()
+        threading.Timer(0.01, wrong.set_exception, (KeyError("a"),)).start()
+        with pytest.raises(KeyError):
+            await awaited(wrong, "a call")
+        return await awaited(right, "a call")
+
+    assert asyncio.run(both()) == 3
+
+
+def test_a_stop_iteration_does_not_keep_the_task_waiting() -> None:
+    """``asyncio.wrap_future`` cannot set it, and its future is never done."""
+
+    async def one() -> None:
+        future: Future[int] = Future()
+        threading.Timer(0.01, future.set_exception, (StopIteration(),)).start()
+        await asyncio.wait_for(awaited(future, "a call"), 20)
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(one())
+
+
+def test_a_future_that_was_cancelled_does_not_cancel_the_task() -> None:
+    async def one() -> bool:
+        future: Future[int] = Future()
+        threading.Timer(0.01, future.cancel).start()
+        with pytest.raises(CancelledError):
+            await awaited(future, "a call")
+        return True
+
+    assert asyncio.run(one())
+
+
+def test_a_loop_that_is_closed_cancels_its_futures(caplog: pytest.LogCaptureFixture) -> None:
+    watch, loop = LoopWatch(), asyncio.new_event_loop()
+    lost: Future[int] = Future()
+    kept: Future[int] = Future()
+    watch.add(lost, loop)
+    watch.add(kept, (other := asyncio.new_event_loop()))
+    cancelled = threading.Event()
+    lost.add_done_callback(lambda _: cancelled.set())
+    task = loop.create_task(awaited(lost, "a call"))
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio warns of the task, which is meant
+    with caplog.at_level(logging.WARNING, "xditd.client.loop_futures"):
+        loop.close()
+        assert cancelled.wait(20)
+    assert lost.cancelled()
+    assert "nobody takes the result of a call: its event loop is closed" in caplog.text
+    assert not kept.done()
+    kept.set_result(1)
+    for thread in threading.enumerate():
+        if thread.name == "xditd-loop-watch":
+            thread.join(20)
+            assert not thread.is_alive()
+    other.close()
