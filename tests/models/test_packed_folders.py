@@ -28,10 +28,7 @@ CASES = (
     ("HunyuanDiT2DModel", "int8_rows"),  # gives the weights of its pooling to a function
 )
 
-
-@pytest.fixture(autouse=True)
-def threads(as_many_threads_as_the_worker: None) -> None:
-    """As many threads as the worker has."""
+pytestmark = pytest.mark.usefixtures("as_many_threads_as_the_worker")
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
