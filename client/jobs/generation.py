@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from xditd.client.forks import OfOneProcess
 from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import expect
 from xditd.client.results import GenerationResult
@@ -26,7 +27,7 @@ def draw_seed() -> int:
     return int.from_bytes(os.urandom(8), "little") & _MAX_SEED
 
 
-class GenerationJob:
+class GenerationJob(OfOneProcess):
     """A running generation. It runs even if its events are not read.
 
     Iterate over it for a :class:`StepDone` after every step, then call ``result()``; or call

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
+from xditd.client.forks import Maker
 from xditd.client.jobs.job_scopes import JobScope, run_in
 from xditd.client.loop_futures import LoopWatch, awaited
 from xditd.ipc.errors import Cancelled, Closed
@@ -48,6 +49,7 @@ class Threads:
     """The threads of a pipeline, made with the first call that needs one."""
 
     def __init__(self) -> None:
+        self.maker = Maker("pipeline", "open it again")
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._running: set[RunFuture[object]] = set()
@@ -59,7 +61,9 @@ class Threads:
 
         Raises:
             Closed: the pipeline is closed.
+            Unsupported: this is a fork of the process that opened it.
         """
+        self.maker.check()
         future: RunFuture[T] = RunFuture()
         with self._lock:
             if self._is_closed:
