@@ -83,12 +83,11 @@ def timed(do: Callable[[], Any]) -> tuple[Any, float]:
 def repeat_ms(
     action: Callable[[], object],
     repeats: int = 1,
-    seconds: float = float("inf"),
     *,
     device: object = "cpu",
     warm_ups: int = 0,
 ) -> list[float]:
-    """Return the milliseconds of each of ``repeats`` runs, or of fewer if all would take longer than ``seconds``.
+    """Return the milliseconds of each of ``repeats`` runs.
 
     Each run is timed until ``device`` is synchronized. ``warm_ups`` runs come first and do not count.
     """
@@ -100,8 +99,6 @@ def repeat_ms(
         synchronize(device)
         if number >= warm_ups:
             took.append((time.perf_counter() - started) * 1e3)
-            if sum(took) + took[-1] >= seconds * 1e3:
-                break
     return took
 
 
@@ -226,12 +223,12 @@ def print_machine(machine: dict[str, Any]) -> None:
     print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()), flush=True)
 
 
-def print_table(title: str, rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
+def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     """Print rows of cells, each column as wide as its widest cell."""
     print(f"\n{title}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print(indent + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     sys.stdout.flush()
 
 

@@ -25,6 +25,7 @@ COLOURS: Final = {
     "MODEL": "#b39ddb", "CLIP": "#ffd500", "VAE": "#ff6e6e", "CONDITIONING": "#ffa931", "LATENT": "#ff9cf9",
     "IMAGE": "#64b5f6", "CONTROL_NET": "#6ee7b7", "MASK": "#81c784", "VIDEO": "#4db6ac",
 }  # fmt: skip
+CURVE_STEPS: Final = 40
 QUALITY: Final = 88
 
 
@@ -76,13 +77,13 @@ def _slot(node: Mapping[str, Any], side: str, number: int, left: float, top: flo
     return x, node["pos"][1] - top + FIRST_SLOT + SLOT * number
 
 
-def _curve(start: tuple[float, float], end: tuple[float, float], steps: int = 40) -> list[tuple[float, float]]:
+def _curve(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[float, float]]:
     """Return points of a cubic curve that leaves and arrives horizontally."""
     reach = max(40.0, abs(end[0] - start[0]) / 2)
     corners = (start, (start[0] + reach, start[1]), (end[0] - reach, end[1]), end)
     found = []
-    for step in range(steps + 1):
-        t = step / steps
+    for step in range(CURVE_STEPS + 1):
+        t = step / CURVE_STEPS
         weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
         x, y = (sum(w * corner[axis] for w, corner in zip(weights, corners, strict=True)) for axis in (0, 1))
         found.append((x, y))

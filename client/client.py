@@ -286,7 +286,10 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
         facts = component.facts if isinstance(component, LoanWithLoras) else self.facts(component)
         if facts.kind is not ComponentKind.MODULE:
             if method != "forward":
-                raise BadRequest(f"method {method!r}: only modules that run as their class have others than forward")
+                raise BadRequest(
+                    f"method {method!r:.100}: a component that family {facts.family} runs has forward alone; "
+                    "lend it with as_class=True, or use decode(), encode() or encode_text()"
+                )
             check_parts(parts)
             if len(checked_list("controls", controls)) not in (0, len(parts)):
                 raise BadRequest(f"controls: {len(controls)} lists for {len(parts)} parts; give one for each part")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import math
 import os
 import threading
@@ -38,8 +37,6 @@ from xditd.ipc.errors import (
 from xditd.ipc.protocol import PROTOCOL_VERSION, Reply, Request
 from xditd.ipc.replies import AnyReply, Failed, Welcome
 from xditd.ipc.requests import Beat, Hello
-
-logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Reply)
 

@@ -82,16 +82,6 @@ def encode_image(image: Image.Image, format_name: str, record: str | None = None
         raise OutputFailed(f"image as {format_name}: {error}; save it as .png") from error
 
 
-def check_record(record: str, path: str | os.PathLike[str]) -> None:
-    """Check, before an image is generated, that its record fits into a file of this name.
-
-    Raises:
-        BadRequest: it is too long for a JPEG.
-    """
-    if output_path(path).suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif"):
-        _holding(record, "JPEG")
-
-
 def _holding(record: str, format_name: str) -> dict[str, Any]:
     """Return the arguments with which Pillow's encoder of a format writes a record."""
     from xditd.client.metadata.containers import exif, png_info

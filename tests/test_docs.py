@@ -10,8 +10,10 @@ import pytest
 from xditd.daemon.groups.lifecycle import GROUP_NEXT
 from xditd.daemon.loans.leases import LEASE_NEXT
 from xditd.daemon.queue.jobs import JOB_NEXT
+from xditd.ipc.protocol import PROTOCOL_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
 
 
 @pytest.mark.parametrize("document", ["architecture.md", "guarantees.md"])
@@ -27,12 +29,40 @@ def test_tables_of_states(title, table, document):
     assert documented == {state.value: {to.value for to in following} for state, following in table.items()}
 
 
-@pytest.mark.parametrize(
-    "document", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(document):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
     assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def anchors_of(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    text = re.sub(r"(?ms)^```.*?^```", "", document.read_text())
+    titles = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"(?m)^#{1,6} (.+)$", text)]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_anchors_are_headings(document):
+    missing = []
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", document.read_text()):
+        page = document.parent / target if target else document
+        if page.suffix == ".md" and anchor not in anchors_of(page):
+            missing.append(f"{target}#{anchor}")
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", [page for page in DOCUMENTS if page.name != "CHANGELOG.md"], ids=lambda p: p.name)
+def test_parts_of_the_benchmarks_and_tests_that_a_document_names_exist(document):
+    text = document.read_text()
+    parts = {path.stem for path in (ROOT / "benchmarks" / "parts").glob("*.py")}
+    assert set(re.findall(r"run\.py ([a-z]\w*)", text)) <= parts
+    named = set(re.findall(r"`((?:[\w/]+/)?test_\w+\.py)(?:::\w+)?`", text))
+    assert [path for path in named if not list(ROOT.glob(path if "/" in path else f"tests/**/{path}"))] == []
+
+
+def test_upgrading_names_the_version_of_the_protocol():
+    assert f"The wire protocol is version {PROTOCOL_VERSION}." in (ROOT / "docs" / "upgrading.md").read_text()
 
 
 @pytest.mark.parametrize("document", ["guarantees.md", "security.md"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 
 from xditd.client.cli import control_flags, flags, generate_files, generate_prompt
-from xditd.client.cli.generate_files import describe_loan
 from xditd.client.cli.generate_help import DESCRIPTION, EXAMPLES, SUMMARY
 from xditd.client.cli.models import complete_names
 from xditd.ipc.settings.client import GenerateFlags
 
-__all__ = ["DESCRIPTION", "EXAMPLES", "SUMMARY", "add_arguments", "describe_loan", "run"]
+__all__ = ["DESCRIPTION", "EXAMPLES", "SUMMARY", "add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

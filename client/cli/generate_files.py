@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from xditd.client.cli import control_flags, exits
+from xditd.client.cli.generation_reports import GenerationReport, describe_loan
 from xditd.client.cli.generations import Outputs, sampling_of, size_of
-from xditd.client.cli.printing import json_text
-from xditd.client.cli.tables import copied_by_kind, copied_text, size_text, span_text
 from xditd.client.loans import Loan
 
 if TYPE_CHECKING:
     import torch
 
+    from xditd.client.conditioning import Conditioning
     from xditd.client.metadata.record import Record
+    from xditd.ipc.facts import ComponentFacts
 
 
 def check(parsed: argparse.Namespace) -> None:
@@ -92,46 +94,14 @@ def run(parsed: argparse.Namespace) -> int:
             dataclasses.replace(result, record=record_of_files(parsed, result.record, transformer.lent_ns)),
             first=index or 0,
         )
+        report = GenerationReport(outputs=outputs, generation=result, seed=result.seed, lend_s=lend_s)
         lent = (transformer, second, vae, *loras.values(), *control_flags.loans_of(controls))
         loans = [loan for loan in lent if isinstance(loan, Loan)]
-        seconds = {"lend": lend_s, "generate": result.timings_ms["round_trip"] / 1e3}
         if parsed.json:
-            assert transformer.facts.transformer is not None
-            default_guidance = transformer.facts.transformer.default_guidance_scale
-            report = {
-                "videos" if outputs.is_video else "images": [str(path) for path in outputs.images],
-                "latents": None if outputs.latents is None else str(outputs.latents),
-                "seed": result.seed,
-                "sampling": {
-                    "width": size_of(parsed)[0],
-                    "height": size_of(parsed)[1],
-                    "frames": parsed.frames or 1,
-                    "steps": job.total_steps,
-                    "guidance_scale": default_guidance if parsed.guidance is None else parsed.guidance,
-                    "step_cache": parsed.step_cache or 0.0,
-                    "options": parsed.option or {},
-                },
-                "loras": [
-                    {"file": path, "strength": strength, "roles": [role]}
-                    for role, each in strengths.items()
-                    for path, strength in each.items()
-                ],
-                "conditioning": {name: _shape(value) for name, value in conditioning.items()},
-                "seconds": seconds,
-                "timings_ms": result.timings_ms,
-                "reused_steps": result.reused_steps,
-                "components": [describe_loan(loan) for loan in loans],
-            }
-            print(json_text(report, indent=2))
+            print(_json(parsed, report, transformer.facts, conditioning, loans, steps=job.total_steps))
         else:
-            for loan in loans:
-                tiers = "+".join(tier.value for tier in loan.tiers)
-                print(f"{loan.kind.value}: {loan.label}, {size_text(loan.lent_bytes)} by {tiers}, "
-                      f"copied: {copied_text(loan.copied)}")  # fmt: skip
-            written = ", ".join(str(path) for path in (*outputs.images, outputs.latents) if path is not None)
-            reused = f", {result.reused_steps} of {job.total_steps} steps reused" if parsed.step_cache else ""
-            print(f"{written}: seed {result.seed}, lent in {span_text(lend_s)}, "
-                  f"generated in {span_text(seconds['generate'])}{reused}")  # fmt: skip
+            named = [(f"{loan.kind.value}: {loan.label}, ", loan) for loan in loans]
+            print(report.text(named, steps=job.total_steps, has_step_cache=bool(parsed.step_cache)))
     return exits.DONE
 
 
@@ -167,23 +137,38 @@ def record_of_files(parsed: argparse.Namespace, record: Record | None, lent_ns: 
     )
 
 
+def _json(
+    parsed: argparse.Namespace,
+    report: GenerationReport,
+    facts: ComponentFacts,
+    conditioning: Conditioning,
+    loans: Sequence[Loan],
+    *,
+    steps: int,
+) -> str:
+    assert facts.transformer is not None
+    default_guidance = facts.transformer.default_guidance_scale
+    width, height = size_of(parsed)
+    return report.json(
+        source={"conditioning": {name: _shape(value) for name, value in conditioning.items()}},
+        sampling={
+            "width": width,
+            "height": height,
+            "frames": parsed.frames or 1,
+            "steps": steps,
+            "guidance_scale": default_guidance if parsed.guidance is None else parsed.guidance,
+            "step_cache": parsed.step_cache or 0.0,
+            "options": parsed.option or {},
+        },
+        loras=[
+            {"file": path, "strength": strength, "roles": [role]}
+            for role, given in (("transformer", parsed.lora), ("transformer_2", parsed.lora_2))
+            for path, strength in (given or {}).items()
+        ],
+        components=[describe_loan(loan) for loan in loans],
+    )
+
+
 def _shape(value: torch.Tensor | list[torch.Tensor]) -> list[object]:
     """Describe a shape for JSON: for a list, the shape of each tensor."""
     return [list(each.shape) for each in value] if isinstance(value, list) else list(value.shape)
-
-
-def describe_loan(loan: Loan) -> dict[str, object]:
-    """Describe a loan for JSON."""
-    return {
-        "name": loan.label,
-        "kind": loan.kind.value,
-        "family": loan.family,
-        "dtype": loan.facts.dtype,
-        "tier": "+".join(tier.value for tier in loan.tiers),
-        "bytes": loan.lent_bytes,
-        "bytes_by_format": loan.facts.bytes_by_format,
-        "bytes_copied": copied_by_kind(loan.copied),
-        "is_reused": loan.is_reused,
-        "is_model_reused": loan.is_model_reused,
-        "timings_ms": loan.timings_ms,
-    }

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.cli import control_flags, exits
-from xditd.client.cli.generate_files import describe_loan
+from xditd.client.cli.generation_reports import GenerationReport, describe_loan
 from xditd.client.cli.generations import Outputs
-from xditd.client.cli.printing import json_text
-from xditd.client.cli.tables import copied_text, size_text, span_text
 from xditd.client.pipeline.sources import SECOND, TRANSFORMER
 from xditd.ipc.errors import BadRequest
 
@@ -206,17 +204,13 @@ def _record(parsed: argparse.Namespace, result: PipelineResult, number: int) -> 
 
 def _report(parsed: argparse.Namespace, pipe: Pipeline, result: PipelineResult, outputs: Outputs, lend_s: float) -> str:
     """Format what was made, and of what."""
-    made, generation = result.settings, result.generation
+    made = result.settings
     loans: Mapping[str, Loan] = pipe.loans
-    seconds = {"lend": lend_s, "generate": generation.timings_ms["round_trip"] / 1e3}
+    report = GenerationReport(outputs=outputs, generation=result.generation, seed=result.seed, lend_s=lend_s)
     if parsed.json:
-        report = {
-            "videos" if outputs.is_video else "images": [str(path) for path in outputs.images],
-            "latents": None if outputs.latents is None else str(outputs.latents),
-            "seed": result.seed,
-            "model": made.model,
-            "family": made.family,
-            "sampling": {
+        return report.json(
+            source={"model": made.model, "family": made.family},
+            sampling={
                 "width": made.width,
                 "height": made.height,
                 "frames": made.frames,
@@ -226,20 +220,11 @@ def _report(parsed: argparse.Namespace, pipe: Pipeline, result: PipelineResult, 
                 "step_cache": made.step_cache,
                 "options": dict(made.options),
             },
-            "loras": [{"file": each.path, "strength": each.strength, "roles": each.roles} for each in made.loras],
-            "seconds": seconds,
-            "timings_ms": generation.timings_ms,
-            "reused_steps": generation.reused_steps,
-            "components": [{"role": role, **describe_loan(loan)} for role, loan in loans.items()],
-        }
-        return json_text(report, indent=2)
-    lines = []
+            loras=[{"file": each.path, "strength": each.strength, "roles": each.roles} for each in made.loras],
+            components=[{"role": role, **describe_loan(loan)} for role, loan in loans.items()],
+        )
+    named = []
     for role, loan in loans.items():
-        tiers = "+".join(tier.value for tier in loan.tiers)
         path = os.path.basename(pipe.files[role][0])
-        named = "" if path == role else f"{path}, "
-        lines.append(f"{role}: {named}{size_text(loan.lent_bytes)} by {tiers}, copied: {copied_text(loan.copied)}")
-    written = ", ".join(str(path) for path in (*outputs.images, outputs.latents) if path is not None)
-    reused = f", {generation.reused_steps} of {made.steps} steps reused" if made.step_cache else ""
-    spans = f"lent in {span_text(lend_s)}, generated in {span_text(seconds['generate'])}"
-    return "\n".join([*lines, f"{written}: seed {result.seed}, {spans}{reused}"])
+        named.append((f"{role}: " if path == role else f"{role}: {path}, ", loan))
+    return report.text(named, steps=made.steps, has_step_cache=bool(made.step_cache))

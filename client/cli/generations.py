@@ -51,12 +51,16 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any]:
 _PART_FLAGS: Final = ("model", "transformer", "transformer_2", "vae", "image_encoder", "tokenizers", "scheduler")
 
 
+_PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".tiff", ".bmp", ".gif", ".mp4")
+"""Files that a model's folder may have beside those that are read, such as an earlier output."""
+
+
 def _files_at(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield a path and, of a folder, the paths of what is in it."""
+    """Yield a path and, of a folder, the paths of what is in it and may be read."""
     found = expand_home(os.fspath(path))
     yield found
     with contextlib.suppress(OSError):  # no folder
-        yield from (each.path for each in os.scandir(found))
+        yield from (each.path for each in os.scandir(found) if not each.name.lower().endswith(_PICTURES))
 
 
 class Outputs:

@@ -18,6 +18,7 @@ import torch
 
 from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.weights import RemoteWeights
+from xditd.client.pipeline.clip_pictures import DEVIATIONS, MEANS
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ComponentKind
 
@@ -63,9 +64,8 @@ class RemoteClipVision(comfy.clip_vision.ClipVisionModel):
 
     def __init__(self, weights: RemoteWeights, *, image_size: int, has_projection: bool) -> None:
         """Set what ComfyUI's class sets from its configuration; it would build a module with weights besides."""
-        clip = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
         self.image_size = image_size
-        self.image_mean, self.image_std = clip["mean"], clip["std"]
+        self.image_mean, self.image_std = list(MEANS), list(DEVIATIONS)
         self.model_type = "clip_vision_model"
         self.config = {"model_type": self.model_type, "image_size": image_size}
         self.return_all_hidden_states = False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xditd import __version__
-from xditd.client.cli.generate import describe_loan
+from xditd.client.cli.generation_reports import describe_loan
 from xditd.client.cli.printing import json_text
 from xditd.client.cli.tables import copied_text, size_text, span_text, table
 from xditd.client.demo.shapes_model import shown

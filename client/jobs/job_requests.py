@@ -311,14 +311,7 @@ def generate_request(
         outputs["image"] = places.add_output(
             torch.float32, (batch, vae.vae.image_channels, *((frames,) if facts.latents.frames else ()), height, width)
         )
-    if not isinstance(previews, bool) and not (isinstance(previews, str) and previews == "image"):
-        raise BadRequest(f"previews: {previews!r} is not True, False or 'image'")
-    if previews == "image":
-        if vae is None:
-            raise BadRequest("previews: an image needs vae=; give it, or previews=True for latents")
-        outputs["preview"] = places.add_output(torch.float32, (batch, vae.vae.image_channels, height, width))
-    elif previews:
-        outputs["denoised"] = places.add_output(like.dtype, outputs["latents"].shape)
+    _add_previews(outputs, places, previews, vae, like.dtype, (batch, height, width))
 
     def write(request_id: str, io: HostShmBlock) -> Generate:
         return Generate(
@@ -338,3 +331,29 @@ def generate_request(
         )
 
     return GenerationRequest(places, inputs, outputs, like.device, write, sampling)
+
+
+def _add_previews(
+    outputs: dict[str, IoTensor],
+    places: IoPlaces,
+    previews: bool | Literal["image"],
+    vae: Component | None,
+    dtype: torch.dtype,
+    size: tuple[int, int, int],
+) -> None:
+    """Place what each step is shown by; ``size`` are batch, height and width.
+
+    Raises:
+        BadRequest: no such previews, or images without a VAE.
+    """
+    import torch
+
+    if not isinstance(previews, bool) and not (isinstance(previews, str) and previews == "image"):
+        raise BadRequest(f"previews: {previews!r} is not True, False or 'image'")
+    if previews == "image":
+        if vae is None:
+            raise BadRequest("previews: an image needs vae=; give it, or previews=True for latents")
+        batch, height, width = size
+        outputs["preview"] = places.add_output(torch.float32, (batch, vae.vae.image_channels, height, width))
+    elif previews:
+        outputs["denoised"] = places.add_output(dtype, outputs["latents"].shape)

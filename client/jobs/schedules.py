@@ -13,7 +13,7 @@ from xditd.ipc.job_parts import Schedule
 CLASS: Final = "_class_name"
 
 
-def schedule_of(config: Mapping[str, object], where: str = "scheduler") -> Schedule:
+def schedule_of(config: Mapping[str, object]) -> Schedule:
     """Read a scheduler's configuration: its class, and its settings, which the workers check.
 
     Names that begin with ``_`` are diffusers' own notes, and empty lists are as good as none.
@@ -24,15 +24,15 @@ def schedule_of(config: Mapping[str, object], where: str = "scheduler") -> Sched
     """
     class_name = config.get(CLASS) if isinstance(config, Mapping) else None
     if not isinstance(class_name, str) or not class_name:
-        raise BadRequest(f"{where}: no configuration of a scheduler, which names its class as {CLASS}")
+        raise BadRequest(f"scheduler: no configuration of a scheduler, which names its class as {CLASS}")
     settings: dict[str, bool | int | float | str | None] = {}
     for name, value in config.items():
         if not isinstance(name, str) or name.startswith("_") or value == []:
             continue
         is_number = isinstance(value, int | float) and math.isfinite(value)
         if not (value is None or is_number or (isinstance(value, str) and 0 < len(value) <= limits.MAX_NAME_CHARS)):
-            raise Unsupported(f"{where}: {name}={value!r:.100} of {class_name} cannot be sent; leave it out")
+            raise Unsupported(f"scheduler: {name}={value!r:.100} of {class_name} cannot be sent; leave it out")
         settings[name] = value  # type: ignore[assignment]
     if len(settings) > limits.MAX_SCHEDULE_SETTINGS:
-        raise BadRequest(f"{where}: {len(settings)} settings, at most {limits.MAX_SCHEDULE_SETTINGS}")
+        raise BadRequest(f"scheduler: {len(settings)} settings, at most {limits.MAX_SCHEDULE_SETTINGS}")
     return Schedule(class_name=class_name, settings=settings)

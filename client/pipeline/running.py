@@ -53,18 +53,7 @@ class Runner:
         check_deadline(deadline_s)
         self._ends_s = None if deadline_s is None else time.monotonic() + deadline_s
         adapter, parts = self._adapter, self._parts
-        default = float(call.defaults["guidance"])
-        negatives = call.negatives
-        if negatives is None and call.defaults.get("negative_prompt") is not None and call.conditioning is None:
-            negatives = (str(call.defaults["negative_prompt"]),) * len(call.prompts)
-            if not adapter.is_guided(call.guidance, default):
-                negatives = None
-        if call.conditioning is None:
-            scale, is_guided = adapter.guidance(call.guidance, default, negatives)
-            if is_guided and negatives is None:
-                negatives = (adapter.empty_negative or "",) * len(call.prompts)
-        else:
-            scale = default if call.guidance is None else float(call.guidance)
+        negatives, scale = self._guidance(call)
         transformer, second, encoder_loras, used_loras = self._with_loras(call)
         plan = adapter.plan(call, self._encode_picture, self._see_picture)
         if call.conditioning is None:
@@ -101,39 +90,83 @@ class Runner:
             strength=strength,
             deadline_s=self._rest_s(),
         )
-        settings = RunSettings(
+        settings = self._settings(
+            call,
+            plan,
+            negatives=negatives,
+            steps=steps,
+            guidance=scale,
+            seed=seed,
+            batch=check_conditioning(conditioning, adapter.facts.conditioning),
+            strength=strength,
+            options=options,
+            scheduler=scheduler,
+            loras=used_loras,
+        )
+        return PipelineJob(job, settings, ended)
+
+    def _guidance(self, call: Call) -> tuple[Sequence[str] | None, float]:
+        """Return the negative prompt of each prompt, unless there are none, and the guidance scale."""
+        adapter, default = self._adapter, float(call.defaults["guidance"])
+        negatives: Sequence[str] | None = call.negatives
+        if call.conditioning is not None:
+            return negatives, default if call.guidance is None else float(call.guidance)
+        usual = call.defaults.get("negative_prompt")
+        if negatives is None and usual is not None and adapter.is_guided(call.guidance, default):
+            negatives = (str(usual),) * len(call.prompts)
+        scale, is_guided = adapter.guidance(call.guidance, default, negatives)
+        if is_guided and negatives is None:
+            negatives = (adapter.empty_negative or "",) * len(call.prompts)
+        return negatives, scale
+
+    def _settings(
+        self,
+        call: Call,
+        plan: Plan,
+        *,
+        negatives: Sequence[str] | None,
+        steps: int,
+        guidance: float,
+        seed: int,
+        batch: int,
+        strength: float,
+        options: Mapping[str, Any],
+        scheduler: Mapping[str, Any] | None,
+        loras: tuple[UsedLora, ...],
+    ) -> RunSettings:
+        """Return what the result and its record say of the call: as it was given, and as it runs."""
+        return RunSettings(
             model=self._source.name,
-            family=parts[TRANSFORMER].family,
+            family=self._parts[TRANSFORMER].family,
             prompts=call.prompts,
             prompts_2=call.prompts_2 or (),
-            negative_prompts=negatives or (),
+            negative_prompts=tuple(negatives or ()),
             width=plan.width,
             height=plan.height,
             frames=plan.frames,
             fps=int(call.defaults["fps"]),
             steps=steps,
-            guidance=scale,
+            guidance=guidance,
             num_images=call.num_images,
             seed=seed,
-            batch=check_conditioning(conditioning, adapter.facts.conditioning),
+            batch=batch,
             strength=strength,
-            max_sequence_length=adapter.length(call) if call.conditioning is None else None,
+            max_sequence_length=self._adapter.length(call) if call.conditioning is None else None,
             step_cache=call.step_cache,
             options=options,
             scheduler=scheduler,
             variant=self._source.variant,
             files={role: (part.path,) for role, part in self._source.parts.items()},
-            lent_ns={role: loan.lent_ns for role, loan in parts.items()},
-            loras=used_loras,
+            lent_ns={role: loan.lent_ns for role, loan in self._parts.items()},
+            loras=loras,
             has_image=call.image is not None,
             has_mask=call.mask is not None,
             references=len(call.references),
             has_control=call.control is not None,
             has_last_image=call.last_image is not None,
             has_sigmas=call.sigmas is not None,
-            refused=frozenset(adapter.refused()),
+            refused=frozenset(self._adapter.refused()),
         )
-        return PipelineJob(job, settings, ended)
 
     def _rest_s(self) -> float | None:
         return None if self._ends_s is None else max(0.0, self._ends_s - time.monotonic())

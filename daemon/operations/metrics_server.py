@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import socket
 from collections.abc import Callable
 from typing import Final
 
 from xditd.daemon.operations.event_loop import Deadline, EventLoop
 from xditd.ipc.errors import AlreadyRunning, BadRequest
-
-logger = logging.getLogger(__name__)
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """The format of ``prometheus_client.exposition.generate_latest``."""

@@ -23,7 +23,6 @@ from xditd.ipc.transports.host_shm import HostArena
 from xditd.ipc.transports.tensor_views import align, dtype_name, inverse_order, memory_order, place
 from xditd.ipc.worker_messages import CallResults
 
-Put = Callable[[IoTensor, torch.Tensor], None]
 Write = Callable[[torch.Tensor], Argument]
 """Copies a tensor to its place, and returns its description."""
 Describe = Callable[[Any, Write], Argument]

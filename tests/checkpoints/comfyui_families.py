@@ -117,11 +117,11 @@ def _of_two_images(seed: int, size: tuple[int, ...]) -> dict[str, Any]:
     return {"concat_latent_image": drawn(1, 16, *size, seed=3), "concat_mask": mask, "clip_vision_output": seen}
 
 
-def of_vace(size: tuple[int, ...], strength: float = 1.0, seed: int = 5) -> dict[str, Any]:
+def of_vace(size: tuple[int, ...], strength: float = 1.0) -> dict[str, Any]:
     """As WanVaceToVideo makes it, of latents of a whole number of tokens."""
     sides = tuple(side + -side % patch for side, patch in zip(size, (1, 2, 2), strict=True))
-    mask = (drawn(1, 64, *sides, seed=seed + 1) > 0).float()
-    return {"vace_frames": [drawn(1, 32, *sides, seed=seed)], "vace_mask": [mask], "vace_strength": [strength]}
+    mask = (drawn(1, 64, *sides, seed=6) > 0).float()
+    return {"vace_frames": [drawn(1, 32, *sides, seed=5)], "vace_mask": [mask], "vace_strength": [strength]}
 
 
 def _of_vace(_seed: int, size: tuple[int, ...]) -> dict[str, Any]:

@@ -44,12 +44,12 @@ class Lora:
         save_file(self.tensors, path, metadata=self.metadata or None)
         return path
 
-    def baked_into(self, state: Mapping[str, torch.Tensor], strength: float, prefix: str = "") -> State:
+    def baked_into(self, state: Mapping[str, torch.Tensor], strength: float) -> State:
         """Return a checkpoint with this LoRA in its weights."""
         assert not self.is_of_class
         found = dict(state)
         for layer, difference in self.differences.items():
-            name = f"{prefix}{layer}.weight"
+            name = f"{layer}.weight"
             found[name] = (found[name].double() + strength * difference).to(found[name].dtype)
         return found
 

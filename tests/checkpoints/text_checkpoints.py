@@ -122,14 +122,14 @@ def write_clip_l(path: Path, seed: int, *, width: int = 128, dtype: torch.dtype 
     save_aligned(clip_l_state_dict(seed, width=width, dtype=dtype), path)
 
 
-def write_umt5(path: Path, seed: int, *, width: int = 128, dtype: torch.dtype | None = None) -> None:
+def write_umt5(path: Path, seed: int) -> None:
     """Write the demo UMT5 to one safetensors file, as ComfyUI's are."""
-    save_aligned(umt5_state_dict(seed, width=width, has_extras=True, dtype=dtype), path)
+    save_aligned(umt5_state_dict(seed, has_extras=True), path)
 
 
-def write_t5(path: Path, seed: int, *, width: int = 128, dtype: torch.dtype | None = None) -> None:
+def write_t5(path: Path, seed: int) -> None:
     """Write the demo T5 to one safetensors file."""
-    save_aligned(t5_state_dict(seed, width=width, dtype=dtype), path)
+    save_aligned(t5_state_dict(seed), path)
 
 
 def _draw(seed: int, scaled: Scaled, prefix: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
-def t5_tokenizer(*, max_length: int = 512) -> Any:
+def t5_tokenizer() -> Any:
     """T5's or UMT5's, whose class is the same."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import T5Tokenizer
@@ -65,16 +65,16 @@ def t5_tokenizer(*, max_length: int = 512) -> Any:
     )
     pieces = sorted(tuple(each) for each in json.loads(trained.to_str())["model"]["vocab"] if each[0] != "<unk>")
     first = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=[*first, *pieces], extra_ids=10, model_max_length=max_length)
+    return T5Tokenizer(vocab=[*first, *pieces], extra_ids=10, model_max_length=512)
 
 
-def qwen2_tokenizer(*, specials: tuple[str, ...] = ()) -> Any:
+def qwen2_tokenizer() -> Any:
     from transformers import Qwen2Tokenizer
 
     vocab, merges = _byte_pairs()
     found = Qwen2Tokenizer(vocab=vocab, merges=merges)
-    own = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
-    found.add_special_tokens({"additional_special_tokens": [*own, *specials]})
+    specials = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    found.add_special_tokens({"additional_special_tokens": specials})
     found.chat_template = CHATML
     return found
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import sample_facts
@@ -23,6 +24,9 @@ from xditd.ipc.replies import AnyReply, Farewell, Lent, MemoryChecked, Returned,
 from xditd.ipc.requests import CheckMemory, GetStatus, Goodbye, Hello, Lend, ReturnLoan
 from xditd.ipc.status import ComponentStatus, Counters, DaemonStatus, GroupState, LeaseState
 from xditd.ipc.tensors import CopiedBytes, HostShmBlock, IoTensor, Tier
+
+if TYPE_CHECKING:
+    from xditd.client.lending import Offer
 
 Answer = Callable[[Request], list[AnyReply]]
 
@@ -213,6 +217,15 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.005)
 
     return wait
+
+
+@pytest.fixture
+def offers() -> Iterator[list[Offer]]:
+    """Offers that are closed when the test ends."""
+    made: list[Offer] = []
+    yield made
+    for offer in made:
+        offer.close()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import sample_facts  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from xditd.client.cli import exits  # noqa: E402
+from xditd.client.cli.generations import Outputs  # noqa: E402
 from xditd.client.cli.main import build_parser, main  # noqa: E402
 from xditd.ipc.errors import BadRequest  # noqa: E402
 from xditd.ipc.replies import Generated, StepDone  # noqa: E402
@@ -419,3 +420,13 @@ def test_frames_that_cannot_be_written_after_all_are_kept_and_named(
     (kept,) = json.loads(capsys.readouterr().out)["error"]["kept"]
     assert len(os.listdir(kept)) == 5
     assert Path(kept).parent == spare
+
+
+def test_an_earlier_picture_in_the_models_folder_is_replaced_and_a_file_of_it_is_not(tmp_path):
+    for name in ("out.png", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    given = ["generate", "a cat", "--model", str(tmp_path), "--size", "64x64", "-o", str(tmp_path / "out.png")]
+    assert Outputs(build_parser().parse_args(given)).images == [tmp_path / "out.png"]
+    given += ["--save-latents", str(tmp_path / "model.safetensors")]
+    with pytest.raises(BadRequest, match=r"model\.safetensors: is also read here"):
+        Outputs(build_parser().parse_args(given))

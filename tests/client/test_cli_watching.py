@@ -7,7 +7,7 @@ import time
 
 import msgspec
 import pytest
-from test_cli import STATUS, answers_status
+from sample_status import STATUS, answers_status
 
 from xditd.client.cli import exits
 from xditd.client.cli.main import main

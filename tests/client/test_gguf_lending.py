@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,14 +50,6 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "tiny-Q4_K_M.gguf"
     path.write_bytes(gguf_bytes(TENSORS, [FLUX]))
     return path
-
-
-@pytest.fixture
-def offers() -> Iterator[list[Offer]]:
-    made: list[Offer] = []
-    yield made
-    for offer in made:
-        offer.close()
 
 
 def sent(offer: Offer) -> Lend:

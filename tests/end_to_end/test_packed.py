@@ -11,7 +11,7 @@ from packed_checkpoints import Packed, pack
 from safetensors.torch import load_file, save_file
 from text_checkpoints import t5_state_dict
 
-from xditd.client.cli.status import describe
+from xditd.client.cli.status_text import describe
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.ipc.errors import BadCheckpoint, Unsupported
 

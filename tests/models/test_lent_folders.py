@@ -60,7 +60,12 @@ def saved(entry: ClassEntry, folder: Path, dtype: torch.dtype, **how: Any) -> to
         loaded = kind.from_pretrained(folder, torch_dtype=dtype)
         shutil.rmtree(folder)
         loaded.save_pretrained(folder, **how)
-    return kind.from_pretrained(folder, torch_dtype=dtype)
+    result = kind.from_pretrained(folder, torch_dtype=dtype)
+    for each in (*result.parameters(), *result.buffers()):
+        # From the mapped file to memory that begins as the worker's does: some processors add up in another order
+        # where weights do not begin at a multiple of 16 bytes.
+        each.data = each.data.clone()
+    return result
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

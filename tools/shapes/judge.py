@@ -44,9 +44,9 @@ Sampler = Callable[[Sequence[str], int], torch.Tensor]
 """From sentences and the seed of their noise to pictures, (sentences, 3, 256, 256) in [-1, 1]."""
 
 
-def held_out_requests(count: int = SENTENCES, seed: int = SEED) -> list[Request]:
+def held_out_requests(count: int = SENTENCES) -> list[Request]:
     """List sentences, each with a combination of form and colour that training never sees, in both languages."""
-    rng = Random(seed)
+    rng = Random(SEED)
     counts = [objects + 1 for objects, share in enumerate(SHARES) for _ in range(round(share * count))]
     return [
         sample_request(rng, objects=objects, language=LANGUAGES[at % 2], held_out=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from xditd.client.cli.status import describe
+from xditd.client.cli.status_text import describe
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.node_text import show_on_node
 

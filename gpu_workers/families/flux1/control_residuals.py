@@ -42,9 +42,6 @@ class ControlledBlocks(NamedTuple):
     single: tuple[int, ...] = ()
 
 
-UNCONTROLLED = ControlledBlocks()
-
-
 def by_block(
     residuals: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]], blocks: tuple[int, int], own: RankTokens
 ) -> tuple[list[torch.Tensor], ControlledBlocks]:

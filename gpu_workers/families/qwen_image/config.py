@@ -19,8 +19,6 @@ POSITIONS: Final = 4096
 MLP_RATIO: Final = 4
 TIMESTEP_CHANNELS: Final = 256
 MODULATIONS: Final = 6
-TIME_SCALE: Final = 1000
-"""The factor from a sigma in [0, 1] to the embedded value."""
 
 PATCH: Final = 2
 LATENT_CHANNELS: Final = 16

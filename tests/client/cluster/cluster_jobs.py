@@ -55,8 +55,8 @@ def make_job(hashes: ContentHashes, transformer: Path, vae: Path | None, **chang
     return Job(**(fields | changes))
 
 
-def make_tensors(seed: int = 0) -> StoredTensors:
-    return store(conditioning(seed))
+def make_tensors() -> StoredTensors:
+    return store(conditioning(0))
 
 
 def bits(tensors: StoredTensors) -> str:

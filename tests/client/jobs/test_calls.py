@@ -326,3 +326,8 @@ def test_predictions_of_flux1_refuse_a_batch_that_prompts_do_not_divide(client, 
     with pytest.raises(BadRequest, match=f"prompts: {prompts} for {images} latents"):
         calls.predict(torch.randn(images, 16, 4, 6), 0.5, [prompt] * prompts)
     assert daemon.requests(Call) == []
+
+
+def test_a_method_of_what_a_family_runs_is_refused_with_the_remedy(client):
+    with pytest.raises(BadRequest, match=r"method 'decode': .* family flux1 .* lend it with as_class=True"):
+        client.call("c1", {"z": TOKENS}, method="decode")

@@ -31,8 +31,8 @@ def use() -> DeviceUse:
     return DeviceUse()
 
 
-def room_of(use: DeviceUse, session: Any = None) -> int | None:
-    return use.room(session or Session(), KEY).device_bytes  # type: ignore[arg-type]
+def room_of(use: DeviceUse) -> int | None:
+    return use.room(Session(), KEY).device_bytes  # type: ignore[arg-type]
 
 
 def test_large_results_get_room_from_the_second_call_on(use: DeviceUse) -> None:

@@ -11,11 +11,11 @@ from xditd.client.demo import checkpoints
 from xditd.client.demo.flux1_calls import Flux1Calls
 
 
-def poisoned(state, name, value=torch.nan):
-    """The same weights with one value, in the middle of a tensor, that is not finite."""
+def poisoned(state, name):
+    """The same weights with one NaN, in the middle of a tensor."""
     state = {key: tensor.clone() for key, tensor in state.items()}
     tensor = state[name].view(-1)
-    tensor[len(tensor) // 2] = value
+    tensor[len(tensor) // 2] = torch.nan
     return state
 
 

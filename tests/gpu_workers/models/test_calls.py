@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from forked_programs import ProgramServer
+from forked_programs import ProgramServer, load_program
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 PROGRAM = Path(__file__).with_name("calling_ranks.py")
-
-
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("calling_ranks", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-calling_ranks = load_program()
+calling_ranks = load_program(PROGRAM)
 
 
 @pytest.fixture(scope="module")

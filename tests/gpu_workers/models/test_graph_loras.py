@@ -22,7 +22,6 @@ from xditd.gpu_workers.packed.tensors import PackedTensor
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 
 WIDTH = 32
-Uses = tuple[tuple[Strength, float], ...]
 
 
 class Block(torch.nn.Module):

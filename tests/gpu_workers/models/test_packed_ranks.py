@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import z_image_models
-from forked_programs import ProgramServer
+from forked_programs import ProgramServer, load_program
 from packed_checkpoints import FORMATS
 from safetensors.torch import load_file
 
@@ -18,18 +16,7 @@ from xditd.gpu_workers.families.flux1 import reference
 
 PROGRAM = Path(__file__).with_name("packed_ranks.py")
 BAR = 1e-6
-
-
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("packed_ranks", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-packed_ranks = load_program()
+packed_ranks = load_program(PROGRAM)
 
 
 @pytest.fixture(scope="module")

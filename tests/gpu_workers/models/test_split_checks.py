@@ -23,7 +23,6 @@ from xditd.gpu_workers.parallel.row_trees import structure_of
 from xditd.ipc.status import SplitCheck
 
 CHECK = SplitCheck(class_name="A", method="forward", batch=2, error=0.0, tolerance=1e-5, is_used=True)
-CPU = torch.device("cpu")
 
 
 def key(method: str = "forward", batch: int = 2, **arguments: Any) -> CaseKey:

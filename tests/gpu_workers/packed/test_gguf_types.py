@@ -28,8 +28,8 @@ def from_hex(text: str, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=dtype)
 
 
-def hostile(kind: str, rows: int, blocks_per_row: int, seed: int = 0) -> torch.Tensor:
-    return hostile_blocks(kind, rows * blocks_per_row, seed).view(rows, -1)
+def hostile(kind: str, rows: int, blocks_per_row: int) -> torch.Tensor:
+    return hostile_blocks(kind, rows * blocks_per_row, seed=0).view(rows, -1)
 
 
 @kinds

@@ -19,9 +19,10 @@ GROUPS = (0, 16, 256)
 
 
 def int8_case(
-    rows: int, dtype: torch.dtype, k: int = 512, n: int = 768, device: str = "cpu"
+    rows: int, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return activations with a column of large numbers, a weight with its scales, and a bias."""
+    k, n = 512, 768
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, k, generator=generator)
     x[:, 7] *= 20

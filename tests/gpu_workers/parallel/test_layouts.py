@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from forked_programs import ProgramServer
+from forked_programs import ProgramServer, load_program
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1 import reference
@@ -21,18 +19,7 @@ from xditd.ipc.errors import Unsupported
 BAR = 1e-6
 CPU = torch.device("cpu")
 PROGRAM = Path(__file__).with_name("many_layouts.py")
-
-
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("many_layouts", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-many_layouts = load_program()
+many_layouts = load_program(PROGRAM)
 
 
 @pytest.fixture(scope="module")

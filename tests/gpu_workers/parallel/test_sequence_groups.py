@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked_programs import ProgramServer
+from forked_programs import ProgramServer, load_program
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1 import reference
@@ -23,18 +22,7 @@ from xditd.ipc.degrees import Degrees, parse_layout
 
 BAR = 1e-6
 PROGRAM = Path(__file__).with_name("mixed_heads.py")
-
-
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mixed_heads", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mixed_heads = load_program()
+mixed_heads = load_program(PROGRAM)
 LONG = "ulysses=2,ring=2"
 GROUPS = [pytest.param(layout, marks=pytest.mark.long if layout == LONG else ()) for layout in mixed_heads.GROUPS]
 MODELS = [(layout, heads) for layout, models in mixed_heads.GROUPS.items() for heads in models]

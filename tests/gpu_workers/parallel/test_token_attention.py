@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from forked_programs import ProgramServer
+from forked_programs import ProgramServer, load_program
 
 from xditd.gpu_workers.parallel.streams import Ranks, Stream
 from xditd.gpu_workers.parallel.token_attention import TokenMismatch, Tokens, attend
 
 PROGRAM = Path(__file__).with_name("attending_ranks.py")
-
-
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attending_ranks", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-attending_ranks = load_program()
+attending_ranks = load_program(PROGRAM)
 
 
 @pytest.fixture(scope="module")

@@ -165,8 +165,8 @@ class RawClient:
     def lend(self, manifest: Manifest) -> Lent:
         return self.ask(Lend(request_id="", manifest=manifest), Lent)
 
-    def wait_status(self, condition: Callable[[DaemonStatus], bool], deadline_s: float = DEADLINE_S) -> DaemonStatus:
-        end = time.monotonic() + deadline_s
+    def wait_status(self, condition: Callable[[DaemonStatus], bool]) -> DaemonStatus:
+        end = time.monotonic() + DEADLINE_S
         while True:
             status = self.status()
             if condition(status):

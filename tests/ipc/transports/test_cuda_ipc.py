@@ -19,13 +19,12 @@ from xditd.client.lending import describe
 from xditd.gpu_workers.weights.blocks import OpenBlocks
 from xditd.ipc.errors import ForeignGpu, OutOfMemory, StaleSource, Unsupported
 from xditd.ipc.processes import ProcessIdentity, identify
-from xditd.ipc.tensors import ComponentKind, CopiedBytes, CudaIpcBlock, Tier
+from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, Tier
 from xditd.ipc.transports import cuda_ipc
 from xditd.ipc.transports.cuda_ipc import CudaMapping, DeviceArena, device_uuid
 from xditd.ipc.transports.fingerprints import check_fingerprint
 
 MIB = 2**20
-VAE = ComponentKind.VAE
 
 
 def used_bytes() -> int:

@@ -39,8 +39,8 @@ CONFIG: dict[str, Any] = {
 WITHOUT_TEXT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
-def flux_transformer(num_layers: int = 2) -> FluxTransformer2DModel:
-    return seeded(FluxTransformer2DModel(in_channels=16, num_layers=num_layers, **CONFIG))
+def flux_transformer() -> FluxTransformer2DModel:
+    return seeded(FluxTransformer2DModel(in_channels=16, num_layers=2, **CONFIG))
 
 
 def flux(pipeline_class: str = "FluxPipeline", **components: Any) -> Any:
@@ -133,8 +133,9 @@ def run_controlnet(pipe: Any) -> list[torch.Tensor]:
 # ---- Adapters ----
 
 
-def ip_adapter_weights(tokens: int = 4, embedding_size: int = 12) -> dict[str, dict[str, torch.Tensor]]:
+def ip_adapter_weights() -> dict[str, dict[str, torch.Tensor]]:
     """Return an IP-Adapter for a transformer of four blocks, in the layout of the published ones."""
+    tokens, embedding_size = 4, 12
     random = Random(30)
     adapter = {}
     for block in range(4):

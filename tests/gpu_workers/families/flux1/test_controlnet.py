@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,13 +25,6 @@ if TYPE_CHECKING:
 State = dict[str, torch.Tensor]
 STEPS = 3
 LATENTS = (16, HEIGHT // 8, WIDTH // 8)
-
-
-@pytest.fixture
-def messages(rank: OneRank) -> ModuleType:
-    import flux1_messages
-
-    return flux1_messages
 
 
 def pipeline_of(state: State, controlnet: Any, vae: Any) -> Any:

@@ -20,16 +20,6 @@ from xditd.ipc.errors import BadCheckpoint, RequestError, Unsupported
 State = dict[str, torch.Tensor]
 Describe = Callable[[State], dict[str, TensorInfo]]
 
-UNION = Flux1ControlNetConfig(
-    hidden=256,
-    double_blocks=2,
-    single_blocks=2,
-    context_channels=4096,
-    pooled_channels=768,
-    has_guidance=True,
-    modes=MODES,
-)
-
 
 @pytest.mark.parametrize("modes", [0, MODES])
 @pytest.mark.parametrize(("double", "single"), [(2, 2), (3, 0), (1, 2)])

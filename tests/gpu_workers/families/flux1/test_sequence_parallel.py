@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import flux1_variants
 import pytest
 import torch
-from forked_programs import ProgramServer
+from forked_programs import ProgramServer, load_program
 from safetensors.torch import load_file
 
 from xditd.gpu_workers.families.flux1 import reference
@@ -24,18 +23,7 @@ Plugger = Callable[[ModelCache, dict[str, torch.Tensor]], CheckpointMatch]
 
 BAR = 1e-6
 PROGRAM = Path(__file__).with_name("two_ranks.py")
-
-
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("two_ranks", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-two_ranks = load_program()
+two_ranks = load_program(PROGRAM)
 
 
 @pytest.fixture(scope="module")

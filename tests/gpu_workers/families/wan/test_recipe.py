@@ -20,7 +20,7 @@ from xditd.ipc.job_parts import Sampling
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]
-TEXT, TI2V = wan_models.TEXT, wan_models.TI2V
+TI2V = wan_models.TI2V
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,9 @@ def distance(made: Results, case: str, way: str) -> float:
 
 def test_it_is_no_farther_from_float64_than_the_whole_one(made: Results) -> None:
     for case in cases(made):
-        assert distance(made, case, "0") <= 1.2 * distance(made, case, "whole"), case
+        # In float32, a convolution of fewer rows may be added up in another order: on one processor 1.5 times as far.
+        factor = 1.2 if "bfloat16" in case else 2.0
+        assert distance(made, case, "0") <= factor * distance(made, case, "whole"), case
         if "bfloat16" not in case:
             assert distance(made, case, "0") <= 1e-6, case
 
