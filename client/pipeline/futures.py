@@ -53,6 +53,8 @@ class Threads:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._running: set[RunFuture[object]] = set()
+        self._inside: set[int] = set()
+        """The threads that run a call, or a callback of one."""
         self._loops = LoopWatch()
         self._is_closed = False
 
@@ -71,7 +73,7 @@ class Threads:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="xditd-pipeline")
             self._running.add(future)  # type: ignore[arg-type]
-            self._pool.submit(future.run, function)
+            self._pool.submit(self._run, future, function)
         future.add_done_callback(self._forget)
         return future
 
@@ -90,16 +92,23 @@ class Threads:
             future.cancel()
             raise
 
+    def _run(self, future: RunFuture[T], function: Callable[[], T]) -> None:
+        self._inside.add(threading.get_ident())
+        try:
+            future.run(function)
+        finally:
+            self._inside.discard(threading.get_ident())
+
     def _forget(self, future: Future[T]) -> None:
         with self._lock:
             self._running.discard(future)
 
     def close(self) -> None:
-        """Cancel all calls, and wait for the threads. May be called twice."""
+        """Cancel all calls, and wait for the threads, unless one of them calls this. May be called twice."""
         with self._lock:
             self._is_closed = True
             running, pool, self._pool = list(self._running), self._pool, None
         for future in running:
             future.cancel()
         if pool is not None:
-            pool.shutdown()
+            pool.shutdown(wait=threading.get_ident() not in self._inside)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def test_nothing_of_a_client_is_pickled_or_copied(daemon: Any, folder: Path) -> 
     daemon.answers[Generate] = lambda request: []
     with Client(folder) as client, client.lend(WEIGHTS) as loan, start(client) as job:
         for each in (client, loan, loan.with_loras([]), job, AsyncClient(folder)):
-            for use in (pickle.dumps, copy.copy, copy.deepcopy):
+            for use in (ForkingPickler.dumps, copy.copy, copy.deepcopy):
                 with pytest.raises(Unsupported, match=f"{type(each).__name__}: it cannot be pickled or copied; make a"):
                     use(each)
         with pytest.raises(XditdError, match="loras: 5 is of type int"):
