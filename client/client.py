@@ -279,6 +279,9 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
 
         Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
         parallel on different GPUs; a tensor that several parts use is sent once. ``controls`` are those of each part.
+
+        Raises:
+            BadRequest, LeaseLost: as :meth:`call`.
         """
         from xditd.client.jobs.controls import CallControl, checked_controls, checked_list
         from xditd.client.jobs.job_requests import check_parts
@@ -318,6 +321,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
     ) -> torch.Tensor:
         """Decode latents to images (batch, channels, height, width) in [-1, 1], with their device and dtype.
 
+        Latents of a video become one, (batch, channels, frames, height, width).
+
         ``transformer`` is the one that made the latents: its facts define their scaling. Without it, the scaling is
         the default of the VAE's family. ``clamp=False`` keeps values outside the range, for tiles that are blended
         before they are clamped.
@@ -343,7 +348,12 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
     ) -> torch.Tensor:
         """Encode images (batch, channels, height, width) in [-1, 1] to latents, with their device and dtype.
 
-        ``transformer`` is the one that will use the latents, as in :meth:`decode`.
+        A video has frames before its height. ``transformer`` is the one that will use the latents, as in
+        :meth:`decode`.
+
+        Raises:
+            BadRequest: an image of another shape, or a transformer whose latents have another size than this VAE's.
+            Unsupported: the VAE was lent without its encoder.
         """
         from xditd.client.jobs.vae_requests import encode_request
 
