@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from xditd.client.argument_names import names_unknown
 from xditd.client.daemon_methods import DaemonMethods
+from xditd.client.forks import OfOneProcess
 from xditd.client.jobs.component import Component
 from xditd.client.lifetime import Lifetime
 from xditd.client.loan_methods import LoanMethods
@@ -35,7 +36,7 @@ SILENCE_DEADLINE_S: Final = 600.0
 ``hang_deadline_s``, after which the daemon ends a job itself and reports why."""
 
 
-class Client(LoanMethods, PromptMethods, DaemonMethods):
+class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
     """A session with the daemon: lend components to its workers, and run jobs on them.
 
     ``runtime_dir`` is the daemon's folder (default ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``).
