@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -46,12 +47,9 @@ class Arena:
         sizes = []
         for name, (dtype, shape) in shapes.items():
             dtype_name(dtype, f"tensor {name}")  # raises UnsupportedDtype before anything is allocated
-            count = 1
-            for side in shape:
-                if side < 0:
-                    raise BadRequest(f"tensor {name} of an arena has the shape {list(shape)}: a side is negative")
-                count *= side
-            sizes.append(count * dtype.itemsize)
+            if any(side < 0 for side in shape):
+                raise BadRequest(f"tensor {name} of an arena has the shape {list(shape)}: a side is negative")
+            sizes.append(math.prod(shape) * dtype.itemsize)
         offsets, total = place(sizes)
         self._memory: HostArena | DeviceArena
         self.tensors: dict[str, torch.Tensor] = {}

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from xditd.client.client import SILENCE_DEADLINE_S, Client
+from xditd.client.forks import Maker, OfOneProcess
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.jobs.job_scopes import JobScope, run_in
 from xditd.client.loans import Loan
@@ -55,7 +56,7 @@ def _starting(
     return update_wrapper(start, method)
 
 
-class AsyncClient:
+class AsyncClient(OfOneProcess):
     """A :class:`Client` whose methods are awaited: the same names, arguments, results and errors.
 
     Use it as ``async with AsyncClient() as client``. Cancelling a task that waits for a job cancels the job in the
@@ -81,6 +82,7 @@ class AsyncClient:
         self._client: Client | None = None
         self._scopes: set[JobScope] = set()
         self._is_closed = threading.Event()
+        self._maker = Maker("AsyncClient", "make a new one")
 
     async def __aenter__(self) -> AsyncClient:
         watch = partial(self._watch, asyncio.get_running_loop())
@@ -103,6 +105,8 @@ class AsyncClient:
         await asyncio.shield(asyncio.to_thread(self._close))
 
     def _close(self) -> None:
+        if not self._maker.is_here:
+            return
         self._is_closed.set()
         client, self._client = self._client, None
         for scope in tuple(self._scopes):
@@ -119,6 +123,7 @@ class AsyncClient:
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that waits, such as ``loan.return_``, in a thread; cancelling cancels the jobs it sent."""
+        self._maker.check()
         scope = JobScope()
         try:
             future = self._threads.submit(run_in, scope, partial(function, *args, **kwargs))
@@ -167,7 +172,7 @@ class AsyncClient:
         return f"<AsyncClient, {self._client!r}>"
 
 
-class AsyncGenerationJob:
+class AsyncGenerationJob(OfOneProcess):
     """A running generation. It runs even if its events are not read.
 
     ``async for`` gives a :class:`StepDone` after every step; ``await job.result()`` the result. Cancelling a task that

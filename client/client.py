@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from xditd.client.argument_names import names_unknown
 from xditd.client.daemon_methods import DaemonMethods
+from xditd.client.forks import OfOneProcess
 from xditd.client.jobs.component import Component
 from xditd.client.lifetime import Lifetime
 from xditd.client.loan_methods import LoanMethods
@@ -35,7 +36,7 @@ SILENCE_DEADLINE_S: Final = 600.0
 ``hang_deadline_s``, after which the daemon ends a job itself and reports why."""
 
 
-class Client(LoanMethods, PromptMethods, DaemonMethods):
+class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
     """A session with the daemon: lend components to its workers, and run jobs on them.
 
     ``runtime_dir`` is the daemon's folder (default ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``).
@@ -278,6 +279,9 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
 
         Each result is the one that :meth:`call` returns for that part. The parts are not batched, but may run in
         parallel on different GPUs; a tensor that several parts use is sent once. ``controls`` are those of each part.
+
+        Raises:
+            BadRequest, LeaseLost: as :meth:`call`.
         """
         from xditd.client.jobs.controls import CallControl, checked_controls, checked_list
         from xditd.client.jobs.job_requests import check_parts
@@ -317,6 +321,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
     ) -> torch.Tensor:
         """Decode latents to images (batch, channels, height, width) in [-1, 1], with their device and dtype.
 
+        Latents of a video become one, (batch, channels, frames, height, width).
+
         ``transformer`` is the one that made the latents: its facts define their scaling. Without it, the scaling is
         the default of the VAE's family. ``clamp=False`` keeps values outside the range, for tiles that are blended
         before they are clamped.
@@ -342,7 +348,12 @@ class Client(LoanMethods, PromptMethods, DaemonMethods):
     ) -> torch.Tensor:
         """Encode images (batch, channels, height, width) in [-1, 1] to latents, with their device and dtype.
 
-        ``transformer`` is the one that will use the latents, as in :meth:`decode`.
+        A video has frames before its height. ``transformer`` is the one that will use the latents, as in
+        :meth:`decode`.
+
+        Raises:
+            BadRequest: an image of another shape, or a transformer whose latents have another size than this VAE's.
+            Unsupported: the VAE was lent without its encoder.
         """
         from xditd.client.jobs.vae_requests import encode_request
 

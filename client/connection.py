@@ -17,6 +17,7 @@ import zmq
 
 from xditd import __version__
 from xditd.client.discovery import HINT, DaemonProcess, close_quietly, find_daemon
+from xditd.client.forks import maker_of_client
 from xditd.client.mailboxes import Mailbox, Timeouts
 from xditd.client.waiting import check_seconds
 from xditd.ipc import limits
@@ -28,9 +29,9 @@ from xditd.ipc.errors import (
     Closed,
     DaemonUnreachable,
     DeadlineExceeded,
+    LeaseLost,
     LimitExceeded,
     SessionLost,
-    Unsupported,
     XditdError,
 )
 from xditd.ipc.protocol import PROTOCOL_VERSION, Reply, Request
@@ -64,6 +65,8 @@ class _IoThread:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._callbacks: deque[Callable[[], None]] = deque()
         self._is_closing = False
+        self.is_leaving = False
+        """Whether this side ends the session: loans and jobs that end then are ended by the caller."""
         self._ends_by_s = math.inf
         self._beat_every_s: float | None = None
         self._beats = itertools.count(1)
@@ -191,11 +194,17 @@ class _IoThread:
             reply: AnyReply = reply_decoder.decode(frames[0])
             with self._lock:
                 mailbox = self._mailboxes.get(reply.request_id)
-            if mailbox is not None and mailbox.deliver(reply):
+            if mailbox is not None and mailbox.deliver(self._as_caller_sees(reply, mailbox.purpose)):
                 with self._lock:
                     self._mailboxes.pop(reply.request_id, None)
             if isinstance(reply, Failed) and reply.code == SessionLost.code:
                 raise SessionLost(reply.detail)
+
+    def _as_caller_sees(self, reply: AnyReply, purpose: str) -> AnyReply | Closed:
+        """Return a reply, or ``Closed`` if a job lost its loans because this client closes."""
+        if self.is_leaving and isinstance(reply, Failed) and reply.code == LeaseLost.code:
+            return Closed(f"{purpose}: this client was closed before it was done; make a new Client")
+        return reply
 
     def _poll_timeout_ms(self) -> int | None:
         """Time until the next beat is due, or until the clock has to be read while a request waits."""
@@ -255,7 +264,7 @@ class Connection:
 
     def __init__(self, runtime: RuntimeDir, *, client_name: str, hello_deadline_s: float = HELLO_DEADLINE_S) -> None:
         self.runtime = runtime
-        self._made_by_pid = os.getpid()
+        self.maker = maker_of_client()
         self._prefix = os.urandom(6).hex()
         self._numbers = itertools.count(1)
         self._max_message_bytes = limits.MAX_MESSAGE_BYTES
@@ -296,6 +305,10 @@ class Connection:
         """Close the connection after a deadline, unless it is closed before."""
         self._io.end_within(deadline_s)
 
+    def leave(self) -> None:
+        """Let requests whose loans end from now on fail with ``Closed``: this side ends the session."""
+        self._io.is_leaving = True
+
     def next_request_id(self) -> str:
         return f"{self._prefix}-{next(self._numbers)}"
 
@@ -308,7 +321,7 @@ class Connection:
             Closed: this side has closed.
             Unsupported: this is a fork of the process that made the connection.
         """
-        self._check_not_forked()
+        self.maker.check()
         payload = encode(request)
         if len(payload) > self._max_message_bytes:
             # The daemon would not read the request id, so it could not reply, and ZeroMQ might drop the message.
@@ -349,16 +362,8 @@ class Connection:
     def close(self) -> None:
         """Close the socket. Waiting requests fail. Does nothing in a fork."""
         self._finalizer.detach()
-        if os.getpid() != self._made_by_pid:
+        if not self.maker.is_here:
             return
         self._io.close()
         if threading.current_thread() is not self._io.thread:
             self._io.thread.join(timeout=CONTROL_DEADLINE_S)
-
-    def _check_not_forked(self) -> None:
-        if os.getpid() != self._made_by_pid:
-            # A child process has no thread that owns the socket, and the loans belong to the parent.
-            raise Unsupported(
-                f"this client was made by process {self._made_by_pid} and is used by its fork {os.getpid()}; "
-                "make a new Client after the fork"
-            )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xditd.client.device_blocks import DeviceBlock, DevicePool
+from xditd.client.forks import maker_of_client
 from xditd.ipc.arguments import InIo
 from xditd.ipc.errors import Internal
 from xditd.ipc.tensors import HostShmBlock, IoTensor
@@ -99,13 +100,19 @@ class IoPool:
     """Idle blocks by size: powers of two, or multiples of 64 MiB. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        self._maker = maker_of_client()
         self.devices = DevicePool()
         self._idle: dict[int, list[HostArena]] = {}
         self._lock = threading.Lock()
         self._is_closed = False
 
     def borrow(self, size_bytes: int) -> IoBlock:
-        """Take a block of at least ``size_bytes``. Give it back when no worker uses it any more."""
+        """Take a block of at least ``size_bytes``. Give it back when no worker uses it any more.
+
+        Raises:
+            Unsupported: this is a fork of the process that made the client.
+        """
+        self._maker.check()
         rounded = _rounded(size_bytes)
         with self._lock:
             idle = self._idle.get(rounded)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from typing import TYPE_CHECKING
 
+from xditd.client.forks import maker_of_client
 from xditd.client.session import ClosedState, Session
 from xditd.ipc.addresses import RuntimeDir
 
@@ -22,7 +22,7 @@ class Lifetime:
         self._name = name
         self._pool = pool
         self._silence_s = silence_s
-        self._made_by_pid = os.getpid()
+        self._maker = maker_of_client()
         self._lock = threading.Lock()
         self._closed = ClosedState()
         self._session: Session | None = None
@@ -41,7 +41,9 @@ class Lifetime:
         Raises:
             Closed: the client is closed.
             DaemonUnreachable: no daemon runs.
+            Unsupported: this is a fork of the process that made the client.
         """
+        self._maker.check()
         with self._lock:
             self._closed.check()
             if self._session is not None and self._session.is_lost:
@@ -52,19 +54,23 @@ class Lifetime:
             return self._session
 
     def close(self) -> None:
-        """End the session and its loans, and wait for that. May be called twice."""
+        """End the session and its loans, and wait for that. May be called twice; does nothing in a fork."""
+        if not self._maker.is_here:
+            return
         with self._lock:
             session, self._session = self._session, None
             self._closed.reason = self._closed.reason or "this client is closed"
-        if session is not None:
-            session.close()
-        self._pool.close()
+        try:
+            if session is not None:
+                session.close()
+        finally:
+            self._pool.close()
 
     def abandon(self) -> None:
         """End the session and its loans when the client is garbage-collected. Does not block, and takes no lock:
         Python calls this at any point of any thread, also while the thread holds one of the locks here.
         """
-        if os.getpid() != self._made_by_pid:
+        if not self._maker.is_here:
             return  # a fork has a copy of the client, but not its loans
         session, self._session = self._session, None
         self._closed.reason = "this client was not closed before it was garbage-collected"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Protocol
 
+from xditd.client.forks import OfOneProcess
 from xditd.client.loras.strengths import Strength, strengths_by_step
 from xditd.client.waiting import check_deadline
 from xditd.ipc import limits
@@ -38,7 +39,7 @@ class LoanSession(Protocol):
         """Return a loan, or free an adopted component, in a finalizer."""
 
 
-class Loan:
+class Loan(OfOneProcess):
     """A component that the workers map until ``return_()`` is called, the client is closed, or the daemon exits.
 
     Do not write to the lent memory during that time; the loan keeps its storages alive.
@@ -168,7 +169,7 @@ class Loan:
 _TAKE_LORAS: Final = (ComponentKind.TRANSFORMER, ComponentKind.TEXT_ENCODER, ComponentKind.MODULE)
 
 
-class LoanWithLoras:
+class LoanWithLoras(OfOneProcess):
     """A lent component with LoRAs and their strengths: a light view, which holds no memory and needs no return.
 
     Give it to jobs in place of the loan. It can be used as long as all its loans live.
@@ -199,7 +200,7 @@ class LoanWithLoras:
 
     def with_loras(self, loras: Sequence[tuple[Loan | str, Strength]]) -> LoanWithLoras:
         """Return the component with these LoRAs, too."""
-        return LoanWithLoras(self.loan, [*self.loras, *loras])
+        return LoanWithLoras(self.loan, [*self.loras, *LoanWithLoras(self.loan, loras).loras])
 
     def uses(self) -> tuple[LoraUse, ...]:
         """Return the LoRAs as a request names them.

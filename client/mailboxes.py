@@ -29,7 +29,10 @@ class Timeouts:
 
 
 class Mailbox:
-    """The connection's thread puts replies in, one other thread takes them. ``clock`` is the connection's."""
+    """The connection's thread puts replies in, others take them: each event once, the last one as often as they ask.
+
+    ``clock`` is the connection's.
+    """
 
     def __init__(self, request_id: str, purpose: str, clock: AwakeClock) -> None:
         self.request_id = request_id
@@ -83,7 +86,10 @@ class Mailbox:
                 rest_s = min(rest_s, timeouts.total_s - self._clock.waited_s(self._started_s))
             # In short waits, because the clock does not count the time that this process was suspended.
             with contextlib.suppress(Empty):
-                return self._record_event(self._items.get(timeout=min(TICK_S, max(0.0, rest_s))))
+                item = self._items.get(timeout=min(TICK_S, max(0.0, rest_s)))
+                if not isinstance(item, AnyEvent):
+                    self._items.put(item)  # another thread may wait, too
+                return self._record_event(item)
             if rest_s <= 0:
                 raise self._deadline_error(began_s, timeouts)
 

@@ -159,6 +159,7 @@ class Session:
 
     def return_loan(self, component_id: str, label: str, deadline_s: float | None) -> None:
         """Return one loan of a component; the daemon counts the loans, and the last one unmaps the component."""
+        self.connection.maker.check()
         with self._lock:
             freed = self._drop_loan(component_id)
         if freed is None:
@@ -254,11 +255,15 @@ class Session:
     def close(self) -> None:
         """End the session and all its loans. Does not raise if the daemon has exited."""
         if not self.is_lost:
+            self.connection.leave()
             try:
                 farewell = Goodbye(request_id=self.connection.next_request_id())
                 self.connection.ask(farewell, Farewell, deadline_s=_FAREWELL_DEADLINE_S)
             except XditdError as error:
                 logger.warning("session closed without an answer to Goodbye reason=%s", error)
+            except BaseException:  # an interrupt: nobody can close it again
+                self._end()
+                raise
         self._end()
 
     def abandon(self) -> None:

@@ -7,6 +7,7 @@ which the daemon takes from the socket's peer credentials, never from a message.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -135,10 +136,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     @property
     def span(self) -> int:
         """The product of all sides that are not 0: the largest number that occurs when elements are counted."""
-        count = 1
-        for side in self.shape:
-            count *= side or 1
-        return count
+        return math.prod(side or 1 for side in self.shape)
 
     @property
     def extent_bytes(self) -> int:
@@ -147,10 +145,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         if 0 in self.shape:
             return 0
         if self.stride is None:
-            count = 1
-            for side in self.shape:
-                count *= side
-            return count * item
+            return math.prod(self.shape) * item
         return (sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=False)) + 1) * item
 
 
@@ -339,7 +334,4 @@ class IoTensor(Described, frozen=True, kw_only=True):
 
     @property
     def size_bytes(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]

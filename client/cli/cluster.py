@@ -140,9 +140,8 @@ def _status(parsed: argparse.Namespace) -> int:
     return exits.DONE
 
 
-def _submit(parsed: argparse.Namespace) -> int:
-    from xditd.client.cluster import joining
-
+def _check_submit(parsed: argparse.Namespace) -> None:
+    """Refuse flags that miss one another, or that no cluster has."""
     for flag, needed in (("--transformer", parsed.transformer), ("--embeds", parsed.embeds)):
         if needed is None:
             parsed.refuse(f"submit: {flag} is needed")
@@ -158,6 +157,12 @@ def _submit(parsed: argparse.Namespace) -> int:
             parsed.refuse(f"submit: {flag} is for `xditd generate` on one host; leave it out")
     if parsed.fps is not None and (parsed.frames or 1) == 1:
         parsed.refuse("submit: --fps is of a video; give --frames COUNT, or leave it out")
+
+
+def _submit(parsed: argparse.Namespace) -> int:
+    from xditd.client.cluster import joining
+
+    _check_submit(parsed)
     joining.require_ray()
     from xditd.client.client import Client  # noqa: F401 - loads the session's modules before Ray's threads start
     from xditd.client.cluster.client import ClusterClient

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from xditd.client.forks import OfOneProcess
 from xditd.client.jobs.pending import PendingJob
 from xditd.client.mailboxes import expect
 from xditd.client.results import GenerationResult
@@ -26,12 +28,13 @@ def draw_seed() -> int:
     return int.from_bytes(os.urandom(8), "little") & _MAX_SEED
 
 
-class GenerationJob:
+class GenerationJob(OfOneProcess):
     """A running generation. It runs even if its events are not read.
 
     Iterate over it for a :class:`StepDone` after every step, then call ``result()``; or call
     ``result()`` at once. Leaving the loop early, leaving a ``with`` block, or any exception while waiting
-    (``KeyboardInterrupt`` too) cancels the job in the workers. For one thread at a time, except ``cancel()``.
+    (``KeyboardInterrupt`` too) cancels the job in the workers. Events are for one thread; ``cancel()`` and
+    ``result()`` for any.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class GenerationJob:
         self._started_s = time.perf_counter()
         self._reply: AnyReply | None = None
         self._result: GenerationResult | None = None
+        self._lock = threading.Lock()
+        """Held while the outputs are read: another thread may wait for the result, too."""
         # A job without references is cancelled in the workers.
         self._finalizer = weakref.finalize(self, pending.close_soon)
         self._finalizer.atexit = False  # the daemon sees the process end
@@ -140,24 +145,26 @@ class GenerationJob:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pending.close()
+        with self._lock:
+            self._pending.close()
 
     def _next(self) -> AnyReply:
-        if self._pending.is_closed:
+        if self._pending.is_closed and self._reply is None:
             raise Cancelled(f"generation {self.request_id}: cancelled by its caller")
         return self._pending.take()
 
     def _set_reply(self, reply: AnyReply) -> None:
-        self._reply = reply
-        try:
-            generated = expect(reply, Generated, f"generation {self.request_id}")
-            if self._result is None:
-                result = self._read_outputs(generated)
-                result.timings_ms["round_trip"] = (time.perf_counter() - self._started_s) * 1e3
-                self._result = result
-        finally:
-            self._owner = None
-            self._pending.close()
+        with self._lock:
+            self._reply = reply
+            try:
+                generated = expect(reply, Generated, f"generation {self.request_id}")
+                if self._result is None and not self._pending.is_closed:
+                    result = self._read_outputs(generated)
+                    result.timings_ms["round_trip"] = (time.perf_counter() - self._started_s) * 1e3
+                    self._result = result
+            finally:
+                self._owner = None
+                self._pending.close()
 
     def __repr__(self) -> str:
         state = "done" if self._result is not None else "ended" if self._pending.is_closed else "under way"

@@ -63,11 +63,13 @@ class PendingJob:
         return self._is_closed
 
     def take(self) -> AnyReply:
-        """Wait for the next event or the reply."""
+        """Wait for the next event or the reply. A fork, where nothing arrives, is refused."""
+        self._connection.maker.check()
         return self._mailbox.take(self._timeouts)
 
     def wait(self, reply_type: type[R]) -> R:
-        """Wait for the reply, dropping events."""
+        """Wait for the reply, dropping events; as :meth:`take`."""
+        self._connection.maker.check()
         return self._mailbox.wait(reply_type, self._timeouts)
 
     def wait_sent(self) -> None:
@@ -75,7 +77,12 @@ class PendingJob:
         self._connection.wait_sent()
 
     def cancel(self) -> None:
-        """Ask the daemon to stop the job at its next step, without waiting. No error if the job has ended."""
+        """Ask the daemon to stop the job at its next step, without waiting. No error if the job has ended.
+
+        Does nothing in a fork.
+        """
+        if not self._connection.maker.is_here:
+            return
         with self._lock:
             if self._is_cancelled or self._mailbox.is_ended:
                 return
@@ -89,7 +96,12 @@ class PendingJob:
             logger.debug("cancel not sent request_id=%s reason=%s", self._request_id, error)
 
     def close(self) -> None:
-        """Cancel the job unless it has ended, and release its block when it has. May be called twice."""
+        """Cancel the job unless it has ended, and release its block when it has. May be called twice.
+
+        Does nothing in a fork.
+        """
+        if not self._connection.maker.is_here:
+            return
         with self._lock:
             if self._is_closed:
                 return

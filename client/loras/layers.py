@@ -72,6 +72,34 @@ def group_layers(
             f"tensors are {what}: {listed(names)}",
             names=[name for each in formats.values() for name in each],
         )
+    found, others = _found_in(tensors, label)
+    factors = {name: Matrix.of(tensors[name]) for each in found for name in (each.tensors["down"], each.tensors["up"])}
+    _check_factors(factors, label)
+    layers: list[LoraLayer] = []
+    faults: list[str] = []
+    for each in found:
+        down, up = each.tensors["down"], each.tensors["up"]
+        rank = max(1, factors[down].shape[0] if factors[down].shape else 1)
+        alpha = alpha_of(each.tensors["alpha"]) if "alpha" in each.tensors else None
+        try:
+            scale = scale_of(each.name, rank, alpha, configs.get(each.name.part))
+        except BadCheckpoint as error:
+            faults.append(error.detail)
+            continue
+        layers.append(LoraLayer(each.name.target, each.name.part, down, up, scale))
+    _raise_faults(label, faults + lora_faults(layers, factors))
+    if others:
+        logger.warning("tensors of no LoRA are left out label=%s count=%d names=%s", label, len(others), listed(others))
+    return LoraLayers(LoraDescription(layers=tuple(layers)), factors)
+
+
+def _found_in(tensors: Mapping[str, TensorLike], label: str) -> tuple[list[_Found], list[str]]:
+    """Return the layers of a LoRA, each with both factors, and the names of tensors that are of none.
+
+    Raises:
+        Unsupported: no tensor is a factor.
+        BadCheckpoint: a layer lacks a factor, or has one twice.
+    """
     found: dict[tuple[LoraPart, str], _Found] = {}
     others: list[str] = []
     twice: list[str] = []
@@ -97,9 +125,15 @@ def group_layers(
         if role not in each.tensors
     ]
     _raise_faults(label, twice + lonely)
-    factors = {
-        name: Matrix.of(tensors[name]) for each in found.values() for name in (each.tensors["down"], each.tensors["up"])
-    }
+    return list(found.values()), others
+
+
+def _check_factors(factors: Mapping[str, Matrix], label: str) -> None:
+    """Check that all factors are matrices in a dtype that branches have.
+
+    Raises:
+        Unsupported: names those that are not.
+    """
     odd_dtypes = [f"{name} is {each.dtype}" for name, each in factors.items() if each.dtype not in FACTOR_DTYPES]
     if odd_dtypes:
         raise Unsupported(
@@ -114,22 +148,6 @@ def group_layers(
             f"{len(factors)} factors: {listed(convolutions)}",
             names=convolutions,
         )
-    layers: list[LoraLayer] = []
-    faults: list[str] = []
-    for each in found.values():
-        down, up = each.tensors["down"], each.tensors["up"]
-        rank = max(1, factors[down].shape[0] if factors[down].shape else 1)
-        alpha = alpha_of(each.tensors["alpha"]) if "alpha" in each.tensors else None
-        try:
-            scale = scale_of(each.name, rank, alpha, configs.get(each.name.part))
-        except BadCheckpoint as error:
-            faults.append(error.detail)
-            continue
-        layers.append(LoraLayer(each.name.target, each.name.part, down, up, scale))
-    _raise_faults(label, faults + lora_faults(layers, factors))
-    if others:
-        logger.warning("tensors of no LoRA are left out label=%s count=%d names=%s", label, len(others), listed(others))
-    return LoraLayers(LoraDescription(layers=tuple(layers)), factors)
 
 
 def _raise_faults(label: str, faults: list[str]) -> None:

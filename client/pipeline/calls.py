@@ -89,7 +89,6 @@ OF_CALLERS: Final = ("on_progress", "on_preview")
 OF_JOBS: Final = (*(name for name in ARGUMENTS if name not in OF_CALLERS), "previews")
 """Every argument of ``Pipeline.start``."""
 
-
 _MOST: Final = {
     "width": limits.MAX_SIDE_PIXELS,
     "height": limits.MAX_SIDE_PIXELS,
@@ -132,16 +131,12 @@ def check_refused(given: Mapping[str, Any], refused: Mapping[str, str], title: s
         raise BadRequest(f"{title} cannot honour {listed(wrong)}: {reasons}; leave them out")
 
 
-def _loras(given: Any) -> tuple[Any, ...]:
-    if given is not None and not isinstance(given, list | tuple):
-        raise BadRequest(
-            f"loras: {given!r:.100} is of type {type(given).__name__}; give pairs, [('x.safetensors', 0.8)]"
-        )
-    return tuple(given or ())
+_NOT_AS_GIVEN: Final = ("prompts", "prompts_2", "negatives", "batch", "defaults", "references", "loras", "num_images")
+"""Fields of a :class:`Call` that have other names or types than its arguments."""
 
 
 def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
-    """Check the arguments of a call, and fill in the pipeline's own negative prompt.
+    """Check the arguments of a call. Of texts for several prompts, one is repeated for each.
 
     Raises:
         BadRequest: an argument of another type, or numbers that no call can use; names it and its value.
@@ -150,40 +145,17 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
     prompts = _texts("prompt", given.get("prompt"))
     if (prompts is None) == (conditioning is None):
         raise BadRequest("prompt, conditioning: give either the words, or the tensors that stand for them")
-    if conditioning is not None and not isinstance(conditioning, Mapping):
-        raise BadRequest(
-            f"conditioning: {conditioning!r:.100} of type {type(conditioning).__name__}; give a dict of tensors by name"
-        )
-    negative = given.get("negative_prompt")
-    negatives = _texts("negative_prompt", negative)
-    if conditioning is not None and negatives is not None:
-        raise BadRequest("negative_prompt beside conditioning: its tensors have the negative prompt, too; leave it out")
-    seconds = _texts("prompt_2", given.get("prompt_2"))
-    if conditioning is not None and seconds is not None:
-        raise BadRequest("prompt_2 beside conditioning: its tensors stand for both texts; leave it out")
-    if seconds is not None and len(seconds) not in (1, len(prompts or ())):
-        raise BadRequest(f"prompt_2: {len(seconds)} for {len(prompts or ())} prompts; give one, or one for each")
-    if seconds is not None and len(seconds) == 1:
-        seconds *= len(prompts or ())
+    if conditioning is not None:
+        _check_without_words(given)
+    negatives = _for_each("negative_prompt", given.get("negative_prompt"), prompts or ())
+    seconds = _for_each("prompt_2", given.get("prompt_2"), prompts or ())
     count = _count("num_images", given.get("num_images", 1), 1, limits.MAX_BATCH)
-    if prompts is not None and negatives is not None and len(negatives) not in (1, len(prompts)):
-        raise BadRequest(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one for each")
-    if prompts is not None and negatives is not None and len(negatives) == 1:
-        negatives *= len(prompts)
     rows = len(prompts or ()) or _rows_of(conditioning or {})
     if rows * count > limits.MAX_BATCH:
         raise BadRequest(
             f"num_images: {count} of {rows} prompts are {rows * count} pictures; at most {limits.MAX_BATCH}"
         )
-    known = {each.name for each in fields(Call)} - {
-        "prompts",
-        "prompts_2",
-        "negatives",
-        "batch",
-        "defaults",
-        "references",
-        "loras",
-    }
+    known = {each.name for each in fields(Call)}.difference(_NOT_AS_GIVEN)
     rest = {name: value for name, value in given.items() if name in known and value is not None}
     _check_values(rest)
     if conditioning is not None and "max_sequence_length" in rest:
@@ -199,8 +171,32 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
         defaults=defaults,
         references=() if references is None else tuple(as_list(references)),
         loras=_loras(given.get("loras")),
-        **{**rest, "num_images": count},
+        num_images=count,
+        **rest,
     )
+
+
+def _check_without_words(given: Mapping[str, Any]) -> None:
+    """Check the conditioning of a call without prompts, and that no words are beside it."""
+    conditioning = given["conditioning"]
+    if not isinstance(conditioning, Mapping):
+        raise BadRequest(
+            f"conditioning: {conditioning!r:.100} of type {type(conditioning).__name__}; give a dict of tensors by name"
+        )
+    if _texts("negative_prompt", given.get("negative_prompt")) is not None:
+        raise BadRequest("negative_prompt beside conditioning: its tensors have the negative prompt, too; leave it out")
+    if _texts("prompt_2", given.get("prompt_2")) is not None:
+        raise BadRequest("prompt_2 beside conditioning: its tensors stand for both texts; leave it out")
+
+
+def _for_each(name: str, value: Texts | None, prompts: Sequence[str]) -> tuple[str, ...] | None:
+    """Return an argument's text for each prompt; one for all of them is repeated."""
+    texts = _texts(name, value)
+    if texts is None:
+        return None
+    if len(texts) not in (1, len(prompts)):
+        raise BadRequest(f"{name}: {len(texts)} for {len(prompts)} prompts; give one, or one for each")
+    return texts * len(prompts) if len(texts) == 1 else texts
 
 
 def check_defaults(
@@ -240,6 +236,14 @@ def _check_values(given: Mapping[str, Any], before: str = "") -> None:
             raise BadRequest(f"{before}{name}: {value!r:.100} is not a number")
         if not math.isfinite(value):
             raise BadRequest(f"{before}{name}: {value!r} is not a finite number")
+
+
+def _loras(given: Any) -> tuple[Any, ...]:
+    if given is not None and not isinstance(given, list | tuple):
+        raise BadRequest(
+            f"loras: {given!r:.100} is of type {type(given).__name__}; give pairs, [('x.safetensors', 0.8)]"
+        )
+    return tuple(given or ())
 
 
 def _texts(name: str, value: Texts | None) -> tuple[str, ...] | None:

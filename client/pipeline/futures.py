@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
+from xditd.client.forks import Maker
 from xditd.client.jobs.job_scopes import JobScope, run_in
 from xditd.client.loop_futures import LoopWatch, awaited
 from xditd.ipc.errors import Cancelled, Closed
@@ -48,9 +49,12 @@ class Threads:
     """The threads of a pipeline, made with the first call that needs one."""
 
     def __init__(self) -> None:
+        self.maker = Maker("pipeline", "open it again")
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._running: set[RunFuture[object]] = set()
+        self._inside: set[int] = set()
+        """The threads that run a call, or a callback of one."""
         self._loops = LoopWatch()
         self._is_closed = False
 
@@ -59,7 +63,9 @@ class Threads:
 
         Raises:
             Closed: the pipeline is closed.
+            Unsupported: this is a fork of the process that opened it.
         """
+        self.maker.check()
         future: RunFuture[T] = RunFuture()
         with self._lock:
             if self._is_closed:
@@ -67,7 +73,7 @@ class Threads:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="xditd-pipeline")
             self._running.add(future)  # type: ignore[arg-type]
-            self._pool.submit(future.run, function)
+            self._pool.submit(self._run, future, function)
         future.add_done_callback(self._forget)
         return future
 
@@ -86,16 +92,23 @@ class Threads:
             future.cancel()
             raise
 
+    def _run(self, future: RunFuture[T], function: Callable[[], T]) -> None:
+        self._inside.add(threading.get_ident())
+        try:
+            future.run(function)
+        finally:
+            self._inside.discard(threading.get_ident())
+
     def _forget(self, future: Future[T]) -> None:
         with self._lock:
             self._running.discard(future)
 
     def close(self) -> None:
-        """Cancel all calls, and wait for the threads. May be called twice."""
+        """Cancel all calls, and wait for the threads, unless one of them calls this. May be called twice."""
         with self._lock:
             self._is_closed = True
             running, pool, self._pool = list(self._running), self._pool, None
         for future in running:
             future.cancel()
         if pool is not None:
-            pool.shutdown()
+            pool.shutdown(wait=threading.get_ident() not in self._inside)

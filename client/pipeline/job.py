@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+from xditd.client.forks import OfOneProcess
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.settings import RunSettings
@@ -25,7 +26,7 @@ Ended = Callable[[BaseException | None], None]
 OnPreview = Callable[["Image.Image", int, int], object]
 
 
-class PipelineJob:
+class PipelineJob(OfOneProcess):
     """A running call. It runs even if its events are not read.
 
     Iterate over it for a :class:`StepDone` after every step, then call ``result()``; leaving a ``with`` block, or any

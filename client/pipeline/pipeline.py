@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xditd.client.argument_names import check_names, names_unknown
 from xditd.client.client import SILENCE_DEADLINE_S, Client
+from xditd.client.forks import OfOneProcess
 from xditd.client.loans import Loan
 from xditd.client.pipeline.adapter import Adapter
 from xditd.client.pipeline.calls import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from xditd.client.jobs.controls import Control
 
 
-class Pipeline:
+class Pipeline(OfOneProcess):
     """Models on loan that make pictures and videos from words: ``pipe("a cat").images[0]``.
 
     Open one with :meth:`open`, which lends its models; leaving a ``with`` block, or ``close()``, returns them. Safe to
@@ -241,11 +242,14 @@ class Pipeline:
 
     def unload(self) -> None:
         """Return the models and free their memory in the workers; the next call lends them again."""
+        self._threads.maker.check()
         self._keep_alive.stop()
         self._loans.return_all()
 
     def close(self) -> None:
         """Cancel calls in threads, return the models, and close the pipeline's own client. May be called twice."""
+        if not self._threads.maker.is_here:
+            return  # a fork's loans are those of the other process
         self._is_closed = True
         self._keep_alive.close()
         self._threads.close()
@@ -255,6 +259,7 @@ class Pipeline:
             self._loans.close()
 
     def _check_open(self) -> None:
+        self._threads.maker.check()
         if self._is_closed:
             raise Closed(f"pipeline {self.name} is closed; open it again")
 

@@ -64,8 +64,9 @@ class Ranks:
         self._next_op_number = 1
         self._fused_checks: dict[tuple[str, str], FusedCheck] = {}
         self.split_checks: deque[SplitCheck] = deque(maxlen=limits.MAX_SPLIT_CHECKS)
+        """The last checks of calls that were split by rows or tokens, oldest first."""
         self.forward_paths: deque[ForwardPath] = deque(maxlen=limits.MAX_FORWARD_PATHS)
-        """The last checks of rows, oldest first."""
+        """The paths that were chosen last, oldest first."""
 
     @property
     def world_size(self) -> int:

@@ -42,11 +42,13 @@ class _Collected(Collector):
         yield _gauge("xditd_info", "Versions of the daemon.", {versions: 1}, "version", "protocol")
         yield _gauge("xditd_uptime_seconds", "Seconds since the daemon started.", status.uptime_s)
         yield from self._group()
+        yield from self._workers()
+        yield from self._forwards()
         yield from self._jobs()
         yield from self._loans()
 
     def _group(self) -> Iterator[Metric]:
-        status, workers, checks = self._status, self._status.workers, self._status.fused_checks
+        status = self._status
         starts = status.counters.group_starts
         yield _gauge(
             "xditd_group_state",
@@ -61,6 +63,9 @@ class _Collected(Collector):
             "Worker groups in a row that ended without a served job.",
             self._group_failures,
         )
+
+    def _workers(self) -> Iterator[Metric]:
+        workers = self._status.workers
         yield _gauge(
             "xditd_gpu_memory_used_bytes",
             "GPU memory in use by all processes, after the rank's last command.",
@@ -84,6 +89,9 @@ class _Collected(Collector):
             {str(each.rank): each.loaded for each in workers},
             "rank",
         )
+
+    def _forwards(self) -> Iterator[Metric]:
+        status, checks = self._status, self._status.fused_checks
         yield _gauge(
             "xditd_fused_error_ratio",
             "Relative error of fused kernels against unmodified modules, by tokens of a forward on a rank; "

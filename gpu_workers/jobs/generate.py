@@ -15,6 +15,7 @@ from xditd.gpu_workers.jobs.controls import GenerationControls
 from xditd.gpu_workers.jobs.decode import Decoding, decode_into
 from xditd.gpu_workers.jobs.finished import Finished
 from xditd.gpu_workers.jobs.generation_inputs import Given
+from xditd.gpu_workers.jobs.job_io import OpenIo
 from xditd.gpu_workers.jobs.pictures import encode_pictures
 from xditd.gpu_workers.jobs.previews import OnDenoised, check_previews, preview_writer
 from xditd.gpu_workers.jobs.progress import Progress
@@ -30,6 +31,7 @@ from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
 from xditd.gpu_workers.parallel.row_partition import add_halves
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.facts import LatentFacts
 from xditd.ipc.requests import Generate
 from xditd.ipc.transports.tensor_views import torch_dtype
 
@@ -51,17 +53,7 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
         io = context.open_io()
         loras = context.components.variant(transformer, job.loras.get("transformer", ()))
         given = Given.read(job, context, transformer, io, vae)
-        if job.out_image is not None and vae is None:
-            raise BadRequest("generate: out_image without a vae: name one among the components")
-        if vae is not None and job.out_image is None and not (given.pictures or given.has_encoded):
-            raise BadRequest("generate: a vae without out_image or a picture would have no effect: leave it out")
-        if vae is not None and job.out_image is not None:
-            frames = (job.sampling.frames,) if latent_facts.frames else ()
-            image_shape = (
-                given.wanted.batch, vae.vae_facts.image_channels, *frames, job.sampling.height, job.sampling.width
-            )  # fmt: skip
-            io.check("out_image", job.out_image, image_shape)
-            check_output("out_image", job.out_image.dtype)
+        _check_image(job, io, given, vae, latent_facts)
         check_previews(job, io, given.wanted.batch, vae)
     if vae is not None and given.pictures:
         given.latents |= encode_pictures(given.pictures, vae, context)
@@ -96,6 +88,28 @@ def run(job: Generate, context: JobContext, progress: Progress) -> Finished:
             io.write("out_latents", job.out_latents, latents)
             clock.end_phase("outputs")
     return Finished({**clock.marks_ms, "first_step": progress.first_step_ms}, loop.reused_steps)
+
+
+def _check_image(job: Generate, io: OpenIo, given: Given, vae: Component | None, latents: LatentFacts) -> None:
+    """Check that an image goes with a VAE, and a VAE with an image or a picture to encode, and the image's place.
+
+    ``latents`` are those of the transformer: a VAE of videos may decode its single images.
+
+    Raises:
+        BadRequest: one is without the other; the place has another shape, or a dtype that no image has.
+    """
+    if vae is None:
+        if job.out_image is not None:
+            raise BadRequest("generate: out_image without a vae: name one among the components")
+        return
+    if job.out_image is None:
+        if not (given.pictures or given.has_encoded):
+            raise BadRequest("generate: a vae without out_image or a picture would have no effect: leave it out")
+        return
+    frames = (job.sampling.frames,) if latents.frames else ()
+    shape = (given.wanted.batch, vae.vae_facts.image_channels, *frames, job.sampling.height, job.sampling.width)
+    io.check("out_image", job.out_image, shape)
+    check_output("out_image", job.out_image.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import torch
 
 from xditd.gpu_workers.parallel.rank_sync import agree, gather_bytes, post, posted
 from xditd.gpu_workers.parallel.upload_partition import split
-from xditd.ipc.errors import OtherRankFailed, StaleSource, XditdError
+from xditd.ipc.errors import OtherRankFailed, XditdError
 from xditd.ipc.tensors import CudaIpcBlock
 from xditd.ipc.transports.cuda_ipc import CudaMapping, export_allocation, segment_of, wrap_segment
 from xditd.ipc.transports.fingerprints import check_fingerprint
@@ -95,7 +95,7 @@ class CopyChain:
                 if is_relayed and number not in relayed:
                     return fault or f"rank {self._before} has no handle for its copy"
                 self._open_source(number, relayed[number] if is_relayed else self._blocks[number], is_relayed)
-        except StaleSource as error:
+        except XditdError as error:  # the others wait to agree
             return error.detail
         return fault
 
@@ -110,8 +110,9 @@ class CopyChain:
         post(0)
         agree(True)  # no rank reads the number of an earlier chain
         if self._sources:
-            self._thread = threading.Thread(target=self._run, args=(list(self._items(parts)),), name="xditd-chain")
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=(list(self._items(parts)),), name="xditd-chain")
+            thread.start()
+            self._thread = thread
 
     def finish(self) -> None:
         """Wait until this rank has all bytes.

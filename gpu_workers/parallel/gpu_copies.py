@@ -72,8 +72,9 @@ class GpuCopies:
     ) -> Iterator[None]:
         """Copy lent blocks from the GPU of each to the other ranks, while the ``with`` block runs.
 
-        The copies have finished when the block is left. ``mark`` ends a phase of the lend's timings: ``peer_open``,
-        ``peer_copy`` (or a broadcast; includes the work of the block) and ``peer_close``.
+        The copies have finished when the block is left. Then, and after errors, all ranks have closed the others'
+        memory, so that each may free its own. The block raises on all ranks or on none. ``mark`` ends a phase of the
+        lend's timings: ``peer_open``, ``peer_copy`` (or a broadcast; includes the work of the block), ``peer_close``.
 
         ``sources`` are the bytes (1-D uint8) of each block: a mapping of this rank's GPU, or a buffer to fill. The
         latter are ``missing``, too, by number of block. Every rank has opened and checked the blocks of its own GPU.
@@ -87,7 +88,7 @@ class GpuCopies:
             number: [range(block.size_bytes)] if parts is None else parts.get(number, ())
             for number, block in wanted.items()
         }
-        with ExitStack() as opened:
+        with raise_on_all_ranks(), ExitStack() as opened:
             chain = self._open_chain(wanted, missing, opened, mark) if self.is_direct else None
             if chain is not None:
                 with raise_on_all_ranks():

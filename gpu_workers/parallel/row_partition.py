@@ -14,7 +14,7 @@ from xfuser.core.distributed import (
 )
 
 from xditd.gpu_workers.parallel.rank_sync import sum_over_ranks
-from xditd.gpu_workers.parallel.token_partition import pad_rows
+from xditd.gpu_workers.parallel.token_partition import pad_end
 
 
 def partition_rows(rows: int, halves: int, half: int) -> slice:
@@ -42,7 +42,7 @@ def own_rows(rows: int) -> slice:
 
 def gather_flat(mine: torch.Tensor, longest: int) -> torch.Tensor:
     """Gather the tensors of all halves, (halves, longest), padded, since all_gather needs equal lengths."""
-    gathered: torch.Tensor = get_cfg_group().all_gather(pad_rows(mine, longest - mine.shape[0], dim=0), dim=0)
+    gathered: torch.Tensor = get_cfg_group().all_gather(pad_end(mine, longest - mine.shape[0], dim=0), dim=0)
     return gathered.view(halves(), longest)
 
 

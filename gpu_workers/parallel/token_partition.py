@@ -84,11 +84,12 @@ def gather_evenly(own: torch.Tensor, tokens: int) -> torch.Tensor:
     return get_sp_group().all_gather(own, dim=1)[:, :tokens]
 
 
-def pad_rows(tensor: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
-    if rows == 0:
+def pad_end(tensor: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+    """Append ``count`` zeros along a dimension: a copy, or the tensor itself if there are none."""
+    if count == 0:
         return tensor
     shape = list(tensor.shape)
-    shape[dim] = rows
+    shape[dim] = count
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
@@ -97,6 +98,6 @@ def gather(sample: torch.Tensor, partition: tuple[RankTokens, ...]) -> torch.Ten
     if len(partition) == 1:
         return sample
     longest = max(part.image_tokens + part.padding for part in partition)
-    sample = pad_rows(sample, longest - sample.shape[1], dim=1)
+    sample = pad_end(sample, longest - sample.shape[1], dim=1)
     gathered = get_sp_group().all_gather(sample, dim=1).unflatten(1, (len(partition), longest))
     return torch.cat([gathered[:, rank, : part.image_tokens] for rank, part in enumerate(partition)], dim=1)

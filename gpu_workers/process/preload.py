@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import logging
@@ -35,7 +36,10 @@ from xditd.ipc.worker_messages import UNEXPLAINED
 logger = logging.getLogger(__name__)
 
 _NVML_CHECK: Final = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_NVML_COUNT: Final = "_device_count_nvml"
 _CUDA_DEVICE: Final = "/dev/nvidia-uvm"
+_NOT_OPENED: Final = (3, 34)
+"""CUDA_ERROR_NOT_INITIALIZED, and that of a library which stands for the driver's at link time."""
 _THREAD_END_S: Final = 0.2
 
 FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
@@ -66,6 +70,9 @@ def preload(names: tuple[str, ...]) -> None:
 
     Call before ranks are forked. Nothing of ours opens CUDA here; whether a library has is known from
     :func:`has_opened_gpu` and :func:`count_gpus`.
+
+    Raises:
+        WorkersLost: the GPUs cannot be counted.
     """
     began_s = time.perf_counter()
     quiet_libraries()
@@ -83,9 +90,15 @@ def has_opened_gpu() -> bool:
 
     The driver opens one device in every process that has called ``cuInit``; NVML does not. (``nvidia-smi`` runs where
     that device does not exist.) CUDA does not survive a fork, and a context holds memory of a GPU.
+
+    Source: CUDA Driver API, "cuDeviceGetCount": an error before ``cuInit``.
     """
     if torch.cuda.is_initialized():
         return True
+    with contextlib.suppress(OSError):  # the driver's library is not loaded
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+        if driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) not in _NOT_OPENED:
+            return True
     links = []
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
@@ -116,15 +129,28 @@ def _in_one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_driver() -> Iterator[None]:
-    """Have torch ask NVML where a library asks for GPUs while it is imported: CUDA would not survive a fork.
+    """Tell libraries that ask for GPUs while they are imported what another process has counted.
 
-    Source: PyTorch documentation, "CUDA semantics", PYTORCH_NVML_BASED_CUDA_CHECK.
+    diffusers asks, through ``torch.accelerator``. CUDA would not survive a fork, and what a process has of NVML is not
+    that of its forks either. So torch takes NVML's way, which does not open CUDA, and gets its count from here.
+
+    Source: PyTorch documentation, "CUDA semantics", PYTORCH_NVML_BASED_CUDA_CHECK; torch/cuda/__init__.py,
+    "device_count".
+
+    Raises:
+        WorkersLost: the other process did not answer.
     """
-    before = os.environ.get(_NVML_CHECK)
+    gpus, _ = count_gpus()
+    before, own = os.environ.get(_NVML_CHECK), getattr(torch.cuda, _NVML_COUNT, None)
     os.environ[_NVML_CHECK] = "1"
+    setattr(torch.cuda, _NVML_COUNT, lambda: gpus)
     try:
         yield
     finally:
+        if own is None:
+            delattr(torch.cuda, _NVML_COUNT)
+        else:
+            setattr(torch.cuda, _NVML_COUNT, own)
         if before is None:
             del os.environ[_NVML_CHECK]
         else:

@@ -10,6 +10,7 @@ Source: CUDA Runtime API, "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle"; CUDA Dr
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from xditd.ipc.errors import Internal, OutOfMemory, StaleSource, Unsupported
@@ -98,10 +99,7 @@ class DeviceArena:
 
     def tensor(self, offset_bytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a contiguous tensor that views part of the arena."""
-        count = 1
-        for side in shape:
-            count *= side
-        flat = self.bytes.narrow(0, offset_bytes, count * dtype.itemsize)
+        flat = self.bytes.narrow(0, offset_bytes, math.prod(shape) * dtype.itemsize)
         return flat.view(dtype).view(shape)
 
     def block(self, sample_offset_bytes: int = 0) -> CudaIpcBlock:

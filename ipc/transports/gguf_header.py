@@ -19,7 +19,8 @@ from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.field_types import ITEM_BYTES, DType
 from xditd.ipc.packed import GGUF_BLOCKS, PackedFormat, PackedWeight
 from xditd.ipc.transports.gguf_pairs import ARCHITECTURE, GgufPairs, GgufReader, read_pairs
-from xditd.ipc.transports.stored_tensors import Header, StoredTensor, aligned, check_coverage
+from xditd.ipc.transports.stored_tensors import Header, StoredTensor, check_coverage
+from xditd.ipc.transports.tensor_views import align
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -93,7 +94,7 @@ def read_header(fd: int, path: str) -> Header:
         raise reader.refuse(f"{pair_count} key-value pairs; at most {limits.MAX_GGUF_PAIRS} are read")
     pairs = read_pairs(reader, pair_count)
     infos = _read_infos(reader, tensor_count)
-    data_start = aligned(reader.at, pairs.alignment)
+    data_start = align(reader.at, pairs.alignment)
     found = [_stored(info, data_start, pairs, reader) for info in infos]
     tensors = tuple(stored for stored, _ in found)
     check_coverage(tensors, path, data_start=data_start, file_bytes=reader.file_bytes, alignment=pairs.alignment)

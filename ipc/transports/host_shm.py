@@ -7,6 +7,7 @@ unmaps them. Seals fix its size, so a truncation cannot cause SIGBUS in readers.
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 import warnings
@@ -82,9 +83,7 @@ class HostArena:
         """Return a writable CPU tensor that views part of the arena."""
         import torch
 
-        count = 1
-        for side in shape:
-            count *= side
+        count = math.prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=torch_dtype(dtype))
         # torch does not lock the buffer of an mmap, which could then be closed under a tensor. A memoryview locks it

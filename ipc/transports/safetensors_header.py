@@ -8,6 +8,7 @@ Source: safetensors README, "Format".
 from __future__ import annotations
 
 import json
+import math
 import os
 import reprlib
 from typing import Any, Final
@@ -103,9 +104,7 @@ def _stored(name: str, entry: Any, data_start: int, path: str) -> StoredTensor:
         raise refuse(f"shape {reprlib.repr(shape)} is not a list of at most {limits.MAX_RANK} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse(f"data_offsets {reprlib.repr(offsets)} are not [begin, end]")
-    expected = ITEM_BYTES[dtype]
-    for side in shape:
-        expected *= side
+    expected = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         raise refuse(f"{offsets[1] - offsets[0]} bytes, but {dtype} {shape} needs {expected}")
     return StoredTensor(name, dtype, tuple(shape), data_start + offsets[0], expected)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from xditd.ipc.errors import BadCheckpoint
 from xditd.ipc.field_types import DType
 from xditd.ipc.packed import PackedWeight
+from xditd.ipc.transports.tensor_views import align
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,6 @@ class Header:
     """The packed weights of a GGUF file, whose header has their types. In a safetensors file, names tell them."""
 
 
-def aligned(offset_bytes: int, alignment: int) -> int:
-    """Return the first multiple of ``alignment`` that is not before this offset."""
-    return -(-offset_bytes // alignment) * alignment
-
-
 def check_coverage(
     tensors: Iterable[StoredTensor], path: str, *, data_start: int, file_bytes: int, alignment: int = 1
 ) -> None:
@@ -48,7 +44,7 @@ def check_coverage(
     """
     end, last = data_start, None
     for stored in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.size_bytes)):
-        expected = aligned(end, alignment)
+        expected = align(end, alignment)
         if stored.offset_bytes != expected:
             how = "overlaps the tensor before it" if stored.offset_bytes < expected else "leaves a gap before it"
             raise BadCheckpoint(f"{path}: tensor {stored.name!r:.200} starts at byte {stored.offset_bytes} and {how}")

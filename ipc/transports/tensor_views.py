@@ -57,7 +57,7 @@ def dtype_name(dtype: torch.dtype, what: str = "") -> DType:
     """Return the name of torch's dtype in messages; errors name the tensor ``what``.
 
     Raises:
-        UnsupportedDtype: it cannot be sent (complex, quantized, packed).
+        UnsupportedDtype: it cannot be sent (quantized, packed).
     """
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:

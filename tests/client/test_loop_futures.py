@@ -10,6 +10,8 @@ from concurrent.futures import CancelledError, Future
 import pytest
 
 from xditd.client.loop_futures import LoopWatch, awaited
+from xditd.client.pipeline.futures import Threads
+from xditd.ipc.errors import Closed
 
 
 def test_results_and_errors_arrive() -> None:
@@ -72,3 +74,23 @@ def test_a_loop_that_is_closed_cancels_its_futures(caplog: pytest.LogCaptureFixt
             thread.join(20)
             assert not thread.is_alive()
     other.close()
+
+
+def test_threads_that_are_closed_by_one_of_them() -> None:
+    """By a callback of a call, or of a future."""
+    for close_in_callback in (False, True):
+        threads = Threads()
+        closed = threading.Event()
+
+        def close(*_: object, threads: Threads = threads, closed: threading.Event = closed) -> int:
+            threads.close()
+            closed.set()
+            return 1
+
+        future = threads.submit((lambda: 1) if close_in_callback else close)
+        if close_in_callback:
+            future.add_done_callback(close)
+        assert future.result(20) == 1
+        assert closed.wait(20)
+        with pytest.raises(Closed):
+            threads.submit(close)

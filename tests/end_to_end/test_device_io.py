@@ -123,7 +123,7 @@ def test_arguments_of_512_mib_have_the_same_bits(
         (expected,) = client.call(loan, given)
     assert all(torch.equal(each, expected) for each in results)
     assert expected.device == device
-    assert all(map(torch.equal, given["controlnet_block_samples"], copies))
+    assert all(torch.equal(mine, its) for mine, its in zip(given["controlnet_block_samples"], copies, strict=True))
 
 
 @pytest.mark.gpu

@@ -62,7 +62,7 @@ def test_a_call_returns_what_the_class_returns(client, loan, reference, relative
     assert [tuple(row.shape) for row in found] == [(16, 1, 8, 12), (16, 1, 6, 4)]
     for ours, right in zip(found, expected, strict=True):
         assert relative_error(ours, right) <= BAR
-    assert all(map(torch.equal, found, again))
+    assert all(torch.equal(mine, its) for mine, its in zip(found, again, strict=True))
 
 
 def test_generating_agrees_with_the_pipeline(client, loan, vae, reference, relative_error):

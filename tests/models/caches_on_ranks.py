@@ -104,7 +104,7 @@ def check_all(worker: Worker, flow: Callable[[Run, Random], Any]) -> None:
         check_flow(worker, flow)
     assert all(each.is_used for each in worker.model.split_checks.take_checks())
     first, again = check_flow(worker, flow), check_flow(worker, flow)
-    assert all(map(torch.equal, first, again))
+    assert all(torch.equal(mine, its) for mine, its in zip(first, again, strict=True))
     assert not worker.model.split_checks.take_checks()
     *_, cache = flow(worker.run, Random(3))
     assert worker.shared(cache)

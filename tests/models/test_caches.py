@@ -46,4 +46,4 @@ def test_cache_of_the_caller_is_filled_and_given_back(client: Client, has_config
     with accelerate(model, client=client):
         found = run(model, DynamicCache(config=config))
     assert len(found) == len(expected) == 7
-    assert all(map(torch.equal, found, expected))
+    assert all(torch.equal(mine, its) for mine, its in zip(found, expected, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -19,14 +19,7 @@ from xditd.client import BadRequest, Client
 LONG = {"WanAnimate2Transformer3DModel-kv_cached"}
 """Compiles its attention for a minute. Of the others, every third is tested in each test run."""
 
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_the_worker() -> Iterator[None]:
-    """Sums over another number of threads may differ in their last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("as_many_threads_as_the_worker")
 
 
 def transformer_classes() -> set[str]:

@@ -41,14 +41,7 @@ NOT_RUN = {("SanaWMTransformer3DModel", "bfloat16")}
 """On the CPU the class refuses cameras in bfloat16, and its other arguments beside cameras in float32."""
 SHARD = "20KB"
 
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_the_worker() -> Iterator[None]:
-    """Sums over another number of threads may differ in their last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("as_many_threads_as_the_worker")
 
 
 def saved(entry: ClassEntry, folder: Path, dtype: torch.dtype, **how: Any) -> torch.nn.Module:

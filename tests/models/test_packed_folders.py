@@ -28,10 +28,7 @@ CASES = (
     ("HunyuanDiT2DModel", "int8_rows"),  # gives the weights of its pooling to a function
 )
 
-
-@pytest.fixture(autouse=True)
-def threads(as_many_threads_as_the_worker: None) -> None:
-    """As many threads as the worker has."""
+pytestmark = pytest.mark.usefixtures("as_many_threads_as_the_worker")
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -85,9 +82,9 @@ def test_a_packed_folder_has_the_bits_of_what_it_means(
             expected = list(tensors_of(model(**arguments, return_dict=False)))
         found = list(tensors_of(client.call(loan, arguments | {"return_dict": False})))
         assert [each.dtype for each in found] == [each.dtype for each in expected]
-        assert all(map(torch.equal, found, expected))
+        assert all(torch.equal(mine, its) for mine, its in zip(found, expected, strict=True))
         again = list(tensors_of(client.call(loan, arguments | {"return_dict": False})))
-        assert all(map(torch.equal, again, expected))
+        assert all(torch.equal(mine, its) for mine, its in zip(again, expected, strict=True))
 
 
 @pytest.mark.slow

@@ -32,13 +32,9 @@ def client(two_workers: RunningDaemon) -> Iterator[Client]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are split by threads, of which each of two ranks has half."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_gradients(as_many_threads_as_the_worker: None) -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(before)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from xditd.gpu_workers.families.flux1.controlnet_config import DOUBLE_RESIDUALS, SINGLE_RESIDUALS
-from xditd.gpu_workers.parallel.token_partition import RankTokens, pad_rows
+from xditd.gpu_workers.parallel.token_partition import RankTokens, pad_end
 from xditd.ipc.errors import BadRequest
 
 NAMES = (DOUBLE_RESIDUALS, SINGLE_RESIDUALS)
@@ -29,7 +29,7 @@ def padded_residuals(name: str, residuals: Sequence[torch.Tensor], rows: int, to
 def own_residuals(arguments: Mapping[str, Any], own: RankTokens) -> dict[str, list[torch.Tensor]]:
     """Return the residuals among a forward's arguments, with the tokens of this rank alone."""
     return {
-        name: _each_once(arguments[name], lambda each: pad_rows(each[:, own.image], own.padding, dim=1))
+        name: _each_once(arguments[name], lambda each: pad_end(each[:, own.image], own.padding, dim=1))
         for name in NAMES
         if arguments.get(name) is not None
     }
@@ -79,7 +79,7 @@ def _padded(name: str, residual: torch.Tensor, rows: int, tokens: int) -> torch.
             f"{name}: residuals of {residual.shape[0]} rows of {residual.shape[1]} tokens for {rows} of {tokens}; give "
             "the ControlNet the rows and the image of the transformer"
         )
-    return pad_rows(residual, missing, dim=1)
+    return pad_end(residual, missing, dim=1)
 
 
 def _each_once(residuals: Sequence[torch.Tensor], change: Any) -> list[torch.Tensor]:

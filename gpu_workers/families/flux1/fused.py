@@ -52,7 +52,7 @@ from xditd.gpu_workers.parallel import attention
 from xditd.gpu_workers.parallel.exchange import Exchange
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_sync import RankSet
-from xditd.gpu_workers.parallel.token_partition import gather, pad_rows, partition_tokens
+from xditd.gpu_workers.parallel.token_partition import gather, pad_end, partition_tokens
 from xditd.ipc.status import FusedCheck
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class FusedFlux1:
         for number in range(hidden_states.shape[0]):
             given: dict[str, Any] = {
                 "text": encoder_hidden_states[number, own.text],
-                "image": pad_rows(hidden_states[number, own.image], own.padding, dim=0),
+                "image": pad_end(hidden_states[number, own.image], own.padding, dim=0),
                 "doubles": modulations.double[number],
                 "singles": modulations.single[number],
                 "angles": angles,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from xditd.gpu_workers.parallel.token_partition import RankTokens, pad_rows
+from xditd.gpu_workers.parallel.token_partition import RankTokens, pad_end
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each (rows, 64)."""
@@ -26,7 +26,7 @@ class Rotations:
         """Return the angles of the tokens that ``own`` names; the same ones for the same id tensors."""
         cached = self._cached
         if cached is None or cached[0] is not txt_ids or cached[1] is not img_ids:
-            ids = torch.cat([txt_ids[own.text], pad_rows(img_ids[own.image], own.padding, dim=0)])
+            ids = torch.cat([txt_ids[own.text], pad_end(img_ids[own.image], own.padding, dim=0)])
             cos, sin = self._embed(ids)
             cached = self._cached = (txt_ids, img_ids, (cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
         return cached[2]

@@ -27,7 +27,7 @@ from xditd.gpu_workers.models.query_key_norms import QueryKeyNorms
 from xditd.gpu_workers.models.step_cache import StepCache
 from xditd.gpu_workers.packed.shared_inputs import project_all
 from xditd.gpu_workers.parallel.sequence_attention import attend
-from xditd.gpu_workers.parallel.token_partition import gather, pad_rows, partition_tokens
+from xditd.gpu_workers.parallel.token_partition import gather, pad_end, partition_tokens
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.families.flux1.fused import FusedFlux1
@@ -175,10 +175,10 @@ class SequenceParallelFlux1(FluxTransformer2DModel):
         with self._unrounded_timestep(timestep, hidden_states.dtype, variant):
             sample = FluxTransformer2DModel.forward(
                 self,
-                pad_rows(hidden_states[:, own.image], own.padding, dim=1),
+                pad_end(hidden_states[:, own.image], own.padding, dim=1),
                 encoder_hidden_states[:, own.text],
                 timestep=timestep,
-                img_ids=pad_rows(img_ids[own.image], own.padding, dim=0),
+                img_ids=pad_end(img_ids[own.image], own.padding, dim=0),
                 txt_ids=txt_ids[own.text],
                 joint_attention_kwargs=valid,
                 return_dict=False,

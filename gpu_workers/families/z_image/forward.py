@@ -22,7 +22,7 @@ from xditd.gpu_workers.families.z_image.facts import COMFYUI
 from xditd.gpu_workers.packed.linear import PackedLinear
 from xditd.gpu_workers.packed.shared_inputs import WithProjections, project_all
 from xditd.gpu_workers.parallel.sequence_attention import attend
-from xditd.gpu_workers.parallel.token_partition import RankRange, gather_evenly, pad_rows, partition_evenly
+from xditd.gpu_workers.parallel.token_partition import RankRange, gather_evenly, pad_end, partition_evenly
 
 EMBEDDER = f"{PATCH}-1"
 
@@ -40,7 +40,7 @@ class _Sequence(NamedTuple):
     rotation: torch.Tensor
 
     def padded(self, tokens: int) -> _Sequence:
-        return _Sequence(pad_rows(self.features, tokens, dim=1), pad_rows(self.rotation, tokens, dim=1))
+        return _Sequence(pad_end(self.features, tokens, dim=1), pad_end(self.rotation, tokens, dim=1))
 
 
 class SplitAttnProcessor(ZSingleStreamAttnProcessor):
@@ -146,7 +146,7 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
             features = block(features, keys, joint.rotation, time)
 
         features = self.all_final_layer[EMBEDDER](features[:, : own_image.count], c=time)
-        whole = gather_evenly(pad_rows(features, own_image.padding, dim=1), len(images[0]))
+        whole = gather_evenly(pad_end(features, own_image.padding, dim=1), len(images[0]))
         return cast(list[torch.Tensor], self.unpatchify(list(whole.unbind()), sizes, PATCH, 1))
 
     def _own_range(self, tokens: int) -> RankRange:

@@ -291,3 +291,17 @@ def test_a_bad_value_is_never_sent(client, daemon):
     with pytest.raises(BadRequest, match="seed and noise"):
         client.generate("c1", TEXT, height=16, width=16, steps=1, seed=1, noise=torch.zeros(1, 16, 2, 2))
     assert daemon.requests(Generate) == []
+
+
+def test_a_result_that_several_threads_wait_for_is_given_to_each(daemon, client):
+    daemon.answers[Generate] = lambda request: []
+    job = client.generate("c1", TEXT, height=32, width=32, steps=1)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(job.result()), daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    daemon.send(Generated(request_id=daemon.wait_for(Generate).request_id, timings_ms={}))
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == 4
+    assert all(each is found[0] for each in found)

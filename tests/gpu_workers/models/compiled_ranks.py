@@ -86,8 +86,8 @@ def run_case(case: Case, blocks: CompiledBlocks | str, planned: PlannedModule | 
         "error": max(error(compiled, eager), error(mixed, eager)),
         "compiled": counts[0],
         "eager": counts[1],
-        "is_recorded_alike": all(map(torch.equal, recorded, eager)),
-        "is_eager_again": all(map(torch.equal, after, eager)),
+        "is_recorded_alike": all(torch.equal(mine, its) for mine, its in zip(recorded, eager, strict=True)),
+        "is_eager_again": all(torch.equal(mine, its) for mine, its in zip(after, eager, strict=True)),
     }
 
 

@@ -171,7 +171,7 @@ def test_z_image_has_the_bits_of_diffusers(rank: OneRank, direct: ModuleType, tm
     with torch.no_grad():
         expected = module(**given, return_dict=False)[0]
     assert len(found) == len(expected) == 2
-    assert all(map(torch.equal, found, expected))
+    assert all(torch.equal(mine, its) for mine, its in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q6_k"])

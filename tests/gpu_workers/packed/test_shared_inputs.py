@@ -68,14 +68,16 @@ def test_an_input_is_quantised_once_with_the_bits_of_separate_calls(
     counted.clear()
     found = project_all([getattr(layers, name) for name in NAMES], x)
     assert counted == quantised
-    assert all(map(torch.equal, found, apart))
+    assert [torch.equal(mine, its) for mine, its in zip(found, apart, strict=True)] == [True] * len(NAMES)
     assert sum(each.native for each in layers.to_q.memory.counts.report()) == (6 if is_native else 0)
 
 
 def test_layers_that_are_not_packed_are_called() -> None:
     layers = [torch.nn.Linear(4, 3), torch.nn.Linear(4, 5)]
     x = torch.randn(2, 4)
-    assert all(map(torch.equal, project_all(layers, x), [layer(x) for layer in layers]))
+    first, second = project_all(layers, x)
+    assert torch.equal(first, layers[0](x))
+    assert torch.equal(second, layers[1](x))
 
 
 def test_a_processor_gets_the_results_from_the_layer_that_it_calls() -> None:

@@ -9,6 +9,7 @@ each copy ends some time after it has begun, as on a GPU. All else is the same.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,6 +48,10 @@ class _Files:
         self.opened: list[object] = []
         self.copies = 0
 
+    def marker(self, rank: int) -> Path:
+        """A file that exists while a rank has something open."""
+        return self._folder / f"open-by-{rank}"
+
     def lent(self, number: int) -> torch.Tensor:
         return self._memory(f"lent{number}", SIZES[number])
 
@@ -74,10 +79,13 @@ class _Files:
                     raise StaleSource("this one cannot be opened")
                 self._bytes = files._memory(block.handle.rstrip(b"\0").decode(), block.size_bytes)
                 files.opened.append(self)
+                files.marker(files._rank).touch()
 
             def copy_to(self, target: torch.Tensor, offset_bytes: int) -> None:
                 source = self._bytes[offset_bytes:][: target.numel()]
                 if target.numel() <= 4096:  # a sample, read at once
+                    if "read" in files._faults:
+                        raise Internal("a sample that cannot be read")
                     target.copy_(source)
                     if "sample" in files._faults:
                         target[0] += 1
@@ -90,7 +98,12 @@ class _Files:
                     files._begun.append((target[:4096], source[1:4097]))
 
             def close(self) -> None:
+                end_s = time.monotonic() + 0.5
+                while "close" in files._faults and not (files._folder / "left").exists() and time.monotonic() < end_s:
+                    time.sleep(0.01)
                 files.opened.remove(self)
+                if not files.opened:
+                    files.marker(files._rank).unlink()
 
         class Event:
             """Copies that have begun end at the third question."""
@@ -202,8 +215,12 @@ def run_rank(rank: int, ranks: int, folder: str, blocks: bytes, on_gpus: bool) -
                     wrong.append(f"{what}: other bytes in block {number}")
         finally:
             faults.clear()
-            if files.opened:
-                wrong.append(f"{what}: left open")
+            still_open = [each for each in range(ranks) if files.marker(each).exists()]
+            (Path(folder) / "left").touch()
+            if files.opened or still_open:
+                wrong.append(f"{what}: left open by ranks {still_open}")
+            rank_sync.agree(True)
+            (Path(folder) / "left").unlink(missing_ok=True)
             rank_sync.agree(True)
         return phases
 
@@ -227,7 +244,7 @@ def run_rank(rank: int, ranks: int, folder: str, blocks: bytes, on_gpus: bool) -
         share(f"{attempt}, parts", parts=written)
     if not on_gpus:
         for faulty in range(ranks):
-            for fault in ("export", "open", "sample"):
+            for fault in ("export", "open", "read", "sample"):
                 is_used = fault != "export" or faulty < ranks - 1 > 1  # the last one's copies are not passed on
                 if share(f"{fault} fails on rank {faulty}", fault, faulty)[-1] != (
                     "peer_copy" if is_used else "peer_close"
@@ -242,6 +259,7 @@ def run_rank(rank: int, ranks: int, folder: str, blocks: bytes, on_gpus: bool) -
                     wrong.append(f"other bytes come: {error!r}")
             else:
                 wrong.append("other bytes come: no error")
+        share("the last rank closes late", "close", ranks - 1)
         share("direct, after faults")
     for mapping in mappings:
         sources.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -25,7 +27,8 @@ PROGRAM = """
 import json, os, sys
 import torch
 asked = []
-for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
+names = ("current_device", "get_device_properties", "_lazy_init", "_raw_device_count_nvml", "_raw_device_uuid_nvml")
+for name in names:
     def ask(*given, name=name, own=getattr(torch.cuda, name)):
         asked.append(name)
         return own(*given)
@@ -36,6 +39,8 @@ found = {"asked": list(asked), "xfuser": [name for name in sys.modules if name.s
 found["counted"] = preload.count_gpus()
 found["asked by the leader"] = asked
 found["threads"] = preload.find_threads()
+links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+found["devices"] = [path for path in map(os.path.realpath, links) if path.startswith("/dev/nvidia")]
 print(json.dumps(found))
 """
 FORKED = """
@@ -76,7 +81,7 @@ def test_a_forked_rank_opens_its_gpu() -> None:
 def test_the_leader_opens_no_cuda_and_forks_with_one_thread() -> None:
     found = run(PROGRAM)
     assert found.pop("counted")[1] is True
-    assert found == {"asked": [], "xfuser": [], "asked by the leader": [], "threads": ""}
+    assert found == {"asked": [], "xfuser": [], "asked by the leader": [], "threads": "", "devices": []}
 
 
 def test_ranks_find_their_modules_imported_and_the_first_lend_its_own() -> None:
@@ -104,11 +109,22 @@ print(json.dumps(found))
     assert found["lend"] == []
 
 
-def test_libraries_that_ask_for_a_gpu_ask_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_ask_for_a_gpu_are_told_what_another_process_has_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """diffusers asks while it is imported, where torch is a build for CUDA. NVML does not survive a fork either."""
+    asked: list[int] = []
     monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: asked.append(os.getpid()) or 3)
     with preload._without_driver():
-        assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+        assert torch.cuda.is_available()
+        assert torch.cuda.device_count() == 3
+        assert asked == []  # by this process
     assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
+    assert torch.cuda.device_count() == 3
+    assert asked == [os.getpid()]
 
 
 def test_ranks_are_spawned_where_an_import_has_opened_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +169,16 @@ def test_the_device_of_cuda_is_found_among_the_open_files(tmp_path: Path, monkey
     assert not preload.has_opened_gpu()
     with device.open("w"):
         assert preload.has_opened_gpu()
+
+
+@pytest.mark.parametrize(("status", "is_opened"), [(0, True), (100, True), (3, False), (34, False)])
+def test_the_driver_itself_says_whether_it_is_open(
+    status: int, is_opened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3: it is not, 34: a stub for linking, 100: it is, and finds no GPU."""
+    library = SimpleNamespace(cuDeviceGetCount=lambda _: status)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: library if mode & os.RTLD_NOLOAD else pytest.fail(name))
+    assert preload.has_opened_gpu() is is_opened
 
 
 def test_ranks_are_spawned_where_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:

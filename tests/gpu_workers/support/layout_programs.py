@@ -48,6 +48,7 @@ def check_agrees(
     bar: float,
 ) -> None:
     """Check each row of each case against what is expected of it."""
+    assert expected
     for case, rows in expected.items():
         for row, right in enumerate(rows):
             error = error_of(results[f"{case}/0/{row}"], right)
@@ -57,6 +58,7 @@ def check_agrees(
 def check_same_bits(results: Results) -> None:
     """Check that both rounds and all ranks have the same bits."""
     first, *others = results
+    assert first
     for name, tensor in first.items():
         case, attempt, row = name.split("/")
         assert torch.equal(tensor, first[f"{case}/{1 - int(attempt)}/{row}"]), name

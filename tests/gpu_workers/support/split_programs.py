@@ -36,4 +36,6 @@ def run_split(program: Path, folder: Path, ranks: int, kind: str, fork_program: 
 
 def cases(made: Results) -> list[str]:
     """Return the names of the cases, each of which rank 0 has computed alone, too."""
-    return [name.removesuffix("/whole") for name in made[0] if name.endswith("/whole")]
+    found = [name.removesuffix("/whole") for name in made[0] if name.endswith("/whole")]
+    assert found, "the program computed no case"
+    return found

@@ -13,7 +13,9 @@ from running_daemon import RunningDaemon
 
 def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     """Return whether all results have the same bits."""
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+    return len(found) == len(expected) and all(
+        torch.equal(mine, its) for mine, its in zip(found, expected, strict=True)
+    )
 
 
 def embedded_call() -> dict[str, Any]:

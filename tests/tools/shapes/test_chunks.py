@@ -37,7 +37,7 @@ def test_a_chunk_has_the_scenes_and_tokens_of_its_sentences() -> None:
 def test_processes_make_the_same_chunks_in_the_same_order() -> None:
     own, others = (islice(chunks(SEED, FIRST, SIZE, workers), 4) for workers in (0, 2))
     for one, other in zip(own, others, strict=True):
-        assert all(map(torch.equal, one, other))
+        assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
 
 
 def test_texts_that_are_too_long_end_as_the_tokenizers_end_them() -> None:

@@ -76,7 +76,7 @@ def run_rank(rank: int, layout: str, kind: str, folder: str) -> None:
             facts["cases"][case][str(dtype).removeprefix("torch.")] = {
                 "errors": [z_image_models.relative_error(*pair) for pair in zip(results[0], right, strict=True)],
                 "errors of the class": [z_image_models.relative_error(*pair) for pair in zip(here, right, strict=True)],
-                "bits of the class": all(map(torch.equal, results[0], here)),
+                "bits of the class": all(torch.equal(mine, its) for mine, its in zip(results[0], here, strict=True)),
                 "same bits": all(map(torch.equal, *results)),
                 "sum": sum(float(row.double().sum()) for row in results[0]),
             }

@@ -113,7 +113,7 @@ def test_comfyuis_variant_has_its_epsilon_and_its_time(model: CachedModel) -> No
     with torch.no_grad():
         expected = module(**given, return_dict=False)[0]
     found = run(model, given, variant="comfyui")
-    assert all(map(torch.equal, found, expected))
+    assert all(torch.equal(mine, its) for mine, its in zip(found, expected, strict=True))
     assert not any(map(torch.equal, found, plain))
     assert all(map(torch.equal, run(model, given), plain))
 
