@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -47,10 +49,10 @@ Sampler = Callable[[Sequence[str], int], torch.Tensor]
 def held_out_requests(count: int = SENTENCES) -> list[Request]:
     """List sentences, each with a combination of form and colour that training never sees, in both languages."""
     rng = Random(SEED)
-    counts = [objects + 1 for objects, share in enumerate(SHARES) for _ in range(round(share * count))]
+    ends = [round(share * count) for share in accumulate(SHARES)]
     return [
-        sample_request(rng, objects=objects, language=LANGUAGES[at % 2], held_out=True)
-        for at, objects in enumerate(counts)
+        sample_request(rng, objects=bisect_right(ends, at) + 1, language=LANGUAGES[at % 2], held_out=True)
+        for at in range(count)
     ]
 
 

@@ -11,6 +11,16 @@ from shapes import judge
 from shapes.models import build_parts, write_folder
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 40, 200])
+def test_there_are_as_many_sentences_as_were_asked_for(count: int) -> None:
+    requests = judge.held_out_requests(count)
+    assert len(requests) == count
+    objects = [len(each.scene.things) for each in requests]
+    assert objects == sorted(objects)
+    if count % 5 == 0:
+        assert [objects.count(each) for each in (1, 2, 3)] == [count * 2 // 5, count * 2 // 5, count // 5]
+
+
 @pytest.mark.slow
 def test_processes_draw_what_one_does(tmp_path: Path) -> None:
     torch.manual_seed(5)
