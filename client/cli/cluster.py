@@ -46,7 +46,8 @@ _ACTIONS: Final = ("join", "leave", "status", "submit", "hash")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", type=flags.one_of(*_ACTIONS), metavar="ACTION", help=", ".join(_ACTIONS))
+    action = parser.add_argument("action", type=flags.one_of(*_ACTIONS), metavar="ACTION", help=", ".join(_ACTIONS))
+    flags.complete(action, _ACTIONS)
     parser.add_argument("file", nargs="?", metavar="FILE", help="the file to hash")
     flags.add_settings(parser, ClusterFlags)
     parser.set_defaults(refuse=parser.error)

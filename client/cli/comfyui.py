@@ -27,6 +27,7 @@ examples:
   xditd comfyui uninstall ~/ComfyUI
 """
 
+_ACTIONS = ("install", "check", "uninstall")
 FOLDER = "xditd"
 DATA = ("example_workflows", "locales", "web")
 MARK = "written by `xditd comfyui install`"
@@ -48,8 +49,9 @@ _IMPORT_DEADLINE_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", type=flags.one_of("install", "check", "uninstall"), metavar="ACTION",
-                        help="install, check or uninstall")  # fmt: skip
+    action = parser.add_argument("action", type=flags.one_of(*_ACTIONS), metavar="ACTION",
+                                 help="install, check or uninstall")  # fmt: skip
+    flags.complete(action, _ACTIONS)
     parser.add_argument("path", type=user_path, metavar="PATH", help="ComfyUI's folder, the one with main.py")
     flags.add_settings(parser, JsonFlags)
 

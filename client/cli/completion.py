@@ -7,9 +7,12 @@ import os
 from typing import Final
 
 from xditd.client.cli import exits
+from xditd.ipc.errors import XditdError
 
 SUMMARY = "print completions for bash, zsh or fish"
-DESCRIPTION = "Print the lines that let a shell complete verbs and flags of xditd, and files after them."
+DESCRIPTION = """\
+Print the lines that let a shell complete verbs and flags of xditd, their words, names of models, ids of lent
+components, and files."""
 EXAMPLES = """\
 examples:
   eval "$(xditd completion bash)"                                       for this shell; in ~/.bashrc for all
@@ -30,6 +33,26 @@ def run(parsed: argparse.Namespace) -> int:
 
     print(shellcode(["xditd"], shell=parsed.shell))
     return exits.DONE
+
+
+def component_ids(parsed_args: argparse.Namespace, **_: object) -> tuple[str, ...]:
+    """Return the ids of lent components, for a shell that completes one; none if no daemon answers."""
+    from xditd.client.client import Client
+
+    try:
+        with Client(getattr(parsed_args, "runtime_dir", None), name="xditd completion") as client:
+            return tuple(each.component_id for each in client.status().components)
+    except XditdError:
+        return ()
+
+
+def models_and_files(prefix: str, **_: object) -> tuple[str, ...]:
+    """Return the names of models, and the files and folders that begin so."""
+    from argcomplete.completers import FilesCompleter
+
+    from xditd.client import models_file
+
+    return (*models_file.names(), *FilesCompleter()(prefix))
 
 
 def answer(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from xditd.client.cli import completion
 from xditd.ipc import limits
 from xditd.ipc.addresses import expand_home, user_path
 from xditd.ipc.loras import MAX_SCALE
@@ -329,4 +330,5 @@ def size(multiple: int = 1) -> Callable[[str], tuple[int, int]]:
 
 def add_component(parser: argparse.ArgumentParser) -> None:
     """Add the argument for a component id."""
-    parser.add_argument("component_id", metavar="COMPONENT_ID", help="as `xditd status` shows it")
+    action = parser.add_argument("component_id", metavar="COMPONENT_ID", help="as `xditd status` shows it")
+    action.completer = completion.component_ids  # type: ignore[attr-defined]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from xditd.client.cli import control_flags, flags, generate_files, generate_prompt
+from xditd.client.cli import completion, control_flags, flags, generate_files, generate_prompt
 from xditd.client.cli.generate_help import DESCRIPTION, EXAMPLES, SUMMARY
-from xditd.client.cli.models import complete_names
 from xditd.ipc.settings.client import GenerateFlags
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "SUMMARY", "add_arguments", "run"]
@@ -18,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     control_flags.add_arguments(parser)
     for action in parser._actions:
         if action.dest == "model":
-            action.completer = complete_names  # type: ignore[attr-defined]
+            action.completer = completion.models_and_files  # type: ignore[attr-defined]
     parser.set_defaults(refuse=parser.error)
 
 

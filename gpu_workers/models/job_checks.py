@@ -10,6 +10,7 @@ import torch
 
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.operations import Model
+from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.limits import MAX_BATCH, MAX_SIDE_PIXELS, MAX_STEPS
 
@@ -98,6 +99,16 @@ def check_latent_size(latents: torch.Tensor, pixels: int) -> None:
     if max(latents.shape[-2:]) * pixels > MAX_SIDE_PIXELS or latents.shape[0] > MAX_BATCH:
         raise BadRequest(
             f"latents are {list(latents.shape)}: use a batch up to {MAX_BATCH}, {MAX_SIDE_PIXELS} pixels on a side"
+        )
+
+
+def check_split(layout: ParallelLayout, text_tokens: int, image_tokens: int) -> None:
+    """Raise ``Unsupported`` if there are fewer tokens than ranks that share a sequence."""
+    ranks = layout.degrees.sequence
+    if text_tokens < ranks or image_tokens < ranks:
+        raise Unsupported(
+            f"{text_tokens} text and {image_tokens} image tokens are too few to split over {ranks} workers: use a "
+            "larger image, a longer prompt or fewer workers"
         )
 
 

@@ -14,8 +14,8 @@ from xditd.client.cli import exits
 from xditd.client.cli.main import main
 
 
-def completions(line: str, folder: Path) -> list[str]:
-    """Return what a shell is offered after a line."""
+def completions(line: str, folder: Path, **environment: str) -> list[str]:
+    """Return what a shell is offered after a line, in this folder."""
     found = folder / "found"
     asked = {
         "_ARGCOMPLETE": "1",
@@ -25,8 +25,9 @@ def completions(line: str, folder: Path) -> list[str]:
         "COMP_POINT": str(len(line)),
     }
     subprocess.run(
-        [Path(sys.executable).with_name("xditd")],
-        env=os.environ | asked,
+        [sys.executable, "-m", "xditd"],
+        env=os.environ | asked | environment,
+        cwd=folder,
         check=False,
         timeout=60,
         stdin=subprocess.DEVNULL,
@@ -45,6 +46,28 @@ def test_values_of_flags_are_completed(tmp_path: Path) -> None:
     assert set(completions("xditd serve --device c", tmp_path)) == {"cuda", "cpu"}
     assert "--layout" in completions("xditd serve --la", tmp_path)[0]
     assert completions("xditd models add x --compute-dtype b", tmp_path) == ["bfloat16"]
+
+
+@pytest.mark.parametrize(("verb", "word"), [("comfyui", "uninstall"), ("cluster", "join"), ("models", "check")])
+def test_actions_of_verbs_are_completed(tmp_path: Path, verb: str, word: str) -> None:
+    (tmp_path / f"{word}.txt").write_text("")
+    assert completions(f"xditd {verb} {word[:2]}", tmp_path) == [word]
+
+
+def test_a_model_is_a_name_or_a_path(tmp_path: Path) -> None:
+    (tmp_path / "xditd").mkdir()
+    (tmp_path / "xditd" / "models.toml").write_text("[flux]\nfolder = 'x'\n")
+    (tmp_path / "flux1-dev").mkdir()
+    (tmp_path / "flux1-dev.safetensors").write_text("")
+    found = completions("xditd generate --model fl", tmp_path, XDG_CONFIG_HOME=str(tmp_path))
+    assert set(found) == {"flux", "flux1-dev/", "flux1-dev.safetensors"}
+
+
+@pytest.mark.usefixtures("daemon")
+@pytest.mark.parametrize("verb", ["adopt", "revoke"])
+def test_ids_of_lent_components_are_completed(tmp_path: Path, folder: Path, verb: str) -> None:
+    assert completions(f"xditd {verb} c", tmp_path, XDITD_RUNTIME_DIR=str(folder)) == ["c1", "c2", "c3"]
+    assert completions(f"xditd {verb} c", tmp_path, XDITD_RUNTIME_DIR=str(tmp_path)) == [""]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -6,14 +6,14 @@ from typing import Final, cast
 
 import torch
 
-from xditd.gpu_workers.families.flux2.checks import check_images, check_split
+from xditd.gpu_workers.families.flux2.checks import check_images
 from xditd.gpu_workers.families.flux2.config import AXES, Flux2Config
 from xditd.gpu_workers.families.flux2.facts import FLOAT32_TIME, transformer_facts
 from xditd.gpu_workers.families.flux2.module import CACHE, Flux2Module, ReferenceCache
 from xditd.gpu_workers.families.flux2.prompt import Flux2Prompt
 from xditd.gpu_workers.families.flux2.recipe import Flux2Recipe
 from xditd.gpu_workers.models.entries import Shape
-from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
+from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_split, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
 from xditd.gpu_workers.models.planned_operations import PlannedOperations
 from xditd.gpu_workers.parallel.layouts import ParallelLayout

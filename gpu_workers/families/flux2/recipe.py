@@ -22,11 +22,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
 
-from xditd.gpu_workers.families.flux2.checks import check_split
 from xditd.gpu_workers.families.flux2.config import CHANNELS, PIXELS_PER_LATENT, SCHEDULER, Flux2Config
 from xditd.gpu_workers.families.flux2.facts import FLOAT32_TIME, KV_CACHE, NEGATIVE, PROMPT, REFERENCES
 from xditd.gpu_workers.families.flux2.module import CACHE, ReferenceCache
-from xditd.gpu_workers.models.job_checks import check_shape, prepare
+from xditd.gpu_workers.models.job_checks import check_shape, check_split, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler, tried
 from xditd.gpu_workers.parallel.layouts import ParallelLayout

@@ -10,8 +10,7 @@ import torch
 
 from xditd.gpu_workers.families.qwen_image.config import POSITIONS
 from xditd.gpu_workers.models.job_checks import check_shape
-from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.errors import BadRequest
 
 
 def check_images(name: str, given: Any, rows: int, tokens: int) -> list[tuple[int, int, int]]:
@@ -59,16 +58,6 @@ def check_positions(name: str, images: Sequence[tuple[int, int, int]], text_toke
         raise BadRequest(
             f"{name}: {text_tokens} tokens after images of up to {2 * longest} rows or columns: the model has "
             f"positions for {POSITIONS - longest} tokens"
-        )
-
-
-def check_split(layout: ParallelLayout, text_tokens: int, image_tokens: int) -> None:
-    """Raise ``Unsupported`` if there are fewer tokens than ranks that share a sequence."""
-    ranks = layout.degrees.sequence
-    if text_tokens < ranks or image_tokens < ranks:
-        raise Unsupported(
-            f"{text_tokens} text and {image_tokens} image tokens are too few to split over {ranks} workers: use a "
-            "larger image, a longer prompt or fewer workers"
         )
 
 

@@ -6,14 +6,14 @@ from typing import Final, cast
 
 import torch
 
-from xditd.gpu_workers.families.qwen_image.checks import check_images, check_mask, check_positions, check_split
+from xditd.gpu_workers.families.qwen_image.checks import check_images, check_mask, check_positions
 from xditd.gpu_workers.families.qwen_image.config import PACKED_CHANNELS, QwenImageConfig
 from xditd.gpu_workers.families.qwen_image.facts import COMFYUI, ZERO_COND_T, transformer_facts
 from xditd.gpu_workers.families.qwen_image.module import QwenImageModule
 from xditd.gpu_workers.families.qwen_image.prompt import QwenImagePrompt
 from xditd.gpu_workers.families.qwen_image.recipe import QwenImageRecipe
 from xditd.gpu_workers.models.entries import Shape
-from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_tensor
+from xditd.gpu_workers.models.job_checks import check_batch, check_known, check_split, check_tensor
 from xditd.gpu_workers.models.operations import CallOptions, Inputs, Model, RowResults
 from xditd.gpu_workers.models.planned_operations import PlannedOperations
 from xditd.gpu_workers.parallel.layouts import ParallelLayout

@@ -19,7 +19,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 
-from xditd.gpu_workers.families.qwen_image.checks import as_mask, check_mask, check_positions, check_split
+from xditd.gpu_workers.families.qwen_image.checks import as_mask, check_mask, check_positions
 from xditd.gpu_workers.families.qwen_image.config import PATCH, PIXELS_PER_LATENT, SCHEDULER, QwenImageConfig
 from xditd.gpu_workers.families.qwen_image.facts import (
     COMFYUI,
@@ -32,7 +32,7 @@ from xditd.gpu_workers.families.qwen_image.facts import (
 )
 from xditd.gpu_workers.families.qwen_image.references import References, packed
 from xditd.gpu_workers.models.guidance import Guidance, texts_for
-from xditd.gpu_workers.models.job_checks import check_shape, prepare
+from xditd.gpu_workers.models.job_checks import check_shape, check_split, prepare
 from xditd.gpu_workers.models.operations import Inputs, Model, RowResults, Wanted
 from xditd.gpu_workers.models.schedules import EULER, check_schedule, euler, tried
 from xditd.ipc.errors import BadRequest

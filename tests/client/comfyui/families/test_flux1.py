@@ -6,31 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_calls import arguments_of, drawn
 
 from xditd.client import BadRequest
 from xditd.client.comfyui.families.flux1 import Flux1Model
-from xditd.client.comfyui.step_inputs import StepInputs
 from xditd.client.families.flux1 import image_positions, pack
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
 from xditd.ipc.limits import MAX_STEPS
 
 
-def drawn(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def model() -> Flux1Model:
     return Flux1Model(pooled_channels=12, has_guidance=True)
-
-
-def arguments_of(model: Flux1Model, *given: Any, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, Any]:
-    call = model.read(*given, **more)
-    numbers, kept = StepInputs().read(
-        call.rows, call.numbers, call.texts, lambda texts: model.keep_row(texts, KeptTensor, dtype)
-    )
-    (found,) = call.arguments(slice(0, call.rows), numbers, kept, KeptTensor, dtype)
-    return found
 
 
 def test_arguments_are_as_the_class_takes_them(model):

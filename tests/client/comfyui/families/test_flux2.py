@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import flux2_models
 import pytest
 import torch
+from adapter_calls import arguments_of, drawn
 
 from xditd.client import BadRequest
 from xditd.client.comfyui.families.base import KNOWN_SIZES
 from xditd.client.comfyui.families.flux2 import Flux2Model
-from xditd.client.comfyui.step_inputs import StepInputs
 from xditd.client.jobs.arguments import KeptTensor, RowsOf
 
 SIGMA = torch.tensor([0.7])
-
-
-def drawn(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def arguments_of(model: Flux2Model, *given: Any, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, Any]:
-    call = model.read(*given, **more)
-    numbers, kept = StepInputs().read(
-        call.rows, call.numbers, call.texts, lambda texts: model.keep_row(texts, KeptTensor, dtype)
-    )
-    (found,) = call.arguments(slice(0, call.rows), numbers, kept, KeptTensor, dtype)
-    return found
 
 
 def test_arguments_are_as_the_class_takes_them():

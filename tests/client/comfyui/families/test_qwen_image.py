@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from adapter_calls import arguments_of, drawn
 
 from xditd.client import BadRequest
 from xditd.client.comfyui.families.qwen_image import QwenImageModel
-from xditd.client.comfyui.step_inputs import StepInputs
-from xditd.client.jobs.arguments import KeptTensor, RowsOf
+from xditd.client.jobs.arguments import RowsOf
 
 MODEL = QwenImageModel("index")
-
-
-def drawn(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def arguments_of(*given: Any, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, Any]:
-    call = MODEL.read(*given, **more)
-    numbers, kept = StepInputs().read(
-        call.rows, call.numbers, call.texts, lambda texts: MODEL.keep_row(texts, KeptTensor, dtype)
-    )
-    (found,) = call.arguments(slice(0, call.rows), numbers, kept, KeptTensor, dtype)
-    return found
 
 
 def test_arguments_are_as_the_class_takes_them():
@@ -34,7 +19,7 @@ def test_arguments_are_as_the_class_takes_them():
     x, sigma, context = drawn(2, 16, 1, 4, 6), torch.tensor([0.7, 0.3]), drawn(2, 5, 32)
     reference = drawn(2, 16, 1, 2, 8, seed=2)
     mask = torch.tensor([[1, 1, 1, 0, 0]])
-    found = arguments_of(x, sigma, context, mask, [reference], transformer_options={})
+    found = arguments_of(MODEL, x, sigma, context, mask, [reference], transformer_options={})
     assert next(iter(found)) == "hidden_states"  # results come where the first tensor is
     right = [QwenImagePipeline._pack_latents(each, 2, 16, *each.shape[3:]) for each in (x, reference)]
     assert torch.equal(found["hidden_states"], torch.cat(right, dim=1).bfloat16())
@@ -47,7 +32,9 @@ def test_arguments_are_as_the_class_takes_them():
 
 
 def test_a_call_without_a_mask_has_none():
-    assert "encoder_hidden_states_mask" not in arguments_of(drawn(1, 16, 1, 4, 4), torch.ones(1), drawn(1, 5, 32))
+    assert "encoder_hidden_states_mask" not in arguments_of(
+        MODEL, drawn(1, 16, 1, 4, 4), torch.ones(1), drawn(1, 5, 32)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

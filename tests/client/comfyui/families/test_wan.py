@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_calls import arguments_of, drawn
 
 from xditd.client import BadRequest
 from xditd.client.comfyui.families.wan_calls import WanModel
@@ -19,20 +20,6 @@ CLIP_IMAGE = WanModel(has_image=True)
 TWO_IMAGES = WanModel(has_image=True, has_positions=True)
 VACE = VaceModel(control_blocks=3)
 TI2V = WanModel(has_frame_times=True)
-
-
-def drawn(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def arguments_of(model: WanModel, *given: Any, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, Any]:
-    call = model.read(*given, **more)
-    assert not call.faults
-    numbers, kept = StepInputs().read(
-        call.rows, call.numbers, call.texts, lambda texts: model.keep_row(texts, KeptTensor, dtype)
-    )
-    (found,) = call.arguments(slice(0, call.rows), numbers, kept, KeptTensor, dtype)
-    return found
 
 
 def test_arguments_are_as_the_class_takes_them():

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from adapter_calls import arguments_of, drawn
 
 from xditd.client import BadRequest
 from xditd.client.comfyui.families.z_image import ZImageModel
-from xditd.client.comfyui.step_inputs import StepInputs
-from xditd.client.jobs.arguments import KeptTensor
 
 MODEL = ZImageModel()
 
 
-def drawn(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def arguments_of(*given: Any, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, Any]:
-    call = MODEL.read(*given, **more)
-    numbers, kept = StepInputs().read(
-        call.rows, call.numbers, call.texts, lambda texts: MODEL.keep_row(texts, KeptTensor, dtype)
-    )
-    (found,) = call.arguments(slice(0, call.rows), numbers, kept, KeptTensor, dtype)
-    return found
-
-
 def test_arguments_are_as_the_class_takes_them():
     x, sigma, context = drawn(2, 16, 4, 6), torch.tensor([0.7, 0.3]), drawn(2, 5, 32)
-    found = arguments_of(x, sigma, context, 5, torch.ones(2, 5), transformer_options={})
+    found = arguments_of(MODEL, x, sigma, context, 5, torch.ones(2, 5), transformer_options={})
     assert next(iter(found)) == "x"  # results come where the first tensor is
     assert [tuple(row.shape) for row in found["x"]] == [(16, 1, 4, 6)] * 2
     assert torch.equal(torch.stack(found["x"]).squeeze(2), x.to(torch.bfloat16))
@@ -42,7 +27,7 @@ def test_arguments_are_as_the_class_takes_them():
 
 
 def test_equal_rows_share_what_is_kept():
-    found = arguments_of(drawn(3, 16, 4, 4), torch.full((3,), 0.5), drawn(1, 5, 32).repeat(3, 1, 1))
+    found = arguments_of(MODEL, drawn(3, 16, 4, 4), torch.full((3,), 0.5), drawn(1, 5, 32).repeat(3, 1, 1))
     first, second, third = found["cap_feats"]
     assert first is second is third
 
