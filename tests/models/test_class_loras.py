@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from class_entries import ENTRIES
 from class_entry import Random
 from lora_files import Lora
+from nested_values import tensors_of
 from running_daemon import RunningDaemon
 
 from xditd.client import BadRequest, Client, Unsupported
@@ -47,17 +48,9 @@ def layers_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(layer.weight.shape) for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [each for item in value for each in tensors(item)] if isinstance(value, (list, tuple)) else []
-
-
 def error(found: Any, expected: Any) -> float:
     return max(
-        float((a - b).abs().max() / b.abs().max()) for a, b in zip(tensors(found), tensors(expected), strict=True)
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(tensors_of(found), tensors_of(expected), strict=True)
     )
 
 

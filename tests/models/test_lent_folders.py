@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import transformers
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random, fill
+from nested_values import cast, tensors_of
 from safetensors.torch import load_file, save_file
 
 from xditd.client import BadCheckpoint, BadRequest, Client, Loan, Unsupported
@@ -59,29 +59,6 @@ def saved(entry: ClassEntry, folder: Path, dtype: torch.dtype, **how: Any) -> to
         # where weights do not begin at a multiple of 16 bytes.
         each.data = each.data.clone()
     return result
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast the floating tensors in nested arguments."""
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: cast(each, dtype) for key, each in value.items()}
-    return type(value)(cast(each, dtype) for each in value) if isinstance(value, (list, tuple)) else value
-
-
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif is_dataclass(value) and not isinstance(value, Mapping):
-        for field in fields(value):
-            yield from tensors_of(getattr(value, field.name))
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_of(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors_of(each)
 
 
 def assert_same_bits(client: Client, loan: Loan, model: Any, arguments: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random
+from nested_values import tensors_of
 from running_daemon import RunningDaemon
 from torch.utils._pytree import tree_map_only
 
@@ -39,16 +40,6 @@ def to_gpu(value: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), value)
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if hasattr(value, "values"):
-        return [tensor for each in value.values() for tensor in tensors(each)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in tensors(each)]
-    return tensors(vars(value)) if hasattr(value, "__dict__") else []
-
-
 @pytest.mark.parametrize("key", [key for key in ENTRIES if key not in SKIPPED])
 @torch.no_grad()
 def test_a_worker_gives_the_bits_of_the_class(gpu_client: Client, key: str) -> None:
@@ -60,7 +51,7 @@ def test_a_worker_gives_the_bits_of_the_class(gpu_client: Client, key: str) -> N
         assert all(fast.calls.values())
     expected = model(**theirs)
     assert type(found) is type(expected)
-    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    pairs = list(zip(tensors_of(found), tensors_of(expected), strict=True))
     assert pairs
     for one, other in pairs:
         assert (one.device, one.dtype, one.shape) == (other.device, other.dtype, other.shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from class_entries import ENTRIES
 from class_entry import Random
+from nested_values import cast, tensors_of
 from packed_checkpoints import pack
 from safetensors.torch import load_file, save_file
 
@@ -29,25 +29,6 @@ CASES = (
 )
 
 pytestmark = pytest.mark.usefixtures("as_many_threads_as_the_worker")
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: cast(each, dtype) for key, each in value.items()}
-    return type(value)(cast(each, dtype) for each in value) if isinstance(value, (list, tuple)) else value
-
-
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_of(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors_of(each)
 
 
 def packed_folder(key: str, packed_format: str, folder: Path, dtype: torch.dtype) -> tuple[Path, Any]:

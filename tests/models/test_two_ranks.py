@@ -11,6 +11,7 @@ import pytest
 import torch
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random, fill
+from nested_values import tensors_of
 from running_daemon import RunningDaemon
 
 from xditd.client import Client
@@ -37,19 +38,10 @@ def no_gradients(as_many_threads_as_the_worker: None) -> Iterator[None]:
         yield
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value + 0]  # what workers hold is read by the first operation
-    if isinstance(value, Mapping):
-        return [each for item in value.values() for each in tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [each for item in value for each in tensors(item)]
-    return tensors(vars(value)) if hasattr(value, "__dict__") else []
-
-
 def error(found: Any, expected: Any) -> float:
     assert type(found) is type(expected)
-    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    # What workers hold is read by the first operation.
+    pairs = [(a + 0, b + 0) for a, b in zip(tensors_of(found), tensors_of(expected), strict=True)]
     assert [(a.shape, a.dtype) for a, _ in pairs] == [(b.shape, b.dtype) for _, b in pairs]
     return max((_error(a, b) for a, b in pairs if b.numel()), default=0.0)
 

@@ -150,6 +150,7 @@ class FlowTraining:
         settings = self.settings
         started, told, told_at = time.monotonic(), self.step, 0.0
         recent: list[float] = []
+        loss = torch.zeros(())  # of a phase that is interrupted before its first step
         is_profiled = settings.is_profiled and self.device.type == "cuda"
         parts = Parts(("refresh", "batch and noise", "update", "averages"))
         while (progress := settings.budget.progress(started, self.step)) < 1 and self.step != (until or -1):

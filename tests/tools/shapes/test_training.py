@@ -222,6 +222,14 @@ def test_an_interrupt_ends_a_phase_and_keeps_what_it_learned() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_phase_that_is_interrupted_before_its_first_step_changes_nothing() -> None:
+    begun = training(3, interrupt=Interrupt(is_set=True))
+    before = {name: tensor.clone() for name, tensor in begun.ema.named_parameters()}
+    assert begun.train(FewLatents()) == 0.0
+    assert begun.step == 0
+    assert all(each.equal(before[name]) for name, each in begun.ema.named_parameters())
+
+
 def test_an_interrupted_phase_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> torch.nn.Module:
         os.kill(os.getpid(), signal.SIGINT)
