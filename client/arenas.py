@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.ipc.errors import BadRequest, Closed, Unsupported
+from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import CopiedBytes, CudaIpcBlock, HostShmBlock
 from xditd.ipc.transports.cuda_ipc import DeviceArena
 from xditd.ipc.transports.host_shm import HostArena
@@ -37,7 +39,7 @@ class Arena:
 
         Raises:
             OutOfMemory: the device has too little free memory.
-            BadRequest: a shape has a negative size.
+            BadRequest: no pairs of a dtype and a shape by name, or a shape with a negative size.
             UnsupportedDtype: a dtype that cannot be sent to the workers.
             Unsupported: a device of another kind, one that does not exist, or cuda-bindings is not installed.
         """
@@ -45,10 +47,11 @@ class Arena:
 
         where = device_named(device)
         sizes = []
-        for name, (dtype, shape) in shapes.items():
+        if not isinstance(shapes, Mapping):
+            raise BadRequest(f"arena: {shapes!r:.100} is of type {type(shapes).__name__}; give {_PAIRS}")
+        for name, pair in shapes.items():
+            dtype, shape = _checked_pair(name, pair)
             dtype_name(dtype, f"tensor {name}")  # raises UnsupportedDtype before anything is allocated
-            if any(side < 0 for side in shape):
-                raise BadRequest(f"tensor {name} of an arena has the shape {list(shape)}: a side is negative")
             sizes.append(math.prod(shape) * dtype.itemsize)
         offsets, total = place(sizes)
         self._memory: HostArena | DeviceArena
@@ -79,6 +82,7 @@ class Arena:
         """
         import torch
 
+        _check_tensors(tensors)
         orders = {name: memory_order(tensor) if keeps_order else None for name, tensor in tensors.items()}
         in_memory = {
             name: tensor if (order := orders[name]) is None else tensor.permute(order)
@@ -112,10 +116,14 @@ class Arena:
 
         Raises:
             Closed: the arena is closed.
+            BadRequest: what is no tensor, has no place of its name and shape here, or is complex where that is real.
         """
         self._check_open()
         import torch
 
+        _check_tensors(tensors)
+        for name, tensor in tensors.items():
+            self._check_place(name, tensor)
         uploads = [name for name, tensor in tensors.items() if can_upload(tensor, self.tensors[name])]
         for number in upload([(tensors[name].detach(), self.tensors[name]) for name in uploads]):
             yield uploads[number]
@@ -154,9 +162,47 @@ class Arena:
         held = "closed" if self._is_closed else f"{len(self.tensors)} tensors"
         return f"<Arena on {where}, {self.size_bytes} bytes, {held}>"
 
+    def _check_place(self, name: str, tensor: torch.Tensor) -> None:
+        place = self.tensors.get(name)
+        if place is None:
+            raise BadRequest(f"tensor {name!s:.100} has no place in the arena; it has {listed(self.tensors)}")
+        if place.shape != tensor.shape or (tensor.is_complex() and not place.is_complex()):
+            raise BadRequest(
+                f"tensor {name}: {tensor.dtype} {list(tensor.shape)} for the arena's {place.dtype} "
+                f"{list(place.shape)}; give one of this shape, and a real one for a real one"
+            )
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise Closed(f"arena of {self.size_bytes} bytes: it is closed and its memory is freed; make a new Arena")
+
+
+_PAIRS: Final = "a dtype and a shape by name, such as {'weight': (torch.float16, (64, 64))}"
+
+
+def _checked_pair(name: object, pair: Any) -> tuple[torch.dtype, tuple[int, ...]]:
+    import torch
+
+    try:
+        dtype, shape = pair
+        sides = tuple(operator.index(side) for side in shape)
+    except (TypeError, ValueError):
+        dtype, sides = None, ()
+    if not isinstance(dtype, torch.dtype):
+        raise BadRequest(f"tensor {name!s:.100} of an arena: {pair!r:.100}; give {_PAIRS}")
+    if any(side < 0 for side in sides):
+        raise BadRequest(f"tensor {name} of an arena has the shape {list(sides)}: a side is negative")
+    return dtype, sides
+
+
+def _check_tensors(tensors: Any) -> None:
+    import torch
+
+    if not isinstance(tensors, Mapping):
+        raise BadRequest(f"arena: {tensors!r:.100} is of type {type(tensors).__name__}; give a dict of tensors by name")
+    for name, each in tensors.items():
+        if not isinstance(each, torch.Tensor):
+            raise BadRequest(f"{name!s:.100} is a {type(each).__name__}, not a tensor: leave it out of the arena")
 
 
 def host_arena_at(address: int) -> Arena | None:

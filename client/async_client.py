@@ -124,6 +124,10 @@ class AsyncClient(OfOneProcess):
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that waits, such as ``loan.return_``, in a thread; cancelling cancels the jobs it sent."""
         self._maker.check()
+        if not callable(function):
+            raise BadRequest(
+                f"run: {function!r:.100} of type {type(function).__name__} cannot be called; give a function"
+            )
         scope = JobScope()
         try:
             future = self._threads.submit(run_in, scope, partial(function, *args, **kwargs))

@@ -17,7 +17,8 @@ from xditd.client.loan_methods import LoanMethods
 from xditd.client.loans import Loan, LoanWithLoras, any_component_id, component_id_of
 from xditd.client.prompt_methods import PromptMethods
 from xditd.client.waiting import check_seconds
-from xditd.ipc.addresses import RuntimeDir, default_runtime_dir, user_path
+from xditd.ipc import limits
+from xditd.ipc.addresses import default_runtime_dir, runtime_dir_at
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.replies import Decoded, Encoded
@@ -51,7 +52,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
 
     Raises:
         DaemonUnreachable: no daemon answered within 2 s, or within ``wait_s``.
-        BadRequest: ``deadline_s`` or ``wait_s`` is not a number of seconds.
+        BadRequest: ``deadline_s`` or ``wait_s`` is not a number of seconds, ``name`` or ``runtime_dir`` no text.
         WorkersUnavailable, DeadlineExceeded: with ``wait_s``, the workers are given up, or not ready in time.
         ProtocolMismatch: the daemon's version uses another protocol.
         NotPermitted: the daemon serves another user.
@@ -80,7 +81,10 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
 
         del cluster  # __new__ has looked at it
         check_seconds("deadline_s", deadline_s)
-        runtime = default_runtime_dir() if runtime_dir is None else RuntimeDir(user_path(runtime_dir).absolute())
+        check_seconds("wait_s", wait_s)
+        if not isinstance(name, str) or not 1 <= len(name) <= limits.MAX_NAME_CHARS:
+            raise BadRequest(f"name: {name!r:.100} is no text of 1 to {limits.MAX_NAME_CHARS} characters")
+        runtime = default_runtime_dir() if runtime_dir is None else runtime_dir_at(runtime_dir)
         self.deadline_s = deadline_s
         self._pool = IoPool()
         self._lifetime = Lifetime(runtime, name, self._pool, deadline_s)

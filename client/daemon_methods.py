@@ -7,6 +7,7 @@ from collections.abc import Callable
 from xditd.client.connection import CONTROL_DEADLINE_S
 from xditd.client.session import Session
 from xditd.client.waiting import wait_for
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.replies import LogLines, Status, Stopping
 from xditd.ipc.requests import GetLogs, GetStatus, Stop
 from xditd.ipc.status import DaemonStatus
@@ -44,6 +45,8 @@ class DaemonMethods:
 
     def logs(self, after: int = 0, *, deadline_s: float = CONTROL_DEADLINE_S) -> tuple[list[str], int]:
         """Return recent log lines from number ``after`` on, and the value of ``after`` for the next request."""
+        if isinstance(after, bool) or not isinstance(after, int) or not 0 <= after < 2**63:
+            raise BadRequest(f"after: {after!r:.100} is not the number of a line, from 0 on, below 2**63")
         connection = self._current().connection
         request = GetLogs(request_id=connection.next_request_id(), after_line=after)
         reply = connection.ask(request, LogLines, deadline_s=deadline_s)

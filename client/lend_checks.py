@@ -163,6 +163,8 @@ def _check_tensor(name: str, tensor: object) -> None:
 
     if not isinstance(tensor, torch.Tensor):
         raise BadRequest(f"{name} is a {type(tensor).__name__}, not a tensor: leave it out of what is lent")
+    if tensor.is_nested:
+        raise BadRequest(f"tensor {name} is nested: lend each of its tensors, or its to_padded_tensor(0.0)")
     if tensor.layout is not torch.strided:
         raise BadRequest(f"tensor {name} has the layout {tensor.layout}: lend its to_dense()")
     if tensor.ndim > limits.MAX_RANK:

@@ -199,15 +199,17 @@ def checked_compute_dtype(given: str | None) -> ComputeDType | None:
         BadRequest: packed weights cannot be dequantised into it.
     """
     known = get_args(ComputeDType)
-    if given is not None and given not in known:
-        raise BadRequest(f"compute_dtype: {given!r}; use {', '.join(map(repr, known))}")
+    if given is not None and (not isinstance(given, str) or given not in known):
+        raise BadRequest(f"compute_dtype: {given!r:.100}; use {', '.join(map(repr, known))}")
     return cast("ComputeDType | None", given)
 
 
 def _accelerated(module: ModuleDescription | None, acceleration: str, label: str) -> ModuleDescription:
     known = get_args(Acceleration)
-    if acceleration not in known:
-        raise BadRequest(f"acceleration: {acceleration!r}; use {', '.join(map(repr, known))}, or None for the daemon's")
+    if not isinstance(acceleration, str) or acceleration not in known:
+        raise BadRequest(
+            f"acceleration: {acceleration!r:.100}; use {', '.join(map(repr, known))}, or None for the daemon's"
+        )
     if module is None or module.allows_family:
         raise BadRequest(
             f"{label}: acceleration is of models that run as their class; lend a module or a folder with as_class=True"

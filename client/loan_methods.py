@@ -272,6 +272,8 @@ class LoanMethods:
         Raises:
             UnknownComponent: there is none; names those that there are.
         """
+        if not isinstance(name, str):
+            raise BadRequest(f"name: {name!r:.100} is of type {type(name).__name__}; give the name of a pipeline")
         request = GetStatus(request_id=self._current().connection.next_request_id())
         components = self._current().connection.ask(request, Status, deadline_s=CONTROL_DEADLINE_S).daemon.components
         found = [each for each in components if each.label == name or each.label.startswith(f"{name}/")]

@@ -85,6 +85,25 @@ def endpoint(socket: Path) -> str:
     return f"ipc://{socket}"
 
 
+def runtime_dir_at(folder: str | os.PathLike[str]) -> RuntimeDir:
+    """Return the runtime folder that a program names.
+
+    Raises:
+        BadRequest: it is no path.
+    """
+    try:
+        path = user_path(folder).absolute()
+        is_path = b"\0" not in os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):
+        is_path = False
+    if not is_path:
+        raise BadRequest(
+            f"runtime_dir: {folder!r:.100} of type {type(folder).__name__} is no folder's path; give a text or a Path, "
+            "or leave it out"
+        )
+    return RuntimeDir(path)
+
+
 def default_runtime_dir() -> RuntimeDir:
     """Return ``$XDITD_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/xditd``, else ``/tmp/xditd-<uid>``.
 

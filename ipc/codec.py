@@ -86,11 +86,12 @@ def encode(message: Message) -> bytes:
     """Encode a message. The fields are not validated: msgspec writes structs as they are.
 
     Raises:
-        BadRequest: a text is not Unicode (such as a file name of other bytes), or a number needs more than 64 bits.
+        BadRequest: a text is not Unicode (such as a file name of other bytes), a number needs more than 64 bits, or a
+            value is of a type that no message has.
     """
     try:
         return _encoder.encode(message)
-    except (ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadRequest(f"{type(message).__name__} cannot be sent: {error}") from error
 
 

@@ -54,7 +54,7 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         BadRequest: no such address. Names are refused, as they may resolve to other hosts later.
     """
-    host, _, port = address.rpartition(":")
+    host, _, port = (address if isinstance(address, str) else "").rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     try:
         ipaddress.ip_address(host)

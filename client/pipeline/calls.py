@@ -112,9 +112,12 @@ def is_given(name: str, value: Any) -> bool:
     unset = UNSET.get(name)
     if unset is None:
         return value is not None
-    if isinstance(unset, tuple):
-        return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
-    return bool(value != unset)
+    try:
+        if isinstance(unset, tuple):
+            return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
+        return bool(value != unset)
+    except (TypeError, ValueError, RuntimeError):  # an array has no truth, or no length
+        return True
 
 
 def check_refused(given: Mapping[str, Any], refused: Mapping[str, str], title: str) -> None:

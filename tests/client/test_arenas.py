@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -195,3 +196,35 @@ def test_a_closed_arena_says_so():
     for use in (arena.block, lambda: list(arena.fill({"w": torch.zeros(2, 2)}))):
         with pytest.raises(Closed, match="it is closed and its memory is freed; make a new Arena"):
             use()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[1], None, {"a": None}, {"a": (torch.float32, (1.5,))}, {"a": (torch.float32, "ab")}, {"a": ("float32", (1,))}],
+)
+def test_what_is_no_shape_is_refused_by_name(shapes: Any) -> None:
+    with pytest.raises(BadRequest, match=r"arena.*give a dtype and a shape by name, such as {'weight"):
+        Arena(shapes)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"other": torch.zeros(7)}, "tensor other has no place in the arena; it has a, b, empty, c"),
+        (
+            {"b": torch.zeros(1)},
+            r"tensor b: torch.float32 \[1\] for the arena's torch.bfloat16 \[7\]; give one",
+        ),
+        ({"a": torch.zeros(3, 5, dtype=torch.complex64)}, "tensor a: torch.complex64 .* a real one for a real one"),
+        ({"b": [0.0] * 7}, "b is a list, not a tensor: leave it out"),
+        ([torch.zeros(7)], "arena: .* is of type list; give a dict of tensors by name"),
+    ],
+)
+def test_what_has_no_place_is_refused_and_nothing_is_copied(tensors: Any, says: str) -> None:
+    arena = Arena(SHAPES)
+    with pytest.raises(BadRequest, match=says):
+        list(arena.fill({"c": torch.tensor(5)} | tensors if isinstance(tensors, dict) else tensors))
+    assert arena.tensors["c"] == 0
+    arena.close()
+    with pytest.raises(BadRequest, match=r"not a tensor|a dict of tensors"):
+        Arena.copy_of({"b": [0.0]} if isinstance(tensors, dict) else tensors)  # type: ignore[dict-item]

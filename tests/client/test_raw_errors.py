@@ -190,3 +190,49 @@ def test_parts_of_jobs_may_be_anything(client: Client, kind: Any) -> None:
             except Exception as error:  # noqa: BLE001
                 raw.append(f"{kind.__name__}({name}={label}): {type(error).__name__}: {error}")
     assert raw == [], "\n".join(raw)
+
+
+def test_arguments_of_the_client_itself(folder: Path, daemon: Any) -> None:
+    import asyncio
+
+    from xditd.client import AsyncClient, BadRequest
+
+    def refuses(says: str, make: Callable[[], Any]) -> None:
+        with pytest.raises(BadRequest, match=says):
+            make()
+
+    numbers = [VALUES[name] for name in ("none", "text", "list", "object", "tensor", "meta", "nan", "negative")]
+    for value in numbers:
+        refuses("wait_s: ", lambda value=value: Client(folder, wait_s=value))  # type: ignore[misc]
+        refuses("deadline_s: ", lambda value=value: Client(folder, deadline_s=value))  # type: ignore[misc]
+    for value in (5, b"x", [], Odd(), torch.zeros(2), "", "x" * 600):
+        refuses("name: ", lambda value=value: Client(folder, name=value))  # type: ignore[misc]
+    for value in (5, b"x", [], Odd(), torch.zeros(2), "\ud800", "a\0b"):
+        refuses("runtime_dir: .* is no folder's path", lambda value=value: Client(value))  # type: ignore[misc]
+    for value in (5, b"x", [], torch.zeros(2)):
+        refuses("address .*: give the head's IP address", lambda value=value: Client(cluster=value))  # type: ignore[misc]
+    refuses("Hello cannot be sent: ", lambda: Client(folder, name="\ud800"))
+
+    async def use() -> None:
+        async with AsyncClient(folder) as client:
+            await client.run("x")  # type: ignore[arg-type]
+
+    refuses("run: 'x' of type str cannot be called", lambda: asyncio.run(use()))
+    with Client(folder) as client:
+        for value in (True, -1, 2**70, 0.5, "x", Odd(), torch.zeros(2)):
+            refuses("after: .* is not the number of a line", lambda value=value: client.logs(value))  # type: ignore[misc]
+            if not isinstance(value, str):
+                refuses("name: .*; give the name of a pipeline", lambda value=value: client.unload(value))  # type: ignore[misc]
+        refuses("Revoke cannot be sent: ", lambda: client.revoke("\ud800"))
+        for name in ("compute_dtype", "acceleration"):
+            refuses(f"{name}: ", lambda name=name: client.lend(WEIGHTS, **{name: torch.zeros(2)}))  # type: ignore[misc]
+
+
+def test_arguments_of_calls_that_are_arrays_are_given() -> None:
+    from xditd.client.pipeline.calls import is_given
+
+    for name in ("weights", "references", "num_images", "step_cache", "loras"):
+        assert is_given(name, torch.tensor(1.5))
+        assert is_given(name, torch.zeros(2, 2))
+    assert not is_given("references", [])
+    assert not is_given("num_images", 1)
