@@ -99,15 +99,20 @@ def _encode(image: Image.Image, format_name: str, **more: Any) -> bytes:
     return buffer.getvalue()
 
 
+def levels_of(image: torch.Tensor) -> torch.Tensor:
+    """Return images in [-1, 1], of any shape, as levels from 0 to 255 on the CPU. Values outside are clamped."""
+    import torch
+
+    return ((image.detach().to("cpu", torch.float32) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def image_to_pil(image: torch.Tensor) -> Image.Image:
     """Convert an image (3, height, width) in [-1, 1] to 8-bit RGB. Values outside are clamped."""
     import ctypes
 
-    import torch
     from PIL import Image
 
-    scaled = (image.detach().to("cpu", torch.float32) / 2 + 0.5).clamp(0, 1) * 255
-    pixels = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    pixels = levels_of(image).permute(1, 2, 0).contiguous()
     height, width, _ = pixels.shape
     # Without numpy, on which the client does not depend.
     return Image.frombytes("RGB", (width, height), ctypes.string_at(pixels.data_ptr(), pixels.nbytes))

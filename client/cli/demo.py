@@ -15,12 +15,12 @@ from xditd.ipc.settings.client import DemoFlags
 SUMMARY = "run everything once on a small model"
 DESCRIPTION = """\
 Start a daemon with two workers (on GPUs if there are any), lend a small FLUX.1 and its VAE to it from this process,
-generate images, and compare with plain diffusers. In a source checkout the model is shapes, and three images show what
-their sentences say, one of them Chinese; an installed package has no model, so weights are random, and two images show
-areas of colour. Nothing is downloaded."""
+generate images, and compare with plain diffusers. In a source checkout that has the weights of models/shapes, three
+images show what their sentences say, one of them Chinese, and demo.html shows them. Elsewhere weights are random, and
+two images show areas of colour. Nothing is downloaded."""
 EXAMPLES = """\
 examples:
-  xditd demo --out out             writes pictures, demo.html, demo.json, daemon.log and checkpoints/ into out/
+  xditd demo --out out             writes pictures, demo.json, daemon.log and checkpoints/ into out/
   xditd demo --device cpu --keep   then: xditd status --runtime-dir FOLDER, which it prints
 """
 

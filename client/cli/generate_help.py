@@ -15,7 +15,7 @@ PNG, JPEG, WebP and MP4 files say how they were made, and --from FILE repeats on
 LoRAs, of which other flags replace any. --no-metadata leaves that out.
 
 Without a prompt, --embeds names a safetensors file with the embeddings of one, and a transformer and a VAE are lent by
-their files, safetensors or GGUF. Its tensors have the names that the transformer takes:
+their files (safetensors, GGUF) or folders. Its tensors have the names that the transformer takes:
 
   FLUX.1   prompt_embeds (batch, text tokens, context) and pooled_prompt_embeds (batch, pooled)
   Z-Image  a list of one tensor for each image, (text tokens, context), of any lengths: prompt_embeds.0, prompt_embeds.1

@@ -63,13 +63,17 @@ class PipelineResult:
         return [self.generation.to_frames(number) for number in range(self.count)]
 
     def to_numpy(self) -> numpy.ndarray[Any, Any]:
-        """Return uint8 (pictures, height, width, 3), or (videos, frames, height, width, 3) of videos."""
-        import torch
+        """Return uint8 (pictures, height, width, 3), or (videos, frames, height, width, 3) of videos.
+
+        Raises:
+            BadRequest: the pipeline has no VAE.
+        """
+        from xditd.client.image_files import levels_of
 
         image = self.generation.image
         if image is None:
             raise BadRequest("to_numpy: the pipeline has no VAE, so there is no image")
-        levels = ((image.detach().to("cpu", torch.float32) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        levels = levels_of(image)
         if levels.ndim == 5 and not self.is_video:
             levels = levels[:, :, 0]
         found: numpy.ndarray[Any, Any] = levels.movedim(1, -1).contiguous().numpy()

@@ -53,9 +53,14 @@ class JobFlags(DaemonFlags, frozen=True, kw_only=True):
         ),
     ] = None
     verbose: Annotated[bool, _VERBOSE] = False
-    transformer: Annotated[str | None, about("transformer checkpoint, one safetensors or GGUF file", kind="path")] = (
-        None
-    )
+    transformer: Annotated[
+        str | None,
+        about(
+            "transformer checkpoint, a safetensors or GGUF file; for `generate` also an index of shards, or the folder "
+            "of one model",
+            kind="path",
+        ),
+    ] = None
     transformer_2: Annotated[
         str | None, about("second transformer, for the steps at low noise, such as that of Wan 2.2 A14B", kind="path")
     ] = None
