@@ -33,6 +33,8 @@ T = TypeVar("T")
 MAX_AT_ONCE: Final = 128
 """Methods that run at once; others wait for their turn in this process."""
 
+_CLOSED: Final = "this AsyncClient is closed, by close() or with its event loop; make a new one"
+
 
 def _asynchronous(
     method: Callable[Concatenate[Client, P], T],
@@ -81,10 +83,16 @@ class AsyncClient(OfOneProcess):
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="xditd-async")
         self._client: Client | None = None
         self._scopes: set[JobScope] = set()
+        self._has_begun = False
         self._is_closed = threading.Event()
         self._maker = Maker("AsyncClient", "make a new one")
 
     async def __aenter__(self) -> AsyncClient:
+        if self._is_closed.is_set():
+            raise Closed(_CLOSED)
+        if self._has_begun:
+            raise BadRequest("async with: this AsyncClient is open already; share it, or make another one")
+        self._has_begun = True
         watch = partial(self._watch, asyncio.get_running_loop())
         threading.Thread(target=watch, name="xditd-async-watch", daemon=True).start()
         try:
@@ -132,7 +140,7 @@ class AsyncClient(OfOneProcess):
         try:
             future = self._threads.submit(run_in, scope, partial(function, *args, **kwargs))
         except RuntimeError:
-            raise Closed("this AsyncClient is closed") from None
+            raise Closed(_CLOSED) from None
         self._scopes.add(scope)
         future.add_done_callback(lambda _: self._scopes.discard(scope))
         try:
@@ -168,6 +176,8 @@ class AsyncClient(OfOneProcess):
     stop = _asynchronous(Client.stop)
 
     def _started(self) -> Client:
+        if self._is_closed.is_set():
+            raise Closed(_CLOSED)
         if self._client is None:
             raise Closed("this AsyncClient is not open: use it within `async with AsyncClient() as client`")
         return self._client

@@ -16,7 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from xditd.client import AsyncClient, Client, Closed, Unsupported, XditdError  # noqa: E402
+from xditd.client import AsyncClient, BadRequest, Client, Closed, Unsupported, XditdError  # noqa: E402
 from xditd.client.pipeline.futures import Threads  # noqa: E402
 from xditd.ipc.replies import Failed, Farewell  # noqa: E402
 from xditd.ipc.requests import Generate, Goodbye, ReturnLoan  # noqa: E402
@@ -105,6 +105,24 @@ def test_threads_of_a_pipeline_and_of_an_async_client_are_not_waited_for_in_a_fo
     says, closed = asyncio.run(use())
     assert says.startswith("Unsupported: this AsyncClient was made by process")
     assert closed == "done"
+
+
+def test_an_async_client_is_opened_once(daemon: Any, folder: Path) -> None:
+    async def twice() -> AsyncClient:
+        async with AsyncClient(folder) as client:
+            with pytest.raises(BadRequest, match="this AsyncClient is open already; share it, or make another one"):
+                async with client:
+                    pass
+            await client.status()
+        return client
+
+    async def again(client: AsyncClient) -> None:
+        for use in (client.__aenter__, client.status):
+            with pytest.raises(Closed, match="this AsyncClient is closed, by close"):
+                await use()
+
+    asyncio.run(again(asyncio.run(twice())))
+    assert len(daemon.requests(Goodbye)) == 1
 
 
 def test_nothing_of_a_client_is_pickled_or_copied(daemon: Any, folder: Path) -> None:
