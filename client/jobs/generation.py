@@ -54,6 +54,8 @@ class GenerationJob(OfOneProcess):
         self._read_denoised = read_denoised
         self._read_preview = read_preview
         self._started_s = time.perf_counter()
+        self._has_stepped = False
+        """Whether a step was seen to be done: before that, the block has what an earlier job predicted."""
         self._reply: AnyReply | None = None
         self._result: GenerationResult | None = None
         self._lock = threading.Lock()
@@ -82,6 +84,7 @@ class GenerationJob(OfOneProcess):
             while True:
                 item = self._next()
                 if isinstance(item, AnyEvent):
+                    self._has_stepped = self._has_stepped or isinstance(item, StepDone)
                     yield item
                 else:
                     self._set_reply(item)
@@ -107,17 +110,17 @@ class GenerationJob(OfOneProcess):
         return self._result
 
     def denoised(self) -> torch.Tensor:
-        """Copy the clean latents that the last step predicted: call it between two events, for a preview.
+        """Copy the clean latents that the last step predicted: call it between two events, after the first ``StepDone``.
 
         They have shape, device and dtype of the latents. The workers may write those of the next step at the same
         time, so the copy may contain parts of both.
 
         Raises:
-            BadRequest: the job was started without ``previews``, or has ended.
+            BadRequest: the job was started without ``previews``, has ended, or no step was seen to be done.
         """
         if self._pending.is_closed:
             raise BadRequest(f"generation {self.request_id} has ended: its result has the latents")
-        return self._read_denoised()
+        return self._predicted(self._read_denoised)
 
     def preview(self) -> torch.Tensor:
         """Copy the image of what the last step predicted: call it between two events, after the first ``StepDone``.
@@ -126,11 +129,21 @@ class GenerationJob(OfOneProcess):
         decoded as an image of its own. It may contain parts of the next step, as :meth:`denoised`.
 
         Raises:
-            BadRequest: the job was started without ``previews="image"``, or has ended.
+            BadRequest: the job was started without ``previews="image"``, has ended, or no step was seen to be done.
         """
         if self._pending.is_closed:
             raise BadRequest(f"generation {self.request_id} has ended: its result has the image")
-        return self._read_preview()
+        return self._predicted(self._read_preview)
+
+    def _predicted(self, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        has_stepped = self._has_stepped
+        found = read()
+        if not has_stepped:
+            raise BadRequest(
+                f"generation {self.request_id}: no step of it was seen to be done: iterate over the job, and call this "
+                "after its first StepDone"
+            )
+        return found
 
     def cancel(self) -> None:
         """Stop the job at its next step or chunk of frames, without waiting; ``result()`` then raises ``Cancelled``.

@@ -72,6 +72,24 @@ def test_a_preview_is_an_image_of_what_the_last_step_predicted(client, daemon):
         job.preview()
 
 
+@pytest.mark.parametrize("previews", ["image", True])
+def test_a_preview_before_the_first_step_is_not_that_of_an_earlier_job(client, daemon, previews):
+    def answer(request):
+        write(daemon, request.io, request.out_preview or request.out_denoised, 0.25)
+        return [step(request, 1, 1), Generated(request_id=request.request_id, timings_ms={}, reused_steps=0)]
+
+    daemon.answers[Generate] = answer
+    given = {"vae": "c2", "height": 16, "width": 32, "steps": 1, "previews": previews}
+    client.generate("c1", TEXT, **given).result()
+    daemon.answers[Generate] = lambda request: []  # which gets the same block
+    job = client.generate("c1", TEXT, **given)
+    with pytest.raises(
+        BadRequest, match=r"no step of it was seen to be done: iterate over the job, and call this after"
+    ):
+        job.preview() if previews == "image" else job.denoised()
+    job.cancel()
+
+
 def test_previews_of_an_event_loop_are_those_of_the_job(client, daemon, folder):
     def answer(request):
         for place in (request.out_preview, request.out_denoised):
