@@ -109,6 +109,8 @@ def run(parsed: argparse.Namespace) -> int:
                     f"model {pipe.name}: has no VAE, so nothing is written; give --vae FILE or --save-latents"
                 )
             outputs.images = []
+        if parsed.fps is not None and (parsed.frames or pipe.defaults["frames"]) == 1:
+            raise BadRequest(f"--fps {parsed.fps}: is of a video, and {pipe.name} makes a picture; leave it out")
         repeated = getattr(parsed, "repeated", None)
         outputs.spare(pipe.files.values())
         arguments = arguments_of(parsed, pipe)
