@@ -84,7 +84,11 @@ class _IoThread:
         self._socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
         self._socket.connect(endpoint(daemon.socket))
         self.thread = threading.Thread(target=self._run, name="xditd-connection", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except BaseException:  # an interrupt while it waits for the thread, which runs then
+            self.close()
+            raise
 
     def post(self, mailbox: Mailbox, payload: bytes) -> None:
         """Queue a message for sending; its replies go to ``mailbox``. Safe in any thread."""

@@ -35,6 +35,8 @@ async def awaited(future: Future[T], purpose: str) -> T:
             loop.call_soon_threadsafe(_finish, done)
         except RuntimeError:  # the loop is closed
             error = None if ended.cancelled() else ended.exception()
+            if done.cancelled() and (error is None or isinstance(error, XditdError)):
+                return  # its task was cancelled, and has ended with that
             frames = None if isinstance(error, XditdError) else error
             logger.warning(
                 "nobody takes the result of %s: its event loop is closed error=%s", purpose, error, exc_info=frames

@@ -129,6 +129,19 @@ def prepare(model: Model[Any], **tensors: torch.Tensor) -> list[torch.Tensor]:
     return moved
 
 
+def prepare_image(model: Model[Any], image: torch.Tensor, channels: int, multiple: int) -> torch.Tensor:
+    """Check images for an encode, (batch, channels, height, width), and move them as :func:`prepare` does.
+
+    Raises:
+        BadRequest: another shape, sides that are no multiples of ``multiple``, or values that are not finite.
+    """
+    if image.ndim != 4 or image.shape[1] != channels or not 0 < image.shape[0] <= MAX_BATCH:
+        raise BadRequest(f"image is {list(image.shape)}: use [batch, {channels}, height, width]")
+    check_sides(image.shape[2], image.shape[3], multiple)
+    (image,) = prepare(model, image=image)
+    return image
+
+
 def _shape_text(shape: Sequence[int | None]) -> str:
     return f"[{', '.join('any' if side is None else str(side) for side in shape)}]"
 

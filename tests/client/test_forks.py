@@ -167,3 +167,22 @@ def test_a_close_that_is_interrupted_leaves_no_session(daemon: Any, folder: Path
     assert not io.thread.is_alive()
     assert open_memfds() == before
     client.close()
+
+
+def test_a_client_that_is_interrupted_while_its_thread_starts_leaves_none(
+    daemon: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Any, open_fds: Callable[[], int]
+) -> None:
+    Client(folder).close()
+    before, begin = open_fds(), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        begin(thread)
+        if thread.name == "xditd-connection":
+            raise KeyboardInterrupt  # as Ctrl-C does while Python waits for the thread
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            Client(folder)
+    wait_until(lambda: not [each for each in threading.enumerate() if each.name == "xditd-connection"])
+    wait_until(lambda: open_fds() == before)

@@ -11,7 +11,7 @@ import pytest
 
 from xditd.client.loop_futures import LoopWatch, awaited
 from xditd.client.pipeline.futures import Threads
-from xditd.ipc.errors import Closed
+from xditd.ipc.errors import Cancelled, Closed
 
 
 def test_results_and_errors_arrive() -> None:
@@ -48,6 +48,22 @@ def test_a_future_that_was_cancelled_does_not_cancel_the_task() -> None:
         return True
 
     assert asyncio.run(one())
+
+
+def test_a_task_that_was_cancelled_before_its_loop_was_closed_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """As ``asyncio.run`` does at Ctrl-C."""
+    future: Future[int] = Future()
+
+    async def one() -> None:
+        task = asyncio.ensure_future(awaited(future, "a call"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(one())
+    future.set_exception(Cancelled("request 1 was cancelled by its client"))
+    assert not caplog.records
 
 
 def test_a_loop_that_is_closed_cancels_its_futures(caplog: pytest.LogCaptureFixture) -> None:

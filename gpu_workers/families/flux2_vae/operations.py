@@ -24,13 +24,12 @@ from xditd.gpu_workers.families.flux2_vae.config import (
     Z_CHANNELS,
     Flux2VaeConfig,
 )
-from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, check_sides, prepare
+from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, prepare, prepare_image
 from xditd.gpu_workers.models.ldm_vae import IMAGE_CHANNELS, NORM_GROUPS
 from xditd.gpu_workers.models.operations import Model
 from xditd.gpu_workers.models.split_decode import Bands, SplitDecoder, whole_group
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import LatentFacts, LatentScaling, VaeFacts
-from xditd.ipc.limits import MAX_BATCH
 
 
 class Statistics(torch.nn.Module):
@@ -117,10 +116,7 @@ class Flux2VaeOperations:
     ) -> torch.Tensor:
         vae = cast(AutoencoderKLFlux2, model.module)
         check_has_encoder(model.config.has_encoder)
-        if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
-            raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
-        check_sides(image.shape[2], image.shape[3], PIXELS_PER_LATENT)
-        (image,) = prepare(model, image=image)
+        image = prepare_image(model, image, IMAGE_CHANNELS, PIXELS_PER_LATENT)
         latents = Flux2Pipeline._patchify_latents(vae.encode(image).latent_dist.mode())
         mean, deviation = vae.bn.of(latents)
         return cast(torch.Tensor, ((latents - mean) / deviation - scaling.shift) * scaling.factor)

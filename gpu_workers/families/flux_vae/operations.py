@@ -20,13 +20,12 @@ from xditd.gpu_workers.families.flux_vae.config import (
     SPACE,
     FluxVaeConfig,
 )
-from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, check_sides, prepare
+from xditd.gpu_workers.models.job_checks import check_has_encoder, check_latent_size, prepare, prepare_image
 from xditd.gpu_workers.models.ldm_vae import IMAGE_CHANNELS, NORM_GROUPS
 from xditd.gpu_workers.models.operations import Model
 from xditd.gpu_workers.models.split_decode import Bands, SplitDecoder, whole_group
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import LatentFacts, LatentScaling, VaeFacts
-from xditd.ipc.limits import MAX_BATCH
 
 
 class FluxVaeOperations:
@@ -113,8 +112,5 @@ class FluxVaeOperations:
     def _distribution(self, model: Model[FluxVaeConfig], image: torch.Tensor) -> Any:
         vae = cast(AutoencoderKL, model.module)
         check_has_encoder(model.config.has_encoder)
-        if image.ndim != 4 or image.shape[1] != IMAGE_CHANNELS or not 0 < image.shape[0] <= MAX_BATCH:
-            raise BadRequest(f"image is {list(image.shape)}: use [batch, {IMAGE_CHANNELS}, height, width]")
-        check_sides(image.shape[2], image.shape[3], PIXELS_PER_LATENT)
-        (image,) = prepare(model, image=image)
+        image = prepare_image(model, image, IMAGE_CHANNELS, PIXELS_PER_LATENT)
         return vae.encode(image).latent_dist
