@@ -149,6 +149,7 @@ def _check_submit(parsed: argparse.Namespace) -> None:
         parsed.refuse("submit: --vae or --save-latents is needed: without both nothing is written")
     for flag, other in (
         ("--random-embeds", parsed.random_embeds),
+        ("--text-tokens", parsed.text_tokens),
         ("--device", parsed.device),
         ("--lora", parsed.lora),
         ("--lora-2", parsed.lora_2),

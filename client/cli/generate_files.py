@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from xditd.client.cli import control_flags, exits
 from xditd.client.cli.generation_reports import GenerationReport, describe_loan
-from xditd.client.cli.generations import Outputs, sampling_of, size_of
+from xditd.client.cli.generations import Outputs, sampling_of, set_text_tokens, size_of
 from xditd.client.loans import Loan
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def check(parsed: argparse.Namespace) -> None:
         parsed.refuse("--lora-2 is of a second transformer; give --transformer-2 FILE, or --lora")
     if parsed.fps is not None and (parsed.frames or 1) == 1:
         parsed.refuse("--fps is of a video; give --frames COUNT, or leave it out")
+    set_text_tokens(parsed)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.cli import control_flags, exits
 from xditd.client.cli.generation_reports import GenerationReport, describe_loan
-from xditd.client.cli.generations import Outputs
+from xditd.client.cli.generations import Outputs, set_text_tokens
 from xditd.client.pipeline.sources import SECOND, TRANSFORMER
 from xditd.ipc.errors import BadRequest
 
@@ -86,6 +86,7 @@ def check(parsed: argparse.Namespace) -> None:
         parsed.refuse("--mask is of a picture; give --image FILE")
     if parsed.model is None and parsed.vae is None and parsed.save_latents is None:
         parsed.refuse("--vae FILE or --save-latents FILE is needed: without both nothing is written")
+    set_text_tokens(parsed)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -109,6 +110,8 @@ def run(parsed: argparse.Namespace) -> int:
                     f"model {pipe.name}: has no VAE, so nothing is written; give --vae FILE or --save-latents"
                 )
             outputs.images = []
+        if parsed.fps is not None and (parsed.frames or pipe.defaults["frames"]) == 1:
+            raise BadRequest(f"--fps {parsed.fps}: is of a video, and {pipe.name} makes a picture; leave it out")
         repeated = getattr(parsed, "repeated", None)
         outputs.spare(pipe.files.values())
         arguments = arguments_of(parsed, pipe)

@@ -24,6 +24,7 @@ _LATENT_ITEM_BYTES: Final = 4
 
 DEFAULT_FPS: Final = 16
 """Frames a second of an .mp4: those of Wan 2.1 and of Wan 2.2 A14B."""
+DEFAULT_TEXT_TOKENS: Final = 512
 DEFAULT_SIZE: Final = (1024, 1024)
 """Of generations from single files; models that are opened as a whole have their own."""
 
@@ -32,6 +33,14 @@ def size_of(parsed: argparse.Namespace) -> tuple[int, int]:
     """Return width and height."""
     found: tuple[int, int] = parsed.size or DEFAULT_SIZE
     return found
+
+
+def set_text_tokens(parsed: argparse.Namespace) -> None:
+    """Set the text tokens of random embeddings where they are not given, and refuse those of other texts."""
+    if parsed.random_embeds is not None:
+        parsed.text_tokens = parsed.text_tokens or DEFAULT_TEXT_TOKENS
+    elif parsed.text_tokens is not None:
+        parsed.refuse("--text-tokens is of --random-embeds; leave it out")
 
 
 def sampling_of(parsed: argparse.Namespace) -> dict[str, Any]:

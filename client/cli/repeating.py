@@ -112,7 +112,7 @@ def apply_record(parsed: argparse.Namespace) -> None:
         parsed.prompt, parsed.random_embeds = record.prompt, record.random_embeds
         if parsed.prompt_2 is None:
             parsed.prompt_2 = record.prompt_2
-        if record.text_tokens is not None:
+        if parsed.text_tokens is None:
             parsed.text_tokens = record.text_tokens
     if parsed.negative_prompt is None and parsed.embeds is None:
         parsed.negative_prompt = _negative_prompt(record, parsed.guidance, where)

@@ -102,8 +102,10 @@ class PipelineResult:
         Files say how they were made, unless ``metadata`` is false; `xditd generate --from` repeats them.
 
         Raises:
-            BadRequest, OutputFailed: as ``GenerationResult.save``.
+            BadRequest, OutputFailed: as ``GenerationResult.save``; or ``fps`` of pictures.
         """
+        if fps is not None and not self.is_video:
+            raise BadRequest(f"fps: {fps!r:.100} is of a video, and these are pictures; leave it out")
         rate = self.settings.fps if fps is None else fps
         numbers = range(self.count) if index is None else (index,)
         records = [self.record(number) if metadata else None for number in numbers]

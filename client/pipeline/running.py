@@ -310,7 +310,7 @@ class Runner:
         if not all(isinstance(each, Control) for each in given):
             raise BadRequest(
                 f"control: {self._adapter.title} takes ControlNets; give Control(client.lend(file), picture), "
-                "or a list of them"
+                "or a list of them; in the shell, --control FILE=PICTURE"
             )
         return list(given)
 

@@ -69,7 +69,10 @@ class JobFlags(DaemonFlags, frozen=True, kw_only=True):
     ] = None
     embeds: Annotated[str | None, about("safetensors file with the text embeddings", kind="path")] = None
     random_embeds: Annotated[_Seed | None, about("use random embeddings instead", metavar="SEED")] = None
-    text_tokens: Annotated[int, Meta(ge=1, le=65_536), about("text tokens of --random-embeds", metavar="COUNT")] = 512
+    text_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=65_536)] | None,
+        about("text tokens of --random-embeds (default: 512)", metavar="COUNT"),
+    ] = None
     size: Annotated[
         str | None,
         about("image size in pixels (default: the model's own; 1024x1024 of single files)", kind="size"),

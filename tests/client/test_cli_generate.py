@@ -430,3 +430,11 @@ def test_an_earlier_picture_in_the_models_folder_is_replaced_and_a_file_of_it_is
     given += ["--save-latents", str(tmp_path / "model.safetensors")]
     with pytest.raises(BadRequest, match=r"model\.safetensors: is also read here"):
         Outputs(build_parser().parse_args(given))
+
+
+@pytest.mark.parametrize("given", [["a cat", "--model", "m"], ["--embeds", "e", "--transformer", "t", "--vae", "v"]])
+def test_text_tokens_are_of_random_embeddings(capsys, given):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--text-tokens", "9", *given])
+    assert ended.value.code == exits.MISUSE
+    assert "--text-tokens is of --random-embeds; leave it out" in capsys.readouterr().err

@@ -104,6 +104,10 @@ def test_one_picture_of_several_is_made_with_the_others_and_written_alone() -> N
 def test_random_embeddings_are_drawn_again() -> None:
     found = parsed(replace(RECORD, prompt=None, negative_prompt=None, random_embeds=5, text_tokens=9))
     assert (found.prompt, found.random_embeds, found.text_tokens) == (None, 5, 9)
+    found = parsed(
+        replace(RECORD, prompt=None, negative_prompt=None, random_embeds=5, text_tokens=9), "--text-tokens", "7"
+    )
+    assert (found.random_embeds, found.text_tokens) == (5, 7)
     found = parsed(replace(RECORD, prompt=None, negative_prompt=None, random_embeds=5, text_tokens=9), "a dog")
     assert (found.prompt, found.random_embeds) == ("a dog", None)
 

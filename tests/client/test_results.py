@@ -63,6 +63,11 @@ def test_numbers_and_folders_are_refused_by_a_pipelines_result():
         made.save("out")
 
 
+def test_frames_a_second_of_pictures_are_refused():
+    with pytest.raises(BadRequest, match="fps: 24 is of a video, and these are pictures"):
+        PipelineResult(result(), RUN).save("out.png", fps=24)
+
+
 def made_of(count: int, frames: int = 1) -> PipelineResult:
     shape = (count, 3, frames, 8, 8) if frames > 1 else (count, 3, 8, 8)
     several = dataclasses.replace(result(), image=torch.zeros(shape), latents=torch.zeros(count, 4, 1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from class_entries import ENTRIES
 from class_entry import Random
 from lora_files import Lora
 from nested_values import tensors_of
+from rounding import BAR, assert_rounding, disturb
 from running_daemon import RunningDaemon
 
 from xditd.client import BadRequest, Client, Unsupported
 
-BAR = 1e-6
 CLASSES = (
     "QwenImageTransformer2DModel",
     "WanTransformer3DModel",
@@ -74,10 +75,12 @@ def test_branches_are_as_baked(connected: Client, name: str, tmp_path: Path) -> 
         strengths = (0.7, -0.4, 0.2)
         for used in ((0,), (0, 1, 2), ()):
             view = loan.with_loras([(loans[each], strengths[each]) for each in used])
-            expected = run(baked(entry, [(loras[each], strengths[each]) for each in used]), entry)
+            parts = [(loras[each], strengths[each]) for each in used]
+            expected = run(baked(entry, parts), entry)
+            disturbed_error = partial(error_of_disturbed, entry, parts, expected)
             for _ in range(2):
                 found = connected.call(view, {**entry.arguments(Random(1)), "return_dict": False})
-                assert error(found, expected) <= BAR
+                assert_rounding(error(found, expected), disturbed_error)
             if used:
                 assert error(found, plain) > 0.01
         assert error(connected.call(loan, {**entry.arguments(Random(1)), "return_dict": False}), plain) <= BAR
@@ -92,6 +95,12 @@ def baked(entry: Any, loras: list[tuple[Lora, float]]) -> torch.nn.Module:
     for lora, strength in loras:
         lora.bake_into(model, strength)
     return model
+
+
+def error_of_disturbed(entry: Any, loras: list[tuple[Lora, float]], expected: Any, seed: int) -> float:
+    model = baked(entry, loras)
+    disturb([model], seed)
+    return error(run(model, entry), expected)
 
 
 def test_other_names_and_components_are_refused_by_name(connected: Client) -> None:

@@ -228,6 +228,7 @@ def test_a_picture_of_a_model_of_videos_is_repeated_as_one(shell: Callable[..., 
             "control: flux1 (flux) takes ControlNets",
         ),
         (["a cat", "--option", "shift=3"], "options: it has no options"),
+        (["a cat", "--fps", "10"], "--fps 10: is of a video, and flux makes a picture"),
         (["a cat", "--lora", "gone.safetensors:1"], "gone.safetensors"),
     ],
 )

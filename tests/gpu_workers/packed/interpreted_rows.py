@@ -1,7 +1,7 @@
 """A program, not a test: run the kernels around products in eight bits in Triton's interpreter on the CPU.
 
 It ends with status 0 if they have the bits of the versions in torch; where a sum of a rotation comes out otherwise, in
-another order, a number may be the next one.
+another order, a number may be the next one, and a scale differ in its last bits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_int8(rows: int, columns: int, group: int, dtype: torch.dtype) -> None:
         return
     assert int(apart.max()) <= 1, label
     assert float(apart.float().mean()) < 2e-3, (label, float(apart.float().mean()))
-    assert torch.allclose(scales, expected.scales, rtol=torch.finfo(dtype).eps), label
+    assert torch.allclose(scales, expected.scales, rtol=4 * torch.finfo(dtype).eps), label
 
 
 def check_sums(rows: int, columns: int, dtype: torch.dtype) -> None:

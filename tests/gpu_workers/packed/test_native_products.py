@@ -71,6 +71,10 @@ def check_splits(device: str) -> None:
     for dtype in DTYPES:
         for group in GROUPS:
             x, weight, scale, bias = int8_case(67, dtype, device=device)
+            if device == "cpu":
+                x = (
+                    x * 32
+                ).round() / 32  # sums of a rotation are exact: some processors add up one row in another order
             whole = int8_linear(x, weight, scale, bias, group)
             for sizes in ((33, 34), (1, 66), (1, 2, 64), (16, 17, 34)):
                 parts = [int8_linear(part, weight, scale, bias, group) for part in x.split(sizes)]
