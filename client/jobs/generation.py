@@ -110,7 +110,7 @@ class GenerationJob(OfOneProcess):
         return self._result
 
     def denoised(self) -> torch.Tensor:
-        """Copy the clean latents that the last step predicted: call it between two events, after the first ``StepDone``.
+        """Copy the clean latents that the last step predicted: call it between two events, after a ``StepDone``.
 
         They have shape, device and dtype of the latents. The workers may write those of the next step at the same
         time, so the copy may contain parts of both.
