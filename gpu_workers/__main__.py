@@ -55,11 +55,12 @@ def main() -> int:
             if not line:
                 return 0
             options = parse(msgspec.json.decode(line, type=list[str]))
+            gpus = preload.count_gpus()  # again: the group may have ended because one was lost
         else:
             options = parse(sys.argv[1:])
-            preload.preload(preload.FOR_RANKS)
+            gpus = preload.preload(preload.FOR_RANKS)
         logging.getLogger().setLevel(options.log_level.upper())
-        return leader.lead(options, outside.attempts)
+        return leader.lead(options, gpus, outside.attempts)
     except Exception as error:
         if not isinstance(error, XditdError):
             logger.exception("the leader failed")

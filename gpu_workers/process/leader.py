@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 CPU_WORKERS = 2
 
 
-def lead(options: Options, attempts: Sequence[str]) -> int:
-    """Run the group until it ends; return the exit status.
+def lead(options: Options, gpus: int, attempts: Sequence[str]) -> int:
+    """Run the group until it ends, where torch sees ``gpus`` GPUs; return the exit status.
 
     ``attempts`` are the connections to other hosts that this process has tried so far; the ranks count them, too.
 
@@ -41,7 +41,6 @@ def lead(options: Options, attempts: Sequence[str]) -> int:
         RequestError: the configuration cannot work here; a restart would not help.
         WorkersLost: a rank has failed.
     """
-    gpus, can_fork = preload.count_gpus()
     devices = choose_devices(options, gpus)
     hidden = sorted(Path("/dev").glob("nvidia[0-9]*"))
     if options.device == "auto" and not gpus and hidden:
@@ -51,8 +50,7 @@ def lead(options: Options, attempts: Sequence[str]) -> int:
         )
     choice = layout_choice.choose_layout(len(devices), options.degrees)
     logger.info("layout chosen workers=%d layout=%s reason=%s", len(devices), choice.degrees, choice.reason)
-    has_cuda = not can_fork or preload.has_opened_gpu()
-    why_not = "an import has opened CUDA" if has_cuda else preload.find_threads()
+    why_not = "an import has opened CUDA" if preload.has_opened_gpu() else preload.find_threads()
     if why_not:
         logger.warning("%s: ranks are spawned, and import everything again", why_not)
     return _run(options, choice, devices, "spawn" if why_not else "fork", attempts)

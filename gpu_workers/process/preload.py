@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
@@ -65,24 +65,26 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that xfuser calls
 
 
-def preload(names: tuple[str, ...]) -> None:
+def preload(names: tuple[str, ...]) -> int:
     """Import modules in the leader, and make their objects permanent, so that ranks share their pages.
 
     Call before ranks are forked. Nothing of ours opens CUDA here; whether a library has is known from
-    :func:`has_opened_gpu` and :func:`count_gpus`.
+    :func:`has_opened_gpu`. Returns the number of GPUs that torch sees, which another process counts meanwhile.
 
     Raises:
         WorkersLost: the GPUs cannot be counted.
     """
     began_s = time.perf_counter()
     quiet_libraries()
-    with without_collections(), _without_driver():
+    with without_collections(), _without_driver() as count:
         lean_imports.leave_out_peft()
         lean_imports.defer_packages()
         import_all(names)
         command_decoder.warm_up()
+        gpus = count.result()
     atexit.register(gc.unfreeze)  # else triton's bindings report leaks at exit
     logger.info("leader has imported what ranks share imports_s=%.2f", time.perf_counter() - began_s)
+    return gpus
 
 
 def has_opened_gpu() -> bool:
@@ -128,7 +130,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _without_driver() -> Iterator[None]:
+def _without_driver() -> Iterator[_Count]:
     """Tell libraries that ask for GPUs while they are imported what another process has counted.
 
     diffusers asks, through ``torch.accelerator``. CUDA would not survive a fork, and what a process has of NVML is not
@@ -140,12 +142,12 @@ def _without_driver() -> Iterator[None]:
     Raises:
         WorkersLost: the other process did not answer.
     """
-    gpus, _ = count_gpus()
+    count = _Count()
     before, own = os.environ.get(_NVML_CHECK), getattr(torch.cuda, _NVML_COUNT, None)
     os.environ[_NVML_CHECK] = "1"
-    setattr(torch.cuda, _NVML_COUNT, lambda: gpus)
+    setattr(torch.cuda, _NVML_COUNT, count.result)
     try:
-        yield
+        yield count
     finally:
         if own is None:
             delattr(torch.cuda, _NVML_COUNT)
@@ -168,38 +170,55 @@ def without_collections() -> Iterator[None]:
         gc.freeze()
 
 
-def count_gpus() -> tuple[int, bool]:
-    """Return the number of GPUs that torch sees, and whether ranks can be forked from this process.
-
-    A forked process counts: the driver's library, once opened, stays in the process that opened it.
+def count_gpus() -> int:
+    """Return the number of GPUs that torch sees.
 
     Raises:
-        WorkersLost: that process did not answer.
+        WorkersLost: the process that counts them did not answer.
     """
-    fork = multiprocessing.get_context("fork")
-    reader, writer = fork.Pipe(duplex=False)
-    process = fork.Process(target=_count_gpus, args=(writer, os.getpid()), daemon=True)
-    process.start()
-    writer.close()
-    try:
-        answer = reader.recv_bytes(maxlength=64).decode()
-    except EOFError:
-        answer = ""
-    process.join()
-    reader.close()
-    if process.exitcode or not answer:
-        status = process.exitcode or 0
-        unexplained = f" {UNEXPLAINED}" if status >= 0 else ""
-        raise WorkersLost(f"the process that counts GPUs {describe_exit(status)}{unexplained}")
-    count, is_opened = answer.split()
-    return int(count), is_opened == "0"
+    return _Count().result()
+
+
+class _Count:
+    """The number of GPUs, which a forked process counts: the driver's library stays in the process that opened it."""
+
+    def __init__(self) -> None:
+        fork = multiprocessing.get_context("fork")
+        self._reader, writer = fork.Pipe(duplex=False)
+        self._process = fork.Process(target=_count_gpus, args=(writer, os.getpid()), daemon=True)
+        self._process.start()
+        writer.close()
+        self._answer: str | None = None
+
+    def result(self) -> int:
+        """Wait for the number.
+
+        Raises:
+            WorkersLost: the process did not answer.
+        """
+        if self._answer is None:
+            try:
+                self._answer = self._reader.recv_bytes(maxlength=64).decode()
+            except EOFError:
+                self._answer = ""
+            self._process.join()
+            self._reader.close()
+        if self._process.exitcode or not self._answer:
+            status = self._process.exitcode or 0
+            unexplained = f" {UNEXPLAINED}" if status >= 0 else ""
+            raise WorkersLost(f"the process that counts GPUs {describe_exit(status)}{unexplained}")
+        return int(self._answer)
 
 
 def find_threads() -> str:
-    """Say which other threads run in this process after :func:`count_gpus`, which stops those of OpenBLAS; else ``""``.
+    """Say which other threads run in this process after a fork, which stops those of OpenBLAS; else ``""``.
 
     A forked rank would have none of them, but the locks that they hold, which nobody would release.
     """
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
     end_s = time.monotonic() + _THREAD_END_S
     while others := [name for thread, name in _threads() if thread != os.getpid()]:
         if time.monotonic() > end_s:
@@ -219,7 +238,4 @@ def _threads() -> Iterator[tuple[int, str]]:
 
 def _count_gpus(writer: Connection, leader_pid: int) -> None:
     die_with_parent(leader_pid)
-    # True where the parent had opened CUDA before the fork.
-    is_opened: Callable[[], bool] = torch.cuda._is_in_bad_fork
-    was_opened = is_opened()
-    writer.send_bytes(f"{torch.cuda.device_count()} {int(was_opened)}".encode())
+    writer.send_bytes(str(torch.cuda.device_count()).encode())

@@ -55,10 +55,9 @@ def test_gpus_that_torch_does_not_see_are_named(
 ) -> None:
     """``CUDA_VISIBLE_DEVICES`` names others, or the driver is broken: nothing else would say why workers are slow."""
     monkeypatch.setattr(Path, "glob", lambda *_: iter([Path("/dev/nvidia0"), Path("/dev/nvidia1")]))
-    monkeypatch.setattr(leader.preload, "count_gpus", lambda: (0, True))
     monkeypatch.setattr(leader, "_run", lambda *_: 0)
     options: Any = SimpleNamespace(device=device, workers="auto", degrees={})
-    assert leader.lead(options, []) == 0
+    assert leader.lead(options, 0, []) == 0
     assert ("torch sees none of this machine's 2 GPUs" in caplog.text) is is_told
 
 

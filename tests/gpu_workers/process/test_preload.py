@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from xditd.daemon.groups.worker_environment import worker_environment
-from xditd.gpu_workers.process import preload
+from xditd.gpu_workers.process import leader, preload
 from xditd.ipc.errors import WorkersLost
 from xditd.ipc.worker_messages import UNEXPLAINED
 
@@ -75,12 +75,12 @@ def test_commands_are_analysed_before_ranks_are_forked(monkeypatch: pytest.Monke
 @pytest.mark.gpu
 def test_a_forked_rank_opens_its_gpu() -> None:
     found = run(FORKED)
-    assert found == {"counted": [torch.cuda.device_count(), True], "opened": False, "sum in a forked rank": "6.0"}
+    assert found == {"counted": torch.cuda.device_count(), "opened": False, "sum in a forked rank": "6.0"}
 
 
 def test_the_leader_opens_no_cuda_and_forks_with_one_thread() -> None:
     found = run(PROGRAM)
-    assert found.pop("counted")[1] is True
+    assert found.pop("counted") == torch.cuda.device_count()
     assert found == {"asked": [], "xfuser": [], "asked by the leader": [], "threads": "", "devices": []}
 
 
@@ -128,9 +128,12 @@ def test_libraries_that_ask_for_a_gpu_are_told_what_another_process_has_counted(
 
 
 def test_ranks_are_spawned_where_an_import_has_opened_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert preload.count_gpus() == (3, False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert preload.has_opened_gpu()
+    methods: list[str] = []
+    monkeypatch.setattr(leader, "_run", lambda options, choice, devices, method, attempts: methods.append(method) or 0)
+    leader.lead(SimpleNamespace(device="cpu", workers=2, degrees={}), 0, [])
+    assert methods == ["spawn"]
 
 
 def test_torchs_compiler_starts_no_processes_in_ranks() -> None:
@@ -157,7 +160,7 @@ def test_cuda_that_another_library_has_opened_is_seen() -> None:
     assert run("""
 import ctypes, json, torch
 from xditd.gpu_workers.process import preload
-before = preload.count_gpus()[0], preload.has_opened_gpu()
+before = preload.count_gpus(), preload.has_opened_gpu()
 assert ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
 print(json.dumps([before[0] > 0, before[1], torch.cuda.is_initialized(), preload.has_opened_gpu()]))
 """) == [True, False, False, True]
@@ -190,15 +193,15 @@ from xditd.gpu_workers.process import leader, preload
 asked = []
 leader._run = lambda options, choice, devices, method, attempts: asked.append(method) or 0
 options = SimpleNamespace(device="cpu", workers=2, degrees={})
-leader.lead(options, [])
+leader.lead(options, 0, [])
 end = threading.Event()
 thread = threading.Thread(target=end.wait)
 thread.start()
-leader.lead(options, [])
+leader.lead(options, 0, [])
 threads = preload.find_threads()
 end.set()
 thread.join()
-leader.lead(options, [])
+leader.lead(options, 0, [])
 print(json.dumps({"methods": asked, "threads": threads}))
 """)
     assert found["methods"] == ["fork", "spawn", "fork"]
