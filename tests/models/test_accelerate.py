@@ -12,7 +12,7 @@ import torch
 from pipeline_entries import PIPELINES
 from pipeline_entry import PipelineEntry
 from refusals import LOCAL_MODELS, REFUSED_PIPELINES
-from rounding import assert_rounding, disturb
+from rounding import assert_rounding, disturbed
 from running_daemon import RunningDaemon
 
 from xditd.client import Unsupported, accelerate
@@ -81,8 +81,8 @@ def largest_errors(found: list[torch.Tensor], expected: list[torch.Tensor]) -> t
 def run_disturbed(entry: PipelineEntry, seed: int) -> list[torch.Tensor]:
     """Return the results of this process if each result of a layer is wrong by up to its last bit."""
     pipe = entry.build()
-    disturb((getattr(pipe, name) for name in entry.components), seed)
-    return entry.run(pipe)
+    with disturbed((getattr(pipe, name) for name in entry.components), seed):
+        return entry.run(pipe)
 
 
 def models_of(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -14,7 +14,7 @@ from class_entries import ENTRIES
 from class_entry import Random
 from lora_files import Lora
 from nested_values import tensors_of
-from rounding import BAR, assert_rounding, disturb
+from rounding import BAR, assert_rounding, disturbed
 from running_daemon import RunningDaemon
 
 from xditd.client import BadRequest, Client, Unsupported
@@ -99,8 +99,8 @@ def baked(entry: Any, loras: list[tuple[Lora, float]]) -> torch.nn.Module:
 
 def error_of_disturbed(entry: Any, loras: list[tuple[Lora, float]], expected: Any, seed: int) -> float:
     model = baked(entry, loras)
-    disturb([model], seed)
-    return error(run(model, entry), expected)
+    with disturbed([model], seed):
+        return error(run(model, entry), expected)
 
 
 def test_other_names_and_components_are_refused_by_name(connected: Client) -> None:

@@ -22,6 +22,7 @@ from class_entries import ENTRIES
 from interpreted_graphs import InterpretedGraphs
 from plan_cases import Case, cases_of, tensors_of
 from planned_ranks import fork_ranks
+from rounding import SEEDS, disturbed
 
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
@@ -81,8 +82,13 @@ def run_case(case: Case, blocks: CompiledBlocks | str, planned: PlannedModule | 
     # One rank with compiled blocks, the others without.
     mixed = tuple(tensors_of(blocks.run(case.name, call) if ranks.rank == 0 else call()))
     after = tuple(tensors_of(call()))
+    by_seed = []
+    for seed in SEEDS:
+        with disturbed([case.model], seed):
+            by_seed.append(error(tuple(tensors_of(call())), eager))
     return {
         "reason": blocks.state(case.name).reason,
+        "disturbed": by_seed,
         "error": max(error(compiled, eager), error(mixed, eager)),
         "compiled": counts[0],
         "eager": counts[1],

@@ -6,7 +6,8 @@ one processor or too wide on another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -14,10 +15,12 @@ LAST_BIT = 2.0**-23
 """The distance of two neighbours in float32, relative to them."""
 
 BAR = 1e-6
+SEEDS = range(3)
 
 
-def disturb(models: Iterable[torch.nn.Module], seed: int) -> None:
-    """From now on, let each result in float32 of a layer of these models be wrong by up to its last bit, at random."""
+@contextlib.contextmanager
+def disturbed(models: Iterable[torch.nn.Module], seed: int) -> Iterator[None]:
+    """Let each result in float32 of a layer of these models be wrong by up to its last bit, at random."""
     generator = torch.Generator().manual_seed(seed)
 
     def hook(module: torch.nn.Module, args: object, output: object) -> object:
@@ -25,10 +28,11 @@ def disturb(models: Iterable[torch.nn.Module], seed: int) -> None:
             return output * (1 + LAST_BIT * (2 * torch.rand(output.shape, generator=generator) - 1))
         return None
 
-    for model in models:
-        for layer in model.modules():
-            if not list(layer.children()):
-                layer.register_forward_hook(hook)
+    layers = [layer for model in models for layer in model.modules() if not list(layer.children())]
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    yield
+    for each in hooks:
+        each.remove()
 
 
 def assert_rounding(error: float, disturbed_error: Callable[[int], float]) -> None:
@@ -36,8 +40,8 @@ def assert_rounding(error: float, disturbed_error: Callable[[int], float]) -> No
 
     Args:
         error: relative, of the largest value.
-        disturbed_error: returns this error of a run with :func:`disturb`, by the seed.
+        disturbed_error: returns this error of a run with :func:`disturbed`, by the seed.
     """
     assert error <= 5e-5
     if error > BAR:
-        assert error <= 2 * max(disturbed_error(seed) for seed in range(3))
+        assert error <= 2 * max(map(disturbed_error, SEEDS))
