@@ -27,6 +27,7 @@ GUARDED: Final = (
     "bfloat16",
     "_apply",
     "__deepcopy__",
+    "__getstate__",
     "fuse_qkv_projections",
     "fuse_lora",
     "unfuse_lora",

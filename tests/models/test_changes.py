@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from multiprocessing.reduction import ForkingPickler
+import pickle
 
 import diffusers
 import pytest
 import torch
+from class_entry import Random
 from fault_parts import embedded_call, same
 from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
 from followed_changes import FOLLOWED, Followed, write_parameter
@@ -137,9 +138,33 @@ def test_deep_copy_runs_in_this_process(client: Client) -> None:
         expected = flux()
         write_parameter(expected)
         assert same(run_plain(other), run_plain(expected))
+        other.transformer = pickle.loads(pickle.dumps(pipe.transformer))
+        write_parameter(other)
+        assert same(run_plain(other), run_plain(expected))
         assert fast.calls["transformer"] == calls
-        with pytest.raises(Unsupported, match="cannot be pickled"):
-            ForkingPickler.dumps(pipe.transformer)
+
+
+def test_shallow_copy_runs_in_this_process(client: Client) -> None:
+    """Its own attributes count: the workers know those of the module of which it is a copy."""
+    pipe, expected = flux(), flux()
+    latents = Random(5).normal(1, 4, 16, 16)
+    with accelerate(pipe, components=("vae",), client=client) as fast, torch.no_grad():
+        other = copy.copy(pipe.vae)
+        for each in (other, expected.vae):
+            each.enable_tiling()
+            each.tile_sample_min_size, each.tile_latent_min_size = 8, 4
+        assert torch.equal(other.decode(latents).sample, expected.vae.decode(latents).sample)
+        assert not torch.equal(pipe.vae.decode(latents).sample, expected.vae.decode(latents).sample)
+        assert fast.calls["vae"] == 1
+    assert not {"__getstate__", "decode"} & vars(pipe.vae).keys()
+
+
+def test_module_on_the_meta_device_is_refused_by_name(client: Client) -> None:
+    pipe = flux()
+    with accelerate(pipe, client=client):
+        pipe.transformer.to("meta")
+        with pytest.raises(Unsupported, match=r"transformer: its weights are on the meta device.*remove_all_hooks"):
+            run_plain(pipe)
 
 
 def test_another_pipeline_with_the_same_module(client: Client) -> None:

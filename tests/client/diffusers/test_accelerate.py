@@ -17,6 +17,9 @@ from xditd.client import BadRequest, DaemonUnreachable, accelerate
         ({"components": "transformer"}, r"give a tuple of names, \('transformer',\)"),
         ({"components": ("transformer", "scheduler")}, "scheduler of FluxPipeline is a FlowMatchEuler"),
         ({"components": ("transformr",)}, "FluxPipeline has no attribute 'transformr'; it has transformer, vae"),
+        ({"components": 3}, "components: 3; give a tuple of names"),
+        ({"components": (3,)}, r"components: \(3,\); give a tuple of names"),
+        ({"wait_s": -1}, "wait_s"),
         ({"components": ("text_encoder",)}, "text_encoder of FluxPipeline is None, no model; it has transformer, vae"),
     ],
 )
