@@ -116,7 +116,8 @@ def unaccelerate(pipe: Any) -> None:
 
     found = [pipe] if isinstance(pipe, torch.nn.Module) else list(getattr(pipe, "__dict__", {}).values())
     models = [each for each in found if isinstance(each, torch.nn.Module)]
-    models += [each._orig_mod for each in models if type(each).__name__ == "OptimizedModule"]
+    compiled = [each for each in models if type(each).__name__ == "OptimizedModule"]
+    models += [part for each in compiled for part in each.children()]
     models += [part for each in models for part in getattr(each, "nets", ())]
     # The order of the models: a set of owners would have none.
     owners = {

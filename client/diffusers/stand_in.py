@@ -127,7 +127,7 @@ class StandIn:
             self._install()
 
     def _install(self) -> None:
-        for name in self._replaced:
+        for name in (*self._methods, *self._replaced):  # the methods first: they show what is accelerated already
             check_not_replaced(self.module, name, self.name)
         lent = self._lend(None)
         if self._placeholders is not None:

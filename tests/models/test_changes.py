@@ -14,7 +14,7 @@ from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
 from followed_changes import FOLLOWED, Followed, write_parameter
 from refused_changes import REFUSED, Refused, hook_block
 
-from xditd.client import Client, Unsupported, XditdError, accelerate
+from xditd.client import Client, Unsupported, XditdError, accelerate, unaccelerate
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
@@ -165,6 +165,16 @@ def test_module_on_the_meta_device_is_refused_by_name(client: Client) -> None:
         pipe.transformer.to("meta")
         with pytest.raises(Unsupported, match=r"transformer: its weights are on the meta device.*remove_all_hooks"):
             run_plain(pipe)
+
+
+def test_model_that_was_compiled_in_the_pipeline_is_given_back(client: Client) -> None:
+    pipe = flux()
+    model = pipe.transformer
+    fast = accelerate(pipe, client=client)
+    pipe.transformer = torch.compile(model, backend="eager")
+    unaccelerate(pipe)
+    assert repr(fast) == "<Accelerated closed>"
+    assert "forward" not in vars(model)
 
 
 def test_another_pipeline_with_the_same_module(client: Client) -> None:

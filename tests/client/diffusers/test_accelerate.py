@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from flux_pipelines import flux
 
-from xditd.client import BadRequest, DaemonUnreachable, accelerate
+from xditd.client import BadRequest, Client, DaemonUnreachable, accelerate
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,11 @@ from xditd.client import BadRequest, DaemonUnreachable, accelerate
 def test_wrong_arguments_are_named(arguments, text, tmp_path) -> None:
     with pytest.raises(BadRequest, match=text):
         accelerate(flux(), runtime_dir=tmp_path, **arguments)
+
+
+def test_a_client_and_a_folder_are_refused(tmp_path) -> None:
+    with pytest.raises(BadRequest, match="the client has a daemon already: give one of the two"):
+        accelerate(flux(), client=object.__new__(Client), runtime_dir=tmp_path)
 
 
 def test_pipeline_without_a_denoiser_is_refused(tmp_path) -> None:
