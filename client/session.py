@@ -130,6 +130,7 @@ class Session:
             label=manifest.label,
             copied_here=offer.copied,
             timings_ms=timings,
+            allows_family=manifest.module is None or manifest.module.allows_family,
         )
         logger.info(
             "component lent label=%s component_id=%s family=%s tiers=%s lent_bytes=%d copied_bytes=%d "

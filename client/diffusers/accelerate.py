@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from xditd.client.waiting import check_seconds
 from xditd.ipc.errors import BadRequest, Unsupported, XditdError
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def accelerate(
     modules = _modules_of(pipe, components, torch.nn.Module)
     if client is not None and not isinstance(client, Client):
         raise BadRequest(f"client: a {type(client).__name__}; give a Client, or the daemon's folder as runtime_dir")
+    if client is not None and runtime_dir is not None:
+        raise BadRequest(f"runtime_dir: {runtime_dir!r:.100}, and the client has a daemon already: give one of the two")
+    check_seconds("wait_s", wait_s)
     owns_client = client is None
     client = client or Client(runtime_dir, name="diffusers", wait_s=wait_s)
     accelerated = Accelerated(client, owns_client=owns_client)
@@ -110,8 +114,10 @@ def unaccelerate(pipe: Any) -> None:
 
     from xditd.client.diffusers.replaced_method import ReplacedMethod
 
-    found = [pipe] if isinstance(pipe, torch.nn.Module) else list(vars(pipe).values())
+    found = [pipe] if isinstance(pipe, torch.nn.Module) else list(getattr(pipe, "__dict__", {}).values())
     models = [each for each in found if isinstance(each, torch.nn.Module)]
+    compiled = [each for each in models if type(each).__name__ == "OptimizedModule"]
+    models += [part for each in compiled for part in each.children()]
     models += [part for each in models for part in getattr(each, "nets", ())]
     # The order of the models: a set of owners would have none.
     owners = {
@@ -158,9 +164,12 @@ class Accelerated:
 
         Raises:
             LeaseLost: with ``keep="daemon"``, weights were lost with the workers; names the models.
+            BadRequest: called within a call of the same thread, by a signal handler.
         """
         if self._is_closed:
             return
+        for each in self._stand_ins.values():
+            each.check_not_calling()
         self._is_closed = True
         try:
             with contextlib.ExitStack() as stack:  # all of them are removed, also if one fails
@@ -210,6 +219,8 @@ def _modules_of(pipe: Any, components: Sequence[str] | None, kind: type) -> dict
     if not components:
         raise BadRequest("components: no name is given; name models of the pipeline, or leave components out")
     modules = {}
+    if not isinstance(components, Iterable) or not all(isinstance(each, str) for each in components):
+        raise BadRequest(f"components: {components!r:.100}; give a tuple of names of the pipeline's models")
     for name in components:
         each = getattr(pipe, name, None)
         if not isinstance(each, kind):

@@ -27,6 +27,10 @@ GUARDED: Final = (
     "bfloat16",
     "_apply",
     "__deepcopy__",
+    "__getstate__",
+    "fuse_qkv_projections",
+    "fuse_lora",
+    "unfuse_lora",
 )
 """Methods that would read, write or move the weights."""
 
@@ -37,11 +41,13 @@ class Placeholders:
     def __init__(self, module: torch.nn.Module, name: str) -> None:
         self._module = module
         self._name = name
+        self._parameters = dict(module.named_parameters())
+        """By the names that they have in the daemon, which a change of the module does not change."""
         self._installed: dict[str, Any] = {}
 
     def install(self) -> None:
         """Free the parameters' memory. The module's methods in :data:`GUARDED` then raise ``Unsupported``."""
-        for parameter in self._module.parameters():
+        for parameter in self._parameters.values():
             # Not a number: nothing that computes with it in this process gives a plausible result.
             value = math.nan if parameter.is_floating_point() or parameter.is_complex() else 0
             parameter.data = parameter.data.new_full((), value).expand(parameter.shape)
@@ -78,7 +84,7 @@ class Placeholders:
         )
 
     def _read(self, client: Client, loan: Loan) -> None:
-        read_tensors(client, loan, dict(self._module.named_parameters()))
+        read_tensors(client, loan, self._parameters)
         for name, installed in self._installed.items():
             if vars(self._module).get(name) is installed:
                 del vars(self._module)[name]

@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 
@@ -18,8 +18,7 @@ class ReplacedMethod:
     """Calls ``run`` with itself and the arguments. ``original`` is the method as the module had it.
 
     ``owner`` is the ``Accelerated`` that the module belongs to; the module keeps it alive.
-    Pipelines read its signature to see which arguments a model takes. A deep copy of the module gets the method of its
-    class, and so runs in this process. It cannot be pickled.
+    Pipelines read its signature to see which arguments a model takes. It cannot be pickled.
     """
 
     def __init__(
@@ -86,6 +85,31 @@ class ReplacedMethod:
             f"{type(self._module).__name__}: it runs in the workers and cannot be pickled; leave the accelerate block "
             "first, or save its state_dict()"
         )
+
+
+GET_STATE: Final = "__getstate__"
+
+
+class StateWithoutMethods:
+    """The ``__getstate__`` of a module: copies of it have the methods of their class, and so run in this process.
+
+    Without it, the methods of a shallow copy would run the module of which it is a copy.
+    Source: Python, "Pickling Class Instances"; ``copy.copy``, ``copy.deepcopy`` and pickle ask the instance for it.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def __call__(self) -> dict[str, Any]:
+        attributes = vars(self._module).items()
+        return {name: each for name, each in attributes if not isinstance(each, (ReplacedMethod, StateWithoutMethods))}
+
+    def install(self) -> None:
+        vars(self._module)[GET_STATE] = self
+
+    def remove(self) -> None:
+        if vars(self._module).get(GET_STATE) is self:
+            del vars(self._module)[GET_STATE]
 
 
 def check_not_replaced(module: torch.nn.Module, name: str, label: str) -> None:

@@ -25,7 +25,7 @@ from xditd.client.diffusers.changes import Snapshot
 from xditd.client.diffusers.code_origin import check_code
 from xditd.client.diffusers.numerics import current_numerics
 from xditd.client.diffusers.placeholders import GUARDED, Placeholders
-from xditd.client.diffusers.replaced_method import ReplacedMethod, check_not_replaced
+from xditd.client.diffusers.replaced_method import GET_STATE, ReplacedMethod, StateWithoutMethods, check_not_replaced
 from xditd.client.diffusers.tensor_checks import check_tensors
 from xditd.client.jobs.held_tensors import HeldTensor
 from xditd.client.loans import Loan
@@ -92,7 +92,8 @@ class StandIn:
         self._pid = os.getpid()
         self._placeholders = None if keeps_weights else Placeholders(module, name)
         names = tuple(each for each in METHODS if callable(getattr(type(module), each, None)))
-        self._replaced = frozenset({*names, *(() if keeps_weights else GUARDED)})
+        self._replaced = frozenset({*names, *((GET_STATE,) if keeps_weights else GUARDED)})
+        self._state = StateWithoutMethods(module)
         self._methods = {each: ReplacedMethod(module, each, self._call, owner) for each in names}
         self._lent: _Lent | None = None
         self._has_branches = keeps_weights
@@ -103,7 +104,8 @@ class StandIn:
         """All loans, which the finalizer returns: it has no reference to the module."""
         self._finalizer: weakref.finalize[..., StandIn] | None = None
         self._is_removed = False
-        self._running = 0
+        self._running: list[int] = []
+        """The threads of running calls."""
         self._changed = threading.Condition()
         """Guards the fields; notified when a call ends."""
         self._lending = threading.Lock()
@@ -125,7 +127,7 @@ class StandIn:
             self._install()
 
     def _install(self) -> None:
-        for name in self._replaced:
+        for name in (*self._methods, *self._replaced):  # the methods first: they show what is accelerated already
             check_not_replaced(self.module, name, self.name)
         lent = self._lend(None)
         if self._placeholders is not None:
@@ -142,6 +144,20 @@ class StandIn:
         self._finalizer.atexit = False  # the daemon sees the process end
         for method in self._methods.values():
             method.install()
+        if self._placeholders is None:
+            self._state.install()
+
+    def check_not_calling(self) -> None:
+        """Refuse to wait for a call of this very thread, which a signal handler has interrupted.
+
+        Raises:
+            BadRequest: such a call runs.
+        """
+        if threading.get_ident() in self._running:
+            raise BadRequest(
+                f"{self.name}: a call of it runs in this thread, which a signal handler cannot wait for: raise an "
+                "exception there, which ends the call, and give the model back after it"
+            )
 
     def remove(self) -> None:
         """Give the module back as it was, when its running calls have ended, and end its loan.
@@ -155,6 +171,7 @@ class StandIn:
                 self._changed.wait_for(lambda: not self._running)
         for method in self._methods.values():
             method.remove()
+        self._state.remove()
         if self._finalizer is not None:
             self._finalizer.detach()
         lent, self._lent = self._lent, None
@@ -175,14 +192,15 @@ class StandIn:
             )
         with self._changed:
             is_removed = self._is_removed
-            self._running += not is_removed
+            if not is_removed:
+                self._running.append(threading.get_ident())
         if is_removed:  # the caller has kept the method beyond the block
             return method.original(*args, **kwargs)
         try:
             return self._run(method, args, kwargs)
         finally:
             with self._changed:
-                self._running -= 1
+                self._running.remove(threading.get_ident())
                 self._changed.notify_all()
 
     def _run(self, method: ReplacedMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,6 +208,11 @@ class StandIn:
         self._check_methods(method)
         self._check_gradients()
         device = _device_of(self.module)
+        if device.type == "meta":
+            raise Unsupported(
+                f"{self.name}: its weights are on the meta device: load them first; where sequential offloading has "
+                "put them there, pipe.remove_all_hooks() brings them back"
+            )
         numerics = current_numerics(device)
         lent = self._lent
         is_current, is_lost = True, False

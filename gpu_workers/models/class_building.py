@@ -6,6 +6,7 @@ refused by name.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Final
@@ -20,6 +21,8 @@ from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
 from xditd.ipc.transports.module_classes import find_class
 from xditd.ipc.transports.module_walk import CONFIG, HOOKS, OWN, class_name, version_of, walk_module
+
+logger = logging.getLogger(__name__)
 
 _SHOWN: Final = 3
 _ABSENT: Final = object()
@@ -49,6 +52,8 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
     found, _ = walk_module(module)
     if _comparable(found) == _comparable(state):
         return True
+    first = "; ".join(list(_differences(state, found))[:_SHOWN])
+    logger.info("a %s is not as its class makes it: %.600s", type(module).__name__, first)
     _set_submodules(module, state)
     _check_paths(module, state)
     found, _ = walk_module(module)

@@ -99,16 +99,20 @@ def _match_class(
     What a checkpoint holds of a module is only known once it is built; a checkpoint is given to families as it is.
     """
     if not described.state:
-        family = _match_family(tensors, models, compute_dtype) if described.allows_family else None
+        name = described.class_name
+        family = _match_family(tensors, models, compute_dtype, name) if described.allows_family else None
         if family is not None and (other := config_differences(described, family)):
             logger.info("runs as its class, not as %s, since it differs: %s", family.family.name, listed(other))
             family = None
         return family or class_models.match(described, tensors, compute_dtype)
     match = class_models.match(described, tensors)
-    if not described.allows_family or not match.model.is_as_made:
+    if not described.allows_family:
+        return match
+    if not match.model.is_as_made:
+        logger.info("%s runs as its class: it is not as its class makes it", described.class_name)
         return match
     saved = {name: info for name, info in tensors.items() if name in match.model.saved_names}
-    return _match_family(saved, models, compute_dtype) or match
+    return _match_family(saved, models, compute_dtype, described.class_name) or match
 
 
 _FREE: Final = frozenset({"sample_size", "force_upcast", "out_channels", "decoder_base_dim"})
@@ -138,9 +142,10 @@ def _plain(value: object) -> object:
 
 
 def _match_family(
-    tensors: Mapping[str, TensorInfo], models: ModelCache, compute_dtype: torch.dtype | None
+    tensors: Mapping[str, TensorInfo], models: ModelCache, compute_dtype: torch.dtype | None, class_name: str
 ) -> CheckpointMatch | None:
     try:
         return models.match(tensors, None, compute_dtype)
-    except (UnknownFamily, Unsupported, BadCheckpoint):
+    except (UnknownFamily, Unsupported, BadCheckpoint) as error:
+        logger.info("%s runs as its class, since no family runs it: %s", class_name, error.detail)
         return None

@@ -8,12 +8,13 @@ from multiprocessing.reduction import ForkingPickler
 import diffusers
 import pytest
 import torch
+from class_entry import Random
 from fault_parts import embedded_call, same
 from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
 from followed_changes import FOLLOWED, Followed, write_parameter
 from refused_changes import REFUSED, Refused, hook_block
 
-from xditd.client import Client, Unsupported, XditdError, accelerate
+from xditd.client import Client, Unsupported, XditdError, accelerate, unaccelerate
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
@@ -137,9 +138,42 @@ def test_deep_copy_runs_in_this_process(client: Client) -> None:
         expected = flux()
         write_parameter(expected)
         assert same(run_plain(other), run_plain(expected))
-        assert fast.calls["transformer"] == calls
-        with pytest.raises(Unsupported, match="cannot be pickled"):
-            ForkingPickler.dumps(pipe.transformer)
+        assert ForkingPickler.dumps(pipe.transformer)
+        assert same(run_plain(pipe), run_plain(flux()))
+        assert fast.calls["transformer"] == 2 * calls
+
+
+def test_shallow_copy_runs_in_this_process(client: Client) -> None:
+    """Its own attributes count: the workers know those of the module of which it is a copy."""
+    pipe, expected = flux(), flux()
+    latents = Random(5).normal(1, 4, 16, 16)
+    with accelerate(pipe, components=("vae",), client=client) as fast, torch.no_grad():
+        other = copy.copy(pipe.vae)
+        for each in (other, expected.vae):
+            each.enable_tiling()
+            each.tile_sample_min_size, each.tile_latent_min_size = 8, 4
+        assert torch.equal(other.decode(latents).sample, expected.vae.decode(latents).sample)
+        assert not torch.equal(pipe.vae.decode(latents).sample, expected.vae.decode(latents).sample)
+        assert fast.calls["vae"] == 1
+    assert not {"__getstate__", "decode"} & vars(pipe.vae).keys()
+
+
+def test_module_on_the_meta_device_is_refused_by_name(client: Client) -> None:
+    pipe = flux()
+    with accelerate(pipe, client=client):
+        pipe.transformer.to("meta")
+        with pytest.raises(Unsupported, match=r"transformer: its weights are on the meta device.*remove_all_hooks"):
+            run_plain(pipe)
+
+
+def test_model_that_was_compiled_in_the_pipeline_is_given_back(client: Client) -> None:
+    pipe = flux()
+    model = pipe.transformer
+    fast = accelerate(pipe, client=client)
+    pipe.transformer = torch.compile(model, backend="eager")
+    unaccelerate(pipe)
+    assert repr(fast) == "<Accelerated closed>"
+    assert "forward" not in vars(model)
 
 
 def test_another_pipeline_with_the_same_module(client: Client) -> None:

@@ -19,7 +19,17 @@ from flux_pipelines import flux, flux_call, flux_transformer, run_plain
 from pipeline_entries import PIPELINES
 from running_daemon import RunningDaemon, until
 
-from xditd.client import Client, Closed, DaemonUnreachable, LeaseLost, OutOfMemory, Unsupported, accelerate
+from xditd.client import (
+    BadRequest,
+    Client,
+    Closed,
+    DaemonUnreachable,
+    LeaseLost,
+    OutOfMemory,
+    Unsupported,
+    accelerate,
+    unaccelerate,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
 
@@ -171,6 +181,25 @@ def test_block_left_while_a_call_runs(client: Client) -> None:
     assert torch.equal(found[0], expected)
     assert fast.calls == {"FluxTransformer2DModel": 1}
     assert torch.equal(transformer(**embedded_call())[0], expected)
+
+
+@torch.no_grad()
+def test_block_left_by_a_signal_handler_within_a_call(client: Client) -> None:
+    """A handler runs in the thread whose call it has interrupted, and would wait for that call without end."""
+    pipe = flux()
+    with accelerate(pipe, client=client) as fast:
+        check = fast._stand_ins["transformer"]._lent.snapshot.changes
+
+        def changes() -> list[str]:
+            for give_back in (fast.close, lambda: unaccelerate(pipe)):
+                with pytest.raises(BadRequest, match="transformer: a call of it runs in this thread"):
+                    give_back()
+            return check()
+
+        fast._stand_ins["transformer"]._lent.snapshot.changes = changes
+        assert same(run_plain(pipe), run_plain(flux()))
+        assert fast.calls == {"transformer": 2}
+    assert "forward" not in vars(pipe.transformer)
 
 
 class InCallbackError(Exception):

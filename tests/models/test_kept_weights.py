@@ -14,6 +14,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from fault_parts import embedded_call, fail, restart, same
 from flux_pipelines import flux, lora_weights, run_plain
+from peft import LoraConfig
 from pipeline_parts import seeded
 from running_daemon import RunningDaemon
 
@@ -82,6 +83,8 @@ def test_weights_are_freed_and_come_back(client: Client) -> None:
         ("half", lambda pipe: pipe.transformer.half()),
         ("_apply", lambda pipe: torch.nn.ModuleList([pipe.transformer]).bfloat16()),
         ("__deepcopy__", lambda pipe: copy.deepcopy(pipe.transformer)),
+        ("fuse_qkv_projections", lambda pipe: pipe.transformer.fuse_qkv_projections()),
+        ("fuse_lora", lambda pipe: pipe.transformer.fuse_lora()),
     ],
 )
 def test_use_of_kept_weights_is_refused(client: Client, name: str, use: Callable[[Any], object], tmp_path) -> None:
@@ -105,6 +108,20 @@ def test_change_of_a_kept_module_is_refused(client: Client) -> None:
             run_plain(pipe)
         norm.eps = before
         assert same(run_plain(pipe), run_plain(flux()))
+
+
+def test_weights_come_back_to_a_module_whose_parameters_have_other_names(client: Client) -> None:
+    pipe = flux()
+    with accelerate(pipe, client=client, keep="daemon"):
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
+        pipe.transformer.transformer_blocks.append(pipe.transformer.transformer_blocks.pop(0))
+        with pytest.raises(Unsupported, match=r"changed.* use keep='client'"):
+            run_plain(pipe)
+    pipe.transformer.delete_adapters("style")
+    pipe.transformer.unload_lora()
+    pipe.transformer.transformer_blocks.append(pipe.transformer.transformer_blocks.pop(0))
+    assert same(run_plain(pipe), run_plain(flux()))
+    assert not client.status().components
 
 
 def test_kept_weights_outlive_a_closed_client(one_worker: RunningDaemon) -> None:
