@@ -64,13 +64,15 @@ class AddressSpace:
             self._mappings.append(FileMapping(start, end, int(fields[2], 16), device, int(fields[4]), path))
         self._starts = [mapping.start for mapping in self._mappings]
 
+    def mapping_at(self, address: int) -> FileMapping | None:
+        """Find the mapping that contains an address."""
+        at = bisect_right(self._starts, address) - 1
+        return self._mappings[at] if at >= 0 and address < self._mappings[at].end else None
+
     def file_behind(self, address: int, size_bytes: int) -> FileMapping | None:
         """Find the mapping that contains an address range, if the path still names the file and no page was written."""
-        at = bisect_right(self._starts, address) - 1
-        if at < 0:
-            return None
-        mapping = self._mappings[at]
-        if address + size_bytes > mapping.end or not mapping.is_current():
+        mapping = self.mapping_at(address)
+        if mapping is None or address + size_bytes > mapping.end or not mapping.is_current():
             return None
         return mapping if _is_pristine(address, size_bytes) else None
 

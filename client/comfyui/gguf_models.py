@@ -18,6 +18,7 @@ import torch
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.packed_tensors import LendableTensors
 from xditd.client.comfyui.patcher import build_weightless, config_of, make_transformer_patcher, plain_names
+from xditd.client.comfyui.source_files import SourceFiles
 from xditd.client.comfyui.stock_dtypes import WeightDtype, compute_dtype
 from xditd.client.comfyui.weights import Edit, RemoteWeights
 from xditd.client.file_headers import read_header
@@ -60,6 +61,7 @@ class GgufWeights(RemoteWeights):
             compute_dtype=cast("ComputeDType", dtype_name(dtype)),
         )
         self._path = path
+        self._files = SourceFiles.at(path)
         self._shapes = dict(shapes)
         self._stored_bytes = stored_bytes
 
@@ -85,6 +87,7 @@ class GgufWeights(RemoteWeights):
 
         Raises:
             Unsupported: there are patches that cannot be branches.
+            StaleSource: the file was written or replaced since it was read.
         """
         if edits:
             raise Unsupported(
@@ -92,6 +95,8 @@ class GgufWeights(RemoteWeights):
                 f"remove them, or {_REMEDY}",
                 names=sorted(edits),
             )
+        if not (self._is_whole and self._loan is not None and self._loan.is_live):
+            self._files.check()
         return self.loan
 
     def _lend(self, _: Collection[str] | None = None) -> Loan:

@@ -23,6 +23,7 @@ from xditd.client.arenas import Arena
 from xditd.client.client import Client
 from xditd.client.comfyui.lent_loras import LentLoras
 from xditd.client.comfyui.packed_tensors import LendableTensors
+from xditd.client.comfyui.source_files import SourceFiles
 from xditd.client.loans import Loan, LoanWithLoras
 from xditd.ipc.errors import OutOfMemory, RequestError, Unsupported, XditdError
 from xditd.ipc.name_lists import listed
@@ -96,6 +97,7 @@ class RemoteWeights:
         self._merged: dict[str, tuple[Any, ...]] = {}
         self._loan: Loan | None = None
         self._loras = LentLoras(connect, kind, label)
+        self._files = SourceFiles.behind(self.lendable.tensors.values())
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
@@ -166,7 +168,13 @@ class RemoteWeights:
             self._loras.drop_hooked()
 
     def apply(self, edits: Mapping[str, Edit]) -> Loan:
-        """Lend the base tensors with ``edits`` merged; a no-op if they are lent like that."""
+        """Lend the base tensors with ``edits`` merged; a no-op if they are lent like that.
+
+        Raises:
+            StaleSource: the weights' file was written since it was loaded.
+        """
+        if not (self._is_whole and self._arena is not None):
+            self._files.check()
         stale = {name for name, edit in edits.items() if self._merged.get(name) != edit.recipe}
         gone = {name for name in self._merged if name not in edits}
         if not stale and not gone:
@@ -204,6 +212,7 @@ class RemoteWeights:
     def _write(self, stale: set[str], gone: set[str], edits: Mapping[str, Edit]) -> Collection[str]:
         """Merge ``stale`` tensors, restore those that are ``gone``, and return the names of all that were written."""
         assert self._arena is not None
+        self._files.check()
         names = sorted(stale | gone)
         # If a merge fails half way, the next apply has to write these tensors again, whatever its edits.
         self._merged.update(dict.fromkeys(names, _UNFINISHED))
@@ -226,6 +235,7 @@ class RemoteWeights:
 
     def _ensure_whole_arena(self) -> Arena:
         if self._arena is None:
+            self._files.check()
             self._arena = Arena.copy_of(self.base, self._device)
             logger.info(
                 "weights loaded label=%s device=%s bytes=%d load_ms=%.1f",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.comfyui.unsupported import is_empty
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.limits import MAX_STEPS
+from xditd.ipc.limits import MAX_GUIDANCE, MAX_STEPS
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,9 @@ class BaseModelAdapter:
             yield "conditioning without guidance (FluxDisableGuidance)"
 
     def loop_faults(self, part: Mapping[str, Any]) -> Iterator[str]:
-        yield from ()
+        guidance = part.get("guidance")
+        if self.has_guidance and guidance is not None and not 0.0 <= float(guidance) <= MAX_GUIDANCE:
+            yield f"guidance {float(guidance):g} is not from 0 to {MAX_GUIDANCE:g}"
 
     def method_faults(self, method: str | None) -> Iterator[str]:
         """Name ComfyUI's method of placing reference latents if the workers do not have it; ``None`` is the model's."""

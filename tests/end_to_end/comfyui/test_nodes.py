@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xditd.client import Unsupported
+from xditd.client import StaleSource, Unsupported
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
@@ -142,6 +143,28 @@ def test_unloading_takes_the_loan_back(comfy, daemon, remote, conditioning, ksam
 
 
 @torch.inference_mode()  # as ComfyUI runs its nodes
+def test_a_file_that_is_written_over_between_prompts(
+    comfy, connected, files, local, conditioning, ksample, latent, relative_error, tmp_path
+):
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    path = tmp_path / "x.safetensors"
+    shutil.copy(files.transformer, path)
+    model, given = load_unet(str(path)), (conditioning(1), conditioning(2))
+    ksample(model, *given, dict(latent))
+    tensors = {name: 0.5 * tensor for name, tensor in load_file(files.transformer).items()}
+    save_file(tensors, tmp_path / "new.safetensors")
+    path.write_bytes((tmp_path / "new.safetensors").read_bytes())
+    for _ in range(2):  # while it is lent, and when it would be lent again
+        with pytest.raises(StaleSource, match=r"x\.safetensors: changed since a loader read it .*queue again"):
+            ksample(model, *given, dict(latent))
+        comfy.comfy.model_management.unload_all_models()
+    halved = comfy.comfy.sd.load_diffusion_model(str(path))
+    expected = ksample(halved, *given, dict(latent))
+    assert relative_error(ksample(load_unet(str(path)), *given, dict(latent)), expected) <= 2e-6
+    assert relative_error(expected, ksample(local, *given, dict(latent))) > 1e-3
+
+
 def test_vae_decodes(vae, stock_vae, decoder_file, tmp_path, relative_error):
     from xditd.client.comfyui.nodes.vae_loader import load_vae
 

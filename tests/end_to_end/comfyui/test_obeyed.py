@@ -221,7 +221,13 @@ def ranged(comfy: Any, given: list[Any]) -> list[Any]:
     return [*first, *second]
 
 
+def guided(scale: float) -> Callable[[Any, list[Any]], list[Any]]:
+    return lambda _, given: [[given[0][0], {**given[0][1], "guidance": scale}]]
+
+
 CONDITIONS = {
+    "a guidance below zero": (guided(-3.0), plain, "guidance -3 is not from 0 to 1000", {}),
+    "a guidance above all others": (guided(5000.0), plain, "guidance 5000 is not from 0 to 1000", {}),
     "no pooled state": (without_pooled, plain, "fused", {}),
     "a pooled state that is too wide": (wide_pooled, plain, "fused", {}),
     "no pooled state, cfg": (without_pooled, without_pooled, "cfg 2", {"cfg": 2.0}),
