@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from xditd.client import Client, Unsupported
+from xditd.client import BadRequest, Client, Unsupported
 from xditd.client.demo import checkpoints
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
@@ -132,6 +132,26 @@ def test_conditioning_that_changes_the_model(remote, refused, conditioning, late
 
 
 PLANTS: dict[str, tuple[Callable[[Any], Any], str]] = {}
+
+
+OTHER_LATENTS = {
+    "channels": ((1, 4, 16, 16), r"has 4 channels, and this model's have 16 \(its shape is \[1, 4, 16, 16\]\); make it"),
+    "frames": ((1, 16, 1, 16, 16), "has 5 dimensions, and this model's have 4"),
+    "no rows": ((0, 16, 16, 16), "is empty"),
+    "no columns": ((1, 16, 16, 0), "is empty"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_LATENTS)
+def test_latents_of_another_model(what, comfy, remote, conditioning, ksample, xsample, daemon):
+    shape, said = OTHER_LATENTS[what]
+    given = {"samples": torch.ones(shape)}
+    comfy.comfy.model_management.unload_all_models()
+    with pytest.raises(BadRequest, match=rf"^XDiT: the latent {said}"):
+        ksample(remote, conditioning(1), conditioning(2), dict(given), cfg=2.0)
+    with pytest.raises(BadRequest, match=rf"^XDiT: the latent {said}"):
+        xsample(remote, latent_image=dict(given))
+    assert not daemon.status().components
 
 
 def plant(said: str) -> Callable[[Change], Change]:
