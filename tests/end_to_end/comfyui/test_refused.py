@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import comfyui_families
 import pytest
 import torch
 
@@ -135,7 +136,10 @@ PLANTS: dict[str, tuple[Callable[[Any], Any], str]] = {}
 
 
 OTHER_LATENTS = {
-    "channels": ((1, 4, 16, 16), r"has 4 channels, and this model's have 16 \(its shape is \[1, 4, 16, 16\]\); make it"),
+    "channels": (
+        (1, 4, 16, 16),
+        r"has 4 channels, and .* have 16 \(its shape is \[1, 4, 16, 16\]\); make it",
+    ),
     "frames": ((1, 16, 1, 16, 16), "has 5 dimensions, and this model's have 4"),
     "no rows": ((0, 16, 16, 16), "is empty"),
     "no columns": ((1, 16, 16, 0), "is empty"),
@@ -152,6 +156,21 @@ def test_latents_of_another_model(what, comfy, remote, conditioning, ksample, xs
     with pytest.raises(BadRequest, match=rf"^XDiT: the latent {said}"):
         xsample(remote, latent_image=dict(given))
     assert not daemon.status().components
+
+
+@pytest.mark.parametrize("name", ["flux1_dev", "flux2_klein", "qwen_image", "wan_text", "wan_vace", "z_image"])
+def test_texts_of_another_model(name, comfy, weightless, ksample, daemon):
+    variant = comfyui_families.VARIANTS[name]
+    ((embeds, extras),) = variant.text(2)
+    wide = [[torch.cat([embeds, embeds[..., :8]], dim=2), extras]]
+    channels = variant.text_channels
+    model = weightless(name)
+    with pytest.raises(
+        BadRequest, match=rf"^XDiT: the negative conditioning has .* {channels + 8} channels.* reads {channels}; encode"
+    ):
+        ksample(model, variant.text(1), wide, variant.latent(), cfg=2.0)
+    assert not daemon.status().components
+    assert ksample(model, variant.text(1), wide, variant.latent()).std() > 0  # which stock does not read at cfg 1
 
 
 def plant(said: str) -> Callable[[Change], Change]:
