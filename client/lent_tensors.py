@@ -11,7 +11,7 @@ from xditd.client.lent_memory import LentMemory
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.tensors import Block, TensorSpec
 from xditd.ipc.transports import cuda_ipc
-from xditd.ipc.transports.tensor_views import dtype_name
+from xditd.ipc.transports.tensor_views import dtype_name, memory_order
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,8 @@ def _copy_to_arenas(to_copy: Mapping[str, torch.Tensor], memory: LentMemory) -> 
 
 
 def _spec(name: str, tensor: torch.Tensor, block: int, offset_bytes: int) -> TensorSpec:
-    stride = None if tensor.is_contiguous() else tuple(tensor.stride())
+    is_in_order = tensor.is_contiguous() and memory_order(tensor) is None
+    stride = None if is_in_order else tuple(tensor.stride())
     return TensorSpec(
         name, dtype_name(tensor.dtype, f"tensor {name}"), tuple(tensor.shape), block, offset_bytes, stride
     )

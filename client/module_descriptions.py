@@ -69,5 +69,20 @@ def _config_of(module: Any) -> str:
         return str(module.to_json_string())
     config = module.config
     found = json.loads(config.to_json_string(use_diff=False))
-    found["attn_implementation"] = getattr(config, "_attn_implementation", None)
-    return json.dumps(found)
+    return json.dumps({**found, **implementations_of(config)})
+
+
+def implementations_of(config: Any) -> dict[str, Any]:
+    """Return which attention and experts a configuration of transformers chooses, which its JSON does not have.
+
+    A text, or texts by the names of its parts, and "" for itself, if one of them chooses otherwise.
+    Source: transformers, ``PreTrainedConfig._attn_implementation``.
+    """
+    found: dict[str, Any] = {}
+    for name in ("attn_implementation", "experts_implementation"):
+        own = getattr(config, f"_{name}", None)
+        parts = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", ())}
+        of_parts = {key: getattr(part, f"_{name}", None) for key, part in parts.items() if part is not None}
+        is_one = all(each == own for each in of_parts.values())
+        found[name] = own if is_one else {"": own, **of_parts}
+    return found

@@ -11,6 +11,7 @@ from xditd.client.base_layers import with_base_layers
 from xditd.client.diffusers.adapters import NO_ADAPTERS, Adapters, find_adapters
 from xditd.client.diffusers.code_origin import CodeRecord, namespaces_of
 from xditd.client.diffusers.shallow_record import Content, ShallowRecord, content_of
+from xditd.client.module_descriptions import implementations_of
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.transports.module_walk import walk_module
 
@@ -107,5 +108,5 @@ class Snapshot:
 def _config_of(module: torch.nn.Module) -> dict[str, Any]:
     """Return the configuration, which adapters change too."""
     config: Any = module.config
-    found = dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
+    found = dict(config) if isinstance(config, Mapping) else {**config.to_dict(), **implementations_of(config)}
     return {name: value for name, value in found.items() if name not in _WRITTEN_BY_DIFFUSERS}

@@ -23,6 +23,10 @@ HERE: Final = "the workers"
 """Where classes are looked for, as errors say it."""
 
 
+_CODE_CHOICES: Final = ("attn_implementation", "experts_implementation")
+"""The ends of settings of transformers that may name code in a hub, for a model or by the names of its parts."""
+
+
 def find_model_class(name: str) -> type[torch.nn.Module]:
     """Return a model class of diffusers or transformers.
 
@@ -103,7 +107,7 @@ def _limited_parameters() -> Iterator[None]:
 
 
 def _check_attention(config: Any) -> None:
-    """Check that no attention code is from a hub: transformers would load and run it when the module is built.
+    """Check that no code is from a hub: transformers would load and run it when the module is built.
 
     Raises:
         Unsupported: it is; the error names the setting.
@@ -113,8 +117,10 @@ def _check_attention(config: Any) -> None:
         each = pending.pop()
         if isinstance(each, dict):
             for key, value in each.items():
-                if key.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
-                    raise Unsupported(f"workers load no attention code from a hub, as {key} {value!r} needs")
+                if key.endswith(_CODE_CHOICES):
+                    given = value.values() if isinstance(value, dict) else (value,)
+                    if any(isinstance(each, str) and "/" in each for each in given):
+                        raise Unsupported(f"workers load no code from a hub, as {key} {value!r:.200} needs")
             pending += each.values()
         elif isinstance(each, list):
             pending += each

@@ -110,10 +110,11 @@ def _contiguous(shape: Sequence[int]) -> list[int]:
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Return the dimensions of a tensor from the outermost to the innermost in memory; ``None`` if in order.
 
-    Some kernels round differently for another order, such as channels last. A tensor with repeated elements (expanded)
-    counts as in order.
+    Some kernels round differently for another order, such as channels last, which they see by the strides also where
+    dimensions of one element make no difference in memory. A tensor with repeated elements (expanded) counts as in
+    order.
     """
-    if tensor.is_contiguous() or any(
+    if (tensor.is_contiguous() and tensor.ndim < 4) or any(  # torch has its memory formats from 4 dimensions on
         not step and side > 1 for side, step in zip(tensor.shape, tensor.stride(), strict=True)
     ):
         return None

@@ -12,7 +12,9 @@ from class_entry import Random
 from fault_parts import embedded_call, same
 from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
 from followed_changes import FOLLOWED, Followed, write_parameter
+from pipeline_parts import clip_text_encoder
 from refused_changes import REFUSED, Refused, hook_block
+from stable_diffusion_pipelines import TEXT_SIZE, unet
 
 from xditd.client import Client, Unsupported, XditdError, accelerate, unaccelerate
 
@@ -164,6 +166,33 @@ def test_module_on_the_meta_device_is_refused_by_name(client: Client) -> None:
         pipe.transformer.to("meta")
         with pytest.raises(Unsupported, match=r"transformer: its weights are on the meta device.*remove_all_hooks"):
             run_plain(pipe)
+
+
+@torch.no_grad()
+def test_memory_format_of_a_unet_is_followed(client: Client) -> None:
+    """Kernels of one element are in any order at once: torch takes their order from the strides."""
+    here, there = unet(cross_attention_dim=TEXT_SIZE), unet(cross_attention_dim=TEXT_SIZE)
+    call = (Random(1).normal(2, 4, 8, 8), 3, Random(2).normal(2, 5, TEXT_SIZE))
+    with accelerate(there, client=client):
+        assert torch.equal(there(*call).sample, here(*call).sample)
+        for each in (here, there):
+            each.to(memory_format=torch.channels_last)
+        found, expected = there(*call).sample, here(*call).sample
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
+@torch.no_grad()
+def test_attention_of_a_text_encoder_is_followed(client: Client) -> None:
+    here, there = (clip_text_encoder(TEXT_SIZE) for _ in range(2))
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with accelerate(there, client=client):
+        assert not there(ids, output_attentions=True).attentions
+        for each in (here, there):
+            each.set_attn_implementation("eager")
+        found, expected = (each(ids, output_attentions=True) for each in (there, here))
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(found.attentions[0], expected.attentions[0])
 
 
 def test_model_that_was_compiled_in_the_pipeline_is_given_back(client: Client) -> None:

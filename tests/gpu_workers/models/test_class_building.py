@@ -336,7 +336,13 @@ MANY_LAYERS = '{"num_layers": 1000000000, "attention_head_dim": 8, "num_attentio
             "transformers:CLIPTextModel",
             '{"text": [{"_attn_implementation": "someone/kernels"}]}',
             Unsupported,
-            "workers load no attention code from a hub",
+            "workers load no code from a hub",
+        ),
+        (
+            "transformers:CLIPTextModel",
+            '{"experts_implementation": {"": "eager", "text_config": "someone/kernels"}}',
+            Unsupported,
+            "workers load no code from a hub",
         ),
     ],
 )
