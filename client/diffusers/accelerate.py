@@ -162,6 +162,8 @@ class Accelerated:
     def close(self) -> None:
         """Wait for running calls, give every model back as it was, and end the loans. May be called twice.
 
+        After an interrupt (Ctrl+C) another call gives back what is left.
+
         Raises:
             LeaseLost: with ``keep="daemon"``, weights were lost with the workers; names the models.
             BadRequest: called within a call of the same thread, by a signal handler.
@@ -175,6 +177,11 @@ class Accelerated:
             with contextlib.ExitStack() as stack:  # all of them are removed, also if one fails
                 for each in self._stand_ins.values():
                     stack.callback(each.remove)
+        except XditdError:
+            raise
+        except BaseException:
+            self._is_closed = False
+            raise
         finally:
             if self._owns_client and os.getpid() == self._pid:
                 self.client.close()

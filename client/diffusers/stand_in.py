@@ -30,7 +30,7 @@ from xditd.client.diffusers.tensor_checks import check_tensors
 from xditd.client.jobs.held_tensors import HeldTensor
 from xditd.client.loans import Loan
 from xditd.client.module_descriptions import is_described
-from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, Unsupported, WorkersLost
+from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, Unsupported, WorkersLost, XditdError
 from xditd.ipc.facts import METHODS
 from xditd.ipc.job_parts import LoraUse
 from xditd.ipc.transports.module_walk import is_describable
@@ -174,13 +174,20 @@ class StandIn:
         self._state.remove()
         if self._finalizer is not None:
             self._finalizer.detach()
-        lent, self._lent = self._lent, None
-        if lent is None or os.getpid() != self._pid:
+        if self._lent is None or os.getpid() != self._pid:
             return  # a forked process has a copy of the loan, which the other one ends
+        try:
+            self._give_back(self._lent.loan)
+        except XditdError:
+            self._lent = None
+            raise
+        self._lent = None  # not after an interrupt: another remove() copies kept weights back
+
+    def _give_back(self, loan: Loan) -> None:
         if self._placeholders is not None:
-            self._placeholders.remove(self.client, lent.loan)
-        elif lent.loan.is_live:
-            lent.loan.return_()
+            self._placeholders.remove(self.client, loan)
+        elif loan.is_live:
+            loan.return_()
         self._adapters.return_all()
 
     # A function that torch.compile traces runs the client as it is.

@@ -151,6 +151,20 @@ def test_kept_weights_of_a_daemon_that_was_lost(own_daemon: RunningDaemon, start
     other.stop()
 
 
+def test_an_interrupt_while_weights_are_copied_back(one_worker: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = flux()
+    fast = accelerate(pipe, runtime_dir=one_worker.runtime_dir, keep="daemon")
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.client._runner, "read_tensor", lambda *_: fail(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fast.close()
+    with pytest.raises(Unsupported, match="the weights are in the daemon"):
+        pipe.transformer.state_dict()
+    fast.close()
+    assert same(run_plain(pipe), run_plain(flux()))
+    assert not one_worker.status().components
+
+
 def test_weights_stay_if_the_daemon_has_no_room(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = flux()
     with monkeypatch.context() as patch:
