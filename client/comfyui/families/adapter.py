@@ -90,6 +90,10 @@ class ModelAdapter(Protocol):
         """Whether ComfyUI's latents of images have an axis of frames, (rows, channels, 1, height, width)."""
 
     @property
+    def text_weight(self) -> str:
+        """Name of the transformer's weight that reads text embeddings: its columns are their channels."""
+
+    @property
     def loop_keys(self) -> frozenset[str]:
         """Keys of a CONDITIONING that :meth:`loop_inputs` uses; if there are others, ComfyUI's own loop runs."""
 

@@ -48,6 +48,7 @@ class Flux1Model(BaseModelAdapter):
     variant: Final = "float32_time"
     """In half precision ComfyUI rounds neither the timestep before it is embedded, nor latents between steps."""
     multiple: Final = PATCH
+    text_weight: Final = "txt_in.weight"
     loop_keys: Final = frozenset({"cross_attn", "guidance", "pooled_output"})
     loop_conds: Final = frozenset({"c_crossattn", "guidance", "y"})
 

@@ -52,6 +52,7 @@ class Flux2Model(BaseModelAdapter):
     variant: Final = "float32_time"
     """In half precision ComfyUI rounds neither the timestep before it is embedded, nor latents between steps."""
     multiple: Final = 1
+    text_weight: Final = "txt_in.weight"
     loop_keys: Final = frozenset({
         "attention_mask", "cross_attn", "guidance", "pooled_output", "reference_latents"
     })  # fmt: skip

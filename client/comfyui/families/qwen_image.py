@@ -38,6 +38,7 @@ class QwenImageModel(BaseModelAdapter):
     variant: Final = "comfyui"
     multiple: Final = PATCH
     has_frame_axis = True
+    text_weight: Final = "txt_in.weight"
     loop_keys: Final = frozenset({
         "attention_mask", "cross_attn", "pooled_output", "reference_latents", "reference_latents_method"
     })  # fmt: skip

@@ -46,6 +46,7 @@ class WanModel(BaseModelAdapter):
     variant: Final = "comfyui"
     multiple: Final = PATCH[1]
     # The workers' loop has the schedulers of diffusers' pipeline alone: ComfyUI's own loop runs.
+    text_weight: Final = "text_embedding.0.weight"
     loop_keys: Final[frozenset[str]] = frozenset()
     loop_conds: Final[frozenset[str]] = frozenset()
     refused = _REFUSED

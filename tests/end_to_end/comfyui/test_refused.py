@@ -7,10 +7,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import comfyui_families
 import pytest
 import torch
 
-from xditd.client import Client, Unsupported
+from xditd.client import BadRequest, Client, Unsupported
 from xditd.client.demo import checkpoints
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
@@ -132,6 +133,44 @@ def test_conditioning_that_changes_the_model(remote, refused, conditioning, late
 
 
 PLANTS: dict[str, tuple[Callable[[Any], Any], str]] = {}
+
+
+OTHER_LATENTS = {
+    "channels": (
+        (1, 4, 16, 16),
+        r"has 4 channels, and .* have 16 \(its shape is \[1, 4, 16, 16\]\); make it",
+    ),
+    "frames": ((1, 16, 1, 16, 16), "has 5 dimensions, and this model's have 4"),
+    "no rows": ((0, 16, 16, 16), "is empty"),
+    "no columns": ((1, 16, 16, 0), "is empty"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_LATENTS)
+def test_latents_of_another_model(what, comfy, remote, conditioning, ksample, xsample, daemon):
+    shape, said = OTHER_LATENTS[what]
+    given = {"samples": torch.ones(shape)}
+    comfy.comfy.model_management.unload_all_models()
+    with pytest.raises(BadRequest, match=rf"^XDiT: the latent {said}"):
+        ksample(remote, conditioning(1), conditioning(2), dict(given), cfg=2.0)
+    with pytest.raises(BadRequest, match=rf"^XDiT: the latent {said}"):
+        xsample(remote, latent_image=dict(given))
+    assert not daemon.status().components
+
+
+@pytest.mark.parametrize("name", ["flux1_dev", "flux2_klein", "qwen_image", "wan_text", "wan_vace", "z_image"])
+def test_texts_of_another_model(name, comfy, weightless, ksample, daemon):
+    variant = comfyui_families.VARIANTS[name]
+    ((embeds, extras),) = variant.text(2)
+    wide = [[torch.cat([embeds, embeds[..., :8]], dim=2), extras]]
+    channels = variant.text_channels
+    model = weightless(name)
+    with pytest.raises(
+        BadRequest, match=rf"^XDiT: the negative conditioning has .* {channels + 8} channels.* reads {channels}; encode"
+    ):
+        ksample(model, variant.text(1), wide, variant.latent(), cfg=2.0)
+    assert not daemon.status().components
+    assert ksample(model, variant.text(1), wide, variant.latent()).std() > 0  # which stock does not read at cfg 1
 
 
 def plant(said: str) -> Callable[[Change], Change]:
