@@ -15,7 +15,8 @@ def check_tensors(module: torch.nn.Module, label: str) -> None:
     """Check the parameters and buffers of all submodules.
 
     Raises:
-        Unsupported: a tensor is of a subclass, as quantised weights are; the error names it and the remedy.
+        Unsupported: a tensor is of a subclass, as quantised weights are, or a placeholder of a weight that the daemon
+            keeps for another module; the error names it and the remedy.
     """
     for path, each in module.named_modules():
         where = f"{label}.{path}" if path else label
@@ -25,3 +26,15 @@ def check_tensors(module: torch.nn.Module, label: str) -> None:
                     f"{where}.{name} is a {type(tensor).__module__}.{type(tensor).__qualname__}: workers take plain "
                     "tensors only; dequantise the module first (module.dequantize()), or load it without quantisation"
                 )
+            if tensor is not None and _is_placeholder(tensor):
+                raise Unsupported(
+                    f"{where}.{name} is shared with a model whose weights are in the daemon alone (keep='daemon'), and "
+                    "has no values here: accelerate both with keep='client', or leave that block first"
+                )
+
+
+def _is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether this is one NaN, expanded: what ``Placeholders`` puts in place of a parameter."""
+    if tensor.numel() < 2 or any(tensor.stride()) or not tensor.is_floating_point() or tensor.is_meta:
+        return False
+    return bool(tensor.flatten()[0].isnan())

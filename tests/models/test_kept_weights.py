@@ -151,6 +151,21 @@ def test_kept_weights_of_a_daemon_that_was_lost(own_daemon: RunningDaemon, start
     other.stop()
 
 
+@pytest.mark.parametrize("keep", ["client", "daemon"])
+def test_weights_that_another_model_shares(client: Client, keep: Any) -> None:
+    """They have no values here while the daemon keeps them."""
+    first, second = flux(), flux()
+    second.transformer.proj_out = first.transformer.proj_out
+    with accelerate(first, client=client, keep="daemon"):
+        with pytest.raises(
+            Unsupported, match=r"transformer\.proj_out\.weight is shared with a model whose weights are in"
+        ):
+            accelerate(second, client=client, keep=keep)
+        assert same(run_plain(first), run_plain(flux()))
+    with accelerate(second, client=client, keep=keep):
+        assert same(run_plain(second), run_plain(flux()))
+
+
 def test_an_interrupt_while_weights_are_copied_back(one_worker: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = flux()
     fast = accelerate(pipe, runtime_dir=one_worker.runtime_dir, keep="daemon")
