@@ -37,4 +37,4 @@ def _is_placeholder(tensor: torch.Tensor) -> bool:
     """Whether this is one NaN, expanded: what ``Placeholders`` puts in place of a parameter."""
     if tensor.numel() < 2 or any(tensor.stride()) or not tensor.is_floating_point() or tensor.is_meta:
         return False
-    return bool(tensor.flatten()[0].isnan())
+    return bool(tensor[(0,) * tensor.ndim].isnan())
