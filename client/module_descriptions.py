@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.base_layers import with_base_layers
 from xditd.ipc import limits, module_state
-from xditd.ipc.errors import BadRequest
+from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.tensors import ModuleDescription
 
 if TYPE_CHECKING:
     import torch
 
 _PACKAGES: Final = ("diffusers", "transformers")
+_ACCELERATED: Final = "ReplacedMethod"
+"""The class of what ``accelerate`` puts in place of a module's methods; that code is not imported here."""
 
 
 def is_described(source: object) -> bool:
@@ -43,11 +45,17 @@ def describe_module(
 
     Raises:
         BadRequest: not a model of diffusers or transformers, or a configuration or state that is too large to send.
+        Unsupported: the module is accelerated.
     """
     if not is_described(module):
         raise BadRequest(
             f"{label}: {type(module).__module__}.{type(module).__qualname__} is no model class of "
             f"{' or '.join(_PACKAGES)}: workers cannot make it"
+        )
+    if any(type(each).__qualname__ == _ACCELERATED and name not in replaced for name, each in vars(module).items()):
+        raise Unsupported(
+            f"{label}: it runs in the workers by accelerate(): leave that block before you lend it, or call the model "
+            "itself"
         )
     from xditd.ipc.transports.module_walk import class_name, walk_module
 

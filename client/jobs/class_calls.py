@@ -13,6 +13,7 @@ from xditd.client.jobs.class_arguments import ClassArgumentWriter
 from xditd.client.jobs.component import Component
 from xditd.client.jobs.device_use import Room
 from xditd.client.jobs.job_requests import CallRequest, JobRequest, check_parts, write_call
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.job_parts import Numerics
 from xditd.ipc.requests import ReadTensors
 from xditd.ipc.tensors import HostShmBlock
@@ -30,7 +31,12 @@ def class_call_request(
     """Build a request for one call of ``method`` for each of ``parts``.
 
     ``device`` is that of the caller's module, to which results go; ``None`` is that of the first tensor given.
+
+    Raises:
+        BadRequest: ``method`` is no text, or a part cannot be sent.
     """
+    if not isinstance(method, str):
+        raise BadRequest(f"method: {method!r:.100} is of type {type(method).__name__}, use a name such as 'forward'")
     check_parts(parts)
     places, device_places = IoPlaces(), DevicePlaces()
     writer = ClassArgumentWriter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import diffusers
 import pytest
@@ -193,6 +194,16 @@ def test_attention_of_a_text_encoder_is_followed(client: Client) -> None:
         found, expected = (each(ids, output_attentions=True) for each in (there, here))
     assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
     assert torch.equal(found.attentions[0], expected.attentions[0])
+
+
+@pytest.mark.parametrize("keep", ["client", "daemon"])
+def test_accelerated_model_is_not_lent_by_hand(client: Client, keep: Any) -> None:
+    transformer = flux_transformer()
+    with accelerate(transformer, client=client, keep=keep):
+        for as_class in (False, True):
+            with pytest.raises(Unsupported, match=r"it runs in the workers by accelerate\(\): leave that block"):
+                client.lend(transformer, as_class=as_class)
+    client.lend(transformer).return_()
 
 
 def test_model_that_was_compiled_in_the_pipeline_is_given_back(client: Client) -> None:

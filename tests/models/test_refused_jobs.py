@@ -45,3 +45,12 @@ def test_module_lent_as_its_class(client: Client) -> None:
     said = refusal_of(client, flux_transformer(), as_class=True)
     assert "since as_class was given" in said
     assert said.endswith("without as_class")
+
+
+def test_method_that_is_no_name(client: Client) -> None:
+    method: Any = 3
+    with (
+        client.lend(flux_transformer(), as_class=True) as loan,
+        pytest.raises(BadRequest, match="method: 3 is of type int, use a name such as 'forward'"),
+    ):
+        client.call(loan, {"hidden_states": torch.zeros(1, 6, 16)}, method=method)
