@@ -45,6 +45,7 @@ NODES = {
     "SelfAttentionGuidance": (node("sag", "SelfAttentionGuidance", 0.5, 2.0), "SelfAttentionGuidance"),
     "NAGuidance": (node("nag", "NAGuidance", 5.0, 0.5, 1.5), "NAGuidance"),
     "TomePatchModel": (node("tomesd", "TomePatchModel", 0.3), "TomePatchModel"),
+    "FluxKVCache": (node("flux", "FluxKVCache"), "KV_Attn_Input"),
     "ScaleROPE": (node("rope", "ScaleROPE", 2.0, 0.0, 1.0, 0.0, 1.0, 0.0), "RoPE"),
     "ModelComputeDtype": (node("model_advanced", "ModelComputeDtype", "bf16"), "manual_cast_dtype"),
     "ModelSamplingSD3": (node("model_advanced", "ModelSamplingSD3", 3.0), "ModelSamplingSD3.*timesteps up to 1000"),
