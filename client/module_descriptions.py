@@ -52,7 +52,7 @@ def describe_module(
             f"{label}: {type(module).__module__}.{type(module).__qualname__} is no model class of "
             f"{' or '.join(_PACKAGES)}: workers cannot make it"
         )
-    if any(type(each).__qualname__ == _ACCELERATED and name not in replaced for name, each in vars(module).items()):
+    if not replaced and any(type(each).__qualname__ == _ACCELERATED for each in vars(module).values()):
         raise Unsupported(
             f"{label}: it runs in the workers by accelerate(): leave that block before you lend it, or call the model "
             "itself"
