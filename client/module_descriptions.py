@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final
 
+from xditd.client.accelerated_methods import is_accelerated
 from xditd.client.base_layers import with_base_layers
 from xditd.ipc import limits, module_state
 from xditd.ipc.errors import BadRequest, Unsupported
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGES: Final = ("diffusers", "transformers")
-_ACCELERATED: Final = "ReplacedMethod"
-"""The class of what ``accelerate`` puts in place of a module's methods; that code is not imported here."""
 
 
 def is_described(source: object) -> bool:
@@ -52,7 +51,7 @@ def describe_module(
             f"{label}: {type(module).__module__}.{type(module).__qualname__} is no model class of "
             f"{' or '.join(_PACKAGES)}: workers cannot make it"
         )
-    if not replaced and any(type(each).__qualname__ == _ACCELERATED for each in vars(module).values()):
+    if not replaced and is_accelerated(module):
         raise Unsupported(
             f"{label}: it runs in the workers by accelerate(): leave that block before you lend it, or call the model "
             "itself"

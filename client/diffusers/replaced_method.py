@@ -10,11 +10,12 @@ from typing import Any, Final, NoReturn
 
 import torch
 
+from xditd.client.accelerated_methods import AcceleratedMethod
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.transports.module_walk import is_own_method, method_signature
 
 
-class ReplacedMethod:
+class ReplacedMethod(AcceleratedMethod):
     """Calls ``run`` with itself and the arguments. ``original`` is the method as the module had it.
 
     ``owner`` is the ``Accelerated`` that the module belongs to; the module keeps it alive.
