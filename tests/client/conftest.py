@@ -26,6 +26,8 @@ from xditd.ipc.status import ComponentStatus, Counters, DaemonStatus, GroupState
 from xditd.ipc.tensors import CopiedBytes, HostShmBlock, IoTensor, Tier
 
 if TYPE_CHECKING:
+    from lent_values import State
+
     from xditd.client.lending import Offer
 
 Answer = Callable[[Request], list[AnyReply]]
@@ -217,6 +219,24 @@ def wait_until() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.005)
 
     return wait
+
+
+@pytest.fixture
+def state() -> State:
+    """A state dict to lend: tensors of several dtypes, of which two have whole pages of their own."""
+    from lent_values import decoder_state
+
+    return decoder_state()
+
+
+@pytest.fixture
+def path(state: State, tmp_path: Path) -> Path:
+    """A safetensors file of ``state``."""
+    from safetensors.torch import save_file
+
+    file = tmp_path / "vae.safetensors"
+    save_file(state, file)
+    return file
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from lent_values import VAE, State, check, decoder_state, values
+from lent_values import VAE, State, check, values
 from safetensors.torch import load_file, save_file
 
 from xditd.client.arenas import Arena
@@ -24,18 +24,6 @@ from xditd.ipc.tensors import CopiedBytes, FileBlock, HostShmBlock, Tier
 from xditd.ipc.transports.host_shm import map_shm
 
 NO_COPY = CopiedBytes()
-
-
-@pytest.fixture
-def state() -> State:
-    return decoder_state()
-
-
-@pytest.fixture
-def path(state: State, tmp_path: Path) -> Path:
-    path = tmp_path / "vae.safetensors"
-    save_file(state, path)
-    return path
 
 
 def tiers(offer: Offer) -> dict[str, str]:

@@ -9,24 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from lent_values import VAE, State, decoder_state
+from lent_values import VAE, State
 from safetensors.torch import load_file, save_file
 
 from xditd.client.lending import describe
 from xditd.ipc import limits
 from xditd.ipc.errors import BadCheckpoint, BadRequest, OutOfMemory, Unsupported, UnsupportedDtype, XditdError
-
-
-@pytest.fixture
-def state() -> State:
-    return decoder_state()
-
-
-@pytest.fixture
-def path(state: State, tmp_path: Path) -> Path:
-    path = tmp_path / "vae.safetensors"
-    save_file(state, path)
-    return path
 
 
 def test_what_is_known_to_be_refused_is_not_loaded_onto_a_device(tmp_path: Path, open_fds: Callable[[], int]) -> None:
