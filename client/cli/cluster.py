@@ -15,7 +15,7 @@ from xditd.client.cli.generations import Outputs, sampling_of
 from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import table
 from xditd.ipc.addresses import expand_home
-from xditd.ipc.settings.client import ClusterFlags
+from xditd.ipc.settings.generation import ClusterFlags
 
 SUMMARY = "use several hosts, on Ray: join, leave, status, submit, hash"
 DESCRIPTION = """\

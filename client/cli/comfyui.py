@@ -14,7 +14,7 @@ from xditd.client.cli import exits, flags
 from xditd.client.cli.printing import json_text
 from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, OutputFailed
-from xditd.ipc.settings.client import JsonFlags
+from xditd.ipc.settings.flags import JsonFlags
 
 SUMMARY = "install the node pack into a ComfyUI, check it, uninstall it"
 DESCRIPTION = """\

@@ -6,7 +6,7 @@ import argparse
 
 from xditd.client.cli import completion, control_flags, flags, generate_files, generate_prompt
 from xditd.client.cli.generate_help import DESCRIPTION, EXAMPLES, SUMMARY
-from xditd.ipc.settings.client import GenerateFlags
+from xditd.ipc.settings.generation import GenerateFlags
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "SUMMARY", "add_arguments", "run"]
 

@@ -15,7 +15,7 @@ from xditd.client.models_file import ModelEntry
 from xditd.ipc import limits
 from xditd.ipc.addresses import MISSING, expand_home
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.settings.client import JsonFlags
+from xditd.ipc.settings.flags import JsonFlags
 
 if TYPE_CHECKING:
     from xditd.client.models_check import ModelCheck

@@ -16,7 +16,7 @@ from xditd.client.pipeline import pipeline
 from xditd.client.pipeline.pipeline import Pipeline
 from xditd.client.pipeline.sources import Source
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.settings.client import GenerateFlags
+from xditd.ipc.settings.generation import GenerateFlags
 from xditd.ipc.settings.setting import settings_of
 
 ENTRIES = family_tables.of_kind("transformer")
