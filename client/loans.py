@@ -56,14 +56,11 @@ class Loan(OfOneProcess):
         label: str,
         copied_here: CopiedBytes,
         timings_ms: dict[str, float],
-        allows_family: bool = False,
     ) -> None:
         self._session = session
         self._is_returned = False
         self.is_adopted = False
         """Whether the workers have copied it to their own memory: it then outlives this client."""
-        self.allows_family = allows_family
-        """Of a module or a folder: whether workers were free to run it as its family does, if one could."""
         self.kind: ComponentKind = lent.facts.kind
         self.label = label
         self.component_id = lent.component_id
@@ -268,8 +265,8 @@ def component_id_of(component: Loan | str, kind: ComponentKind, name: str | None
     if component.kind is kind:
         return component.component_id
     if component.kind is ComponentKind.MODULE:
-        why = "no family runs it as it is (`xditd logs` says why)" if component.allows_family else "as_class was given"
-        rest = "" if component.allows_family else ", without as_class"
+        reason = component.facts.family_reason
+        why, rest = (f"no family runs it: {reason}", "") if reason else ("as_class was given", ", without as_class")
         raise BadRequest(
             f"{name}: {component.label} runs as its class {component.family}, by client.call(), since {why}; for this "
             f"job lend a {kind.value} of a family (docs/models.md lists them){rest}"

@@ -124,14 +124,7 @@ class Session:
         if memory_check_ms > 1.0:
             timings["memory_check"] = memory_check_ms
         timings["total"] = (time.perf_counter() - started) * 1e3
-        loan = Loan(
-            self,
-            lent,
-            label=manifest.label,
-            copied_here=offer.copied,
-            timings_ms=timings,
-            allows_family=manifest.module is None or manifest.module.allows_family,
-        )
+        loan = Loan(self, lent, label=manifest.label, copied_here=offer.copied, timings_ms=timings)
         logger.info(
             "component lent label=%s component_id=%s family=%s tiers=%s lent_bytes=%d copied_bytes=%d "
             "reused=%s total_ms=%.1f",

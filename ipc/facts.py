@@ -242,6 +242,8 @@ class ModuleFacts(Described, frozen=True, kw_only=True):
     so or with the tokens of every row split over all ranks, whichever gives a rank less to do."""
     layout_reason: Text = ""
     """Why ranks cannot split its tokens."""
+    family_reason: Text = ""
+    """Why no family runs it: which were asked, and what does not fit. Empty if the client asked for its class."""
 
 
 class LoraFacts(Described, frozen=True, kw_only=True):
@@ -288,3 +290,8 @@ class ComponentFacts(Described, frozen=True, kw_only=True):
     module: ModuleFacts | None = None
     lora: LoraFacts | None = None
     tokenizer: TokenizerFacts | None = None
+
+    @property
+    def family_reason(self) -> str:
+        """Why no family runs it: empty if one does, or if its client asked for the class."""
+        return "" if self.module is None else self.module.family_reason

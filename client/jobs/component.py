@@ -39,5 +39,8 @@ class Component:
 
     def _of_kind(self, kind: ComponentKind, found: F | None) -> F:
         if found is None:
-            raise BadRequest(f"component {self.component_id}: a {self.facts.kind.value} where a {kind.value} is needed")
+            why = f"; no family runs it: {self.facts.family_reason}" if self.facts.family_reason else ""
+            raise BadRequest(
+                f"component {self.component_id}: a {self.facts.kind.value} where a {kind.value} is needed{why}"
+            )
         return found

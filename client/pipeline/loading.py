@@ -104,9 +104,10 @@ class Loans:
             loan.return_()
             is_class = loan.kind is ComponentKind.MODULE
             what = f"a {loan.facts.class_name} that no family runs" if is_class else f"a {loan.kind.value}"
+            why = f" ({loan.facts.family_reason})" if loan.facts.family_reason else ""
             raise Unsupported(
-                f"{role}: {part.path}: {what}, and a pipeline needs a {part.kind.value} of a family (docs/models.md "
-                "lists them); accelerate(pipe) runs any pipeline of diffusers"
+                f"{role}: {part.path}: {what}{why}, and a pipeline needs a {part.kind.value} of a family "
+                "(docs/models.md lists them); accelerate(pipe) runs any pipeline of diffusers"
             )
         return loan
 

@@ -19,6 +19,7 @@ from xditd.gpu_workers.models.described_values import make_value
 from xditd.ipc.arguments import Argument, LentTensor, ListOf, ObjectOf, Opaque, children, holds
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
+from xditd.ipc.name_lists import SENTENCE_CHARS
 from xditd.ipc.transports.module_classes import find_class
 from xditd.ipc.transports.module_walk import CONFIG, HOOKS, OWN, class_name, version_of, walk_module
 
@@ -40,8 +41,8 @@ _REMEDIES: Final = {
 """What to do, by what the text of a difference has in it: names of attributes, or what they hold."""
 
 
-def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
-    """Change a module to a client's state; return whether it was in that state already.
+def apply_state(module: torch.nn.Module, state: ModuleState) -> str:
+    """Change a module to a client's state; return the first differences from what its class makes, or "".
 
     Attributes with lent tensors get them by :func:`set_tensors`.
 
@@ -51,7 +52,7 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
     """
     found, _ = walk_module(module)
     if _comparable(found) == _comparable(state):
-        return True
+        return ""
     first = "; ".join(list(_differences(state, found))[:_SHOWN])
     logger.info("a %s is not as its class makes it: %.600s", type(module).__name__, first)
     _set_submodules(module, state)
@@ -66,7 +67,7 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> bool:
             f"workers cannot make this module as it is: {'; '.join(differing[:_SHOWN])}{more}. " + _remedy(differing),
             names=differing,
         )
-    return False
+    return first[:SENTENCE_CHARS] or "its state"
 
 
 def _remedy(differing: Sequence[str]) -> str:

@@ -76,10 +76,11 @@ class ClassModel:
             self.state = module_state.decode(described.state)
             check_versions(self.state.versions)
             self.module = build_module(described)
-            self.is_as_made = apply_state(self.module, self.state)
+            self.difference = apply_state(self.module, self.state)
+            """How a live module differs from what its class makes, or ""."""
         else:
             self.module = build_module(described, dtype)
-            self.is_as_made = True
+            self.difference = ""
             self.plan = plan_load(self.module, checkpoint, dtype)
             if hasattr(self.module, "initialize_weights"):
                 finish_buffers(self.module)

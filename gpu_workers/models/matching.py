@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Final
 
 import msgspec
@@ -17,11 +18,12 @@ from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.lora_match import LoraMatch, match_lora
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
-from xditd.gpu_workers.models.registry import describe
+from xditd.gpu_workers.models.registry import describe, families, load_faults_note
 from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
-from xditd.ipc.name_lists import listed
+from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.outlines import Outline, OutlinedTensor
+from xditd.ipc.recognition import one_of
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 
@@ -58,7 +60,8 @@ def match_manifest(
         if manifest.kind is None:
             described = describe({name: info.shape for name, info in tensors.items()})
             if described is not None:
-                return class_models.match(described, tensors, compute_dtype)
+                found = class_models.match(described, tensors, compute_dtype)
+                return replace(found, family_reason=f"a file of a {found.model.class_name} always runs as its class")
         return models.match(tensors, None if manifest.kind is None else manifest.kind.value, compute_dtype, taken)
     except RequestError as error:
         raise named(manifest.label, error) from error
@@ -98,21 +101,22 @@ def _match_class(
 
     What a checkpoint holds of a module is only known once it is built; a checkpoint is given to families as it is.
     """
-    if not described.state:
-        name = described.class_name
-        family = _match_family(tensors, models, compute_dtype, name) if described.allows_family else None
-        if family is not None and (other := config_differences(described, family)):
-            logger.info("runs as its class, not as %s, since it differs: %s", family.family.name, listed(other))
-            family = None
-        return family or class_models.match(described, tensors, compute_dtype)
-    match = class_models.match(described, tensors)
+    of_class = class_models.match(described, tensors) if described.state else None
     if not described.allows_family:
-        return match
-    if not match.model.is_as_made:
-        logger.info("%s runs as its class: it is not as its class makes it", described.class_name)
-        return match
-    saved = {name: info for name, info in tensors.items() if name in match.model.saved_names}
-    return _match_family(saved, models, compute_dtype, described.class_name) or match
+        return of_class or class_models.match(described, tensors, compute_dtype)
+    if of_class is None:
+        found = _match_family(tensors, models, compute_dtype)
+        if isinstance(found, CheckpointMatch) and (other := config_differences(described, found)):
+            found = f"{found.family.name}: its configuration differs: {listed(other)}"
+    elif of_class.model.difference:
+        found = f"it is not as its class makes it: {of_class.model.difference}"
+    else:
+        saved = {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
+        found = _match_family(saved, models, compute_dtype)
+    if isinstance(found, CheckpointMatch):
+        return found
+    logger.info("%s runs as its class, since no family runs it: %s", described.class_name, found)
+    return replace(of_class or class_models.match(described, tensors, compute_dtype), family_reason=found)
 
 
 _FREE: Final = frozenset({"sample_size", "force_upcast", "out_channels", "decoder_base_dim"})
@@ -142,10 +146,12 @@ def _plain(value: object) -> object:
 
 
 def _match_family(
-    tensors: Mapping[str, TensorInfo], models: ModelCache, compute_dtype: torch.dtype | None, class_name: str
-) -> CheckpointMatch | None:
+    tensors: Mapping[str, TensorInfo], models: ModelCache, compute_dtype: torch.dtype | None
+) -> CheckpointMatch | str:
+    """Return the match of a family, or why no family has one."""
     try:
         return models.match(tensors, None, compute_dtype)
     except (UnknownFamily, Unsupported, BadCheckpoint) as error:
-        logger.info("%s runs as its class, since no family runs it: %s", class_name, error.detail)
-        return None
+        if isinstance(error, UnknownFamily) or isinstance(error.__cause__, UnknownFamily):
+            return f"its tensor names are of none of {one_of([each.name for each in families()])}{load_faults_note()}"
+        return error.detail[:SENTENCE_CHARS]

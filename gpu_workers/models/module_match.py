@@ -52,6 +52,8 @@ class ModuleMatch:
     """A module has no configuration of a family."""
     products: dict[str, Decision] = field(default_factory=dict)
     """How packed weights are multiplied, once :meth:`choose_products` has chosen; by their names in the manifest."""
+    family_reason: str = ""
+    """Why no family runs it; empty if none was asked."""
     _converted: dict[str, torch.Tensor] = field(default_factory=dict)
     """The memory of these tensors, once :meth:`reserve` has allocated it."""
 
@@ -123,6 +125,7 @@ class ModuleMatch:
             scratch_bytes=self.model.scratch_bytes,
             module=ModuleFacts(
                 methods=self.model.methods(),
+                family_reason=self.family_reason,
                 layout="rows" if isinstance(self.model.planned, str) else "tokens",
                 layout_reason=self.model.planned if isinstance(self.model.planned, str) else "",
             ),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, UNet2DModel
 from flux_pipelines import CONFIG, flux_transformer
 from pipeline_parts import seeded
 from running_daemon import RunningDaemon
@@ -26,7 +28,8 @@ def test_module_that_no_family_runs(one_worker: RunningDaemon, client: Client) -
     # As in a config.json, which has lists alone.
     module = seeded(FluxTransformer2DModel(in_channels=16, num_layers=2, **{**CONFIG, "axes_dims_rope": [4, 4, 8]}))
     said = refusal_of(client, module)
-    assert "runs as its class FluxTransformer2DModel, by client.call(), since no family runs it as it is" in said
+    assert "runs as its class FluxTransformer2DModel, by client.call(), since no family runs it: flux1: " in said
+    assert "hidden size 32" in said
     assert "as_class" not in said
     logged = one_worker.log_text()
     assert "FluxTransformer2DModel runs as its class, since no family runs it: flux1: hidden size 32" in logged
@@ -35,10 +38,40 @@ def test_module_that_no_family_runs(one_worker: RunningDaemon, client: Client) -
 def test_module_that_was_changed(one_worker: RunningDaemon, client: Client) -> None:
     module = flux_transformer()
     module.norm_out.norm.eps = 0.5
-    assert "since no family runs it as it is" in refusal_of(client, module)
-    logged = one_worker.log_text()
-    assert "FluxTransformer2DModel runs as its class: it is not as its class makes it" in logged
-    assert "a FluxTransformer2DModel is not as its class makes it: " in logged
+    why = "since no family runs it: it is not as its class makes it: "
+    said = refusal_of(client, module)
+    assert why in said
+    assert "eps of norm_out.norm is 0.5" in said
+    assert f"FluxTransformer2DModel runs as its class, {why}" in one_worker.log_text()
+
+
+def test_module_of_unknown_tensor_names(client: Client) -> None:
+    said = refusal_of(
+        client,
+        seeded(
+            UNet2DModel(
+                block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+            )
+        ),
+    )
+    assert "since no family runs it: its tensor names are of none of flux1, flux1_controlnet, flux2, " in said
+
+
+def test_folder_with_another_configuration(client: Client, tmp_path: Path) -> None:
+    wide = {**CONFIG, "attention_head_dim": 128, "num_attention_heads": 1, "axes_dims_rope": (16, 56, 56)}
+    seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **wide)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "axes_dims_rope": [32, 48, 48]}))
+    said = refusal_of(client, tmp_path)
+    assert "since no family runs it: flux1: its configuration differs: axes_dims_rope=[32, 48, 48]" in said
+
+
+def test_component_named_by_its_id(client: Client) -> None:
+    module = flux_transformer()
+    module.norm_out.norm.eps = 0.5
+    conditioning = {"prompt_embeds": torch.zeros(1, 7, 32)}
+    with client.lend(module) as loan, pytest.raises(BadRequest, match="no family runs it: it is not as its class"):
+        client.generate(loan.component_id, conditioning=conditioning, height=16, width=16)
 
 
 def test_module_lent_as_its_class(client: Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -117,6 +118,21 @@ def test_a_picture_is_repeated_by_its_file(
     capsys.readouterr()
     assert shell("--from", "cat-1.png", "-o", "gone.png") == exits.MISUSE
     assert "made with the model 'mine'" in capsys.readouterr().err
+
+
+def test_a_part_that_no_family_runs_is_refused_with_the_reason(
+    shell: Callable[..., int], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "other", copy_function=os.link)
+    config = tmp_path / "other" / "vae" / "config.json"
+    changed = json.loads(config.read_text()) | {"scaling_factor": 1.5}
+    config.unlink()
+    config.write_text(json.dumps(changed))
+    assert shell("a cat", "--model", str(tmp_path / "other"), *GIVEN) == exits.FAILED
+    reason = "no family runs (flux_vae: its configuration differs: scaling_factor=1.5)"
+    said = capsys.readouterr()
+    assert reason in json.loads(said.out)["error"]["message"]
+    assert reason in said.err
 
 
 def test_the_length_of_prompts_is_repeated(shell: Callable[..., int], folder: Path) -> None:
