@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.model_folders import ModelFiles
 from xditd.ipc import limits
-from xditd.ipc.addresses import expand_home
+from xditd.ipc.addresses import check_is_there, expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.name_lists import listed
 from xditd.ipc.tensors import Manifest
@@ -36,16 +36,17 @@ def check_given(*, label: Any, device: Any, generation: Any, as_class: Any) -> N
 
 
 def path_of(source: str | bytes | os.PathLike[Any]) -> str:
-    """Return a path as text; a tilde is the home folder.
+    """Return the path of a file or a folder as text; a tilde is the home folder.
 
     Raises:
-        BadRequest: a text that no file can be named.
+        BadRequest: there is no such file or folder, or it is a text that no file can be named.
     """
     path = expand_home(os.fsdecode(source))
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
         raise BadRequest(f"path {path!r:.200}: a lone surrogate is in no file's name") from None
+    check_is_there(path)
     return path
 
 

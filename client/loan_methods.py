@@ -74,6 +74,7 @@ class LoanMethods:
         components of one kind. A folder that runs as its class, with packed weights, is loaded in ``compute_dtype``.
 
         Raises:
+            BadRequest: an argument is invalid, or a path where nothing is.
             BadCheckpoint: the file or the set of tensors is invalid; every fault is named.
             UnknownFamily, UnsupportedDtype, Unsupported: the workers cannot run it.
             StaleSource: the workers do not read what this process wrote.
@@ -177,7 +178,8 @@ class LoanMethods:
         own class of them once, and keep no file. No code of the folder is run. ``facts.tokenizer`` says what it has.
 
         Raises:
-            BadCheckpoint: no tokenizer is there, or a file of it is invalid; names the file.
+            BadRequest: there is no such folder.
+            BadCheckpoint: the folder has no tokenizer, or a file of it is invalid; names the file.
             Unsupported: its class is not known, or its configuration names code of its own.
         """
 
@@ -214,6 +216,7 @@ class LoanMethods:
         Raises:
             Unsupported: LoHa, LoKr, DoRA and other adapters that are no product of two factors; factors in other dtypes
                 than float32, bfloat16 and float16; a LoRA of a model that no family runs.
+            BadRequest: there is no such file or folder.
             BadCheckpoint: the file is invalid, or the LoRA is not whole; every fault is named.
             StaleSource, OutOfMemory: as :meth:`lend`.
         """

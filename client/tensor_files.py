@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from xditd.client.interrupts import interrupts_wait
 from xditd.client.output_files import write_file
-from xditd.ipc.addresses import expand_home
+from xditd.ipc.addresses import check_is_there, expand_home
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.safetensors_header import read_header
@@ -43,12 +43,15 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Read a file into CPU tensors that the caller owns.
 
     Raises:
+        BadRequest: there is no such file.
         BadCheckpoint: not a valid safetensors file.
         StaleSource: the file changed while it was read.
     """
     import torch
 
-    file = LentFile(expand_home(os.fspath(path)))
+    found_path = expand_home(os.fspath(path))
+    check_is_there(found_path)
+    file = LentFile(found_path)
     try:
         found: dict[str, torch.Tensor] = {}
         for stored in read_header(file.fd, file.path).tensors:

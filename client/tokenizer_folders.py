@@ -9,7 +9,6 @@ from pathlib import Path
 from xditd.client.lend_checks import check_given, path_of
 from xditd.client.lending import Offer
 from xditd.client.lent_memory import LentMemory
-from xditd.ipc.addresses import MISSING
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.tensors import ComponentKind, Manifest, TensorSpec
@@ -32,8 +31,6 @@ def describe_tokenizer(source: str | os.PathLike[str], *, label: str | None = No
     path = path_of(source)
     label = label or os.fsencode(Path(path).resolve().name or "tokenizer").decode("utf-8", "replace")
     if not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise BadCheckpoint(f"{path}: {MISSING}")
         raise BadCheckpoint(f"{path}: it is a file; give the folder of the tokenizer, with tokenizer_config.json")
     names = [name for name in TOKENIZER_FILES if os.path.lexists(os.path.join(path, name))]
     if WHOLE in names and PIECES in names:

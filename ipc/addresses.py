@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,22 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 MISSING: Final = "no such file or folder; name one of this machine, nothing is downloaded"
-"""What is wrong with a path of a model or a part that is not there; the path goes before it."""
+"""What is wrong with a path that is not there; the path goes before it."""
+
+
+def check_is_there(path: str | os.PathLike[str], name: str = "") -> None:
+    """Check that there is a file or a folder of this path. Other faults are for the one who opens it.
+
+    Raises:
+        BadRequest: there is none; ``name`` is that of the argument or flag.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise BadRequest(f"{name}: {path}: {MISSING}" if name else f"{path}: {MISSING}") from None
+    except ValueError:  # a null byte
+        return
 
 
 def endpoint(socket: Path) -> str:

@@ -13,7 +13,7 @@ from xditd.client.cli.printing import json_text, print_error
 from xditd.client.cli.tables import size_text, table
 from xditd.client.models_file import ModelEntry
 from xditd.ipc import limits
-from xditd.ipc.addresses import MISSING, expand_home
+from xditd.ipc.addresses import check_is_there, expand_home
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.settings.flags import JsonFlags
 
@@ -214,8 +214,7 @@ def _present(path: str) -> str:
         BadRequest: it is not.
     """
     found = os.path.abspath(expand_home(path))
-    if not os.path.exists(found):
-        raise BadRequest(f"{found}: {MISSING}")
+    check_is_there(found)
     return found
 
 

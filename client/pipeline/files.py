@@ -17,7 +17,7 @@ from xditd.client.pipeline.sources import (
     Source,
     kind_of,
 )
-from xditd.ipc.addresses import MISSING, user_path
+from xditd.ipc.addresses import check_is_there, user_path
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.tensor_names import by_prefix
 from xditd.ipc.tensors import ComponentKind
@@ -44,8 +44,8 @@ def find_source(
     Parts that are given beside ``source`` replace its own.
 
     Raises:
-        BadCheckpoint: a file is missing, or is none of its kind.
-        BadRequest: no transformer, or ``variant`` without a folder.
+        BadCheckpoint: a file is none of its kind, or one of a folder is missing.
+        BadRequest: a path where nothing is, no transformer, or ``variant`` without a folder.
         Unsupported: a folder of a pipeline that no family runs.
     """
     given = {role: Part(_checked(path, role), kind_of(role)) for role, path in parts.items() if path is not None}
@@ -144,8 +144,7 @@ def _checked(path: PathLike, role: str) -> str:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise BadRequest(f"{role}: {path!r:.100} of type {type(path).__name__} is no path of a file or a folder")
     found = user_path(path)
-    if not os.path.exists(found):
-        raise BadCheckpoint(f"{role}: {found}: {MISSING}")
+    check_is_there(found, role)
     return str(found)
 
 

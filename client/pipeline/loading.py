@@ -15,7 +15,7 @@ from xditd.client.part_checks import assigned, misfits
 from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.files import tokenizer_path
 from xditd.client.pipeline.sources import IMAGE_ENCODER, TRANSFORMER, Part, Source
-from xditd.ipc.addresses import MISSING
+from xditd.ipc.addresses import check_is_there
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Closed, Unsupported, XditdError
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.name_lists import listed
@@ -216,8 +216,7 @@ class Loans:
         with self._open():
             known = self._loras.get(path)
             if known is None or not known.is_live:
-                if not os.path.exists(path):
-                    raise BadCheckpoint(f"loras: {path}: {MISSING}")
+                check_is_there(path, "loras")
                 label = f"{self._source.name}/{os.path.basename(path)}"
                 known = self._loras[path] = self._client.lend_lora(path, label=label, device=self._device)
             return known

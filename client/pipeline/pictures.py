@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from xditd.ipc.addresses import MISSING, user_path
+from xditd.ipc.addresses import check_is_there, user_path
 from xditd.ipc.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ def opened(value: Picture, name: str) -> Image.Image:
 
     if isinstance(value, str | os.PathLike):
         path = user_path(value)
-        if not os.path.exists(path):
-            raise BadRequest(f"{name}: {path}: {MISSING}")
+        check_is_there(path, name)
         try:
             with Image.open(path) as file:
                 file.load()

@@ -118,9 +118,9 @@ class Pipeline(OfOneProcess):
         one of its own, made with ``runtime_dir``, ``wait_s`` and ``deadline_s``.
 
         Raises:
-            BadRequest: an argument that is not known, names no part or has no effect, or a part that does not fit the
-                others.
-            BadCheckpoint: a file or folder is missing, or is none of its kind; every fault is named.
+            BadRequest: an argument that is not known, names no part or has no effect, a path where nothing is, or a
+                part that does not fit the others.
+            BadCheckpoint: a file is none of its kind, or one of a folder is missing; every fault is named.
             Unsupported: a pipeline, a scheduler or a model that no family runs; names it and the value.
             DaemonUnreachable, OutOfMemory and others: as :class:`Client` and :meth:`Client.lend`.
         """

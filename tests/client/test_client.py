@@ -289,7 +289,7 @@ def test_a_path_to_lend_takes_a_tilde(client, daemon, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_file(transformer(), tmp_path / "t.safetensors")
     assert client.lend("~/t.safetensors").tiers == (Tier.FILE,)
-    with pytest.raises(BadCheckpoint, match=rf"{tmp_path}/no\.safetensors: no such file"):
+    with pytest.raises(BadRequest, match=rf"{tmp_path}/no\.safetensors: no such file"):
         client.lend("~/no.safetensors")
 
 

@@ -76,11 +76,11 @@ def freed() -> torch.Tensor:
         (None, BadRequest, "NoneType"),
         (3, BadRequest, "int"),
         ([torch.ones(3)], BadRequest, "list"),
-        ("/nonexistent/x.safetensors", BadCheckpoint, "no such file"),
+        ("/nonexistent/x.safetensors", BadRequest, "no such file"),
         ("/", BadCheckpoint, "this is a folder without a config.json and without safetensors or GGUF files"),
         ("/dev/null", BadCheckpoint, "not a regular file"),
         ("nul\0byte", BadCheckpoint, "null byte"),
-        ("", BadCheckpoint, "no such file"),
+        ("", BadRequest, "no such file"),
     ],
     ids=lambda value: (
         type(value).__name__ if not isinstance(value, (str, type)) else str(value)[:20].replace("\0", "0")

@@ -67,7 +67,7 @@ def test_of_a_configuration() -> None:
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("/no/such/file.safetensors", BadCheckpoint, "/no/such/file.safetensors"),
+        ("/no/such/file.safetensors", BadRequest, "/no/such/file.safetensors"),
         ({"a": 1}, BadRequest, "a: int, not a tensor"),
         (3, BadRequest, "a int cannot be prepared"),
         ({"_class_name": "a b"}, Unsupported, "'a b' is no class of diffusers"),

@@ -9,7 +9,7 @@ import pytest
 
 from xditd.client.tokenizer_folders import describe_tokenizer
 from xditd.ipc import limits
-from xditd.ipc.errors import BadCheckpoint
+from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.tensors import ComponentKind, Tier
 
 
@@ -59,7 +59,8 @@ def test_what_is_no_tokenizer_is_refused_by_name(folder: Path, tmp_path: Path) -
         with pytest.raises(BadCheckpoint, match=says):
             describe_tokenizer(path)
 
-    refused(tmp_path / "none", "no such file or folder; name one of this machine")
+    with pytest.raises(BadRequest, match="no such file or folder; name one of this machine"):
+        describe_tokenizer(tmp_path / "none")
     refused(folder / "merges.txt", "it is a file; give the folder")
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -15,7 +15,16 @@ import torch
 from packed_checkpoints import pack
 from safetensors.torch import load_file, save_file
 
-from xditd.client import BadCheckpoint, Client, LeaseLost, OutOfMemory, StaleSource, UnknownComponent, WorkersLost
+from xditd.client import (
+    BadCheckpoint,
+    BadRequest,
+    Client,
+    LeaseLost,
+    OutOfMemory,
+    StaleSource,
+    UnknownComponent,
+    WorkersLost,
+)
 from xditd.client.lending import describe
 from xditd.ipc.replies import Lent, Returned
 from xditd.ipc.requests import Lend, ReturnLoan
@@ -144,13 +153,19 @@ def test_a_path_is_for_people_and_nothing_else(path, raw, files):
 
 
 def test_things_that_are_no_files(client, tmp_path):
-    fifo, folder, dangling = tmp_path / "fifo.safetensors", tmp_path / "folder", tmp_path / "dangling.safetensors"
+    fifo, folder = tmp_path / "fifo.safetensors", tmp_path / "folder"
     os.mkfifo(fifo)
     folder.mkdir()
-    dangling.symlink_to(tmp_path / "nothing")
-    for path in (fifo, folder, dangling, "/dev/zero", "/proc/self/maps"):
+    for path in (fifo, folder, "/dev/zero", "/proc/self/maps"):
         with pytest.raises(BadCheckpoint):
             client.lend(path)
+
+
+def test_a_link_that_leads_nowhere(client, tmp_path):
+    dangling = tmp_path / "dangling.safetensors"
+    dangling.symlink_to(tmp_path / "nothing")
+    with pytest.raises(BadRequest, match="no such file or folder"):
+        client.lend(dangling)
 
 
 def test_a_link_that_is_turned_elsewhere(client, files, tmp_path, good_job):

@@ -135,6 +135,44 @@ def test_a_part_that_no_family_runs_is_refused_with_the_reason(
     assert reason in said.err
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--model", "./gone"),
+        ("--transformer", "gone"),
+        ("--vae", "gone"),
+        ("--text-encoder", "gone"),
+        ("--tokenizers", "gone"),
+        ("--scheduler", "gone"),
+        ("--lora", "gone=1"),
+        ("--image", "gone"),
+        ("--image", "one.png", "--mask", "gone"),
+        ("--from", "gone"),
+        ("--control", "gone=one.png"),
+        ("--control", "one.png=gone"),
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_is_not_there_is_misuse(
+    shell: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...]
+) -> None:
+    Image.new("RGB", (96, 64)).save("one.png")
+    model = () if given[0] == "--model" else ("--model", str(folder))
+    assert shell("a cat", *model, *GIVEN, *given) == exits.MISUSE
+    assert re.search("gone: [Nn]o such file or ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("missing", ["transformer", "vae", "embeds", "lora"])
+def test_a_single_file_that_is_not_there_is_misuse(
+    shell: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    save_file({"prompt_embeds": torch.zeros(1, 3, 128)}, "texts.safetensors")
+    files = {name: str(folder / name / "diffusion_pytorch_model.safetensors") for name in ("transformer", "vae")}
+    given = {**files, "embeds": "texts.safetensors", missing: "gone=1" if missing == "lora" else "gone"}
+    assert shell(*(text for name, path in given.items() for text in (f"--{name}", path)), *GIVEN) == exits.MISUSE
+    assert re.search("gone: [Nn]o such file or ", capsys.readouterr().err)
+
+
 def test_the_length_of_prompts_is_repeated(shell: Callable[..., int], folder: Path) -> None:
     prompt = "a cat in a hat on a sofa beside two dogs under a lamp"
     model = ["--model", str(folder)]

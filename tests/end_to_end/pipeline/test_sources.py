@@ -147,7 +147,7 @@ def test_what_is_no_pipeline(client: Client, folder: Path, tmp_path: Path) -> No
     save_file({"a.b": torch.zeros(3)}, odd)
     for given, error, message in (
         ({}, BadRequest, "no transformer"),
-        ({"source": tmp_path / "nothing"}, BadCheckpoint, "no such file or folder"),
+        ({"source": tmp_path / "nothing"}, BadRequest, "no such file or folder"),
         ({"source": folder / "vae"}, BadCheckpoint, "no folder of a pipeline"),
         ({"source": folder, "defaults": {"stepz": 3}}, BadRequest, "defaults: 'stepz' is not known.*steps"),
         ({"source": folder, "keep_alive": -1.0}, BadRequest, "keep_alive"),
@@ -156,11 +156,7 @@ def test_what_is_no_pipeline(client: Client, folder: Path, tmp_path: Path) -> No
         ({"source": folder, "text_encoders": 5}, BadRequest, "text_encoders: 5 of type int; give paths"),
         ({"source": folder, "tokenizers": 5}, BadRequest, "tokenizers: 5 of type int is no path"),
         ({"source": folder, "scheduler": ""}, BadRequest, "scheduler: '' of type str is no path"),
-        (
-            {"source": folder, "vae": "gone"},
-            BadCheckpoint,
-            "vae: gone: no such file or folder; name one",
-        ),
+        ({"source": folder, "vae": "gone"}, BadRequest, "vae: gone: no such file or folder; name one"),
         ({"source": folder, "name": 5}, BadRequest, "name: 5 of type int; give a text"),
         ({"source": folder, "variant": ""}, BadRequest, "variant: '' of type str; give a text"),
         ({"source": folder, "defaults": 5}, BadRequest, "defaults: 5 of type int; give a dict"),
