@@ -62,8 +62,9 @@ class AsyncClient(OfOneProcess):
     """A :class:`Client` whose methods are awaited: the same names, arguments, results and errors.
 
     Use it as ``async with AsyncClient() as client``. Cancelling a task that waits for a job cancels the job in the
-    workers, and what a cancelled lend or ``generate`` would have returned is given back. ``at_once`` is the most
-    methods that run at the same time. For one event loop; if that is closed first, so is the client, within a second.
+    workers, what a cancelled lend or ``generate`` would have returned is given back, and a cancelled return is made.
+    ``at_once`` is the most methods that run at the same time. For one event loop; if that is closed first, so is the
+    client, within a second.
 
     Raises (by ``__aenter__``): as :class:`Client` does; BadRequest: ``at_once`` is not a positive number.
     """
@@ -146,7 +147,8 @@ class AsyncClient(OfOneProcess):
         try:
             return await awaited(future, getattr(function, "__name__", "a function"))
         except BaseException:  # cancelled: nobody takes the result
-            if not future.cancel():
+            # A return is made even if it had not begun: its caller has usually dropped the loan.
+            if _is_return(function) or not future.cancel():
                 scope.cancel()
                 future.add_done_callback(_give_back)
             raise
@@ -258,6 +260,12 @@ class AsyncGenerationJob(OfOneProcess):
 
     def __repr__(self) -> str:
         return f"<AsyncGenerationJob {self.request_id}, {self.total_steps} steps>"
+
+
+def _is_return(function: Callable[..., Any]) -> bool:
+    """Whether the function is ``return_`` of a client or a loan."""
+    method = getattr(function, "__func__", function)
+    return method is Client.return_ or method is Loan.return_
 
 
 def _give_back(future: Future[Any]) -> None:

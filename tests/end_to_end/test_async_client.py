@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from running_daemon import RunningDaemon, until
+from running_daemon import RunningDaemon, until, until_empty
 
 from xditd.client import (
     AsyncClient,
@@ -39,9 +39,9 @@ def nothing_is_left(daemon: RunningDaemon) -> Any:
     """No thread of the client, no job and no loan."""
     yield
     gc.collect()
-    until(lambda: not [each for each in threading.enumerate() if each.name.startswith("xditd-async")], "threads end")
+    until(lambda: not [each for each in threading.enumerate() if each.name.startswith("xditd-async")], "threads to end")
     with daemon.connect() as client:
-        until(lambda: not client.status().jobs and not client.status().components, "jobs and loans end")
+        until_empty(client)
 
 
 def generation(inputs: Any, **more: Any) -> dict[str, Any]:
@@ -139,14 +139,32 @@ def test_cancelled_tasks_cancel_their_jobs(
             # The workers serve on, and no job of before runs.
             started = await client.generate(loan, inputs.conditioning, **generation(inputs, steps=1))
             await started.result()
-            for _ in range(100):
-                status = await client.status()
-                if not status.jobs and [each.component_id for each in status.components] == [loan.component_id]:
-                    return ended
-                await asyncio.sleep(0.1)
-            raise AssertionError(status)
+            with daemon.connect() as other:
+                await asyncio.to_thread(until_empty, other, loan.component_id)
+            return ended
 
     assert asyncio.run(run()) > 20
+
+
+def test_a_cancelled_return_that_had_not_begun_is_made(opened: Callable[..., AsyncClient], files: Any) -> None:
+    """Its caller has usually dropped the loan by then, as with ``return_`` in a ``finally``."""
+
+    async def run() -> None:
+        async with opened(at_once=1) as client:
+            for returns in (client.return_, lambda loan: client.run(loan.return_)):
+                loan = await client.lend(files.vae)
+                others = threading.Event()
+                running = asyncio.create_task(client.run(others.wait))
+                returning = asyncio.create_task(returns(loan))
+                await asyncio.sleep(0)  # both tasks begin; the only thread runs the first one's function
+                returning.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await returning
+                others.set()
+                await running
+                assert (await client.status()).components == ()  # asked by the same thread, after the return
+
+    asyncio.run(run())
 
 
 def test_a_task_that_is_cancelled_among_events_leaves_a_job_that_says_so(

@@ -65,15 +65,29 @@ class RunningDaemon:
         self.process.wait(timeout=30)
 
 
-def until(probe: Callable[[], T | None], what: str, log: Path | None = None) -> T:
-    """Wait for a condition, with a deadline."""
+def until(probe: Callable[[], T | None], what: str | Callable[[], str], log: Path | None = None) -> T:
+    """Wait for a condition, with a deadline; ``what`` may be a function, which says what is still awaited then."""
     ends = time.monotonic() + DEADLINE_S
     while (found := probe()) is None or found is False:
         if time.monotonic() > ends:
             tail = log.read_text()[-4000:] if log else ""
-            pytest.fail(f"waited {DEADLINE_S} s for {what}\n{tail}")
+            pytest.fail(f"waited {DEADLINE_S} s for {what if isinstance(what, str) else what()}\n{tail}")
         time.sleep(0.02)  # between two looks; what is waited for is the condition above
     return found
+
+
+def until_empty(client: Client, *but: str) -> None:
+    """Wait until the daemon has no job, and no component but those of these ids; a failure names what is left."""
+
+    def left() -> list[str]:
+        status = client.status()
+        components = [each for each in status.components if each.component_id not in but]
+        return [
+            *(f"{each.op} {each.request_id} {each.state.value}" for each in status.jobs),
+            *(f"{each.label} {each.component_id}" for each in components),
+        ]
+
+    until(lambda: not left(), lambda: f"the end of {', '.join(left())}")
 
 
 @pytest.fixture(scope="session")

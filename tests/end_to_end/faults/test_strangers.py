@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import msgpack
 import pytest
 import zmq
+from running_daemon import RunningDaemon
 
 from xditd.ipc import limits
 from xditd.ipc.addresses import RuntimeDir, endpoint
@@ -16,6 +21,8 @@ from xditd.ipc.replies import Failed
 from xditd.ipc.requests import GetStatus
 
 NOBODY = 65534
+ANSWER_MS = 30_000
+"""How long a busy daemon may take to answer."""
 
 KNOCK = """
     import os, sys, zmq
@@ -41,23 +48,39 @@ KNOCK = """
 """
 
 
+def is_open(folder: Path) -> bool:
+    """Whether every user may enter the folder."""
+    return all(each.stat().st_mode & 0o001 for each in [folder, *folder.parents])
+
+
+@pytest.fixture
+def open_folder(daemon: RunningDaemon) -> Iterator[Path]:
+    """A folder that is open to everybody, with another name of the daemon's socket in it.
+
+    The daemon's own folder does not stay open: the daemon makes it private again within a second, and a session of
+    pytest that starts does so with the folder of all sessions.
+    """
+    private = RuntimeDir(daemon.runtime_dir)
+    mode = private.client_socket.stat().st_mode
+    folder = Path(tempfile.mkdtemp(prefix="xditd-open-", dir=next(filter(is_open, private.path.parents))))
+    try:
+        folder.chmod(0o755)
+        os.link(private.client_socket, RuntimeDir(folder).client_socket)
+        private.client_socket.chmod(0o666)
+        yield folder
+    finally:
+        private.client_socket.chmod(mode)
+        shutil.rmtree(folder)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
-def test_another_user_is_refused_by_the_folder_and_by_credentials(daemon, start_script):
-    folder, runtime = daemon.runtime_dir, RuntimeDir(daemon.runtime_dir)
-    child = start_script(KNOCK, folder, NOBODY, 500)
+def test_another_user_is_refused_by_the_folder_and_by_credentials(daemon, open_folder, start_script):
+    child = start_script(KNOCK, daemon.runtime_dir, NOBODY, 500)
     assert f"permission denied for uid {NOBODY}" in child.stdout.readline()
     assert child.stdout.readline() == "silence\n"
-    opened = [*[*reversed(folder.parents)][1:], folder, runtime.client_socket]
-    modes = [path.stat().st_mode for path in opened]
-    for path, mode in zip(opened, modes, strict=True):
-        path.chmod(mode | (0o666 if path.is_socket() else 0o055))
-    try:
-        child = start_script(KNOCK, folder, NOBODY, 30_000)
-        assert "served by uid 0" in child.stdout.readline()
-        assert child.stdout.readline() == "not_permitted\n"
-    finally:
-        for path, mode in zip(opened, modes, strict=True):
-            path.chmod(mode)
+    child = start_script(KNOCK, open_folder, NOBODY, ANSWER_MS)
+    assert "served by uid 0" in child.stdout.readline()
+    assert child.stdout.readline() == "not_permitted\n"
 
 
 HOSTILE = {
@@ -79,7 +102,7 @@ def test_hostile_messages(name, daemon, good_job):
         peer.setsockopt(zmq.LINGER, 0)
         peer.connect(endpoint(RuntimeDir(daemon.runtime_dir).client_socket))
         peer.send(HOSTILE[name])
-        assert peer.poll(5000)
+        assert peer.poll(ANSWER_MS)
         reply = reply_decoder.decode(peer.recv())
     assert isinstance(reply, Failed)
     assert reply.code == "bad_message"
