@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import comfy.model_management
 import comfy.ops
@@ -36,18 +36,25 @@ END: Final = ".gguf"
 _REMEDY: Final = "use a safetensors file of this model"
 
 
-class GgufWeights(RemoteWeights):
-    """The weights of a GGUF file and their loan; ``size_bytes`` is theirs in memory.
+class StoredShapes(NamedTuple):
+    """What the header of a GGUF file says: its tensors on the meta device, packed ones with their logical shapes.
 
-    ``shapes`` are its tensors on the meta device, packed ones with their logical shapes.
+    ``size_bytes`` are those of all tensors in the file.
     """
+
+    shapes: dict[str, torch.Tensor]
+    size_bytes: int
+    files: SourceFiles
+
+
+class GgufWeights(RemoteWeights):
+    """The weights of a GGUF file and their loan; ``size_bytes`` is theirs in memory."""
 
     def __init__(
         self,
         path: str,
         kind: ComponentKind,
-        shapes: Mapping[str, torch.Tensor],
-        stored_bytes: int,
+        stored: StoredShapes,
         dtype: torch.dtype,
     ) -> None:
         device = comfy.model_management.get_torch_device()
@@ -61,9 +68,9 @@ class GgufWeights(RemoteWeights):
             compute_dtype=cast("ComputeDType", dtype_name(dtype)),
         )
         self._path = path
-        self._files = SourceFiles.at(path)
-        self._shapes = dict(shapes)
-        self._stored_bytes = stored_bytes
+        self._files = stored.files
+        self._shapes = stored.shapes
+        self._stored_bytes = stored.size_bytes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,14 +142,14 @@ def make_gguf_model(path: str, choice: WeightDtype) -> Any:
         raise Unsupported(
             f"{label}: a GGUF file keeps its types; set weight_dtype to default, bfloat16, float16 or float32"
         )
-    stored, size = _read(path)
-    shapes = plain_names(stored)
+    stored = _read(path)
+    shapes = plain_names(stored.shapes)
     config, family = config_of(shapes, label)
     dtype = compute_dtype(config, shapes, choice, is_mixed=True)
     config.set_inference_dtype(dtype, None)
     config.custom_operations = comfy.ops.disable_weight_init
     model = build_weightless(config, LendableTensors(config.process_unet_state_dict(shapes)).logical(dtype))
-    weights = GgufWeights(path, ComponentKind.TRANSFORMER, shapes, size, dtype)
+    weights = GgufWeights(path, ComponentKind.TRANSFORMER, stored._replace(shapes=shapes), dtype)
     return make_transformer_patcher(model, weights, family)
 
 
@@ -153,12 +160,10 @@ def gguf_encoder(path: str, dtype: torch.dtype) -> GgufWeights:
         BadCheckpoint: the file is malformed.
         Unsupported: a language model.
     """
-    shapes, size = _read(path)
-    return GgufWeights(path, ComponentKind.TEXT_ENCODER, shapes, size, dtype)
+    return GgufWeights(path, ComponentKind.TEXT_ENCODER, _read(path), dtype)
 
 
-def _read(path: str) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the tensors of a file on the meta device, packed ones with their logical shapes, and their bytes in it."""
+def _read(path: str) -> StoredShapes:
     lent = LentFile(path)
     try:
         header = read_header(lent)
@@ -171,4 +176,4 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], int]:
         )
         for name, each in stored.items()
     }
-    return shapes, sum(each.size_bytes for each in header.tensors)
+    return StoredShapes(shapes, sum(each.size_bytes for each in header.tensors), SourceFiles.of(lent))

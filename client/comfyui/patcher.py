@@ -177,7 +177,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         raise Unsupported(f"XDiT: {key} is lent to the workers and cannot be patched alone; add the patch to the MODEL")
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, torch.Tensor]:
-        """Return the tensors with patches merged, for nodes that save, by the names of ``model`` below ``prefix``."""
+        """Return the tensors with patches merged, for nodes that save, by the names of ``model`` below ``prefix``.
+
+        Raises:
+            StaleSource: their file was written over since a loader read it.
+        """
+        self.weights.check_files()
         found: dict[str, torch.Tensor] = {}
         for name in (self.model if model is None else model).state_dict():
             base = self._base_name(prefix + name)
@@ -187,7 +192,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return found
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
-        """Return keys and patches as the base class does, with the lent tensors: model merging nodes read them."""
+        """Return keys and patches as the base class does, with the lent tensors: model merging nodes read them.
+
+        Raises:
+            StaleSource: their file was written over since a loader read it.
+        """
+        self.weights.check_files()
         found: dict[str, Any] = super().get_key_patches(filter_prefix)
         for key, patches in found.items():
             name = self._base_name(key)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from xditd.client.file_mappings import AddressSpace
 from xditd.ipc.errors import StaleSource
+from xditd.ipc.transports.file import LentFile
 from xditd.ipc.transports.file_state import FileState
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ class SourceFiles:
         return cls(found, are_mapped=True)
 
     @classmethod
-    def at(cls, path: str) -> SourceFiles:
-        """Record a file that is opened again, by its path, when it is lent."""
-        return cls({path: FileState.of_stat(os.stat(path))}, are_mapped=False)
+    def of(cls, opened: LentFile) -> SourceFiles:
+        """Record a file whose header was read, and that is opened again, by its path, when it is lent."""
+        return cls({opened.path: opened.state}, are_mapped=False)
 
     def check(self) -> None:
         """Refuse to go on with a file that changed.

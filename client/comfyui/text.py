@@ -123,6 +123,11 @@ class JointWeights:
     def loaded_bytes(self) -> int:
         return sum(weights.loaded_bytes for weights, _ in self._parts)
 
+    def check_files(self) -> None:
+        """Check the files of all components, as :meth:`RemoteWeights.check_files` does."""
+        for weights, _ in self._parts:
+            weights.check_files()
+
     def apply(self, edits: Mapping[str, Edit]) -> None:
         """Lend all components, each with the edits of its own tensors."""
         for weights, names in self._parts:

@@ -57,7 +57,12 @@ class RemoteStage(torch.nn.Module):
             self.add_module(name, child)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensors, for nodes that save."""
+        """Return the tensors, for nodes that save.
+
+        Raises:
+            StaleSource: their file was written over since a loader read it.
+        """
+        self._weights.check_files()
         return dict(self._weights.base)
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:

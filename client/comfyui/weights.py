@@ -174,7 +174,7 @@ class RemoteWeights:
             StaleSource: the weights' file was written since it was loaded.
         """
         if not (self._is_whole and self._arena is not None):
-            self._files.check()
+            self.check_files()
         stale = {name for name, edit in edits.items() if self._merged.get(name) != edit.recipe}
         gone = {name for name in self._merged if name not in edits}
         if not stale and not gone:
@@ -194,6 +194,14 @@ class RemoteWeights:
         self._log_patched(len(stale), len(gone), len(edits), started)
         return self._lend(changed)
 
+    def check_files(self) -> None:
+        """Check the files before their tensors are read in this process.
+
+        Raises:
+            StaleSource: one was written over since a loader read it.
+        """
+        self._files.check()
+
     def release(self) -> None:
         """Return the loan and its LoRAs, and free its arena. The next use lends again."""
         self._loras.release()
@@ -212,7 +220,7 @@ class RemoteWeights:
     def _write(self, stale: set[str], gone: set[str], edits: Mapping[str, Edit]) -> Collection[str]:
         """Merge ``stale`` tensors, restore those that are ``gone``, and return the names of all that were written."""
         assert self._arena is not None
-        self._files.check()
+        self.check_files()
         names = sorted(stale | gone)
         # If a merge fails half way, the next apply has to write these tensors again, whatever its edits.
         self._merged.update(dict.fromkeys(names, _UNFINISHED))
@@ -235,7 +243,7 @@ class RemoteWeights:
 
     def _ensure_whole_arena(self) -> Arena:
         if self._arena is None:
-            self._files.check()
+            self.check_files()
             self._arena = Arena.copy_of(self.base, self._device)
             logger.info(
                 "weights loaded label=%s device=%s bytes=%d load_ms=%.1f",

@@ -42,6 +42,11 @@ class LentFile:
         self._opened = FileState.of_stat(opened)
 
     @property
+    def state(self) -> FileState:
+        """Its state when it was opened."""
+        return self._opened
+
+    @property
     def identity(self) -> tuple[int, int]:
         """Device and inode."""
         return self._opened.device, self._opened.inode

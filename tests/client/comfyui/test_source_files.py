@@ -14,12 +14,19 @@ from xditd.client import StaleSource
 from xditd.client.comfyui.source_files import SourceFiles
 from xditd.client.comfyui.weights import RemoteWeights
 from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.transports.file import LentFile
 
 
 @pytest.fixture
 def path(tmp_path) -> Path:
     save_file({"a": torch.zeros(4096)}, tmp_path / "x.safetensors")
     return tmp_path / "x.safetensors"
+
+
+def opened(path: Path) -> LentFile:
+    file = LentFile(str(path))
+    file.close()
+    return file
 
 
 def write_over(path: Path) -> None:
@@ -51,12 +58,19 @@ def test_mapped_tensors_of_a_file_whose_name_has_gone_or_is_that_of_another(path
 
 
 def test_a_file_that_is_opened_by_its_path_must_be_the_same(path):
-    files = SourceFiles.at(str(path))
+    files = SourceFiles.of(opened(path))
     files.check()
     shutil.copy(path, path.with_name("other"))
     os.replace(path.with_name("other"), path)
     with pytest.raises(StaleSource, match="inode"):
         files.check()
+
+
+def test_a_file_that_is_written_over_once_it_is_opened(path):
+    lent = opened(path)
+    write_over(path)
+    with pytest.raises(StaleSource, match="mtime"):
+        SourceFiles.of(lent).check()
 
 
 @pytest.mark.parametrize("is_whole", [False, True])

@@ -159,6 +159,9 @@ def test_a_file_that_is_written_over_between_prompts(
         with pytest.raises(StaleSource, match=r"x\.safetensors: changed since a loader read it .*queue again"):
             ksample(model, *given, dict(latent))
         comfy.comfy.model_management.unload_all_models()
+    for read in (model.model_state_dict_for_saving, model.get_key_patches):  # nodes that save, and that merge
+        with pytest.raises(StaleSource, match=r"x\.safetensors: changed since a loader read it"):
+            read()
     halved = comfy.comfy.sd.load_diffusion_model(str(path))
     expected = ksample(halved, *given, dict(latent))
     assert relative_error(ksample(load_unet(str(path)), *given, dict(latent)), expected) <= 2e-6
@@ -177,6 +180,18 @@ def test_vae_decodes(vae, stock_vae, decoder_file, tmp_path, relative_error):
     tiles = dict(tile_x=16, tile_y=16, overlap=4)
     z = 0.3 * torch.randn(1, 16, 24, 24, generator=torch.Generator().manual_seed(1))
     assert relative_error(vae.decode_tiled(z, **tiles), stock_vae.decode_tiled(z, **tiles)) <= TOLERANCE
+
+
+def test_a_vae_whose_file_was_written_over_is_not_saved(connected, decoder_file, tmp_path):
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+
+    path = tmp_path / "x.safetensors"
+    shutil.copy(decoder_file, path)
+    vae = load_vae(str(path))
+    save_file({name: 0.5 * tensor for name, tensor in load_file(decoder_file).items()}, tmp_path / "new.safetensors")
+    path.write_bytes((tmp_path / "new.safetensors").read_bytes())
+    with pytest.raises(StaleSource, match=r"x\.safetensors: changed since a loader read it"):
+        vae.get_sd()
 
 
 @torch.inference_mode()
