@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
@@ -18,6 +18,7 @@ from xditd.client.loans import Loan
 if TYPE_CHECKING:
     import torch
 
+    from xditd.client.client import Client
     from xditd.client.conditioning import Conditioning
     from xditd.client.metadata.record import Record
     from xditd.ipc.facts import ComponentFacts
@@ -59,51 +60,71 @@ def run(parsed: argparse.Namespace) -> int:
         require_torch()
         stored = None if parsed.embeds is None else read_tensors(parsed.embeds)
         started = time.perf_counter()
-        transformer = client.lend(
-            parsed.transformer, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype
-        )
-        second = parsed.transformer_2 and client.lend(
-            parsed.transformer_2, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype
-        )
-        vae = None if parsed.vae is None else client.lend(parsed.vae, kind="vae", device=parsed.device)
-        strengths = {"transformer": parsed.lora or {}, "transformer_2": parsed.lora_2 or {}}
-        paths = dict.fromkeys(path for each in strengths.values() for path in each)
-        loras = {path: client.lend_lora(path, device=parsed.device) for path in paths}
-        uses = {role: [(loras[path], number) for path, number in each.items()] for role, each in strengths.items()}
+        lent = _lend(client, parsed)
+        facts = lent.transformer.facts
         controls = control_flags.lend_controls(client, parsed, pictures)
         lend_s = time.perf_counter() - started
         if stored is None:
-            conditioning = random_conditioning(transformer.facts, parsed.random_embeds, parsed.text_tokens)
+            conditioning = random_conditioning(facts, parsed.random_embeds, parsed.text_tokens)
         else:
-            conditioning = conditioning_of(stored, transformer.facts, str(parsed.embeds))
+            conditioning = conditioning_of(stored, facts, str(parsed.embeds))
         repeated = getattr(parsed, "repeated", None)
         index = None if repeated is None else repeated.index
         if repeated is not None and index is not None:
-            repeated.check_rows(conditioning, transformer.facts)
-        outputs.prepare(transformer.facts, conditioning, is_one=index is not None)
+            repeated.check_rows(conditioning, facts)
+        outputs.prepare(facts, conditioning, is_one=index is not None)
         job = client.generate(
-            transformer.with_loras(uses["transformer"]),
+            lent.transformer.with_loras(lent.uses_of(parsed.lora)),
             conditioning,
-            vae=vae,
-            transformer_2=second.with_loras(uses["transformer_2"]) if second else None,
+            vae=lent.vae,
+            transformer_2=lent.second and lent.second.with_loras(lent.uses_of(parsed.lora_2)),
             frames=parsed.frames or 1,
             controls=controls,
             **sampling_of(parsed),
         )
         result = watch(job, "denoising", is_quiet=parsed.json)
         outputs.write(
-            dataclasses.replace(result, record=record_of_files(parsed, result.record, transformer.lent_ns)),
+            dataclasses.replace(result, record=record_of_files(parsed, result.record, lent.transformer.lent_ns)),
             first=index or 0,
         )
         report = GenerationReport(outputs=outputs, generation=result, seed=result.seed, lend_s=lend_s)
-        lent = (transformer, second, vae, *loras.values(), *control_flags.loans_of(controls))
-        loans = [loan for loan in lent if isinstance(loan, Loan)]
+        loans = [*lent.loans, *(each for each in control_flags.loans_of(controls) if isinstance(each, Loan))]
         if parsed.json:
-            print(_json(parsed, report, transformer.facts, conditioning, loans, steps=job.total_steps))
+            print(_json(parsed, report, facts, conditioning, loans, steps=job.total_steps))
         else:
             named = [(f"{loan.kind.value}: {loan.label}, ", loan) for loan in loans]
             print(report.text(named, steps=job.total_steps, has_step_cache=bool(parsed.step_cache)))
     return exits.DONE
+
+
+class _Lent(NamedTuple):
+    """The loans of the files; ``loras`` by path."""
+
+    transformer: Loan
+    second: Loan | None
+    vae: Loan | None
+    loras: dict[str, Loan]
+
+    @property
+    def loans(self) -> list[Loan]:
+        return [each for each in (self.transformer, self.second, self.vae, *self.loras.values()) if each is not None]
+
+    def uses_of(self, given: Mapping[str, float] | None) -> list[tuple[Loan, float]]:
+        """Return the LoRAs of one transformer, from their strengths by path."""
+        return [(self.loras[path], strength) for path, strength in (given or {}).items()]
+
+
+def _lend(client: Client, parsed: argparse.Namespace) -> _Lent:
+    def transformer(path: str) -> Loan:
+        return client.lend(path, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype)
+
+    paths = dict.fromkeys([*(parsed.lora or ()), *(parsed.lora_2 or ())])
+    return _Lent(
+        transformer(parsed.transformer),
+        transformer(parsed.transformer_2) if parsed.transformer_2 else None,
+        client.lend(parsed.vae, kind="vae", device=parsed.device) if parsed.vae is not None else None,
+        {path: client.lend_lora(path, device=parsed.device) for path in paths},
+    )
 
 
 def record_of_files(parsed: argparse.Namespace, record: Record | None, lent_ns: int) -> Record | None:

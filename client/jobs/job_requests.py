@@ -17,8 +17,9 @@ from xditd.client.jobs.schedules import schedule_of
 from xditd.client.jobs.start_images import check_start
 from xditd.ipc import limits
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.facts import LatentFacts
 from xditd.ipc.field_types import ITEM_BYTES
-from xditd.ipc.job_parts import LoraUses, Part, Sampling
+from xditd.ipc.job_parts import Part, Sampling
 from xditd.ipc.requests import Call, Generate, InferenceRequest, Role
 from xditd.ipc.tensors import HostShmBlock, IoTensor
 
@@ -250,8 +251,6 @@ def generate_request(
     strength: float = 1.0,
 ) -> GenerationRequest:
     """Build the request for a generation. Exactly one of ``seed`` and ``noise`` is given."""
-    import torch
-
     facts = transformer.transformer
     batch = checks.check_conditioning(conditioning, facts.conditioning)
     checks.check_size(height, width, facts.latents)
@@ -279,12 +278,9 @@ def generate_request(
         variant=checks.check_variant(variant, facts),
         options=checks.check_options(options, facts),
     )
-    components: dict[Role, str] = {"transformer": transformer.component_id}
-    loras: dict[Role, LoraUses] = {"transformer": transformer.loras} if transformer.loras else {}
-    if second is not None:
-        components["transformer_2"] = second.component_id
-        loras |= {"transformer_2": second.loras} if second.loras else {}
-
+    used: dict[Role, Component | None] = {"transformer": transformer, "transformer_2": second, "vae": vae}
+    components = {role: each.component_id for role, each in used.items() if each is not None}
+    loras = {role: each.loras for role, each in used.items() if each is not None and each.loras}
     check_controls(controls, facts.latents, height, width, has_vae=vae is not None)
 
     places = IoPlaces()
@@ -293,67 +289,61 @@ def generate_request(
     ordered = {name: conditioning[name] for name in names}
     written = writer.write(ordered, "conditioning.")
     inputs = list(writer.inputs)
-    noise_at = None
-    if noise is not None:
-        noise_at = places.add_input(noise)
-        inputs.append((noise_at, noise))
-    starts: dict[str, IoTensor] = {}
-    for name, tensor in (("start_image", start_image), ("start_mask", start_mask)):
+    placed: dict[str, IoTensor] = {}
+    for name, tensor in (("noise", noise), ("start_image", start_image), ("start_mask", start_mask)):
         if tensor is not None:
-            starts[name] = places.add_input(tensor)
-            inputs.append((starts[name], tensor))
-    used = write_controls(controls, places, inputs)
+            placed[name] = places.add_input(tensor)
+            inputs.append((placed[name], tensor))
+    guides = write_controls(controls, places, inputs)
     first = ordered[names[0]]
     like = noise if noise is not None else first[0] if isinstance(first, (list, tuple)) else first
-    outputs = {"latents": places.add_output(like.dtype, facts.latents.shape(batch, height, width, frames))}
-    if vae is not None:
-        components["vae"] = vae.component_id
-        outputs["image"] = places.add_output(
-            torch.float32, (batch, vae.vae.image_channels, *((frames,) if facts.latents.frames else ()), height, width)
-        )
-    _add_previews(outputs, places, previews, vae, like.dtype, (batch, height, width))
+    outputs = _place_outputs(places, previews, facts.latents, vae, like.dtype, (batch, height, width, frames))
 
     def write(request_id: str, io: HostShmBlock) -> Generate:
         return Generate(
             request_id=request_id,
             components=components,
             loras=loras,
-            controls=used,
+            controls=guides,
             io=io,
             conditioning=written,
             sampling=sampling,
-            noise=noise_at,
             out_latents=outputs["latents"],
             out_image=outputs.get("image"),
             out_denoised=outputs.get("denoised"),
             out_preview=outputs.get("preview"),
-            **starts,
+            **placed,
         )
 
     return GenerationRequest(places, inputs, outputs, like.device, write, sampling)
 
 
-def _add_previews(
-    outputs: dict[str, IoTensor],
+def _place_outputs(
     places: IoPlaces,
     previews: bool | Literal["image"],
+    latents: LatentFacts,
     vae: Component | None,
     dtype: torch.dtype,
-    size: tuple[int, int, int],
-) -> None:
-    """Place what each step is shown by; ``size`` are batch, height and width.
+    size: tuple[int, int, int, int],
+) -> dict[str, IoTensor]:
+    """Place the results, and what each step is shown by; ``size`` are batch, height, width and frames.
 
     Raises:
         BadRequest: no such previews, or images without a VAE.
     """
     import torch
 
+    batch, height, width, frames = size
+    outputs = {"latents": places.add_output(dtype, latents.shape(batch, height, width, frames))}
+    if vae is not None:
+        of_video = (frames,) if latents.frames else ()
+        outputs["image"] = places.add_output(torch.float32, (batch, vae.vae.image_channels, *of_video, height, width))
     if not isinstance(previews, bool) and not (isinstance(previews, str) and previews == "image"):
         raise BadRequest(f"previews: {previews!r} is not True, False or 'image'")
     if previews == "image":
         if vae is None:
             raise BadRequest("previews: an image needs vae=; give it, or previews=True for latents")
-        batch, height, width = size
         outputs["preview"] = places.add_output(torch.float32, (batch, vae.vae.image_channels, height, width))
     elif previews:
         outputs["denoised"] = places.add_output(dtype, outputs["latents"].shape)
+    return outputs

@@ -1,4 +1,4 @@
-"""How long a phase of training lasts, and what Ctrl-C does to it."""
+"""How long a phase of training lasts, and what Ctrl-C and SIGTERM do to it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ class Interrupt:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Let the first interrupt end the phases in good order, so that nothing that was learned is lost.
+        """Let the first Ctrl-C or SIGTERM end the phases in good order, so that nothing that was learned is lost.
 
-        A second one ends the program as it would have without this.
+        Ctrl-C after that ends the program as it would have without this. Another SIGTERM changes nothing: timeout(1)
+        sends two, one to the program and one to its group.
         """
 
         def note(_number: int, _frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, interrupts)
+            if not self.is_set:
+                print("interrupted: the phase ends, and what it learned is written", flush=True)
             self.is_set = True
-            signal.signal(signal.SIGINT, before)
-            print("interrupted: the phase ends, and what it learned is written", flush=True)
 
-        before = signal.signal(signal.SIGINT, note)
+        interrupts, ends = (signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM))
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, interrupts)
+            signal.signal(signal.SIGTERM, ends)
 
 
 @dataclass(frozen=True)

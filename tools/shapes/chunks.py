@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator
 from random import Random
 from typing import Any, Final
@@ -52,7 +52,7 @@ def chunks(seed: int, first: int, size: int, workers: int) -> Iterator[Chunk]:
         sampler=range(1 << 30),
         num_workers=workers,
         prefetch_factor=_PREFETCHED if workers else None,
-        worker_init_fn=_ignore_interrupts if workers else None,
+        worker_init_fn=_leave_group if workers else None,
         collate_fn=_as_it_is,
     )
     for scenes, clip, t5 in loader:
@@ -63,5 +63,9 @@ def _as_it_is(made: Any) -> Any:
     return made
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for all its processes: training ends its workers
+def _leave_group(_worker: int) -> None:
+    """Leave the process group of the training, which gets Ctrl-C of a terminal and SIGTERM of timeout(1) as a whole.
+
+    The training then ends its workers, by SIGTERM too.
+    """
+    os.setpgid(0, 0)

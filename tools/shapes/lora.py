@@ -3,8 +3,8 @@
     PYTHONPATH=tools python -m shapes.lora models/shapes out/outlines.safetensors --seconds 90
 
 The file has the names of diffusers (``transformer.transformer_blocks.0.attn.to_q.lora_A.weight``), so that
-``load_lora_weights`` and ``lend_lora`` read it. After Ctrl-C, training ends, and what it has learned is written and
-judged.
+``load_lora_weights`` and ``lend_lora`` read it. After Ctrl-C or SIGTERM, training ends, and what it has learned
+is written and judged.
 """
 
 from __future__ import annotations

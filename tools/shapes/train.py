@@ -6,8 +6,8 @@
 Each phase is skipped if its seconds (and steps) are 0. OUT gets ``vae.safetensors``, ``transformer.safetensors``,
 ``text_encoder.safetensors``, ``text_encoder_2.safetensors`` (bfloat16, each below 16 MB), ``report.json`` and
 pictures of the judge; ``--folder`` writes the pipeline's folder from them. With ``--state`` the flow's phase saves its
-optimizer, too, and continues from there. After Ctrl-C, the phase ends at once, as the last one, and what it has learned
-is written.
+optimizer, too, and continues from there. After Ctrl-C or SIGTERM, the phase ends at once, as the last one, and what it
+has learned is written.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.sample
@@ -24,6 +24,9 @@ from xditd.client.comfyui.patcher import WRAPPER_KEY
 from xditd.client.comfyui.understood import why_model_changed
 from xditd.client.comfyui.vae import weights_of, why_local
 from xditd.ipc.limits import MAX_STEPS
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +116,32 @@ def sample(
             remote, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
         return out, None if vae is None else vae.decode(out["samples"]), note
+    return _run_loop(
+        remote,
+        start,
+        sigmas,
+        seed=seed,
+        cfg=cfg,
+        positive=positive,
+        negative=negative,
+        latent_image=latent_image,
+        vae=vae,
+    )
 
+
+def _run_loop(
+    remote: Any,
+    start: torch.Tensor,
+    sigmas: torch.Tensor,
+    *,
+    seed: int,
+    cfg: float,
+    positive: Any,
+    negative: Any,
+    latent_image: dict[str, Any],
+    vae: Any,
+) -> tuple[dict[str, Any], Any, str]:
+    """Run the whole loop in the workers, from ``start``; returns what :func:`sample` does."""
     noise = comfy.sample.prepare_noise(start, seed, latent_image.get("batch_index"))
     has_previews = latent_preview.get_previewer(remote.load_device, remote.model.latent_format) is not None
     local = None if vae is None else why_local(vae)

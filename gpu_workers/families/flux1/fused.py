@@ -259,6 +259,19 @@ class FusedFlux1:
     def _embedded(self, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._module.context_embedder(text), self._module.x_embedder(image)
 
+    def _joined(self, text: torch.Tensor, image: torch.Tensor, *, are_embedded: bool) -> torch.Tensor:
+        """Return the embedded tokens of text and image in one tensor, (rows, hidden)."""
+        module, at = self._module, text.shape[0]
+        x = torch.empty(at + image.shape[0], self._config.hidden, dtype=text.dtype, device=text.device)
+        for embedder, tokens, out in ((module.context_embedder, text, x[:at]), (module.x_embedder, image, x[at:])):
+            if are_embedded:
+                out.copy_(tokens)
+            elif embedder.weight.dtype == embedder.bias.dtype == x.dtype:
+                torch.addmm(embedder.bias, tokens, weight_of(embedder).t(), out=out)
+            else:
+                out.copy_(embedder(tokens))
+        return x
+
     def _sample(
         self,
         valid: int,
@@ -280,20 +293,12 @@ class FusedFlux1:
         products, blocks = (self._products, self._blocks) if loras is None else self.loras.blocks(loras)
         assert blocks is not None
         double, single = blocks.double, blocks.single
-        module, width, at = self._module, self._config.hidden, text.shape[0]
-        rows = at + image.shape[0]
-        x = torch.empty(rows, width, dtype=text.dtype, device=text.device)
-        for embedder, tokens, out in ((module.context_embedder, text, x[:at]), (module.x_embedder, image, x[at:])):
-            if loras is not None:
-                out.copy_(tokens)
-            elif embedder.weight.dtype == embedder.bias.dtype == x.dtype:
-                torch.addmm(embedder.bias, tokens, weight_of(embedder).t(), out=out)
-            else:
-                out.copy_(embedder(tokens))
+        width, at = self._config.hidden, text.shape[0]
+        x = self._joined(text, image, are_embedded=loras is not None)
         starts = [(modulation, 0) for modulation in (*doubles, *singles)]
         firsts = [*((first.qkv, second.qkv) for first, second in double), *((each.qkv, each.qkv) for each in single)]
         normed = products.modulate(x, firsts[0], text_rows=at, shift=starts[0])
-        qkv = torch.empty(rows, 3 * width, dtype=x.dtype, device=x.device)
+        qkv = torch.empty(x.shape[0], 3 * width, dtype=x.dtype, device=x.device)
         y = torch.empty_like(x)
         y_halves = (y[:at], y[at:])
         if cache is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from itertools import islice
 from random import Random
 
@@ -38,6 +40,17 @@ def test_processes_make_the_same_chunks_in_the_same_order() -> None:
     own, others = (islice(chunks(SEED, FIRST, SIZE, workers), 4) for workers in (0, 2))
     for one, other in zip(own, others, strict=True):
         assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
+
+
+def test_signals_to_the_trainings_group_leave_its_workers() -> None:
+    made = chunks(SEED, FIRST, SIZE, workers=1)
+    next(made)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    assert os.getpgid(worker.pid) == worker.pid
+    made.close()  # type: ignore[attr-defined]
+    worker.join(timeout=30)
+    assert worker.exitcode == 0
 
 
 def test_texts_that_are_too_long_end_as_the_tokenizers_end_them() -> None:

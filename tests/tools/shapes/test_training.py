@@ -205,21 +205,23 @@ def test_text_encoders_learn_what_sentences_say() -> None:
     assert all(not each.equal(before[name]) for name, each in after.items() if "final" not in name)
 
 
-def test_an_interrupt_ends_a_phase_and_keeps_what_it_learned() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupt_ends_a_phase_and_keeps_what_it_learned(number: signal.Signals) -> None:
     interrupt = Interrupt()
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     begun = training(1_000_000, interrupt=interrupt)
 
     class Interrupting(FewLatents):
         def refresh(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     with interrupt.watched():
         assert begun.train(Interrupting()) > 0
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert begun.step == 3
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_phase_that_is_interrupted_before_its_first_step_changes_nothing() -> None:
