@@ -63,7 +63,7 @@ class ScriptedDaemon:
         """Send a reply, or plain bytes, to the client that sent the last request."""
         self._unsolicited.put(reply)
 
-    def wait_for(self, kind: type[Request], count: int = 1, deadline_s: float = 5.0) -> Request:
+    def wait_for(self, kind: type[Request], count: int = 1, deadline_s: float = 30.0) -> Request:
         """Wait until ``count`` requests of a type have arrived; returns the last of them."""
         with self._arrived:
             found = self._arrived.wait_for(lambda: len(self.requests(kind)) >= count, deadline_s)
@@ -210,12 +210,12 @@ def daemon(folder: Path) -> Iterator[ScriptedDaemon]:
 
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool]], None]:
-    """Wait for a condition, at most five seconds."""
+    """Wait for a condition, at most half a minute."""
 
     def wait(condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 5.0
+        end = time.monotonic() + 30.0
         while not condition():
-            assert time.monotonic() < end, "the condition did not come true within 5 s"
+            assert time.monotonic() < end, "the condition did not come true within 30 s"
             time.sleep(0.005)
 
     return wait

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from xditd.client.connection import Connection
+from xditd.client.connection import CONTROL_DEADLINE_S, Connection
 from xditd.ipc.addresses import RuntimeDir
 from xditd.ipc.errors import (
     BadMessage,
@@ -75,7 +75,7 @@ def test_a_listener_that_does_not_answer_is_no_daemon(folder, connect):
         started = time.monotonic()
         with pytest.raises(DaemonUnreachable, match=r"no daemon answered within 0\.3 s; is it running\?"):
             connect(hello_deadline_s=0.3)
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < CONTROL_DEADLINE_S
 
 
 def test_a_refused_hello_raises_what_the_daemon_meant(daemon, connect):
@@ -123,9 +123,9 @@ def test_replies_in_another_order_find_their_requests(daemon, connect):
 def test_a_request_without_answer_ends_at_its_deadline(daemon, connect):
     connection = connect()
     started = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=r"GetLogs: no answer from the daemon for 0\.[2-9] s"):
+    with pytest.raises(DeadlineExceeded, match=r"GetLogs: no answer from the daemon for [\d.]+ s"):
         ask_logs(connection, 0, deadline_s=0.2)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < CONTROL_DEADLINE_S
 
 
 def test_a_late_reply_is_dropped(daemon, connect):
@@ -169,7 +169,7 @@ def test_a_wait_ends_when_the_daemon_exits(folder, connect):
 
         with pytest.raises(DaemonUnreachable, match=rf"the daemon \(pid {process.pid}\) has exited"):
             box.wait(Stopping, Timeouts(30.0))
-        assert time.monotonic() - killed < 1.0
+        assert time.monotonic() - killed < CONTROL_DEADLINE_S
         with pytest.raises(DaemonUnreachable, match="has exited"):
             ask_logs(connection, 0)
     finally:
@@ -278,7 +278,7 @@ def test_a_client_that_stood_still_waits_anew(daemon, folder, wait_until):
         ends = time.monotonic() + 0.3
         wait_until(lambda: time.monotonic() > ends)
         daemon.send(LogLines(request_id=asked.request_id, lines=("late, and not too late",), next_line=1))
-        out, _ = client.communicate(timeout=10)
+        out, _ = client.communicate(timeout=60)
         assert (out, client.returncode) == ("late, and not too late\n", 0)
     finally:
         client.kill()

@@ -47,7 +47,7 @@ def test_lent_memory_stays_until_the_workers_have_unmapped_it(daemon, folder, wa
     held, answer = threading.Event(), daemon.answers[Goodbye]
 
     def hold(request):
-        assert held.wait(5)
+        assert held.wait(30)
         return answer(request)
 
     daemon.answers[Goodbye] = hold

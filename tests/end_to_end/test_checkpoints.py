@@ -50,7 +50,7 @@ def test_an_eight_bit_checkpoint_without_markers_is_refused_in_few_words_and_all
         lines = log_of(client)
         return all(name in lines for name in packed)
 
-    wait_until(is_logged, 10.0)
+    wait_until(is_logged, "all of the names to be logged")
 
 
 def test_an_all_in_one_checkpoint_is_named_with_its_parts(client, state, files):

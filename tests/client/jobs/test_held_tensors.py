@@ -82,9 +82,9 @@ def test_one_id_is_one_tensor_until_all_uses_have_ended() -> None:
     again = store.tensor(Held(held_id="h1", dtype="float32", shape=(3, 4)), CPU)
     assert again is first
     del again, second
-    assert released.get(timeout=10) == ("h2",)
+    assert released.get(timeout=60) == ("h2",)
     del first
-    assert released.get(timeout=10) == ("h1",)
+    assert released.get(timeout=60) == ("h1",)
     store.close()
 
 

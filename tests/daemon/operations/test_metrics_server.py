@@ -42,7 +42,7 @@ def serve(path: Path) -> Iterator[Callable[[str], Path]]:
 
         def end() -> None:
             os.write(write_fd, b"x")
-            thread.join(5)
+            thread.join(30)
             assert not thread.is_alive()
             server.close()
             loop.close()
@@ -59,7 +59,7 @@ def serve(path: Path) -> Iterator[Callable[[str], Path]]:
 
 def connect(path: Path) -> socket.socket:
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(10)
+    client.settimeout(60)
     client.connect(str(path))
     return client
 
@@ -111,13 +111,13 @@ def test_large_answer_arrives_whole(serve: Callable[[str], Path]) -> None:
 def test_slow_readers_hold_up_nobody_and_are_dropped(
     serve: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics_server, "DEADLINE_S", 1.0)
+    monkeypatch.setattr(metrics_server, "DEADLINE_S", 2.0)
     path = serve(BIG)
     with connect(path) as slow, connect(path) as silent:
         slow.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         began = time.monotonic()
         ask(path, b"GET /nothing HTTP/1.0\r\n\r\n")
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 2.0
         assert silent.recv(1) == b""  # disconnected at its deadline
         assert len(read_all(slow)) < len(BIG)
 

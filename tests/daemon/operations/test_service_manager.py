@@ -22,7 +22,7 @@ def manager(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, str
     ):
         name = f"{folder}/notify" if request.param == "path" else f"@xditd-test-{os.getpid()}"
         bound.bind(name.replace("@", "\0", 1))
-        bound.settimeout(5)
+        bound.settimeout(60)
         yield bound, name
 
 

@@ -33,7 +33,7 @@ class Place:
         self.client = self.context.socket(zmq.DEALER)
         self.client.connect(f"ipc://{folder}/s")
         self.client.send(b"hi")
-        assert self.router.socket.poll(5_000)
+        assert self.router.socket.poll(60_000)
         (envelope,) = self.router.receive()
         self.session = self.sessions.open(envelope.routing_id, envelope.peer, parse_credentials(envelope.peer), "test")
 

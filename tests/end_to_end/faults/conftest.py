@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +18,7 @@ import torch
 from xditd.client import Client
 from xditd.ipc.status import GroupState
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,14 @@ class Footprint:
             and all(now <= then + 2 for now, then in zip(self.worker_fds, before.worker_fds, strict=True))
             and self.segments == before.segments
         )
+
+
+def differences(before: Footprint, after: Footprint | None) -> str:
+    """What has changed, for the message of a failure."""
+    if after is None:
+        return "a group that is not ready"
+    pairs = [(each.name, getattr(before, each.name), getattr(after, each.name)) for each in fields(Footprint)]
+    return ", ".join(f"{name} {now}, before {then}" for name, then, now in pairs if now != then)
 
 
 def measure(client: Client, daemon_pid: int, processes: SimpleNamespace) -> Footprint | None:
@@ -101,7 +109,7 @@ def unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
     good_job()  # waits for a group that is being rebuilt, in which the loan is mapped again
     ends = time.monotonic() + DEADLINE_S
     while (after := measure(client, daemon.process.pid, processes)) is None or not after.is_within(before):
-        assert time.monotonic() < ends, f"left behind: {after}, before: {before}"
+        assert time.monotonic() < ends, f"left behind: {differences(before, after)}"
         time.sleep(0.05)  # between two looks
 
 

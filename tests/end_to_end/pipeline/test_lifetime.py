@@ -14,7 +14,7 @@ import flux1_words
 import pipeline_folders as folders
 import pytest
 import torch
-from running_daemon import RunningDaemon, until
+from running_daemon import RunningDaemon, until, until_empty
 from safetensors.torch import load_file, save_file
 
 from xditd.client import AsyncClient, BadCheckpoint, Cancelled, Client, Closed, LeaseLost, Pipeline, UnknownComponent
@@ -240,7 +240,7 @@ def test_nothing_is_left_when_it_is_closed(client: Client, folder: Path) -> None
     with pytest.raises(Exception, match=r"cancelled|closed|returned"):
         running.result(timeout=60)
     assert not [each for each in threading.enumerate() if each.name.startswith("xditd-pipeline")]
-    until(lambda: not client.status().jobs and not client.status().components, "jobs and loans to end")
+    until_empty(client)
 
 
 def test_a_job_that_is_watched_and_left(pipe: Pipeline) -> None:
@@ -290,4 +290,4 @@ def test_a_storm_of_words_in_an_event_loop_leaves_nothing(one_worker: Any, tmp_p
     assert not torch.equal(alone[0], alone[1])
     until(lambda: not [each for each in threading.enumerate() if each.name.startswith("xditd-async")], "threads to end")
     with one_worker.connect() as client:
-        until(lambda: not client.status().jobs and not client.status().components, "jobs and loans to end")
+        until_empty(client)

@@ -121,7 +121,7 @@ class Exchange:
 
     def __init__(self, ranks: int) -> None:
         self._values = [0] * ranks
-        self._barrier = threading.Barrier(ranks, timeout=5)
+        self._barrier = threading.Barrier(ranks, timeout=60)
 
     def of(self, rank: int) -> Callable[[int], list[int]]:
         def exchange(value: int) -> list[int]:

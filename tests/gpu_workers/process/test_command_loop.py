@@ -144,7 +144,7 @@ def loop(executor: RecordingExecutor, tmp_path: Path) -> Iterator[SimpleNamespac
 
     thread = threading.Thread(target=serve)
     thread.start()
-    assert daemon.poll(10_000), "the rank is not ready"
+    assert daemon.poll(60_000), "the rank is not ready"
     routing_id, payload = daemon.recv_multipart()
     ready = report_decoder.decode(payload)
     assert isinstance(ready, RankReady)
@@ -154,7 +154,7 @@ def loop(executor: RecordingExecutor, tmp_path: Path) -> Iterator[SimpleNamespac
         daemon.send_multipart([routing_id, encode(command)])
 
     def receive() -> AnyReport:
-        assert daemon.poll(10_000), "no report"
+        assert daemon.poll(60_000), "no report"
         return report_decoder.decode(daemon.recv_multipart()[1])
 
     def ask(command: Command) -> AnyReport:
@@ -163,7 +163,7 @@ def loop(executor: RecordingExecutor, tmp_path: Path) -> Iterator[SimpleNamespac
 
     yield SimpleNamespace(send=send, receive=receive, ask=ask, thread=thread, ended=ended)
     send(Shutdown(op_number=99))
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     daemon.close()
     context.term()
@@ -221,7 +221,7 @@ def test_a_fatal_error_ends_the_rank(loop: SimpleNamespace, executor: RecordingE
     failed = loop.ask(Plug(op_number=1, component_id="c1"))
     assert isinstance(failed, RankFailed)
     assert (failed.code, failed.detail, failed.is_fatal) == ("internal", "explained: by zero", True)
-    loop.thread.join(timeout=10)
+    loop.thread.join(timeout=60)
     assert loop.ended == [1]
 
 

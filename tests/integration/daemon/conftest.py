@@ -223,7 +223,7 @@ class DaemonProcess:
         """Connect once the workers are ready; raises at once if the group is given up."""
         client = self.client()
         status = client.wait_status(lambda status: status.group_state in {GroupState.READY, GroupState.GIVEN_UP})
-        assert status.group_state is GroupState.READY, self.log
+        assert status.group_state is GroupState.READY, f"{status.group_detail}\n{self.log[-4000:]}"
         return client
 
     def wait(self, deadline_s: float = DEADLINE_S) -> int:

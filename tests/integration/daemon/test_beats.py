@@ -33,7 +33,7 @@ try:
     else:
         print("served all along", flush=True)
 except SessionLost as error:
-    print("lost", connection.is_lost or connection.wait_lost(5), error.detail, flush=True)
+    print("lost", connection.is_lost or connection.wait_lost(60), error.detail, flush=True)
 """
 
 
@@ -55,7 +55,7 @@ def watch_beating(daemon: Any, mode: str) -> tuple[Any, subprocess.Popen[str]]:
 
 
 def finish(client: subprocess.Popen[str]) -> str:
-    out, _ = client.communicate("go\n", timeout=20)
+    out, _ = client.communicate("go\n", timeout=60)
     return out
 
 

@@ -21,7 +21,7 @@ from xditd.ipc.requests import Stop
 from xditd.ipc.status import GroupState
 
 FAKE_WORKERS = Path(__file__).resolve().parent.parent / "fake_workers.py"
-MENDED_S = 10.0
+MENDED_S = 60.0
 """For a busy machine; the daemon checks every second."""
 
 

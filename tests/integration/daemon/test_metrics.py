@@ -19,7 +19,7 @@ OPERATIONS = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
 
 def scrape(path: Path) -> dict[str, float]:
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.connect(str(path))
         client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         found = b""
@@ -88,7 +88,7 @@ def test_metrics_on_loopback(start_daemon: Any) -> None:
     daemon = start_daemon("--metrics", "127.0.0.1:0")
     daemon.ready_client()
     (address,) = re.findall(r"metrics served at=(\S+)", daemon.log)
-    with urllib.request.urlopen(address, timeout=10) as answer:
+    with urllib.request.urlopen(address, timeout=60) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert parse(answer.read().decode())["xditd_clients"] == 1
 

@@ -20,7 +20,7 @@ from xditd.ipc.status import GroupState
 
 FAKE_WORKERS = Path(__file__).resolve().parent.parent / "fake_workers.py"
 SOCKET_MANAGER = Path(__file__).resolve().parent / "socket_manager.py"
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 
 
 class Manager:
