@@ -263,7 +263,7 @@ class AsyncGenerationJob(OfOneProcess):
 
 
 def _is_return(function: Callable[..., Any]) -> bool:
-    """Whether the function is ``return_`` of a client or a loan."""
+    """Return whether the function is ``return_`` of a client or a loan."""
     method = getattr(function, "__func__", function)
     return method is Client.return_ or method is Loan.return_
 

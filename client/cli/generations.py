@@ -28,6 +28,10 @@ DEFAULT_TEXT_TOKENS: Final = 512
 DEFAULT_SIZE: Final = (1024, 1024)
 """Of generations from single files; models that are opened as a whole have their own."""
 
+_PART_FLAGS: Final = ("model", "transformer", "transformer_2", "vae", "image_encoder", "tokenizers", "scheduler")
+_PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".tiff", ".bmp", ".gif", ".mp4")
+"""Files that a model's folder may have beside those that are read, such as an earlier output."""
+
 
 def size_of(parsed: argparse.Namespace) -> tuple[int, int]:
     """Return width and height."""
@@ -55,13 +59,6 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any]:
         "step_cache": parsed.step_cache or 0.0,
         "options": parsed.option,
     }
-
-
-_PART_FLAGS: Final = ("model", "transformer", "transformer_2", "vae", "image_encoder", "tokenizers", "scheduler")
-
-
-_PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".tiff", ".bmp", ".gif", ".mp4")
-"""Files that a model's folder may have beside those that are read, such as an earlier output."""
 
 
 def _files_at(path: str | os.PathLike[str]) -> Iterator[str]:

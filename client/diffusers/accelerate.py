@@ -116,7 +116,7 @@ def unaccelerate(pipe: Any) -> None:
 
     found = [pipe] if isinstance(pipe, torch.nn.Module) else list(getattr(pipe, "__dict__", {}).values())
     models = [each for each in found if isinstance(each, torch.nn.Module)]
-    compiled = [each for each in models if type(each).__name__ == "OptimizedModule"]
+    compiled = [each for each in models if _is_compiled(each)]
     models += [part for each in compiled for part in each.children()]
     models += [part for each in models for part in getattr(each, "nets", ())]
     # The order of the models: a set of owners would have none.
@@ -204,6 +204,11 @@ class Accelerated:
         return f"<Accelerated {state}>"
 
 
+def _is_compiled(module: Any) -> bool:
+    """Return whether it is what ``torch.compile`` wraps around a module."""
+    return type(module).__name__ == "OptimizedModule"
+
+
 def _modules_of(pipe: Any, components: Sequence[str] | None, kind: type) -> dict[str, Any]:
     """Return the models of a pipeline by name; those of a list of models (several ControlNets) one by one."""
     if isinstance(pipe, kind):
@@ -245,7 +250,7 @@ def _modules_of(pipe: Any, components: Sequence[str] | None, kind: type) -> dict
 def _split_lists(modules: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in modules.items():
-        if type(module).__name__ == "OptimizedModule":
+        if _is_compiled(module):
             raise Unsupported(
                 f"{name}: it is compiled by torch.compile(): accelerate the module that it wraps (_orig_mod)"
             )

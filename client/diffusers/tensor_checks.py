@@ -1,4 +1,4 @@
-"""Refuse parameters and buffers of subclasses of ``torch.Tensor``, such as quantised weights."""
+"""Refuse parameters and buffers that cannot be lent: quantised weights, and weights that only the daemon has."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_tensors(module: torch.nn.Module, label: str) -> None:
 
 
 def _is_placeholder(tensor: torch.Tensor) -> bool:
-    """Whether this is one NaN, expanded: what ``Placeholders`` puts in place of a parameter."""
+    """Return whether this is one NaN, expanded: what ``Placeholders`` puts in place of a parameter."""
     if tensor.numel() < 2 or any(tensor.stride()) or not tensor.is_floating_point() or tensor.is_meta:
         return False
     return bool(tensor[(0,) * tensor.ndim].isnan())

@@ -136,8 +136,8 @@ class GenerationJob(OfOneProcess):
         return self._predicted(self._read_preview)
 
     def _predicted(self, read: Callable[[], torch.Tensor]) -> torch.Tensor:
-        has_stepped = self._has_stepped
-        found = read()
+        has_stepped = self._has_stepped  # before the copy, which has to be of a step
+        found = read()  # also refuses a job without previews
         if not has_stepped:
             raise BadRequest(
                 f"generation {self.request_id}: no step of it was seen to be done: iterate over the job, and call this "

@@ -21,8 +21,6 @@ from xditd.ipc.transports.module_classes import find_class
 
 HERE: Final = "the workers"
 """Where classes are looked for, as errors say it."""
-
-
 _CODE_CHOICES: Final = ("attn_implementation", "experts_implementation")
 """The ends of settings of transformers that may name code in a hub, for a model or by the names of its parts."""
 
@@ -60,7 +58,7 @@ def build_module(described: ModuleDescription, dtype: torch.dtype | None = None)
         raise BadRequest(f"its configuration is not JSON: {error}") from error
     if not isinstance(config, dict):  # diffusers would take a text for the name of a repository
         raise BadRequest(f"its configuration is a {type(config).__name__}, not an object")
-    _check_attention(config)
+    _check_own_code(config)
     # Both packages take a second or more to import.
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import ModelMixin, no_init_weights
@@ -106,7 +104,7 @@ def _limited_parameters() -> Iterator[None]:
         hook.remove()
 
 
-def _check_attention(config: Any) -> None:
+def _check_own_code(config: Any) -> None:
     """Check that no code is from a hub: transformers would load and run it when the module is built.
 
     Raises:
@@ -118,8 +116,8 @@ def _check_attention(config: Any) -> None:
         if isinstance(each, dict):
             for key, value in each.items():
                 if key.endswith(_CODE_CHOICES):
-                    given = value.values() if isinstance(value, dict) else (value,)
-                    if any(isinstance(each, str) and "/" in each for each in given):
+                    chosen = value.values() if isinstance(value, dict) else (value,)
+                    if any(isinstance(name, str) and "/" in name for name in chosen):
                         raise Unsupported(f"workers load no code from a hub, as {key} {value!r:.200} needs")
             pending += each.values()
         elif isinstance(each, list):

@@ -45,8 +45,8 @@ class WanModel(BaseModelAdapter):
 
     variant: Final = "comfyui"
     multiple: Final = PATCH[1]
-    # The workers' loop has the schedulers of diffusers' pipeline alone: ComfyUI's own loop runs.
     text_weight: Final = "text_embedding.0.weight"
+    # The workers' loop has the schedulers of diffusers' pipeline alone: ComfyUI's own loop runs.
     loop_keys: Final[frozenset[str]] = frozenset()
     loop_conds: Final[frozenset[str]] = frozenset()
     refused = _REFUSED

@@ -37,8 +37,8 @@ class ZImageModel(BaseModelAdapter):
 
     variant: Final = "comfyui"
     multiple: Final = PATCH
-    # ComfyUI's module ignores the mask and the number of tokens; only related models read a pooled state.
     text_weight: Final = "cap_embedder.1.weight"
+    # ComfyUI's module ignores the mask and the number of tokens; only related models read a pooled state.
     loop_keys: Final = frozenset({"cross_attn", "attention_mask", "pooled_output"})
     loop_conds: Final = frozenset({"c_crossattn", "attention_mask", "num_tokens", "clip_text_pooled"})
 
