@@ -169,21 +169,13 @@ def loans_of(controls: Sequence[Control]) -> list[Loan | str]:
 
 
 def _read(path: str, size: tuple[int, int]) -> torch.Tensor:
-    import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from xditd.client.pipeline import pictures
 
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError:
-        raise BadRequest(f"--control: {path} is no picture that Pillow reads; use a PNG or JPEG file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"--control: picture {path}: {getattr(error, 'strerror', None) or error}") from None
+    picture = pictures.rgb(pictures.opened(path, "--control"))
     if picture.size != tuple(size):
         width, height = picture.size
         raise BadRequest(
             f"--control: picture {path} has {width}x{height} pixels, and the result {size[0]}x{size[1]}; resize it, or "
             f"give --size {width}x{height}"
         )
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3)
-    return (2.0 * (pixels.permute(2, 0, 1).unsqueeze(0).float() / 255.0) - 1.0).contiguous()
+    return pictures.pixels_of(picture).contiguous()

@@ -75,8 +75,9 @@ def test_a_picture_has_the_numbers_of_diffusers_image_processor(tmp_path):
 @pytest.mark.parametrize(
     ("picture", "more", "says"),
     [
-        ("none.png", (), "none.png: No such file"),
-        ("text.png", (), "is no picture that Pillow reads"),
+        ("none.png", (), "--control: none.png: no such file or folder"),
+        ("text.png", (), "--control: text.png: no picture that can be read"),
+        ("depth.png", (), "--control: depth.png: pixels of Pillow's mode I;16, which have no 256 levels to convert"),
         ("small.png", (), "has 16x16 pixels, and the result 32x32; resize it, or give --size 16x16"),
         ("good.png", ("--out", "good.png"), "good.png: is also read here"),
     ],
@@ -88,6 +89,7 @@ def test_pictures_are_checked_before_anything_is_lent(
     (tmp_path / "text.png").write_text("no picture")
     for name, side in (("small.png", 16), ("good.png", 32)):
         Image.new("RGB", (side, side)).save(tmp_path / name)
+    Image.new("I;16", (32, 32), 40_000).save(tmp_path / "depth.png")  # 16 bits, which Pillow would cut at 255
     flags = ["--transformer", "t", "--vae", "v", "--random-embeds", "1", "--size", "32x32", "--out", "out.png"]
     command = ["generate", "--runtime-dir", str(folder), *flags, "--control", f"n={picture}", *more]
     assert main(command) == exits.MISUSE
