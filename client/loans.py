@@ -264,7 +264,7 @@ def component_id_of(component: Loan | str, kind: ComponentKind, name: str | None
     component.check()
     if component.kind is kind:
         return component.component_id
-    if component.kind is ComponentKind.MODULE:
+    if component.kind is ComponentKind.MODULE and kind is not ComponentKind.LORA:
         reason = component.facts.family_reason
         why, rest = (f"no family runs it: {reason}", "") if reason else ("as_class was given", ", without as_class")
         raise BadRequest(

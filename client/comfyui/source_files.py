@@ -6,8 +6,9 @@ hold other weights than the MODEL was made of, without a word.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from xditd.client.file_mappings import AddressSpace
@@ -17,6 +18,22 @@ from xditd.ipc.transports.file_state import FileState
 
 if TYPE_CHECKING:
     import torch
+
+
+@contextlib.contextmanager
+def while_unchanged(path: str) -> Iterator[None]:
+    """Read a file within this block, and record its state there: at the end, check that it did not change meanwhile.
+
+    Raises:
+        StaleSource: it did.
+    """
+    before = FileState.of_stat(os.stat(path))
+    yield
+    now = FileState.of_stat(os.stat(path))
+    if now[:4] != before[:4]:
+        raise StaleSource(
+            f"{path}: changed while a loader read it ({before.differences(now)}); queue again once it is complete"
+        )
 
 
 class SourceFiles:

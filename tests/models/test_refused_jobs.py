@@ -80,6 +80,12 @@ def test_module_lent_as_its_class(client: Client) -> None:
     assert said.endswith("without as_class")
 
 
+def test_module_in_place_of_a_lora(client: Client) -> None:
+    with client.lend(flux_transformer()) as loan, pytest.raises(BadRequest) as error:
+        loan.with_loras([(loan, 1.0)])
+    assert error.value.detail == "lora: FluxTransformer2DModel is a module; name a lora"
+
+
 def test_method_that_is_no_name(client: Client) -> None:
     method: Any = 3
     with (

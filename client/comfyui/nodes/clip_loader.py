@@ -13,6 +13,7 @@ from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.families import search_words, text_adapters
 from xditd.client.comfyui.families.text_adapter import EncoderFile, TextAdapter
 from xditd.client.comfyui.gguf_models import END, gguf_encoder, gguf_files
+from xditd.client.comfyui.source_files import while_unchanged
 from xditd.client.comfyui.text import COMPUTE_DTYPE, make_clip, read_encoder
 from xditd.client.packed_markers import METADATA
 from xditd.ipc.transports.tensor_views import torch_dtype
@@ -74,6 +75,7 @@ def load_clip(*paths: str, type: str | None = None) -> Any:
         BadCheckpoint: packed weights do not have the form of their format.
         Unsupported: an unknown format of weights, or a file without the tokenizer that ComfyUI reads.
         DaemonUnreachable: no daemon runs.
+        StaleSource: a file is being written.
     """
     connect()
     known = text_adapters()
@@ -88,5 +90,6 @@ def _names() -> list[str]:
 def _read(path: str, adapter: TextAdapter) -> EncoderFile:
     if path.lower().endswith(END):
         return EncoderFile(gguf_encoder(path, torch_dtype(COMPUTE_DTYPE)), {})
-    tensors, metadata = read_with_metadata(path)
-    return read_encoder(tensors, Path(path).stem, adapter, metadata.get(METADATA))
+    with while_unchanged(path):
+        tensors, metadata = read_with_metadata(path)
+        return read_encoder(tensors, Path(path).stem, adapter, metadata.get(METADATA))

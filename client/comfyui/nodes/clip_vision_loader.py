@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from xditd.client.comfyui.checkpoint_files import read_checkpoint
 from xditd.client.comfyui.clip_vision import make_clip_vision
 from xditd.client.comfyui.connections import connect
+from xditd.client.comfyui.source_files import while_unchanged
 
 
 class XditClipVisionLoader(io.ComfyNode):
@@ -37,6 +38,8 @@ def load_clip_vision(path: str) -> Any:
     Raises:
         Unsupported: no vision model that the workers run, or packed weights.
         DaemonUnreachable: no daemon runs.
+        StaleSource: the file is being written.
     """
     connect()
-    return make_clip_vision(read_checkpoint(path), Path(path).stem)
+    with while_unchanged(path):
+        return make_clip_vision(read_checkpoint(path), Path(path).stem)

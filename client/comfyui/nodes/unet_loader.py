@@ -13,6 +13,7 @@ from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.families import search_words, titles
 from xditd.client.comfyui.gguf_models import END, gguf_files, make_gguf_model
 from xditd.client.comfyui.patcher import make_model, plain_names
+from xditd.client.comfyui.source_files import while_unchanged
 from xditd.client.comfyui.stock_dtypes import CHOICES, WeightDtype
 from xditd.ipc.errors import Unsupported
 
@@ -66,12 +67,14 @@ def load_unet(path: str, choice: WeightDtype = CHOICES["default"], ulysses_degre
         Unsupported: another model family, an unknown format of weights, or a layout that the daemon does not have.
         BadCheckpoint: packed weights do not have the form of their format.
         DaemonUnreachable: no daemon runs.
+        StaleSource: the file is being written.
     """
     check_layout(ulysses_degree)
     if path.lower().endswith(END):
         return make_gguf_model(path, choice)
-    tensors, metadata = read_with_metadata(path)
-    return make_model(plain_names(tensors), Path(path).stem, choice=choice, metadata=metadata)
+    with while_unchanged(path):
+        tensors, metadata = read_with_metadata(path)
+        return make_model(plain_names(tensors), Path(path).stem, choice=choice, metadata=metadata)
 
 
 def check_layout(ulysses_degree: int) -> None:

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from xditd.client.comfyui.checkpoint_files import read_checkpoint
 from xditd.client.comfyui.connections import connect
 from xditd.client.comfyui.families import search_words
+from xditd.client.comfyui.source_files import while_unchanged
 from xditd.client.comfyui.vae import make_vae
 
 
@@ -38,6 +39,8 @@ def load_vae(path: str) -> Any:
     Raises:
         Unsupported: not the VAE of a family that the workers run.
         DaemonUnreachable: no daemon runs.
+        StaleSource: the file is being written.
     """
     connect()
-    return make_vae(read_checkpoint(path), Path(path).stem)
+    with while_unchanged(path):
+        return make_vae(read_checkpoint(path), Path(path).stem)

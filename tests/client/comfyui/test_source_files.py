@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xditd.client import StaleSource
-from xditd.client.comfyui.source_files import SourceFiles
+from xditd.client.comfyui.source_files import SourceFiles, while_unchanged
 from xditd.client.comfyui.weights import RemoteWeights
 from xditd.ipc.tensors import ComponentKind
 from xditd.ipc.transports.file import LentFile
@@ -71,6 +71,16 @@ def test_a_file_that_is_written_over_once_it_is_opened(path):
     write_over(path)
     with pytest.raises(StaleSource, match="mtime"):
         SourceFiles.of(lent).check()
+
+
+def test_a_file_that_is_written_over_while_it_is_read(path):
+    with while_unchanged(str(path)):
+        os.link(path, path.with_name("linked"))
+    with (
+        pytest.raises(StaleSource, match=r"x\.safetensors: changed while a loader read it \(mtime"),
+        while_unchanged(str(path)),
+    ):
+        write_over(path)
 
 
 @pytest.mark.parametrize("is_whole", [False, True])

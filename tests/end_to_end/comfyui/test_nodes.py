@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,27 @@ def test_vae_decodes(vae, stock_vae, decoder_file, tmp_path, relative_error):
     tiles = dict(tile_x=16, tile_y=16, overlap=4)
     z = 0.3 * torch.randn(1, 16, 24, 24, generator=torch.Generator().manual_seed(1))
     assert relative_error(vae.decode_tiled(z, **tiles), stock_vae.decode_tiled(z, **tiles)) <= TOLERANCE
+
+
+def test_a_file_that_is_written_over_while_a_loader_reads_it(connected, files, decoder_file, monkeypatch, tmp_path):
+    from xditd.client.comfyui.nodes import unet_loader, vae_loader
+
+    for module, load, reader, source in (
+        (unet_loader, unet_loader.load_unet, "read_with_metadata", files.transformer),
+        (vae_loader, vae_loader.load_vae, "read_checkpoint", decoder_file),
+    ):
+        path = tmp_path / "x.safetensors"
+        shutil.copy(source, path)
+        read = getattr(module, reader)
+
+        def read_and_write(path, read=read):
+            found = read(path)
+            os.utime(path, ns=(0, 0))
+            return found
+
+        monkeypatch.setattr(module, reader, read_and_write)
+        with pytest.raises(StaleSource, match=r"x\.safetensors: changed while a loader read it"):
+            load(str(path))
 
 
 def test_a_vae_whose_file_was_written_over_is_not_saved(connected, decoder_file, tmp_path):
