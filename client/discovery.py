@@ -109,7 +109,7 @@ def _check_owner(path: Path, uid: int) -> None:
 
 
 def _is_systemd(pid: int, uid: int) -> bool:
-    """Whether the process is systemd, the system's or this user's own."""
+    """Return whether the process is systemd, the system's or this user's own."""
     if uid not in (0, os.getuid()):
         return False
     with contextlib.suppress(OSError):

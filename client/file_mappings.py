@@ -32,7 +32,7 @@ class FileMapping:
         return self.file_offset_bytes + address - self.start
 
     def is_current(self) -> bool:
-        """Whether the path still names the file that is mapped."""
+        """Return whether the path still names the file that is mapped."""
         try:
             found = os.stat(self.path)
         except OSError:
@@ -78,7 +78,7 @@ class AddressSpace:
 
 
 def _is_pristine(address: int, size_bytes: int) -> bool:
-    """Whether no page of a private mapping was written to.
+    """Return whether no page of a private mapping was written to.
 
     A written page is anonymous: present (or swapped out) and not file-backed. A page that was never accessed is not
     present, and has the file's content.

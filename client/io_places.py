@@ -74,7 +74,7 @@ class DevicePlaces(IoPlaces):
         self.index: int | None = None
 
     def takes(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor goes into device memory. If it is the first one, it decides on the GPU."""
+        """Return whether a tensor goes into device memory. If it is the first one, it decides on the GPU."""
         if not tensor.is_cuda or tensor.nbytes < limits.DEVICE_IO_FROM_BYTES:
             return False
         if self.index is None:
@@ -82,7 +82,7 @@ class DevicePlaces(IoPlaces):
         return tensor.device.index == self.index
 
     def reserves_on(self, device: torch.device) -> bool:
-        """Whether results on ``device`` can have room here: it is the GPU of the inputs, or a GPU if there are none."""
+        """Return whether results on ``device`` have room here: it is the GPU of the inputs, or any if there are none."""
         if device.type != "cuda":
             return False
         if self.index is None:

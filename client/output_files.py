@@ -36,7 +36,7 @@ def output_path(path: str | os.PathLike[str]) -> Path:
 
 
 def names_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is meant as a folder of pictures: it ends with a slash, or has no suffix and is a folder."""
+    """Return whether a path means a folder of pictures: it ends with a slash, or has no suffix and is a folder."""
     text = os.fspath(path)
     # os.path.isdir: a name may be too long, which checks of the path say.
     return text.endswith(os.sep) or (text != "" and not Path(text).suffix and os.path.isdir(user_path(text)))

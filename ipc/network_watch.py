@@ -48,7 +48,7 @@ class OutsideConnections:
 
 
 def is_local(host: object) -> bool:
-    """Whether a host, as given to ``connect``, is loopback. Of host names, only localhost is."""
+    """Return whether a host, as given to ``connect``, is loopback. Of host names, only localhost is."""
     text = host.decode("ascii", "replace") if isinstance(host, (bytes, bytearray)) else str(host)
     if text in ("", "localhost"):
         return True

@@ -8,7 +8,7 @@ import resource
 
 
 def is_want_of_descriptors(error: BaseException) -> bool:
-    """Whether an error means that this process, or the machine, can open no more files.
+    """Return whether an error means that this process, or the machine, can open no more files.
 
     C++ libraries lose the errno: gloo raises RuntimeError with the system's message (gloo/transport/tcp/loop.cc).
     """

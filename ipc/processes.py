@@ -64,7 +64,7 @@ def age_s() -> float:
 
 
 def is_alive(process: ProcessIdentity) -> bool:
-    """Whether this process, not only its pid, still exists."""
+    """Return whether this process, not only its pid, still exists."""
     try:
         return identify(process.pid) == process
     except ProcessGone:

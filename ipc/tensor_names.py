@@ -20,7 +20,7 @@ _TELLS_NOTHING: Final = re.compile(r"(?:^|\.)(?:scaled_fp8|position_ids|logit_sc
 
 
 def tells_nothing(bare: str) -> bool:
-    """Whether this tensor may be in files of any model: markers, counters, training losses, tokenizers."""
+    """Return whether this tensor may be in files of any model: markers, counters, training losses, tokenizers."""
     return _TELLS_NOTHING.search(bare) is not None
 
 

@@ -88,5 +88,5 @@ def ways_of(
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether the kernel runs there."""
+    """Return whether the kernel runs there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

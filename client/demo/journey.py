@@ -325,7 +325,7 @@ def _noise(seed: int, size: tuple[int, int]) -> torch.Tensor:
 
 
 def can_lend_cuda() -> bool:
-    """Whether this process can allocate weights on a GPU and export them."""
+    """Return whether this process can allocate weights on a GPU and export them."""
     import torch
 
     try:

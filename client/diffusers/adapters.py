@@ -114,7 +114,7 @@ def _first_scale(layer: Any, name: str) -> float:
 
 
 def _is_branch(layer: Any) -> bool:
-    """Whether a layer of PEFT computes ``base(x) + scale * up(down(x))`` for each active adapter, and nothing else."""
+    """Return whether a layer of PEFT only adds ``scale * up(down(x))`` to ``base(x)`` for each active adapter."""
     kind = type(layer)
     if (kind.__module__, kind.__qualname__) != (_PLAIN, "Linear"):
         return False
@@ -163,7 +163,7 @@ def _is_plain_factor(layer: Any, name: str) -> bool:
 
 
 def _are_distinct(module: torch.nn.Module, layers: Mapping[str, Any]) -> bool:
-    """Whether every layer is at one path, and no other path is the same with ``_`` for dots, as LoRAs name layers."""
+    """Return whether each layer is at one path, and no two paths are the same with ``_`` for dots, as in LoRAs."""
     places = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
     flat = Counter(path.replace(".", "_") for path, _ in module.named_modules(remove_duplicate=False))
     return all(

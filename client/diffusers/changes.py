@@ -45,7 +45,7 @@ class Snapshot:
         self._state, self._contents, self.adapters = self._take()
 
     def has_same_base(self, other: Snapshot) -> bool:
-        """Whether the module without its adapters is that of an earlier snapshot, after which no adapter was fused."""
+        """Return whether the module without adapters is that of an earlier snapshot, after which none was fused."""
         if any(layer.merged_adapters for layer in other.adapters.layers.values()):  # before it was unloaded
             return False
         return (self._state, self._contents, self._config) == (other._state, other._contents, other._config)

@@ -116,8 +116,8 @@ class CodeRecord:
 
 
 def _is_foreign(name: str, value: Any) -> bool:
-    """Whether a class, or an object that can be called, is one of this program, or changes the arguments of a function
-    in whose place it stands."""
+    """Return whether a class, or an object that can be called, is one of this program, or changes the arguments of a
+    function in whose place it stands."""
     if not callable(value) or isinstance(value, (FunctionType, BuiltinFunctionType)):
         return False
     if isinstance(value, functools.partial):
@@ -152,7 +152,7 @@ def _is_original(namespace: type | ModuleType, name: str, function: FunctionType
 
 
 def _has_own_code(function: FunctionType) -> bool:
-    """Whether a function has the code with which it was defined, as far as names show it."""
+    """Return whether a function has the code with which it was defined, as far as names show it."""
     code = function.__code__
     if code.co_filename.startswith("<"):  # made by dataclasses, for example
         return True

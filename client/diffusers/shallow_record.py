@@ -55,7 +55,7 @@ def content_of(tensor: torch.Tensor) -> Content:
 
 
 def _is_object(value: object) -> bool:
-    """Whether this is an object of diffusers and the like, such as an attention processor or a configuration."""
+    """Return whether this is an object of diffusers and the like, such as an attention processor or a configuration."""
     return (
         not isinstance(value, (type, torch.nn.Module))
         and type(value).__module__.partition(".")[0] in PACKAGES

@@ -71,7 +71,7 @@ class KeptTensor:
         return self._host.dtype
 
     def is_kept_by(self, session: Session) -> bool:
-        """Whether a session's workers were sent it; they may have dropped it since."""
+        """Return whether a session's workers were sent it; they may have dropped it since."""
         return self._kept_by is not None and self._kept_by() is session
 
     def note_kept_by(self, session: Session) -> None:

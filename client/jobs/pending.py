@@ -126,7 +126,7 @@ class PendingJob:
 
 
 def _have_workers_stopped(ending: Ending) -> bool:
-    """Whether every worker has certainly stopped writing to the block.
+    """Return whether every worker has certainly stopped writing to the block.
 
     That is so only after a result or a refusal of the request: a job that was cancelled, or whose loan was lost, may
     have ended with its group, and some ranks may still run until they are killed.

@@ -65,7 +65,7 @@ def _scaling_of(vae: Component, transformer: Component | None) -> LatentScaling 
 
 
 def _has_channels_last(image: torch.Tensor) -> bool:
-    """Whether the image, or the larger one that it is a slice of, has channels-last strides.
+    """Return whether the image, or the larger one that it is a slice of, has channels-last strides.
 
     Convolutions then compute in that memory format and round differently, so the workers must use the same. Videos are
     sent with channels first.

@@ -169,7 +169,7 @@ class Adapter:
         return used, True
 
     def is_guided(self, scale: float | None, default: float) -> bool:
-        """Whether a call with this scale would use a negative prompt."""
+        """Return whether a call with this scale would use a negative prompt."""
         used = default if scale is None else scale
         return self.facts.guidance == "classifier_free" and used > self.guides_above
 

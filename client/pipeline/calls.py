@@ -108,7 +108,7 @@ def check_function(name: str, value: Any) -> None:
 
 
 def is_given(name: str, value: Any) -> bool:
-    """Whether a call has this argument."""
+    """Return whether a call has this argument."""
     unset = UNSET.get(name)
     if unset is None:
         return value is not None

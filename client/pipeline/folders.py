@@ -66,7 +66,7 @@ _FIXED: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 def is_pipeline(path: str) -> bool:
-    """Whether this is a folder with a ``model_index.json``."""
+    """Return whether this is a folder with a ``model_index.json``."""
     return os.path.isfile(os.path.join(path, INDEX))
 
 
@@ -125,7 +125,7 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
 
 
 def _is_part(value: Any) -> bool:
-    """Whether a value is a library and a class, or two nulls for a part that is left out."""
+    """Return whether a value is a library and a class, or two nulls for a part that is left out."""
     return isinstance(value, list) and len(value) == 2 and all(each is None or isinstance(each, str) for each in value)
 
 

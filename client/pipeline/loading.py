@@ -236,7 +236,7 @@ class Loans:
 
 
 def lends_all(call: Call) -> bool:
-    """Whether a pipeline lends all that a call needs: no LoRA and no ControlNet is a loan of the caller's."""
+    """Return whether a pipeline lends all that a call needs: no LoRA and no ControlNet is a loan of the caller's."""
     pairs = [each for each in call.loras if isinstance(each, tuple | list)]
     return call.control is None and not any(isinstance(each, Loan) for pair in pairs for each in pair[:1])
 

@@ -55,7 +55,7 @@ class WorkerOutput:
         return bool(self.cause) and UNEXPLAINED not in self.cause
 
     def is_final(self, status: int) -> bool:
-        """Whether a restart would fail the same way: wrong configuration, or the program cannot be run."""
+        """Return whether a restart would fail the same way: wrong configuration, or the program cannot be run."""
         return status in _FINAL_STATUSES or (status == 1 and not self.cause and _NO_MODULE in self.last_line)
 
     def close(self) -> None:

@@ -220,7 +220,7 @@ class LeaseTable:
 
 
 def is_same_content(old: Manifest, new: Manifest) -> bool:
-    """Whether two manifests of the same memory describe the same bytes, and the same module."""
+    """Return whether two manifests of the same memory describe the same bytes, and the same module."""
     return (
         old.generation == new.generation
         and old.module == new.module
@@ -229,7 +229,7 @@ def is_same_content(old: Manifest, new: Manifest) -> bool:
 
 
 def is_next_generation(old: Manifest, new: Manifest) -> bool:
-    """Whether a manifest of the same memory is the one after another, and no file among its blocks has changed."""
+    """Return whether a manifest of the same memory follows another one, and no file among its blocks changed."""
     return (
         new.generation == old.generation + 1
         and old.module == new.module

@@ -48,7 +48,7 @@ class HeldFile:
         self._fd = os.open(path, flags) if descriptor is None else descriptor
 
     def is_in_place(self) -> bool:
-        """Whether the same file is still at the path."""
+        """Return whether the same file is still at the path."""
         try:
             return os.path.samestat(os.fstat(self._fd), self.path.lstat())
         except OSError:

@@ -55,7 +55,7 @@ class CachedCalls:
         return None if isinstance(self.model.planned, str) else self.model.planned.cache
 
     def has(self, arguments: Arguments, stateful: frozenset[str]) -> bool:
-        """Whether a call's only objects are a cache that the plan declares, given or made by the call."""
+        """Return whether a call's only objects are a cache that the plan declares, given or made by the call."""
         cache = self._cache
         if cache is None or not stateful <= {cache.argument}:
             return False

@@ -211,7 +211,7 @@ class ModuleRows:
         return all(case.splits_tokens for case in cases.values()) and prefers_tokens(_shares(parts, cases), self._ranks)
 
     def _has_cache(self, part: ModulePart) -> bool:
-        """Whether a part may be split though it changes an object: a cache that the token plan declares."""
+        """Return whether a part may be split though it changes an object: a cache that the token plan declares."""
         return self._method == "forward" and self._cached.has(part.arguments, part.stateful)
 
     def _key(self, arguments: Mapping[str, Any], *, has_cache: bool) -> CaseKey:

@@ -108,7 +108,7 @@ def _multiply(
 def can_multiply(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, up: torch.Tensor, out: torch.Tensor
 ) -> bool:
-    """Whether :func:`multiply_with_branch` takes these, and is quicker than two products.
+    """Return whether :func:`multiply_with_branch` takes these, and is quicker than two products.
 
     A rule on shapes alone, so that a job has the same bits each time.
     """

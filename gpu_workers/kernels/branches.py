@@ -72,7 +72,7 @@ def joined(branches: Sequence[Branch]) -> list[Branch]:
 
 
 def _is_next(first: Branch, second: Branch) -> bool:
-    """Whether the second one has the outputs after those of the first, and the rows after its rows in memory."""
+    """Return whether the second one has the outputs after those of the first, and the rows after its rows in memory."""
     up = first.up
     return (
         first.down is second.down

@@ -129,7 +129,7 @@ class StaticLayout:
         return self.memory.nbytes
 
     def knows(self, loras: Loras) -> bool:
-        """Whether it knows how these LoRAs are copied."""
+        """Return whether it knows how these LoRAs are copied."""
         return numbers_in(loras) in self._plans
 
     def fill(self, loras: Loras, shapes: Sequence[Any], places: Sequence[Place], counts: StaticCounts) -> None:

@@ -69,7 +69,7 @@ class BlockRun:
         return None if found is None else found[0]
 
     def is_changed(self, variant: Hashable) -> bool:
-        """Whether the module has other attributes than it had when the variant was noted."""
+        """Return whether the module has other attributes than it had when the variant was noted."""
         found = self._variants.get(variant)
         return found is None or attributes_key(self.module) != found[1]
 

@@ -34,7 +34,7 @@ class LentCopies:
         return ({} if self.apart is None else self.apart.tensors) | self.shared
 
     def has_apart(self, specs: Collection[TensorSpec]) -> bool:
-        """Whether these are the tensors apart."""
+        """Return whether these are the tensors apart."""
         return self.tensors.keys() == {spec.name for spec in specs}
 
 

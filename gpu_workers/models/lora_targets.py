@@ -64,7 +64,7 @@ def flat(name: str) -> str:
 
 
 def of_kind(part: LoraPart, kind: str) -> bool:
-    """Whether layers of this part of a LoRA are for components of this kind."""
+    """Return whether layers of this part of a LoRA are for components of this kind."""
     return kind == ("text_encoder" if part == "text_encoder" else "transformer")
 
 

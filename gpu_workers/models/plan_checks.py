@@ -77,7 +77,7 @@ def check_values(
 
 
 def _computes_attention(module: torch.nn.Module) -> bool:
-    """Whether this may be a module that computes attention: it has a processor, or is called so and has none inside."""
+    """Return whether a module may compute attention: it has a processor, or is called so and has none inside."""
     if hasattr(module, "processor") or isinstance(module, torch.nn.MultiheadAttention):
         return True
     name = type(module).__name__

@@ -144,7 +144,7 @@ class Float8Products(_CheckpointProducts, EightBitRows):
 
     @staticmethod
     def fits(weights: Sequence[PackedTensor | torch.Tensor], dtype: torch.dtype) -> bool:
-        """Whether these products run all of the weights.
+        """Return whether these products run all of the weights.
 
         All are ``float8`` whose inputs may be rounded, all with the file's scales or all with one for each row, and
         native products were chosen for the larger part: for the others, too, nothing but the product is left to do

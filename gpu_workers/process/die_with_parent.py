@@ -28,7 +28,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def has_no_reader(descriptor: int) -> bool:
-    """Whether ``descriptor`` is a pipe that nobody reads any more, as the leader's output is once the daemon has ended.
+    """Return whether ``descriptor`` is a pipe without a reader, as the leader's output is once the daemon has ended.
 
     Source: poll(2), POLLERR.
     """

@@ -88,7 +88,7 @@ def preload(names: tuple[str, ...]) -> int:
 
 
 def has_opened_gpu() -> bool:
-    """Whether an import has opened CUDA in this process: by torch, or by a library of its own.
+    """Return whether an import has opened CUDA in this process: by torch, or by a library of its own.
 
     The driver opens one device in every process that has called ``cuInit``; NVML does not. (``nvidia-smi`` runs where
     that device does not exist.) CUDA does not survive a fork, and a context holds memory of a GPU.

@@ -208,7 +208,7 @@ def is_describable(value: object) -> bool:
 
 
 def _is_config(value: object) -> bool:
-    """Whether this is a configuration of transformers, which all submodules share, and which is sent apart."""
+    """Return whether this is a configuration of transformers, which all submodules share, and which is sent apart."""
     return any(each.__name__ in ("PretrainedConfig", "PreTrainedConfig") for each in type(value).__mro__)
 
 
@@ -220,7 +220,7 @@ def _changed_settings(config: object) -> dict[str, Any]:
 
 
 def _is_idle(module: torch.nn.Module, name: str, value: object) -> bool:
-    """Whether an attribute changes no forward: what removed hooks of diffusers leave, and kernels that are off."""
+    """Return whether an attribute changes no forward: what removed hooks of diffusers leave; kernels that are off."""
     is_off = (name == "_diffusers_hook" and not getattr(value, "hooks", True)) or (name == "_use_kernels" and not value)
     return is_off or is_own_method(module, name, value)
 

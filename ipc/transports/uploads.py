@@ -54,7 +54,7 @@ class FileStretch(NamedTuple):
 
 
 def can_upload(source: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether the bytes of ``source`` on the host can be copied unchanged to ``target`` on a GPU."""
+    """Return whether the bytes of ``source`` on the host can be copied unchanged to ``target`` on a GPU."""
     return (
         source.device.type == "cpu"
         and target.device.type == "cuda"

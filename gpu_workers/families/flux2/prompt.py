@@ -86,8 +86,10 @@ def _conversation(text: str) -> list[dict[str, Any]]:
 
 
 def _adds_specials(built: BuiltTokenizer, text: str) -> bool:
-    """Whether the tokenizer adds its special tokens to what a template has made: a tokenizer does not, and a processor
-    does unless the first text begins with one."""
+    """Return whether the tokenizer adds its special tokens to what a template has made.
+
+    A tokenizer does not, and a processor does unless the first text begins with one.
+    """
     is_processor = built.class_name == DEV_FACTS.tokenizers[TOKENIZER][0]
     begin = built.tokenizer.bos_token
     return is_processor and (begin is None or not text.startswith(begin))

@@ -239,7 +239,7 @@ def _is_wan(names: Collection[str]) -> bool:
 
 
 def has_control(names: Collection[str]) -> bool:
-    """Whether these are tensors of VACE, complete or not."""
+    """Return whether these are tensors of VACE, complete or not."""
     return any(name.startswith(_CONTROL) for name in names)
 
 
