@@ -82,7 +82,7 @@ class DevicePlaces(IoPlaces):
         return tensor.device.index == self.index
 
     def reserves_on(self, device: torch.device) -> bool:
-        """Return whether results on ``device`` have room here: it is the GPU of the inputs, or any if there are none."""
+        """Return whether results on ``device`` have room here: that of the inputs, or any GPU if there are none."""
         if device.type != "cuda":
             return False
         if self.index is None:
