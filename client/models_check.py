@@ -19,7 +19,8 @@ from xditd.client import lending
 from xditd.client.model_folders import CONFIG, find_model
 from xditd.client.model_json import read_json
 from xditd.client.models_file import ModelEntry
-from xditd.client.part_checks import misfits
+from xditd.client.part_checks import kind_fault, misfits
+from xditd.client.pipeline.folders import read_folder
 from xditd.client.subprograms import module_command, module_environment
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError
 from xditd.ipc.facts import ComponentFacts
@@ -75,6 +76,9 @@ def check_models(entries: Mapping[str, ModelEntry], *, asks_workers: bool = True
         _ask(found)
     for check in found:
         entry = entries[check.name]
+        for part in check.parts:
+            if part.facts is not None and part.kind not in (None, ComponentKind.MODULE):
+                part.fault = kind_fault(part.facts, part.kind) or None
         check.faults += [f"{part.part}: {part.fault}" for part in check.parts if part.fault is not None]
         if all(part.facts is not None for part in check.parts if part.kind is not None):
             check.faults += _misfits([part for part in check.parts if part.facts is not None])
@@ -102,6 +106,11 @@ def _check_files(entry: ModelEntry) -> ModelCheck:
             _describe(part, entry)
         except XditdError as error:
             part.fault = error.detail
+    if entry.folder is not None and not check.faults and all(part.fault is None for part in check.parts):
+        try:
+            read_folder(entry.folder, entry.name, entry.variant)
+        except XditdError as error:
+            check.faults.append(error.detail)
     return check
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import ComponentFacts, PromptFacts, TextEncoderFacts, TransformerFacts
 from xditd.ipc.name_lists import listed
+from xditd.ipc.tensors import ComponentKind
 
 Encoder = tuple[str, ComponentFacts]
 """The role, or another name, of a text encoder, and its facts."""
@@ -39,6 +40,20 @@ def misfits(
         return
     for name, _ in encoders:
         yield name, f"workers encode no words for {main.family}; remove it, and give text embeddings (conditioning)"
+
+
+def kind_fault(facts: ComponentFacts, kind: ComponentKind) -> str:
+    """Say why a part is not of the kind that a pipeline needs in its place; empty if it is."""
+    if facts.kind is kind:
+        return ""
+    what = f"a {facts.kind.value}"
+    if facts.kind is ComponentKind.MODULE:
+        why = f" ({facts.family_reason})" if facts.family_reason else ""
+        what = f"a {facts.class_name} that no family runs{why}"
+    return (
+        f"{what}, and a pipeline needs a {kind.value} of a family (docs/models.md lists them); accelerate(pipe) runs "
+        "any pipeline of diffusers"
+    )
 
 
 def assigned(needed: Mapping[str, Sequence[str]], encoders: Sequence[tuple[str, str]]) -> dict[str, int]:

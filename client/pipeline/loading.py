@@ -11,7 +11,7 @@ from typing import Any
 
 from xditd.client.client import Client
 from xditd.client.loans import Loan
-from xditd.client.part_checks import assigned, misfits
+from xditd.client.part_checks import assigned, kind_fault, misfits
 from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.files import tokenizer_path
 from xditd.client.pipeline.sources import IMAGE_ENCODER, TRANSFORMER, Part, Source
@@ -19,7 +19,7 @@ from xditd.ipc.addresses import check_is_there
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Closed, Unsupported, XditdError
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.name_lists import listed
-from xditd.ipc.tensors import Acceleration, ComponentKind, ComputeDType
+from xditd.ipc.tensors import Acceleration, ComputeDType
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +100,9 @@ class Loans:
             acceleration=self._acceleration if role == IMAGE_ENCODER else None,
             **self._as_given(role, part),
         )
-        if part.kind is not None and loan.kind is not part.kind:
+        if part.kind is not None and (fault := kind_fault(loan.facts, part.kind)):
             loan.return_()
-            is_class = loan.kind is ComponentKind.MODULE
-            what = f"a {loan.facts.class_name} that no family runs" if is_class else f"a {loan.kind.value}"
-            why = f" ({loan.facts.family_reason})" if loan.facts.family_reason else ""
-            raise Unsupported(
-                f"{role}: {part.path}: {what}{why}, and a pipeline needs a {part.kind.value} of a family "
-                "(docs/models.md lists them); accelerate(pipe) runs any pipeline of diffusers"
-            )
+            raise Unsupported(f"{role}: {part.path}: {fault}")
         return loan
 
     def _as_given(self, role: str, part: Part) -> dict[str, Any]:

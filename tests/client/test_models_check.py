@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import flux2_vaes  # noqa: E402
+import pipeline_folders  # noqa: E402
 import text_checkpoints  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -134,6 +135,28 @@ def test_a_pipelines_folder_has_the_parts_of_its_index(parts: Path, tmp_path: Pa
     (folder / "model_index.json").write_text(json.dumps(index))
     (check,) = checked(parts, f'[x]\nfolder = "{folder}"').values()
     assert any(fault.startswith("../up: ") for fault in check.faults)
+
+
+@pytest.mark.slow
+def test_a_part_that_no_family_runs_is_a_fault(parts: Path, tmp_path: Path) -> None:
+    folder = pipeline_folders.saved(pipeline_folders.flux1(), tmp_path / "flux")
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 1.5}))
+    (check,) = checked(parts, f'[x]\nfolder = "{folder}"', asks_workers=True).values()
+    (fault,) = check.faults
+    assert fault.startswith(
+        "vae: a AutoencoderKL that no family runs (flux_vae: its configuration differs: scaling_factor=1.5), and a "
+        "pipeline needs a vae of a family"
+    )
+
+
+def test_a_pipeline_that_no_family_runs_is_a_fault(parts: Path, tmp_path: Path) -> None:
+    folder = pipeline_folders.saved(pipeline_folders.flux1(), tmp_path / "flux")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    (check,) = checked(parts, f'[x]\nfolder = "{folder}"').values()
+    (fault,) = check.faults
+    assert "a StableDiffusionPipeline, which no family runs from words to pictures" in fault
 
 
 def test_why_the_workers_code_did_not_answer_is_said(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
