@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Final, cast
 
 import torch
@@ -13,7 +13,7 @@ from xditd.gpu_workers.kernels.static_branches import Place
 from xditd.gpu_workers.models.class_branches import branches_of, targets_in
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.class_layout import SeparateLayout
-from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
+from xditd.gpu_workers.models.compiled_blocks import find_compiled_blocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.gpu_workers.models.entries import Bindings, TensorInfo
@@ -37,7 +37,6 @@ from xditd.gpu_workers.parallel.peer_exchange import PeerExchange
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.ipc import module_state
-from xditd.ipc.errors import Unsupported
 from xditd.ipc.facts import METHODS, MethodFacts
 from xditd.ipc.loras import LoraPart
 from xditd.ipc.module_state import ModuleState
@@ -102,7 +101,7 @@ class ClassModel:
             self.device,
             described.acceleration or layout.acceleration,
             is_leader=layout.rank == 0,
-            blocks=partial(self._compile_blocks, graphs),
+            blocks=lambda: find_compiled_blocks(self.module, self.planned, graphs),
             counts=packed_memory.counts,
         )
         self.loras = GraphLoras(SeparateLayout, self._lora_places, self.paths, RankSet.GROUP)
@@ -229,16 +228,6 @@ class ClassModel:
         for target in targets:
             layers |= pack_linears(self.module, [target], plan.dtypes[target], self.packed_memory)
         return layers
-
-    def _compile_blocks(self, graphs: Callable[[], CompiledGraphs] | None) -> CompiledBlocks | str:
-        if graphs is None:
-            return "this process compiles nothing"
-        try:
-            return CompiledBlocks.of(self.module, self.planned, graphs())
-        except Unsupported as error:
-            return error.detail
-        except (OSError, RuntimeError) as error:  # no home folder, one that cannot be written to, a full disk
-            return f"the folder of compiled graphs: {error}"
 
     def _plan_tokens(self) -> PlannedModule | str:
         plan = find_plan(self.class_name)

@@ -31,7 +31,7 @@ from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.planned_forward import PlannedModule
 from xditd.gpu_workers.models.repeated_blocks import find_blocks, why_not
 from xditd.gpu_workers.models.snapshots import Snapshot
-from xditd.ipc.errors import XditdError
+from xditd.ipc.errors import Unsupported, XditdError
 
 logger = logging.getLogger(__name__)
 
@@ -285,3 +285,23 @@ class CompiledBlocks:
                         return result.tree
         self.eager += 1
         return own(*args, **kwargs)
+
+
+def find_compiled_blocks(
+    module: torch.nn.Module,
+    planned: PlannedModule | str | None,
+    graphs: Callable[[], CompiledGraphs] | None,
+    variant: Callable[[], Hashable] = lambda: None,
+) -> CompiledBlocks | str:
+    """Return the compiled blocks of a module, as :meth:`CompiledBlocks.of`, or the reason why it has none.
+
+    ``graphs`` opens the folder of compiled graphs; ``None`` in a process that compiles nothing.
+    """
+    if graphs is None:
+        return "this process compiles nothing"
+    try:
+        return CompiledBlocks.of(module, planned, graphs(), variant)
+    except Unsupported as error:
+        return error.detail
+    except (OSError, RuntimeError) as error:  # no home folder, one that cannot be written to, a full disk
+        return f"the folder of compiled graphs: {error}"

@@ -16,7 +16,7 @@ from xfuser.core.distributed import get_sp_group
 from xditd.gpu_workers.kernels.stacked_layout import StackedLayout
 from xditd.gpu_workers.kernels.static_branches import Loras, Place
 from xditd.gpu_workers.models.chosen_attention import chosen_attention
-from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
+from xditd.gpu_workers.models.compiled_blocks import find_compiled_blocks
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.graph_loras import GraphLoras
 from xditd.gpu_workers.models.planned_forward import PlannedModule
@@ -27,7 +27,7 @@ from xditd.gpu_workers.packed.linear import BranchedLinear, PackedLinear, packed
 from xditd.gpu_workers.parallel.rank_sync import RankSet
 from xditd.gpu_workers.parallel.streams import Ranks
 from xditd.gpu_workers.parallel.token_shares import TokenShares
-from xditd.ipc.errors import Internal, Unsupported
+from xditd.ipc.errors import Internal
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.kernels.branches import Branch, Branches
@@ -64,7 +64,7 @@ class PlannedPath:
             layout.acceleration,
             is_leader=layout.rank == 0,
             among=RankSet.SEQUENCE,
-            blocks=self._compile_blocks,
+            blocks=lambda: find_compiled_blocks(module, self._planned, self.resources.graphs, lambda: self._key),
             counts=packed[0].memory.counts if packed else None,
         )
         self.loras = GraphLoras(StackedLayout, self._lora_places, self.paths, RankSet.SEQUENCE)
@@ -115,16 +115,6 @@ class PlannedPath:
         if degrees.sequence == degrees.world_size:
             return Ranks(None, self._layout.rank, degrees.world_size, peers=self.resources.peers)
         return Ranks(get_sp_group().device_group, self._layout.sequence_rank, degrees.sequence)
-
-    def _compile_blocks(self) -> CompiledBlocks | str:
-        if self.resources.graphs is None:
-            return "this process compiles nothing"
-        try:
-            return CompiledBlocks.of(self._module, self._planned, self.resources.graphs(), lambda: self._key)
-        except Unsupported as error:
-            return error.detail
-        except (OSError, RuntimeError) as error:  # no home folder, one that cannot be written to, a full disk
-            return f"the folder of compiled graphs: {error}"
 
     def branch_slots(
         self,

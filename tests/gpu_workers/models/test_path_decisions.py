@@ -13,8 +13,7 @@ from forked_ranks import import_xfuser
 from interpreted_graphs import InterpretedGraphs
 
 from xditd.gpu_workers.models import forward_paths
-from xditd.gpu_workers.models.class_model import ClassModel
-from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
+from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks, find_compiled_blocks
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.split_checks import CaseKey
 from xditd.ipc.errors import BadRequest, OutOfMemory
@@ -146,8 +145,6 @@ def test_without_a_folder_for_graphs_nothing_is_compiled(error: Exception) -> No
     def fails() -> Any:
         raise error
 
-    model: Any = object.__new__(ClassModel)
-    model.module, model.planned = Model(), "none"
-    found = model._compile_blocks(fails)
+    found = find_compiled_blocks(Model(), "none", fails)
     assert isinstance(found, str)
     assert str(error) in found
