@@ -107,6 +107,7 @@ class GgufWeights(RemoteWeights):
         return self.loan
 
     def _lend(self, _: Collection[str] | None = None) -> Loan:
+        self.check_files()
         older = self._loan
         self._loan = self.connect().lend(
             self._path,

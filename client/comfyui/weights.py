@@ -296,7 +296,13 @@ class RemoteWeights:
         )  # fmt: skip
 
     def _lend(self, changed: Collection[str] | None = None) -> Loan:
-        """Lend the tensors. ``changed`` are those that were written since the generation before."""
+        """Lend the tensors. ``changed`` are those that were written since the generation before.
+
+        Raises:
+            StaleSource: a tensor is in a file that was written over since a loader read it.
+        """
+        if not self._is_whole:
+            self.check_files()
         if self._is_whole:
             tensors: Mapping[str, torch.Tensor] = self._ensure_whole_arena().tensors
         elif self._arena is not None:

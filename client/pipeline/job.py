@@ -10,7 +10,6 @@ from xditd.client.forks import OfOneProcess
 from xditd.client.jobs.generation import GenerationJob
 from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.settings import RunSettings
-from xditd.client.results import GenerationResult
 from xditd.ipc.errors import LeaseLost, SessionLost, UnknownComponent
 from xditd.ipc.replies import AnyEvent, StepDone
 
@@ -88,7 +87,7 @@ class PipelineJob(OfOneProcess):
                 self._end(error)
                 raise
             self._end()
-            self._result = PipelineResult(_with_seed(found, self.settings.seed), self.settings)
+            self._result = PipelineResult(found, self.settings)
         return self._result
 
     def watch(self, on_progress: OnProgress | None, on_preview: OnPreview | None) -> PipelineResult:
@@ -127,9 +126,3 @@ class PipelineJob(OfOneProcess):
 
     def __repr__(self) -> str:
         return f"<PipelineJob of {self.settings.model}, {self._job!r}>"
-
-
-def _with_seed(found: GenerationResult, seed: int) -> GenerationResult:
-    if found.seed is None:
-        object.__setattr__(found, "seed", seed)
-    return found

@@ -96,3 +96,5 @@ def test_weights_of_a_file_that_was_written_over_are_not_lent(is_whole, path):
     write_over(path)
     with pytest.raises(StaleSource):
         weights.apply({})
+    with pytest.raises(StaleSource):  # as a node does that uses a stock VAE, or a job after a restart of the daemon
+        _ = weights.loan
