@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from xditd.client.metadata.record import FileRecord
+from xditd.ipc.transports.file_state import FileState, settled_stat
 
 PIECES: Final = 64
 PIECE_BYTES: Final = 4_096
@@ -22,27 +23,28 @@ WHOLE_BYTES: Final = 256 * 2**20
 
 _CHUNK_BYTES: Final = 2**22
 _MAX_KNOWN: Final = 1_024
-_known: dict[tuple[int, ...], FileRecord] = {}
+_known: dict[FileState, FileRecord] = {}
 _lock = threading.Lock()
 
 
 def describe(path: str | os.PathLike[str], *, read_ns: int | None = None) -> FileRecord:
     """Describe a file. One that cannot be read, or is no file, has its name alone. For any thread.
 
-    So has one that has changed since ``read_ns``, when its content was used (as :func:`time.time_ns` counts).
+    So has one that has changed since ``read_ns``, when its content was used (as :func:`time.time_ns` counts), or that
+    is written while it is hashed.
     What is found is kept for this process, by device, inode, size, mtime and ctime.
     """
     name = base_name(path)
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
-            found = os.fstat(file.fileno())
+            found = settled_stat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 return FileRecord(name=name)
             if read_ns is not None and max(found.st_mtime_ns, found.st_ctime_ns) > read_ns:
                 return FileRecord(name=name)
-            key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            state = FileState.of_stat(found)
             with _lock:
-                known = _known.get(key)
+                known = _known.get(state)
             if known is None:
                 known = FileRecord(
                     name=name,
@@ -50,10 +52,12 @@ def describe(path: str | os.PathLike[str], *, read_ns: int | None = None) -> Fil
                     sample=_sample(file.fileno(), found.st_size),
                     sha256=_whole(file.fileno()) if found.st_size <= WHOLE_BYTES else None,
                 )
+                if FileState.of_stat(os.fstat(file.fileno())) != state:
+                    return FileRecord(name=name)
                 with _lock:
                     if len(_known) >= _MAX_KNOWN:
                         _known.clear()
-                    _known[key] = known
+                    _known[state] = known
     except (OSError, ValueError):
         return FileRecord(name=name)
     return FileRecord(name=name, bytes=known.bytes, sample=known.sample, sha256=known.sha256)

@@ -58,3 +58,21 @@ def test_what_is_no_file_has_a_name_alone(tmp_path: Path) -> None:
     assert file_hashes.describe("/").name == "unnamed"
     assert file_hashes.describe("/home/me/a\nb").name == "a_b"
     assert file_hashes.is_same(FileRecord(name="x"), tmp_path) is None
+
+
+def test_a_file_that_is_written_while_it_is_hashed_has_a_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"one")
+    sample = file_hashes._sample
+
+    def overtaken(fd: int, size: int) -> str:
+        found = sample(fd, size)
+        path.write_bytes(b"two")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(file_hashes, "_sample", overtaken)
+        assert file_hashes.describe(path) == FileRecord(name="a.safetensors")
+    assert file_hashes.describe(path).sha256 == hashlib.sha256(b"two").hexdigest()
