@@ -16,11 +16,13 @@ from typing import Any, Final
 import msgspec
 
 from xditd.client import lending
-from xditd.client.model_folders import CONFIG, find_model
+from xditd.client.model_folders import find_model
 from xditd.client.model_json import read_json
 from xditd.client.models_file import ModelEntry
 from xditd.client.part_checks import kind_fault, misfits
-from xditd.client.pipeline.folders import read_folder
+from xditd.client.pipeline.folders import is_model, is_read
+from xditd.client.pipeline.opening import Opening, opening_of_entry, rules_of
+from xditd.client.pipeline.sources import SECOND
 from xditd.client.subprograms import module_command, module_environment
 from xditd.ipc.errors import BadCheckpoint, BadRequest, XditdError
 from xditd.ipc.facts import ComponentFacts
@@ -67,6 +69,8 @@ class ModelCheck:
     parts: list[PartCheck]
     faults: list[str]
     unchecked: list[str]
+    opening: Opening | None = field(default=None, repr=False)
+    """As ``Pipeline.open`` finds it; ``None`` if it or a part is refused."""
 
 
 def check_models(entries: Mapping[str, ModelEntry], *, asks_workers: bool = True) -> list[ModelCheck]:
@@ -82,6 +86,7 @@ def check_models(entries: Mapping[str, ModelEntry], *, asks_workers: bool = True
         check.faults += [f"{part.part}: {part.fault}" for part in check.parts if part.fault is not None]
         if all(part.facts is not None for part in check.parts if part.kind is not None):
             check.faults += _misfits([part for part in check.parts if part.facts is not None])
+            check.faults += [] if check.faults else _refusals(check)
         elif asks_workers is False:
             check.unchecked.append("the families of the files, and whether the parts fit together (--quick)")
         if not any(part.kind is ComponentKind.TEXT_ENCODER for part in check.parts) and entry.checkpoint is None:
@@ -90,6 +95,8 @@ def check_models(entries: Mapping[str, ModelEntry], *, asks_workers: bool = True
             check.unchecked.append("the text encoders in the all-in-one checkpoint")
         if entry.tokenizers is not None or entry.folder is not None:
             check.unchecked.append("whether the tokenizers are those of the text encoders")
+        if check.opening is not None and check.opening.source.scheduler is not None:
+            check.unchecked.append("whether the transformer runs with the settings of the scheduler")
         check.unchecked += _ALWAYS_UNCHECKED
     return found
 
@@ -106,9 +113,9 @@ def _check_files(entry: ModelEntry) -> ModelCheck:
             _describe(part, entry)
         except XditdError as error:
             part.fault = error.detail
-    if entry.folder is not None and not check.faults and all(part.fault is None for part in check.parts):
+    if not check.faults and all(part.fault is None for part in check.parts):
         try:
-            read_folder(entry.folder, entry.name, entry.variant)
+            check.opening = opening_of_entry(entry)
         except XditdError as error:
             check.faults.append(error.detail)
     return check
@@ -138,12 +145,12 @@ def _parts_of_folder(folder: str) -> Iterator[PartCheck]:
         what = "not a folder" if not os.path.isdir(folder) else f"has no {INDEX}"
         raise BadCheckpoint(f"folder {folder}: {what}; name the folder of a pipeline that diffusers has saved")
     for name, value in read_json(index, MAX_INDEX_BYTES).items():
-        if name.startswith("_") or not isinstance(value, list) or value in ([None, None], []):
+        if name.startswith("_") or not is_read(name, value):
             continue
         where = os.path.join(folder, name)
         if os.path.basename(where) != name or not os.path.isdir(where):
             yield PartCheck(name, where, fault=f"{where}: {INDEX} names this folder, and it is not there")
-        elif os.path.isfile(os.path.join(where, CONFIG)):
+        elif is_model(name):
             yield PartCheck(name, where, _kind_in_folder(name))
 
 
@@ -243,3 +250,16 @@ def _misfits(parts: list[PartCheck]) -> Iterator[str]:
     encoders = [(name, each) for name, each in known if each.text_encoder is not None]
     for name, fault in misfits(dict(known), encoders):
         yield f"{name}: {fault}"
+
+
+def _refusals(check: ModelCheck) -> Iterator[str]:
+    """Say what ``Pipeline.open`` refuses of a model whose parts are all taken."""
+    transformers = [
+        part.facts for part in check.parts if part.kind is ComponentKind.TRANSFORMER and part.part != SECOND
+    ]
+    if check.opening is None or not transformers or transformers[-1] is None:
+        return
+    try:
+        rules_of(check.opening.source, transformers[-1], check.opening.defaults)
+    except XditdError as error:
+        yield error.detail

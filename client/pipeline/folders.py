@@ -65,6 +65,16 @@ _FIXED: Final[Mapping[str, Mapping[str, Any]]] = {
 """What is computed in any case, by pipeline (``""``: all others): another value than this one or null is refused."""
 
 
+def is_model(role: str) -> bool:
+    """Return whether a part of a folder is a model, which a pipeline lends."""
+    return role in _MODELS or role.startswith(ENCODERS)
+
+
+def is_read(role: str, value: Any) -> bool:
+    """Return whether a part of ``model_index.json`` is read: it was not left out, and some job needs it."""
+    return _is_part(value) and value[1] is not None and role not in _NOT_READ
+
+
 def is_pipeline(path: str) -> bool:
     """Return whether this is a folder with a ``model_index.json``."""
     return os.path.isfile(os.path.join(path, INDEX))
@@ -97,14 +107,13 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
         if not _is_part(value):
             _check_setting(folder / INDEX, pipeline_class, role, value)
             settings[role] = value
+        elif not is_read(role, value):
             continue
-        if value[1] is None or role in _NOT_READ:
-            continue
-        if role == "scheduler":
+        elif role == "scheduler":
             scheduler = read_scheduler(folder / role)
         elif role.startswith(_TOKENIZERS):
             tokenizers[role] = str(_there(folder / role, role))
-        elif role in _MODELS or role.startswith(ENCODERS):
+        elif is_model(role):
             parts[role] = Part(str(_there(folder / role, role)), kind_of(role), variant)
         else:
             raise Unsupported(f"{folder / INDEX}: the part {role} of a {pipeline_class} is not known here")

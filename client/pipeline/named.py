@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xditd.client.pipeline.files import PathLike
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VAE
 from xditd.ipc.errors import BadRequest
+
+if TYPE_CHECKING:
+    from xditd.client.models_file import ModelEntry
 
 
 def entry_of(source: PathLike) -> dict[str, Any]:
@@ -31,6 +34,11 @@ def entry_of(source: PathLike) -> dict[str, Any]:
             f"model {source!r:.200}: {models_file.models_path()} has one of this name, and the current folder another: "
             f"give {os.path.join(os.curdir, source)!r} for that here, or rename one of the two"
         )
+    return arguments_of(entry)
+
+
+def arguments_of(entry: ModelEntry) -> dict[str, Any]:
+    """Return an entry of ``models.toml`` as arguments of ``open``."""
     size = entry.defaults.size
     return {
         "name": entry.name,

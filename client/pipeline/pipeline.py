@@ -19,23 +19,20 @@ from xditd.client.pipeline.calls import (
     OF_JOBS,
     Texts,
     call_of,
-    check_defaults,
     check_function,
     check_refused,
 )
-from xditd.client.pipeline.families import adapter_for
 from xditd.client.pipeline.files import PathLike, Paths, tokenizer_path
-from xditd.client.pipeline.folders import PIPELINES
 from xditd.client.pipeline.futures import RunFuture, Threads
 from xditd.client.pipeline.job import LOST, OnPreview, OnProgress, PipelineJob
 from xditd.client.pipeline.keep_alive import KeepAlive
 from xditd.client.pipeline.loading import Loans, check_same_model, check_tokenizer_roles, lends_all
-from xditd.client.pipeline.opening import opening_of
+from xditd.client.pipeline.opening import opening_of, rules_of
 from xditd.client.pipeline.results import PipelineResult
 from xditd.client.pipeline.running import Runner
 from xditd.client.pipeline.sources import IMAGE_ENCODER, SECOND, TRANSFORMER, VAE, Source
 from xditd.client.waiting import check_seconds
-from xditd.ipc.errors import BadRequest, Closed, Unsupported
+from xditd.ipc.errors import BadRequest, Closed
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.tensors import Acceleration, ComputeDType
 
@@ -220,16 +217,7 @@ class Pipeline(OfOneProcess):
             self._loans.tokenizers(there)  # a call says what is missing
         if self._facts is not None:
             return
-        wanted = PIPELINES.get(self._source.pipeline_class or "", facts.family)
-        if wanted != facts.family:
-            raise Unsupported(
-                f"{self.name}: the folder is of a {self._source.pipeline_class}, and its transformer of "
-                f"{facts.family}; open the parts of one model"
-            )
-        adapter = adapter_for(facts.family, facts.transformer, self._source, f"{facts.family} ({self.name})")
-        own = adapter.defaults()
-        known = {**own, "negative_prompt": None, "num_images": 1}
-        self._defaults = {**known, **check_defaults(self._given_defaults, known, adapter.refused(), adapter.title)}
+        adapter, self._defaults = rules_of(self._source, facts, self._given_defaults)
         self._adapter, self._facts = adapter, facts
 
     def _lend(self) -> Mapping[str, Loan]:

@@ -159,6 +159,59 @@ def test_a_pipeline_that_no_family_runs_is_a_fault(parts: Path, tmp_path: Path) 
     assert "a StableDiffusionPipeline, which no family runs from words to pictures" in fault
 
 
+def test_parts_that_no_job_reads_may_be_missing(parts: Path, tmp_path: Path) -> None:
+    """As where only what is needed was downloaded. ``Pipeline.open`` takes the folder."""
+    folder = pipeline_folders.saved(pipeline_folders.flux1(), tmp_path / "flux")
+    index = json.loads((folder / "model_index.json").read_text())
+    more = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index | more))
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "config.json").write_text("{}")  # as transformers reads it, beside its vocabulary
+    (check,) = checked(parts, f'[x]\nfolder = "{folder}"').values()
+    assert check.faults == []
+    assert [part.part for part in check.parts] == ["transformer", "vae"]
+
+
+def test_a_model_of_a_folder_without_its_configuration_is_a_fault(parts: Path, tmp_path: Path) -> None:
+    folder = pipeline_folders.saved(pipeline_folders.flux1(), tmp_path / "flux")
+    (folder / "transformer" / "config.json").unlink()
+    (check,) = checked(parts, f'[x]\nfolder = "{folder}"').values()
+    (fault,) = check.faults
+    assert fault.startswith(f"transformer: {folder}/transformer: this is a folder without a config.json")
+
+
+@pytest.mark.slow
+def test_what_open_refuses_of_parts_that_it_takes_is_a_fault(parts: Path, tmp_path: Path) -> None:
+    folder = pipeline_folders.saved(pipeline_folders.flux1(), tmp_path / "flux")
+    other = shutil.copytree(folder, tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanPipeline"}))
+    found = checked(
+        parts,
+        f"""
+        [fits]
+        folder = "{folder}"
+        defaults = {{ steps = 4, guidance = 2.5, size = "96x64" }}
+        [family]
+        folder = "{other}"
+        [accelerated]
+        folder = "{folder}"
+        acceleration = "eager"
+        """,
+        asks_workers=True,
+    )
+    assert found["fits"].faults == []
+    assert "whether the transformer runs with the settings of the scheduler" in found["fits"].unchecked
+    assert found["family"].faults == [
+        "family: the folder is of a WanPipeline, and its transformer of flux1; open the parts of one model"
+    ]
+    assert "acceleration 'eager' would have no effect" in found["accelerated"].faults[0]
+
+
 def test_why_the_workers_code_did_not_answer_is_said(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         models_check, "module_command", lambda *_: ["sh", "-c", "echo ModuleNotFoundError: x >&2; exit 1"]
