@@ -42,10 +42,6 @@ def path_of(source: str | bytes | os.PathLike[Any]) -> str:
         BadRequest: there is no such file or folder, or it is a text that no file can be named.
     """
     path = expand_home(os.fsdecode(source))
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        raise BadRequest(f"path {path!r:.200}: a lone surrogate is in no file's name") from None
     check_is_there(path)
     return path
 

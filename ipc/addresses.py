@@ -85,15 +85,17 @@ def check_is_there(path: str | os.PathLike[str], name: str = "") -> None:
     """Check that there is a file or a folder of this path. Other faults are for the one who opens it.
 
     Raises:
-        BadRequest: there is none; ``name`` is that of the argument or flag.
+        BadRequest: there is none, or it is a text that no file can be named; ``name`` is that of the argument or flag.
     """
+    before = f"{name}: " if name else ""
     try:
         os.stat(path)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise BadRequest(f"{name}: {path}: {MISSING}" if name else f"{path}: {MISSING}") from None
-    except ValueError:  # a null byte
-        return
+            raise BadRequest(f"{before}{os.fspath(path) or repr('')}: {MISSING}") from None
+    except ValueError as error:
+        what = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else "a null byte"
+        raise BadRequest(f"{before}path {os.fspath(path)!r:.200}: {what} is in no file's name") from None
 
 
 def endpoint(socket: Path) -> str:

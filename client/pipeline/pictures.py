@@ -41,12 +41,12 @@ def opened(value: Picture, name: str) -> Image.Image:
                 file.load()
                 return _checked(ImageOps.exif_transpose(file), f"{name}: {path}")
         except (*_UNREADABLE, Image.DecompressionBombError) as error:
-            raise BadRequest(f"{name}: {path}: no picture that can be read: {error}") from error
+            raise BadRequest(f"{name}: {path}: no picture that can be read: {_why(error)}") from error
     if isinstance(value, Image.Image):
         try:
             value.load()  # of a file that was opened, and not read yet
         except (*_UNREADABLE, Image.DecompressionBombError) as error:
-            raise BadRequest(f"{name}: {value!r:.100}: no picture that can be read: {error}") from error
+            raise BadRequest(f"{name}: {value!r:.100}: no picture that can be read: {_why(error)}") from error
         return _checked(value, f"{name}: {value!r:.100}")
     if hasattr(value, "detach") and hasattr(value, "data_ptr"):
         return _of_array(_of_tensor(value, name), name)
@@ -56,6 +56,15 @@ def opened(value: Picture, name: str) -> Image.Image:
         f"{name}: {value!r:.100} of type {type(value).__name__} is no picture; give a path, a PIL image, an array or a "
         "tensor"
     )
+
+
+def _why(error: Exception) -> str:
+    """Say why Pillow read no picture, without the path, which its own messages have, too."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "Pillow finds no format in it that it knows; use a PNG or JPEG file"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _checked(picture: Image.Image, what: str) -> Image.Image:

@@ -79,8 +79,8 @@ def freed() -> torch.Tensor:
         ("/nonexistent/x.safetensors", BadRequest, "no such file"),
         ("/", BadCheckpoint, "this is a folder without a config.json and without safetensors or GGUF files"),
         ("/dev/null", BadCheckpoint, "not a regular file"),
-        ("nul\0byte", BadCheckpoint, "null byte"),
-        ("", BadRequest, "no such file"),
+        ("nul\0byte", BadRequest, "null byte is in no file's name"),
+        ("", BadRequest, "^'': no such file"),
     ],
     ids=lambda value: (
         type(value).__name__ if not isinstance(value, (str, type)) else str(value)[:20].replace("\0", "0")

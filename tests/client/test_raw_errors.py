@@ -76,6 +76,7 @@ VALUES: dict[str, Any] = {
     "nan": float("nan"),
     "text": "x",
     "surrogate": "\ud800",
+    "null byte": "a\0b",
     "bytes": b"\xff",
     "list": [1, "a"],
     "nested": [[[]]],

@@ -63,6 +63,12 @@ def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(BadRequest, match=rf"image: .*{number}\.png: no picture that can be read"):
             pictures.opened(path, "image")
+    for name, why in (
+        ("3.png", "Pillow finds no format in it that it knows; use a PNG or JPEG file"),
+        ("", "Is a directory"),
+    ):
+        with pytest.raises(BadRequest, match=rf"image: {tmp_path / name}: no picture that can be read: {why}$"):
+            pictures.opened(tmp_path / name, "image")
     with Image.open(tmp_path / "0.png") as lazy, pytest.raises(BadRequest, match=r"image: .*no picture that can be"):
         pictures.opened(lazy, "image")
     with pytest.raises(BadRequest, match="no such file or folder"):
