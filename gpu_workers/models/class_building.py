@@ -16,8 +16,9 @@ import torch
 
 from xditd.gpu_workers.models.configured_classes import HERE
 from xditd.gpu_workers.models.described_values import make_value
-from xditd.ipc.arguments import Argument, LentTensor, ListOf, ObjectOf, Opaque, children, holds
+from xditd.ipc.arguments import Argument, LentTensor, ListOf, ObjectOf, Opaque, TupleOf, children, holds
 from xditd.ipc.errors import BadRequest, Unsupported
+from xditd.ipc.field_types import Described
 from xditd.ipc.module_state import PACKAGES, ModuleState, SubmoduleState
 from xditd.ipc.name_lists import SENTENCE_CHARS
 from xditd.ipc.transports.module_classes import find_class
@@ -53,7 +54,7 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> str:
     found, _ = walk_module(module)
     if _comparable(found) == _comparable(state):
         return ""
-    first = "; ".join(list(_differences(state, found))[:_SHOWN])
+    first = _first(list(_differences(state, found)))
     logger.info("a %s is not as its class makes it: %.600s", type(module).__name__, first)
     _set_submodules(module, state)
     _check_paths(module, state)
@@ -68,6 +69,13 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> str:
             names=differing,
         )
     return first[:SENTENCE_CHARS] or "its state"
+
+
+def _first(differing: Sequence[str]) -> str:
+    """Say how a module differs, in one sentence. Training mode, which every submodule has, is said once."""
+    others = [each for each in differing if not each.startswith("training of ")]
+    training = ["it is in training mode (call its eval() before you lend it)"] * (len(others) < len(differing))
+    return "; ".join([*training, *others][:_SHOWN])
 
 
 def _remedy(differing: Sequence[str]) -> str:
@@ -274,4 +282,6 @@ def _shown(attributes: Mapping[str, Argument], name: str) -> str:
         return f"a {value.class_name} object" + (f" with {value.attributes!r:.120}" if value.attributes else "")
     if isinstance(value, Opaque):
         return value.text if value.text.startswith("hooks") else f"a {value.text}"
+    if isinstance(value, ListOf | TupleOf) and not any(isinstance(each, Described) for each in value.items):
+        return f"{list(value.items) if isinstance(value, ListOf) else value.items!r:.120}"
     return f"{value!r:.120}"

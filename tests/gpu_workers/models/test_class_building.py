@@ -113,6 +113,22 @@ def test_a_changed_module_is_made_with_its_change(name: str) -> None:
         assert not torch.equal(expected, original)
 
 
+def test_training_mode_is_said_once_with_its_remedy() -> None:
+    unet = make_unet().train()
+    unet.conv_norm_out.eps = 0.25
+    _, difference = made_from(unet)
+    assert difference.startswith(
+        "it is in training mode (call its eval() before you lend it); eps of conv_norm_out is 0.25, in the workers it"
+    )
+
+
+def test_lists_and_tuples_are_shown_as_in_python() -> None:
+    unet = make_unet()
+    unet.sizes = (8, 4)
+    _, difference = made_from(unet)
+    assert difference == "sizes of the module is (8, 4), in the workers it is absent"
+
+
 def test_an_unchanged_module_is_as_made() -> None:
     unet = make_unet()
     built, difference = made_from(unet)
