@@ -45,6 +45,8 @@ _REMEDIES: Final = {
 def apply_state(module: torch.nn.Module, state: ModuleState) -> str:
     """Change a module to a client's state; return the first differences from what its class makes, or "".
 
+    A tuple in place of a list of the same values is none: a configuration in JSON, of which the module was made, has
+    lists alone, and defaults of classes are tuples.
     Attributes with lent tensors get them by :func:`set_tensors`.
 
     Raises:
@@ -54,8 +56,11 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> str:
     found, _ = walk_module(module)
     if _comparable(found) == _comparable(state):
         return ""
-    first = _first(list(_differences(state, found)))
-    logger.info("a %s is not as its class makes it: %.600s", type(module).__name__, first)
+    as_lists, found_as_lists = _with_lists(_comparable(state)), _with_lists(_comparable(found))
+    is_as_made = as_lists == found_as_lists
+    first = _first(list(_differences(as_lists, found_as_lists)))
+    if not is_as_made:
+        logger.info("a %s is not as its class makes it: %.600s", type(module).__name__, first)
     _set_submodules(module, state)
     _check_paths(module, state)
     found, _ = walk_module(module)
@@ -68,7 +73,7 @@ def apply_state(module: torch.nn.Module, state: ModuleState) -> str:
             f"workers cannot make this module as it is: {'; '.join(differing[:_SHOWN])}{more}. " + _remedy(differing),
             names=differing,
         )
-    return first[:SENTENCE_CHARS] or "its state"
+    return "" if is_as_made else first[:SENTENCE_CHARS] or "its state"
 
 
 def _first(differing: Sequence[str]) -> str:
@@ -249,6 +254,19 @@ def _comparable(state: ModuleState) -> ModuleState:
         for path, each in state.submodules.items()
     }
     return ModuleState(submodules=submodules, same=state.same)
+
+
+def _with_lists(state: ModuleState) -> ModuleState:
+    """Put lists in place of the tuples among the attributes."""
+    submodules = {
+        path: msgspec.structs.replace(each, attributes={key: _as_list(value) for key, value in each.attributes.items()})
+        for path, each in state.submodules.items()
+    }
+    return ModuleState(submodules=submodules, same=state.same)
+
+
+def _as_list(node: Argument) -> Argument:
+    return ListOf(items=tuple(map(_as_list, node.items))) if isinstance(node, ListOf | TupleOf) else node
 
 
 def _differences(wanted: ModuleState, found: ModuleState) -> Iterator[str]:

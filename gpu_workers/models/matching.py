@@ -106,15 +106,16 @@ def _match_class(
         return of_class or class_models.match(described, tensors, compute_dtype)
     if of_class is None:
         found = _match_family(tensors, models, compute_dtype)
-        if isinstance(found, CheckpointMatch) and (other := config_differences(described, found)):
-            found = f"{found.family.name}: its configuration differs: {listed(other)}"
     elif of_class.model.difference:
         found = f"it is not as its class makes it: {of_class.model.difference}"
     else:
         saved = {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
         found = _match_family(saved, models, compute_dtype)
     if isinstance(found, CheckpointMatch):
-        return found
+        other = config_differences(described, found)
+        if not other:
+            return found
+        found = f"{found.family.name}: its configuration differs: {listed(other)}"
     logger.info("%s runs as its class, since no family runs it: %s", described.class_name, found)
     return replace(of_class or class_models.match(described, tensors, compute_dtype), family_reason=found)
 
@@ -124,7 +125,7 @@ _FREE: Final = frozenset({"sample_size", "force_upcast", "out_channels", "decode
 
 
 def config_differences(described: ModuleDescription, match: CheckpointMatch) -> list[str]:
-    """Return the settings of a ``config.json`` that differ from those with which a family builds the class.
+    """Return the settings of a module or a ``config.json`` that differ from those with which a family builds the class.
 
     Those that one of the two does not have are of no account, and so are those that jobs choose by themselves
     (``job_settings`` of the family).

@@ -17,6 +17,8 @@ from xditd.client import BadRequest, Client
 
 pytestmark = pytest.mark.slow
 
+WIDE = {**CONFIG, "attention_head_dim": 128, "num_attention_heads": 1, "axes_dims_rope": (16, 56, 56)}
+
 
 def refusal_of(client: Client, module: Any, **arguments: Any) -> str:
     with client.lend(module, **arguments) as loan, pytest.raises(BadRequest) as error:
@@ -58,12 +60,28 @@ def test_module_of_unknown_tensor_names(client: Client) -> None:
 
 
 def test_folder_with_another_configuration(client: Client, tmp_path: Path) -> None:
-    wide = {**CONFIG, "attention_head_dim": 128, "num_attention_heads": 1, "axes_dims_rope": (16, 56, 56)}
-    seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **wide)).save_pretrained(tmp_path)
+    seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **WIDE)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "axes_dims_rope": [32, 48, 48]}))
     said = refusal_of(client, tmp_path)
     assert "since no family runs it: flux1: its configuration differs: axes_dims_rope=[32, 48, 48]" in said
+
+
+def test_module_with_another_configuration(client: Client) -> None:
+    """Its tensors are those of the family, which would compute something else with them."""
+    module = seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **{**WIDE, "axes_dims_rope": [32, 48, 48]}))
+    said = refusal_of(client, module)
+    assert "since no family runs it: flux1: its configuration differs: axes_dims_rope=[32, 48, 48]" in said
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_module_with_a_tuple_or_a_list_in_its_configuration(kind: type, client: Client) -> None:
+    """A default of the class is a tuple, and a value of a config.json a list."""
+    module = seeded(
+        FluxTransformer2DModel(in_channels=64, num_layers=1, **WIDE | {"axes_dims_rope": kind((16, 56, 56))})
+    )
+    with client.lend(module) as loan:
+        assert (loan.family, loan.facts.family_reason) == ("flux1", "")
 
 
 def test_component_named_by_its_id(client: Client) -> None:

@@ -122,11 +122,11 @@ def test_training_mode_is_said_once_with_its_remedy() -> None:
     )
 
 
-def test_lists_and_tuples_are_shown_as_in_python() -> None:
+def test_lists_are_shown_as_in_python() -> None:
     unet = make_unet()
-    unet.sizes = (8, 4)
+    unet.sizes = [8, 4]
     _, difference = made_from(unet)
-    assert difference == "sizes of the module is (8, 4), in the workers it is absent"
+    assert difference == "sizes of the module is [8, 4], in the workers it is absent"
 
 
 def test_an_unchanged_module_is_as_made() -> None:
