@@ -131,15 +131,38 @@ def config_differences(described: ModuleDescription, match: CheckpointMatch) -> 
     (``job_settings`` of the family).
     """
     built = getattr(match.model.module, "config", None)
-    if not isinstance(built, Mapping):
-        return []
     given = json.loads(described.config)
+    if built is not None and not isinstance(built, Mapping):  # of transformers
+        built, given = _computed(built.to_dict()), _computed(given)
+    if not built:
+        return []
     free = _FREE | getattr(match.family, "job_settings", frozenset())
     return [
         f"{name}={value!r:.100}"
         for name, value in given.items()
         if name in built and name not in free and value is not None and _plain(built[name]) != _plain(value)
     ]
+
+
+_COMPUTED: Final = (
+    "hidden_act",
+    "feed_forward_proj",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "rope_theta",
+    "num_attention_heads",
+    "num_heads",
+    "num_key_value_heads",
+)
+"""Settings of transformers' classes that show in results and in no tensor. Most of the others are of training, of
+sampling or of the tokenizer."""
+
+
+def _computed(config: Mapping[str, object]) -> dict[str, object]:
+    rope = config.get("rope_parameters")  # since transformers 5; before that, and in most files, beside the others
+    every = {**config, **rope} if isinstance(rope, Mapping) else config
+    return {name: every[name] for name in _COMPUTED if name in every}
 
 
 def _plain(value: object) -> object:

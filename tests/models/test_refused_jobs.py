@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel, UNet2DModel
 from flux_pipelines import CONFIG, flux_transformer
 from pipeline_parts import seeded
 from running_daemon import RunningDaemon
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from xditd.client import BadRequest, Client
 
@@ -72,6 +73,31 @@ def test_module_with_another_configuration(client: Client) -> None:
     module = seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **{**WIDE, "axes_dims_rope": [32, 48, 48]}))
     said = refusal_of(client, module)
     assert "since no family runs it: flux1: its configuration differs: axes_dims_rope=[32, 48, 48]" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "family", "says"),
+    [
+        ({}, "clip_l", ""),
+        ({"hidden_act": "gelu"}, "CLIPTextModel", "hidden_act='gelu'"),
+        ({"layer_norm_eps": 1e-6}, "CLIPTextModel", "layer_norm_eps=1e-06"),
+        ({"num_attention_heads": 4}, "CLIPTextModel", "num_attention_heads=4"),
+    ],
+    ids=["as released", "activation", "epsilon", "heads"],
+)
+@pytest.mark.parametrize("is_folder", [False, True], ids=["live", "folder"])
+def test_text_encoder_with_other_settings(
+    changed: dict[str, Any], family: str, says: str, is_folder: bool, client: Client, tmp_path: Path
+) -> None:
+    """A family knows them by heart: no tensor shows them."""
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1}
+    tokens = {"bos_token_id": 62, "eos_token_id": 63}
+    module = CLIPTextModel(CLIPTextConfig(**{**sizes, **tokens, "num_attention_heads": 2, **changed})).eval()
+    if is_folder:
+        module.save_pretrained(tmp_path)
+    with client.lend(tmp_path if is_folder else module) as loan:
+        reason = f"clip_l: its configuration differs: {says}" if says else ""
+        assert (loan.family, loan.facts.family_reason) == (family, reason)
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
