@@ -22,6 +22,7 @@ from typing import Final
 
 from xditd.client.model_json import describe_config, read_weight_map
 from xditd.ipc import limits
+from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError
 from xditd.ipc.file_kinds import folder_kind, shard_of
 from xditd.ipc.name_lists import listed
@@ -98,6 +99,11 @@ def find_model(path: str, *, variant: str | None = None, has_class: bool = True,
                 raise
             logger.info("lent without its class: %s", error)  # a family may know it by its tensors
     return ModelFiles(paths, index, weight_map, description)
+
+
+def has_config(path: str) -> bool:
+    """Return whether this is the folder of a model with its configuration."""
+    return os.path.isfile(os.path.join(expand_home(path), CONFIG))
 
 
 def label_of(path: str) -> str:

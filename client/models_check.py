@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from xditd.client import lending
-from xditd.client.model_folders import find_model
+from xditd.client.model_folders import find_model, has_config
 from xditd.client.model_json import read_json
 from xditd.client.models_file import ModelEntry
 from xditd.client.part_checks import kind_fault, misfits
@@ -183,11 +183,12 @@ def _describe(part: PartCheck, entry: ModelEntry) -> None:
         return
     in_folder = entry.folder is not None
     variant = entry.variant if in_folder and _has_variant(part.path, entry.variant) else None
-    files = find_model(part.path, variant=variant, has_class=in_folder)
+    is_folder = in_folder or has_config(part.path)
+    files = find_model(part.path, variant=variant, has_class=is_folder)
     is_transformer = part.kind is ComponentKind.TRANSFORMER
     offer = lending.describe(
         part.path,
-        kind=None if in_folder or part.kind is ComponentKind.MODULE else part.kind,
+        kind=None if is_folder or part.kind is ComponentKind.MODULE else part.kind,
         variant=variant,
         compute_dtype=entry.compute_dtype if is_transformer else None,
     )

@@ -111,7 +111,11 @@ def _tokenizers(given: PathLike | Mapping[str, PathLike]) -> dict[str, str]:
     folder = Path(_checked(given, "tokenizers"))
     if not folder.is_dir():
         raise BadRequest(f"tokenizers: {folder}: no folder; give one with tokenizers, or a checkout of ComfyUI")
-    inner = [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name.startswith(("tokenizer", "proc"))]
+    try:
+        every = sorted(folder.iterdir())
+    except OSError as error:
+        raise BadRequest(f"tokenizers: {folder}: {error.strerror}") from None
+    inner = [each for each in every if each.is_dir() and each.name.startswith(("tokenizer", "proc"))]
     if inner:
         return {each.name: str(each) for each in inner}
     return {"": str(folder)}

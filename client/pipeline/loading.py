@@ -11,6 +11,7 @@ from typing import Any
 
 from xditd.client.client import Client
 from xditd.client.loans import Loan
+from xditd.client.model_folders import has_config
 from xditd.client.part_checks import assigned, kind_fault, misfits
 from xditd.client.pipeline.calls import Call
 from xditd.client.pipeline.files import tokenizer_path
@@ -108,7 +109,7 @@ class Loans:
     def _as_given(self, role: str, part: Part) -> dict[str, Any]:
         """Return how a part is prepared and lent."""
         # A folder is lent with its configuration, which a family has to agree with.
-        is_folder = part.variant is not None or (part.prefix is None and _has_config(part.path))
+        is_folder = part.variant is not None or (part.prefix is None and has_config(part.path))
         return {
             "kind": None if is_folder else part.kind,
             "label": f"{self._source.name}/{role}",
@@ -270,7 +271,3 @@ def _return(loans: Iterable[Loan]) -> None:
                 loan.return_()
         except XditdError as error:
             logger.info("loan not returned label=%s reason=%s", loan.label, error.detail)
-
-
-def _has_config(path: str) -> bool:
-    return os.path.isdir(path) and os.path.isfile(os.path.join(path, "config.json"))

@@ -142,8 +142,19 @@ def test_a_part_that_no_family_runs_is_a_fault(parts: Path, tmp_path: Path) -> N
     folder = pipeline_folders.saved(pipeline_folders.flux1(), tmp_path / "flux")
     config = folder / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 1.5}))
-    (check,) = checked(parts, f'[x]\nfolder = "{folder}"', asks_workers=True).values()
-    (fault,) = check.faults
+    found = checked(
+        parts,
+        f"""
+        [x]
+        folder = "{folder}"
+        [y]
+        transformer = "{folder}/transformer"
+        vae = "{folder}/vae"
+        """,
+        asks_workers=True,
+    )
+    (fault,) = found["x"].faults
+    assert found["y"].faults == [fault]
     assert fault.startswith(
         "vae: a AutoencoderKL that no family runs (flux_vae: its configuration differs: scaling_factor=1.5), and a "
         "pipeline needs a vae of a family"

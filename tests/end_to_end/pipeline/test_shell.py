@@ -136,6 +136,26 @@ def test_a_part_that_no_family_runs_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize(
+    ("flag", "changed"), [("transformer", {"axes_dims_rope": [32, 48, 48]}), ("vae", {"scaling_factor": 0.5})]
+)
+def test_a_folder_of_one_model_is_used_as_its_configuration_says(
+    flag: str, changed: dict[str, Any], shell: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved = folders.saved(folders.flux1(), tmp_path / "flux")
+    given = [part for name in ("transformer", "vae") for part in (f"--{name}", str(saved / name))]
+    given += ["--random-embeds", "1", *GIVEN]
+    assert shell(*given) == exits.DONE
+    config = saved / flag / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    capsys.readouterr()
+    assert shell(*given) == exits.FAILED
+    (name,) = changed
+    said = capsys.readouterr().err
+    assert f"{flag}: {saved / flag}: a " in said
+    assert f"its configuration differs: {name}=" in said
+
+
+@pytest.mark.parametrize(
     "given",
     [
         ("--model", "./gone"),
