@@ -106,6 +106,14 @@ def has_config(path: str) -> bool:
     return os.path.isfile(os.path.join(expand_home(path), CONFIG))
 
 
+def has_variant(folder: str, variant: str) -> bool:
+    """Return whether a folder has weights of a variant, whole or in shards, in any format."""
+    try:
+        return any(f".{variant}." in name or f".{variant}-" in name for name in os.listdir(folder))
+    except OSError:  # whoever opens it says what is wrong with it
+        return True
+
+
 def label_of(path: str) -> str:
     """Return the label of a component that is lent by a path: the folder's name, or that of the file."""
     where = Path(path)

@@ -10,13 +10,12 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from xditd.client import lending
-from xditd.client.model_folders import find_model, has_config
+from xditd.client.model_folders import find_model, has_config, has_variant
 from xditd.client.model_json import read_json
 from xditd.client.models_file import ModelEntry
 from xditd.client.part_checks import kind_fault, misfits
@@ -182,7 +181,7 @@ def _describe(part: PartCheck, entry: ModelEntry) -> None:
             read_json(os.path.join(part.path, SCHEDULER) if is_folder else part.path, MAX_INDEX_BYTES)
         return
     in_folder = entry.folder is not None
-    variant = entry.variant if in_folder and _has_variant(part.path, entry.variant) else None
+    variant = entry.variant if entry.variant and in_folder and has_variant(part.path, entry.variant) else None
     is_folder = in_folder or has_config(part.path)
     files = find_model(part.path, variant=variant, has_class=is_folder)
     is_transformer = part.kind is ComponentKind.TRANSFORMER
@@ -196,11 +195,6 @@ def _describe(part: PartCheck, entry: ModelEntry) -> None:
     offer.close()
     part.files = tuple(os.path.realpath(path) for path in files.paths)
     part.size_bytes = sum(os.path.getsize(path) for path in part.files)
-
-
-def _has_variant(folder: str, variant: str | None) -> bool:
-    """Return whether a component's folder has weights of the variant; diffusers takes the others' plain weights."""
-    return variant is not None and any(f".{variant}." in each.name for each in Path(folder).iterdir())
 
 
 def _ask(checks: list[ModelCheck]) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from xditd.client.model_folders import has_variant
 from xditd.client.model_json import read_json
 from xditd.client.pipeline.clip_pictures import DEVIATIONS, MEANS, SIDE
 from xditd.client.pipeline.sources import ENCODERS, IMAGE_ENCODER, SECOND, TRANSFORMER, VAE, Part, Source, kind_of
@@ -114,7 +116,7 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
         elif role.startswith(_TOKENIZERS):
             tokenizers[role] = str(_there(folder / role, role))
         elif is_model(role):
-            parts[role] = Part(str(_there(folder / role, role)), kind_of(role), variant)
+            parts[role] = Part(str(_there(folder / role, role)), kind_of(role))
         else:
             raise Unsupported(f"{folder / INDEX}: the part {role} of a {pipeline_class} is not known here")
     if IMAGE_ENCODER in parts:
@@ -124,13 +126,25 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
             raise BadCheckpoint(f"{path}: it has no {role}; a pipeline needs one")
     return Source(
         name=name,
-        parts=parts,
+        parts=parts if variant is None else _with_variant(parts, variant, path),
         tokenizers=tokenizers,
         scheduler=scheduler,
         pipeline_class=pipeline_class,
         settings=settings,
         variant=_variant_of(folder / TRANSFORMER),
     )
+
+
+def _with_variant(parts: Mapping[str, Part], variant: str, path: str) -> dict[str, Part]:
+    """Return the parts with the variant of those that have it; diffusers takes the plain weights of the others, too.
+
+    Raises:
+        BadCheckpoint: none has it.
+    """
+    found = {role: replace(each, variant=variant) for role, each in parts.items() if has_variant(each.path, variant)}
+    if not found:
+        raise BadCheckpoint(f"{path}: no model in it has weights of variant {variant!r:.100}; leave the variant out")
+    return {**parts, **found}
 
 
 def _is_part(value: Any) -> bool:

@@ -165,7 +165,7 @@ class TestSingleFiles:
         refuse(path, BadRequest, "no such file")
 
     def test_a_path_with_a_null_byte(self):
-        refuse("a\0b", BadCheckpoint, "null")
+        refuse("a\0b", BadRequest, "null")
 
 
 class TestVariants:

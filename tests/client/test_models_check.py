@@ -161,6 +161,18 @@ def test_a_part_that_no_family_runs_is_a_fault(parts: Path, tmp_path: Path) -> N
     )
 
 
+def test_a_variant_that_no_model_has_is_a_fault(parts: Path, tmp_path: Path) -> None:
+    folder = pipeline_folders.saved(pipeline_folders.flux1(), tmp_path / "flux")
+    text = f'[x]\nfolder = "{folder}"\nvariant = "fp16"'
+    (check,) = checked(parts, text).values()
+    (fault,) = check.faults
+    assert "no model in it has weights of variant 'fp16'" in fault
+    plain = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    (check,) = checked(parts, text).values()
+    assert check.faults == []
+
+
 def test_a_pipeline_that_no_family_runs_is_a_fault(parts: Path, tmp_path: Path) -> None:
     folder = pipeline_folders.saved(pipeline_folders.flux1(), tmp_path / "flux")
     index = json.loads((folder / "model_index.json").read_text())

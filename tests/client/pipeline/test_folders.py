@@ -100,3 +100,16 @@ def test_what_a_wan_folder_says_has_to_fit_its_transformers(
         return
     with pytest.raises((Unsupported, BadCheckpoint), match=says):
         adapter_for("wan", facts, source, "wan (x)")
+
+
+def test_a_variant_is_that_of_the_models_that_have_it(tmp_path: Path) -> None:
+    """As diffusers loads it: the plain weights of the others."""
+    read(tmp_path, "FluxPipeline")
+    with pytest.raises(BadCheckpoint, match="no model in it has weights of variant 'fp16'; leave the variant out"):
+        read_folder(str(tmp_path), "x", "fp16")
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / "transformer" / name).touch()
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").touch()
+    parts = read_folder(str(tmp_path), "x", "fp16").parts
+    assert {role: part.variant for role, part in parts.items()} == {"transformer": "fp16", "vae": None}
+    assert {part.variant for part in read_folder(str(tmp_path), "x").parts.values()} == {None}
