@@ -109,13 +109,13 @@ def _tokenizers(given: PathLike | Mapping[str, PathLike]) -> dict[str, str]:
     if isinstance(given, Mapping):
         return {role: _checked(path, f"tokenizers[{role!r}]") for role, path in given.items()}
     folder = Path(_checked(given, "tokenizers"))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise BadRequest(f"tokenizers: {folder}: no folder; give one with tokenizers, or a checkout of ComfyUI")
     try:
         every = sorted(folder.iterdir())
     except OSError as error:
         raise BadRequest(f"tokenizers: {folder}: {error.strerror}") from None
-    inner = [each for each in every if each.is_dir() and each.name.startswith(("tokenizer", "proc"))]
+    inner = [each for each in every if os.path.isdir(each) and each.name.startswith(("tokenizer", "proc"))]
     if inner:
         return {each.name: str(each) for each in inner}
     return {"": str(folder)}

@@ -159,7 +159,7 @@ def _check_setting(index: Path, pipeline_class: str, name: str, value: Any) -> N
 
 def read_scheduler(path: Path) -> Mapping[str, Any]:
     """Read a scheduler's configuration, from its folder or its file."""
-    file = path / "scheduler_config.json" if path.is_dir() else path
+    file = path / "scheduler_config.json" if os.path.isdir(path) else path
     return read_json(str(file), _MAX_INDEX_BYTES)
 
 
@@ -169,7 +169,7 @@ def _check_image_processor(path: Path) -> None:
     Raises:
         Unsupported: names the setting and its value.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
     found = read_json(str(path), _MAX_INDEX_BYTES)
     wanted = {
@@ -188,7 +188,7 @@ def _check_image_processor(path: Path) -> None:
 
 
 def _there(path: Path, role: str) -> Path:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise BadCheckpoint(f"{path}: {INDEX} names a {role}, and there is no such folder")
     return path
 
@@ -196,7 +196,7 @@ def _there(path: Path, role: str) -> Path:
 def _variant_of(transformer: Path) -> str:
     """Return the variant of generations that a transformer's configuration asks for and its tensors do not show."""
     config = transformer / "config.json"
-    if not config.is_file():
+    if not os.path.isfile(config):
         return "class"
     found = read_json(str(config), _MAX_INDEX_BYTES)
     return "zero_cond_t" if found.get("zero_cond_t") is True else "class"
