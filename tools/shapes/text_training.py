@@ -133,6 +133,7 @@ class TextTraining:
         """Train until the budget is used; return the steps and what is read right, by number of objects."""
         settings, started, step = self.settings, time.monotonic(), 0
         generator = torch.Generator(self.device)
+        recent: list[float] = []
         is_profiled = settings.is_profiled and self.device.type == "cuda"
         while (progress := settings.budget.progress(started, step)) < 1:
             share = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -148,9 +149,10 @@ class TextTraining:
             loss = profile("words", learn) if is_profiled and step == _PROFILED_AT else learn()
             step += 1
             if step % 20 == 0:
-                loss.item()  # waits for the GPU, so that the clock is right
+                recent = [*recent[-49:], loss.item()]  # waits for the GPU, so that the clock is right
             if step % 1000 == 0:
-                print(f"words: step {step} loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True)
+                mean = sum(recent) / len(recent)
+                print(f"words: step {step} loss {mean:.4f}, {time.monotonic() - started:.0f} s", flush=True)
         right = {str(objects): round(share, 3) for objects, share in self.read_right().items()}
         print(
             f"words: {step} steps, {time.monotonic() - started:.0f} s, read right by number of objects: {right}",
