@@ -132,9 +132,9 @@ def config_differences(described: ModuleDescription, match: CheckpointMatch) -> 
     """
     built = getattr(match.model.module, "config", None)
     given = json.loads(described.config)
-    if built is not None and not isinstance(built, Mapping):  # of transformers
+    if hasattr(built, "to_dict"):  # of transformers
         built, given = _computed(built.to_dict()), _computed(given)
-    if not built:
+    if not isinstance(built, Mapping):  # a module of a family's own
         return []
     free = _FREE | getattr(match.family, "job_settings", frozenset())
     return [
