@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -130,7 +130,7 @@ def config_differences(described: ModuleDescription, match: CheckpointMatch) -> 
     Those that one of the two does not have are of no account, and so are those that jobs choose by themselves
     (``job_settings`` of the family).
     """
-    built = getattr(match.model.module, "config", None)
+    built: Any = getattr(match.model.module, "config", None)
     given = json.loads(described.config)
     if hasattr(built, "to_dict"):  # of transformers
         built, given = _computed(built.to_dict()), _computed(given)
