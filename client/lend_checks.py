@@ -13,14 +13,14 @@ from xditd.ipc import limits
 from xditd.ipc.addresses import check_is_there, expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest
 from xditd.ipc.name_lists import listed
-from xditd.ipc.tensors import Manifest
+from xditd.ipc.tensors import ComponentKind, Manifest
 from xditd.ipc.transports.stored_tensors import Header
 
 if TYPE_CHECKING:
     import torch
 
 
-def check_given(*, label: Any, device: Any, generation: Any, as_class: Any) -> None:
+def check_given(*, label: Any, device: Any, generation: Any, as_class: Any, kind: ComponentKind | None = None) -> None:
     """Check the arguments of ``lend`` and ``lend_lora`` that say how to lend.
 
     Raises:
@@ -33,6 +33,28 @@ def check_given(*, label: Any, device: Any, generation: Any, as_class: Any) -> N
         raise BadRequest(f"generation: {generation!r:.100} is not a whole number from 0 on, below 2**63")
     if not isinstance(as_class, bool):
         raise BadRequest(f"as_class: {as_class!r:.100} is of type {type(as_class).__name__}, use True or False")
+    check_kind(kind, as_class=as_class)
+
+
+def check_kind(kind: ComponentKind | None, *, as_class: bool) -> None:
+    """Check that a component is not lent both as one of a family and as its class.
+
+    Raises:
+        BadRequest: it is.
+    """
+    if as_class and kind is not None:
+        raise BadRequest(
+            f"kind {kind.value!r} is of a component that a family runs, and as_class says that none does: leave one of "
+            "them out"
+        )
+
+
+def reads_config(kind: ComponentKind | None, prefix: str) -> bool:
+    """Return whether a component is lent with its configuration, if it has one.
+
+    A part of a file with several has none, and neither has what is no model of a family.
+    """
+    return kind is None or (kind is not ComponentKind.MODULE and not prefix)
 
 
 def path_of(source: str | bytes | os.PathLike[Any]) -> str:

@@ -24,7 +24,7 @@ import msgspec
 
 from xditd.client.file_headers import read_header
 from xditd.client.file_loading import load_into_arena
-from xditd.client.lend_checks import check_given, check_manifest, check_shards, path_of, state_of
+from xditd.client.lend_checks import check_given, check_manifest, check_shards, path_of, reads_config, state_of
 from xditd.client.lent_memory import LentMemory
 from xditd.client.lent_tensors import describe_tensors
 from xditd.client.model_folders import ModelFiles, find_model, label_of
@@ -126,22 +126,24 @@ def describe(
     packing = NO_PACKING
     started = time.perf_counter()
     try:
-        check_given(label=label, device=device, generation=generation, as_class=as_class)
+        check_given(label=label, device=device, generation=generation, as_class=as_class, kind=kind)
         if not isinstance(prefix, str):
             raise BadRequest(f"prefix: {prefix!r:.100} is of type {type(prefix).__name__}, use a text")
         if isinstance(source, (str, bytes, os.PathLike)):
             path = path_of(source)
             label = label or os.fsencode(label_of(path)).decode("utf-8", "replace")  # names need not be Unicode
-            files = find_model(path, variant=variant, has_class=kind is None, as_class=as_class)
+            files = find_model(
+                path, variant=variant, has_class=reads_config(kind, prefix), as_class=as_class, kind=kind
+            )
             module = files.description
-            specs, packing = describe_files(files, label, device, memory)
+            specs, packing = describe_files(files, label, device, memory, kind)
             if prefix:
                 specs, packing = with_prefix(specs, packing, prefix, label)
         elif prefix:
             raise BadRequest(f"prefix {prefix!r} selects the tensors of a file: give its path")
         elif variant is not None:
             raise BadRequest(f"variant {variant!r} selects one of the files of a folder: give the folder's path")
-        elif kind is None and (as_class or is_described(source)):
+        elif as_class or (is_described(source) and reads_config(kind, prefix)):
             label = label or type(source).__name__
             memory.keeps_order = True
             module, tensors = describe_module(
@@ -218,7 +220,7 @@ def _accelerated(module: ModuleDescription | None, acceleration: str, label: str
 
 
 def describe_files(
-    files: ModelFiles, label: str, device: str | None, memory: LentMemory
+    files: ModelFiles, label: str, device: str | None, memory: LentMemory, kind: ComponentKind | None = None
 ) -> tuple[list[TensorSpec], Packing]:
     """Describe the tensors of files, which ``memory`` holds open, or their copies in an arena on ``device``."""
     opened = [memory.open_file(path) for path in files.paths]
@@ -226,7 +228,7 @@ def describe_files(
     check_shards(files, headers)
     packing = _named_faults(label, lambda: packing_of_files(opened, headers))
     if device is not None:
-        if files.description is None:
+        if files.description is None or kind is not None:
             stored = {stored.name: stored for header in headers for stored in header.tensors}
             known = form_error(logical_tensors(packing.packed, without(stored, packing.markers)))
             if known is not None:  # before loading: the workers would fail only after it

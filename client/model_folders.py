@@ -26,7 +26,7 @@ from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError
 from xditd.ipc.file_kinds import folder_kind, shard_of
 from xditd.ipc.name_lists import listed
-from xditd.ipc.tensors import ModuleDescription
+from xditd.ipc.tensors import ComponentKind, ModuleDescription
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,18 @@ class ModelFiles:
     description: ModuleDescription | None = None
 
 
-def find_model(path: str, *, variant: str | None = None, has_class: bool = True, as_class: bool = False) -> ModelFiles:
+def find_model(
+    path: str,
+    *,
+    variant: str | None = None,
+    has_class: bool = True,
+    as_class: bool = False,
+    kind: ComponentKind | None = None,
+) -> ModelFiles:
     """Find the files of a model. ``variant`` selects one of several in a folder, such as ``fp16``.
 
     Without ``has_class``, no configuration is read. With ``as_class``, the model runs as its class in any case;
-    otherwise a family may run it.
+    otherwise a family may run it, and with a ``kind`` nothing else does.
 
     Raises:
         BadCheckpoint: files are missing, or there are several; or an index or a configuration is invalid.
@@ -93,7 +100,7 @@ def find_model(path: str, *, variant: str | None = None, has_class: bool = True,
     description = None
     if has_config:
         try:
-            description = describe_config(str(config), allows_family=not as_class)
+            description = describe_config(str(config), allows_family=not as_class, allows_class=kind is None)
         except RequestError as error:
             if not is_alone or as_class:
                 raise

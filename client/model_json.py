@@ -23,14 +23,18 @@ _CLASS_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _LEND_MODULE: Final = "load it with from_pretrained, and lend the module"
 
 
-def describe_config(path: str, *, allows_family: bool) -> ModuleDescription:
+def describe_config(path: str, *, allows_family: bool, allows_class: bool = True) -> ModuleDescription:
     """Return the class and the configuration of a ``config.json`` of diffusers or transformers.
 
     Raises:
         BadCheckpoint: it cannot be read, or is no JSON of a configuration.
-        Unsupported: it names no class, or says that the weights are quantised.
+        Unsupported: it names no class, or says that the weights are quantised. Without ``allows_class`` that is of no
+            account: a family knows packed weights by their tensors.
     """
-    return description_of(read_json(path, _MAX_CONFIG_BYTES), path, allows_family=allows_family)
+    config = read_json(path, _MAX_CONFIG_BYTES)
+    if not allows_class:
+        config.pop("quantization_config", None)
+    return description_of(config, path, allows_family=allows_family)
 
 
 def description_of(config: dict[str, Any], path: str, *, allows_family: bool) -> ModuleDescription:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from xditd.client.lend_checks import path_of, read_tensors
+from xditd.client.lend_checks import check_kind, path_of, read_tensors, reads_config
 from xditd.client.lending import checked_compute_dtype, describe_files, with_prefix, without
 from xditd.client.lent_memory import LentMemory
 from xditd.client.model_folders import find_model, label_of
@@ -42,6 +42,7 @@ def outline_of(
         BadCheckpoint, Unsupported, BadRequest: as :func:`~xditd.client.lending.describe`.
     """
     dtype = checked_compute_dtype(compute_dtype)
+    check_kind(kind, as_class=as_class)
     if isinstance(source, (str, bytes, os.PathLike)):
         return _of_path(path_of(source), kind, label, dtype, as_class=as_class, variant=variant, prefix=prefix)
     if isinstance(source, Mapping):
@@ -49,7 +50,7 @@ def outline_of(
     if isinstance(source, dict) and ("_class_name" in source or "architectures" in source):
         described = description_of(dict(source), "the configuration", allows_family=not as_class)
         return Outline(module=described, label=label or described.class_name, kind=kind, compute_dtype=dtype)
-    if kind is None and (as_class or is_described(source)):
+    if as_class or (is_described(source) and reads_config(kind, prefix)):
         label = label or type(source).__name__
         module, tensors = describe_module(cast("torch.nn.Module", source), label, allows_family=not as_class)
         return Outline(module=module, label=label, tensors=_outlined(tensors), compute_dtype=dtype)
@@ -78,10 +79,10 @@ def _of_path(
     prefix: str,
 ) -> Outline:
     label = label or os.fsencode(label_of(path)).decode("utf-8", "replace")
-    files = find_model(path, variant=variant, has_class=kind is None, as_class=as_class)
+    files = find_model(path, variant=variant, has_class=reads_config(kind, prefix), as_class=as_class, kind=kind)
     memory = LentMemory()
     try:
-        specs, packing = describe_files(files, label, None, memory)
+        specs, packing = describe_files(files, label, None, memory, kind)
         if prefix:
             specs, packing = with_prefix(specs, packing, prefix, label)
     finally:

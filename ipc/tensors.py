@@ -179,7 +179,8 @@ class Manifest(Described, frozen=True, kw_only=True):
     """A component: its blocks, its tensors, and how often its content was rewritten in place (``generation``).
 
     Without a ``kind`` the workers find it from the tensors; with one, tensors of another kind are refused. With a
-    ``module``, the tensors have the names of that module's parameters, buffers and attributes, and no family is asked.
+    ``module``, the tensors have the names of that module's parameters, buffers and attributes, and a family is asked if
+    the module allows it; with both, the family has to compute as the module's configuration says.
 
     ``packed`` says which tensors are packed weights and their companions; all others are plain. ``compute_dtype`` is
     the dtype into which packed weights are dequantised; without it, that of most plain weights. With a ``lora``, the

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final, cast
 
 import msgspec
 import torch
 
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
+from xditd.gpu_workers.models.config_differences import config_differences
 from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.gpu_workers.models.entries import TensorInfo
+from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.lora_match import LoraMatch, match_lora
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
@@ -54,7 +55,10 @@ def match_manifest(
                 raise Unsupported(
                     "packed weights of a module cannot be run: lend its file, its folder or its state dict"
                 )
-            return _match_class(manifest.module, tensors, models, class_models, compute_dtype)
+            if manifest.kind in (None, ComponentKind.MODULE):
+                return _match_class(manifest.module, tensors, models, class_models, compute_dtype, taken)
+            kind = cast(Kind, manifest.kind.value)
+            return _match_kind(kind, manifest.module, tensors, models, class_models, compute_dtype, taken)
         if manifest.kind is ComponentKind.MODULE:
             raise BadRequest("a module is lent without the description of its class; lend the module itself")
         if manifest.kind is None:
@@ -96,6 +100,7 @@ def _match_class(
     models: ModelCache,
     class_models: ClassModels,
     compute_dtype: torch.dtype | None,
+    taken: Collection[int],
 ) -> CheckpointMatch | ModuleMatch:
     """Return the match of a family, if it runs this module and nothing in it was changed; else that of the class.
 
@@ -105,76 +110,69 @@ def _match_class(
     if not described.allows_family:
         return of_class or class_models.match(described, tensors, compute_dtype)
     if of_class is None:
-        found = _match_family(tensors, models, compute_dtype)
+        found = _match_family(tensors, models, compute_dtype, taken)
     elif of_class.model.difference:
         found = f"it is not as its class makes it: {of_class.model.difference}"
     else:
-        saved = {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
-        found = _match_family(saved, models, compute_dtype)
+        found = _match_family(_saved(tensors, of_class), models, compute_dtype, taken)
     if isinstance(found, CheckpointMatch):
         other = config_differences(described, found)
         if not other:
             return found
-        found = f"{found.family.name}: its configuration differs: {listed(other)}"
+        found = f"{found.family.name}: its configuration differs: {listed(each.given for each in other)}"
     logger.info("%s runs as its class, since no family runs it: %s", described.class_name, found)
     return replace(of_class or class_models.match(described, tensors, compute_dtype), family_reason=found)
 
 
-_FREE: Final = frozenset({"sample_size", "force_upcast", "out_channels", "decoder_base_dim"})
-"""Settings that do not show in results, or that a class has under two values of the same meaning."""
+def _match_kind(
+    kind: Kind,
+    described: ModuleDescription,
+    tensors: Mapping[str, TensorInfo],
+    models: ModelCache,
+    class_models: ClassModels,
+    compute_dtype: torch.dtype | None,
+    taken: Collection[int],
+) -> CheckpointMatch:
+    """Return the match of the family of a kind, if it runs this module and nothing in it was changed.
 
-
-def config_differences(described: ModuleDescription, match: CheckpointMatch) -> list[str]:
-    """Return the settings of a module or a ``config.json`` that differ from those with which a family builds the class.
-
-    Those that one of the two does not have are of no account, and so are those that jobs choose by themselves
-    (``job_settings`` of the family).
+    Raises:
+        UnknownFamily, BadCheckpoint, UnsupportedDtype, BadRequest: as ``ModelCache.match``.
+        Unsupported: so, or the family computes with other settings than those of the module.
     """
-    built: Any = getattr(match.model.module, "config", None)
-    given = json.loads(described.config)
-    if hasattr(built, "to_dict"):  # of transformers
-        built, given = _computed(built.to_dict()), _computed(given)
-    if not isinstance(built, Mapping):  # a module of a family's own
-        return []
-    free = _FREE | getattr(match.family, "job_settings", frozenset())
-    return [
-        f"{name}={value!r:.100}"
-        for name, value in given.items()
-        if name in built and name not in free and value is not None and _plain(built[name]) != _plain(value)
-    ]
+    if not described.allows_family:
+        raise BadRequest(f"the kind {kind} is of a family, and it is lent as its class: leave one of them out")
+    if described.state:
+        of_class = class_models.match(described, tensors)
+        if of_class.model.difference:
+            raise Unsupported(f"it is not as its class makes it: {of_class.model.difference}; {_WITHOUT_KIND}")
+        tensors = _saved(tensors, of_class)
+    found = models.match(tensors, kind, compute_dtype, taken)
+    if other := config_differences(described, found):
+        differing = listed([f"{each.given} (the family computes with {each.built})" for each in other])
+        raise Unsupported(
+            f"{found.family.name}: its configuration differs: {differing}; {_WITHOUT_KIND}",
+            names=[each.name for each in other],
+        )
+    return found
 
 
-_COMPUTED: Final = (
-    "hidden_act",
-    "feed_forward_proj",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rms_norm_eps",
-    "rope_theta",
-    "num_attention_heads",
-    "num_heads",
-    "num_key_value_heads",
+_WITHOUT_KIND: Final = (
+    "lend it without a kind to run it as its class, by call(), or a state dict of its tensors to run it with the "
+    "family's settings"
 )
-"""Settings of transformers' classes that show in results and in no tensor. Most of the others are of training, of
-sampling or of the tokenizer."""
 
 
-def _computed(config: Mapping[str, object]) -> dict[str, object]:
-    rope = config.get("rope_parameters")  # since transformers 5; before that, and in most files, beside the others
-    every = {**config, **rope} if isinstance(rope, Mapping) else config
-    return {name: every[name] for name in _COMPUTED if name in every}
-
-
-def _plain(value: object) -> object:
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+def _saved(tensors: Mapping[str, TensorInfo], of_class: ModuleMatch) -> dict[str, TensorInfo]:
+    """Return the tensors that a checkpoint of the module has."""
+    return {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
 
 
 def _match_family(
-    tensors: Mapping[str, TensorInfo], models: ModelCache, compute_dtype: torch.dtype | None
+    tensors: Mapping[str, TensorInfo], models: ModelCache, compute_dtype: torch.dtype | None, taken: Collection[int]
 ) -> CheckpointMatch | str:
     """Return the match of a family, or why no family has one."""
     try:
-        return models.match(tensors, None, compute_dtype)
+        return models.match(tensors, None, compute_dtype, taken)
     except (UnknownFamily, Unsupported, BadCheckpoint) as error:
         if isinstance(error, UnknownFamily) or isinstance(error.__cause__, UnknownFamily):
             return f"its tensor names are of none of {one_of([each.name for each in families()])}{load_faults_note()}"

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from xditd.client.lending import describe
 from xditd.client.model_folders import find_model
 from xditd.ipc.errors import BadCheckpoint, BadRequest, Unsupported, XditdError
+from xditd.ipc.limits import MAX_TEXT_CHARS
 from xditd.ipc.tensors import ComponentKind, FileBlock, HostShmBlock
 
 CONFIG = {"_class_name": "WanTransformer3DModel", "num_layers": 1}
@@ -53,10 +54,10 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def refuse(source: Path | str, kind: type[XditdError], says: str, **how: Any) -> XditdError:
+def refuse(source: Path | str, error: type[XditdError], says: str, **how: Any) -> XditdError:
     """Describe a source that is refused, and check that nothing stays open."""
     before = open_descriptors()
-    with pytest.raises(kind, match=says) as caught:
+    with pytest.raises(error, match=says) as caught:
         describe(source, **how)
     assert open_descriptors() == before
     return caught.value
@@ -117,9 +118,37 @@ def test_a_device_gets_all_shards_in_one_arena(sharded: Path):
     assert open_descriptors() == before
 
 
-def test_a_kind_asks_for_a_family_alone(sharded: Path):
-    write_json(sharded / "config.json", {"quantization_config": {}})  # not read
-    offer = describe(sharded, kind=ComponentKind.TRANSFORMER)
+@pytest.mark.parametrize("by", ["folder", "index"])
+def test_a_kind_asks_for_a_family_that_computes_as_the_configuration_says(sharded: Path, by: str):
+    """Whether weights are packed, a family sees by their tensors."""
+    write_json(sharded / "config.json", {**CONFIG, "quantization_config": {}})
+    source = sharded if by == "folder" else sharded / INDEX
+    for kind, config in ((ComponentKind.TRANSFORMER, CONFIG), (ComponentKind.MODULE, None)):
+        offer = describe(source, kind=kind)
+        assert offer.manifest.kind is kind
+        module = offer.manifest.module
+        assert (None if module is None else json.loads(module.config)) == config
+        offer.close()
+    refuse(source, BadRequest, "leave one of them out", kind=ComponentKind.TRANSFORMER, as_class=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        ("{", BadCheckpoint, "config.json: it is not JSON"),
+        (json.dumps(CONFIG | {"x": "x" * 4 * MAX_TEXT_CHARS}), BadCheckpoint, "bytes; at most"),
+        ("{}", Unsupported, "it names no class"),
+    ],
+    ids=["damaged", "large", "without a class"],
+)
+def test_a_configuration_that_cannot_be_compared(sharded: Path, text: str, error: type[XditdError], says: str):
+    (sharded / "config.json").write_text(text)
+    refuse(sharded, error, says, kind=ComponentKind.TRANSFORMER)
+
+
+def test_a_part_of_a_file_has_no_configuration(folder: Path):
+    save_file({f"x.{name}": each for name, each in STATE.items()}, folder / WEIGHTS)
+    offer = describe(folder / WEIGHTS, kind=ComponentKind.TRANSFORMER, prefix="x.")
     assert offer.manifest.module is None
     offer.close()
 

@@ -44,6 +44,17 @@ def test_of_a_file_and_of_a_part_of_it(tmp_path: Path) -> None:
     same_as_described(tmp_path / "x.safetensors", prefix="x.")
 
 
+def test_of_a_folder(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["CLIPTextModel"]}')
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        same_as_described(source)
+        same_as_described(source, kind=ComponentKind.TEXT_ENCODER)
+        same_as_described(source, kind=ComponentKind.MODULE)
+    with pytest.raises(BadRequest, match="leave one of them out"):
+        outline_of(tmp_path, kind=ComponentKind.VAE, as_class=True)
+
+
 def test_of_packed_weights() -> None:
     state = {
         "a.weight": torch.zeros(16, 16, dtype=torch.float8_e4m3fn),

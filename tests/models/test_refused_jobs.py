@@ -14,7 +14,7 @@ from pipeline_parts import seeded
 from running_daemon import RunningDaemon
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from xditd.client import BadRequest, Client
+from xditd.client import BadRequest, Client, Unsupported
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +73,53 @@ def test_module_with_another_configuration(client: Client) -> None:
     module = seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **{**WIDE, "axes_dims_rope": [32, 48, 48]}))
     said = refusal_of(client, module)
     assert "since no family runs it: flux1: its configuration differs: axes_dims_rope=[32, 48, 48]" in said
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["live", "folder"])
+def test_a_kind_needs_a_family_that_computes_with_the_configuration(
+    is_folder: bool, client: Client, tmp_path: Path
+) -> None:
+    module = seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **WIDE)).eval()
+    module.save_pretrained(tmp_path)
+    source: Any = tmp_path if is_folder else module
+    client.prepare(source, kind="transformer")
+    with client.lend(source, kind="transformer") as loan:
+        assert (loan.family, loan.facts.family_reason) == ("flux1", "")
+    with pytest.raises(BadRequest, match="vae"):
+        client.lend(source, kind="vae")
+    if is_folder:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "axes_dims_rope": [32, 48, 48]}))
+    else:
+        source = seeded(
+            FluxTransformer2DModel(in_channels=64, num_layers=1, **{**WIDE, "axes_dims_rope": [32, 48, 48]})
+        )
+    with pytest.raises(Unsupported) as error:
+        client.lend(source, kind="transformer")
+    assert error.value.names == ("axes_dims_rope",)
+    assert (
+        "flux1: its configuration differs: axes_dims_rope=[32, 48, 48] (the family computes with (16, 56, 56)); lend "
+        "it without a kind to run it as its class"
+    ) in error.value.detail
+    with client.lend(module.state_dict(), kind="transformer") as loan:
+        assert loan.family == "flux1"
+
+
+def test_a_kind_needs_a_module_as_its_class_makes_it(client: Client) -> None:
+    module = seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **WIDE)).eval()
+    module.norm_out.norm.eps = 0.5
+    with pytest.raises(
+        Unsupported, match=r"it is not as its class makes it: eps of norm_out.norm is 0.5.*without a kind"
+    ):
+        client.lend(module, kind="transformer")
+
+
+def test_a_kind_needs_the_class_of_its_family(client: Client, tmp_path: Path) -> None:
+    seeded(FluxTransformer2DModel(in_channels=64, num_layers=1, **WIDE)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKL"}))
+    with pytest.raises(Unsupported, match=r"_class_name='AutoencoderKL' \(the family computes with 'FluxTransf"):
+        client.lend(tmp_path, kind="transformer")
 
 
 @pytest.mark.parametrize(

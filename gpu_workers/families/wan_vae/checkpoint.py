@@ -39,6 +39,8 @@ class WanVae:
     tied: Mapping[str, str] = {}
     ignored: re.Pattern[str] | None = None
     fused_widths: tuple[int, ...] = ()
+    same_classes = frozenset({"AutoencoderKLQwenImage"})
+    """Other classes of diffusers that compute the same."""
 
     def claims(self, names: Collection[str]) -> bool:
         return not _MARKS.isdisjoint(names)

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import CLIPTextConfig, Qwen3Config
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import CLIPTextConfig, CLIPTextModel, MistralConfig, MistralModel, Qwen3Config
 
-from xditd.gpu_workers.models.matching import config_differences
+from xditd.gpu_workers.families.wan_vae.checkpoint import WanVae
+from xditd.gpu_workers.models.config_differences import config_differences
 from xditd.ipc.tensors import ModuleDescription
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -25,6 +27,13 @@ ROPE = {"rope_type": "default", "rope_theta": 1e6}
         (Qwen3Config(rope_parameters=ROPE), {"rope_parameters": {"rope_theta": 1e4}}, ["rope_theta=10000.0"]),
         ({"axes": (16, 56), "sample_size": 8}, {"axes": [16, 56], "sample_size": 9, "other": 1}, []),
         ({"axes": (16, 56)}, {"axes": [56, 16]}, ["axes=[56, 16]"]),
+        (Qwen3Config(rope_parameters=ROPE), {"rope_theta": 1e4, "text_config": {"rope_theta": 1e6}}, []),
+        (Qwen3Config(), {"text_config": {"hidden_act": "gelu", "rms_norm_eps": 1e-6}}, ["hidden_act='gelu'"]),
+        (
+            MistralConfig(rope_parameters=ROPE),
+            {"text_config": {"rope_parameters": {"rope_theta": 1e4}}},
+            ["rope_theta=10000.0"],
+        ),
         (SimpleNamespace(hidden=3), {"hidden": 4}, []),  # of a family's own module
         (None, {"hidden": 4}, []),
     ],
@@ -32,4 +41,35 @@ ROPE = {"rope_type": "default", "rope_theta": 1e6}
 def test_what_would_be_computed_differently_is_named(built: Any, given: dict[str, Any], differing: list[str]) -> None:
     described = ModuleDescription(class_name="diffusers:X", config=json.dumps(given))
     match: Any = SimpleNamespace(model=SimpleNamespace(module=SimpleNamespace(config=built)), family=SimpleNamespace())
-    assert config_differences(described, match) == differing
+    assert [each.given for each in config_differences(described, match)] == differing
+
+
+def made(kind: type, config: Any) -> Any:
+    """A module of a class of its own, as those of families are, without weights."""
+    return type("Module", (kind,), {"__init__": lambda self: None, "config": config})()
+
+
+@pytest.mark.parametrize(
+    ("module", "class_name", "differing"),
+    [
+        (made(WanTransformer3DModel, {}), "diffusers:WanTransformer3DModel", []),
+        (made(WanTransformer3DModel, {}), "diffusers:WanModel", []),  # of the original repository
+        (
+            made(WanTransformer3DModel, {}),
+            "diffusers:ChronoEditTransformer3DModel",
+            ["_class_name='ChronoEditTransformer3DModel'"],
+        ),
+        (made(WanTransformer3DModel, {}), "transformers:CLIPTextModel", ["architectures='CLIPTextModel'"]),
+        (made(AutoencoderKLWan, {}), "diffusers:AutoencoderKLQwenImage", []),
+        (made(CLIPTextModel, CLIPTextConfig()), "transformers:CLIPTextModelWithProjection", []),
+        (made(CLIPTextModel, CLIPTextConfig()), "transformers:T5EncoderModel", ["architectures='T5EncoderModel'"]),
+        (made(MistralModel, MistralConfig()), "transformers:Mistral3ForConditionalGeneration", []),
+    ],
+)
+def test_another_class_is_a_difference(module: Any, class_name: str, differing: list[str]) -> None:
+    described = ModuleDescription(class_name=class_name, config="{}")
+    family = SimpleNamespace(same_classes=WanVae.same_classes)
+    match: Any = SimpleNamespace(model=SimpleNamespace(module=module), family=family)
+    found = config_differences(described, match)
+    assert [each.given for each in found] == differing
+    assert [each.built for each in found] == [repr(type(module).__mro__[1].__name__)] * len(found)

@@ -1,0 +1,100 @@
+"""Compare the configuration of a module or of a ``config.json`` with that of the class that a family builds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.configured_classes import HERE
+from xditd.ipc.errors import Unsupported
+from xditd.ipc.tensors import ModuleDescription
+from xditd.ipc.transports.module_classes import find_class
+
+_FREE: Final = frozenset({"sample_size", "force_upcast", "out_channels", "decoder_base_dim"})
+"""Settings that do not show in results, or that a class has under two values of the same meaning."""
+
+_COMPUTED: Final = (
+    "hidden_act",
+    "feed_forward_proj",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "rope_theta",
+    "num_attention_heads",
+    "num_heads",
+    "num_key_value_heads",
+)
+"""Settings of transformers' classes that show in results and in no tensor. Most of the others are of training, of
+sampling or of the tokenizer."""
+
+
+class Difference(NamedTuple):
+    """A setting that differs: ``given`` is the setting with its value, and ``built`` the value of the family."""
+
+    name: str
+    given: str
+    built: str
+
+
+def config_differences(described: ModuleDescription, match: CheckpointMatch) -> list[Difference]:
+    """Return the settings of a module or a ``config.json`` that differ from those with which a family builds the class.
+
+    Those that one of the two does not have are of no account, and so are those that jobs choose by themselves
+    (``job_settings`` of the family). The class is one of them, unless diffusers or transformers have none of its name.
+    """
+    built: Any = getattr(match.model.module, "config", None)
+    given = json.loads(described.config)
+    if hasattr(built, "to_dict"):  # of transformers
+        found = [*_class_difference(described, match, _is_of_one_model)]
+        built, given = _computed(built.to_dict()), _computed(given)
+    elif isinstance(built, Mapping):
+        found = [*_class_difference(described, match, _is_one_of_diffusers)]
+    else:  # a module of a family's own
+        return []
+    free = _FREE | getattr(match.family, "job_settings", frozenset())
+    return found + [
+        Difference(name, f"{name}={value!r:.100}", f"{built[name]!r:.100}")
+        for name, value in given.items()
+        if name in built and name not in free and value is not None and _plain(built[name]) != _plain(value)
+    ]
+
+
+def _class_difference(
+    described: ModuleDescription, match: CheckpointMatch, is_same: Callable[[type, type], bool]
+) -> Iterator[Difference]:
+    try:
+        given = find_class(described.class_name, HERE)
+    except Unsupported:  # such as WanModel, of the original repository
+        return
+    built = next(each for each in type(match.model.module).__mro__ if _package(each) in ("diffusers", "transformers"))
+    if not is_same(given, built) and given.__name__ not in getattr(match.family, "same_classes", ()):
+        name = "_class_name" if _package(given) == "diffusers" else "architectures"
+        yield Difference(name, f"{name}={given.__name__!r}", repr(built.__name__))
+
+
+def _is_one_of_diffusers(given: type, built: type) -> bool:
+    return issubclass(built, given)
+
+
+def _is_of_one_model(given: type, built: type) -> bool:
+    """Return whether two classes of transformers have the same decoder or encoder: Mistral3 has that of Mistral."""
+    return given.__module__.startswith(built.__module__.rpartition(".")[0])
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _computed(config: Mapping[str, object]) -> dict[str, object]:
+    every = dict(config)
+    # Models of texts and pictures nest the settings of the decoder; transformers 5 nests those of rotary embeddings.
+    for name in ("text_config", "rope_parameters"):
+        nested = every.get(name)
+        every |= nested if isinstance(nested, Mapping) else {}
+    return {name: every[name] for name in _COMPUTED if name in every}
+
+
+def _plain(value: object) -> object:
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
