@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def shared_daemon(start_daemon: Callable[..., RunningDaemon], pytestconfig: pyte
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # convolutions of float32 are rounded to TF32 otherwise
         if device == "cpu":
-            patch.setenv("PYTHONPATH", str(PACKAGE))
+            patch.setenv("PYTHONPATH", str(PACKAGE), prepend=os.pathsep)
         started = start_daemon(2 if device == "cpu" else min(2, torch.cuda.device_count()), device)
     started.wait_ready()
     return started
@@ -107,7 +108,7 @@ def package_daemon(
         shared: RunningDaemon = request.getfixturevalue("shared_daemon")
         return shared
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(PACKAGE))
+        patch.setenv("PYTHONPATH", str(PACKAGE), prepend=os.pathsep)
         started = start_daemon(2)
     started.wait_ready()
     return started

@@ -75,6 +75,27 @@ def test_a_generation_with_two_has_the_latents_of_the_pipeline(
     assert torch.equal(again.latents, found.latents)
 
 
+@pytest.mark.parametrize("kind", [None, "controlnet"])
+def test_two_folders_of_one_architecture_have_the_latents_of_their_files(
+    kind: str | None, client: Client, lent: Any, states: Any, tmp_path: Any
+) -> None:
+    folders = [tmp_path / "union_a", tmp_path / "union_b"]
+    for folder, state in zip(folders, states, strict=True):
+        reference_model(state).save_pretrained(folder)
+    unions = [client.lend(folder, kind=kind) for folder in folders]
+    assert [each.family for each in unions] == [each.family for each in lent.unions]
+    job = {"height": HEIGHT, "width": WIDTH, "steps": 2, "guidance_scale": 3.5, "seed": 7, "vae": lent.vae}
+
+    def latents(of: Any) -> torch.Tensor:
+        controls = [Control(each, picture, mode=1) for each, picture in zip(of, PICTURES, strict=True)]
+        return client.generate(lent.transformer, TEXT, controls=controls, **job).result().latents
+
+    expected = latents(lent.unions)
+    for each in lent.unions:
+        each.return_()
+    assert torch.equal(latents(unions), expected)
+
+
 def _rows_of(given: dict[str, Any], rows: int) -> dict[str, Any]:
     return {
         name: each if name.endswith("_ids") else each.repeat(rows, *[1] * (each.ndim - 1))
