@@ -114,7 +114,7 @@ def _match_class(
     if isinstance(found, CheckpointMatch):
         other = config_differences(described, found)
         if not other:
-            return found
+            return found if of_class is None else replace(found, made=of_class.model.made)
         found = f"{found.family.name}: its configuration differs: {listed(other)}"
     logger.info("%s runs as its class, since no family runs it: %s", described.class_name, found)
     return replace(of_class or class_models.match(described, tensors, compute_dtype), family_reason=found)
@@ -154,6 +154,8 @@ _COMPUTED: Final = (
     "num_attention_heads",
     "num_heads",
     "num_key_value_heads",
+    "relative_attention_max_distance",
+    "use_sliding_window",
 )
 """Settings of transformers' classes that show in results and in no tensor. Most of the others are of training, of
 sampling or of the tokenizer."""
