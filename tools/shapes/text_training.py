@@ -31,8 +31,9 @@ LONG_TEXT: Final = 512
 """What FluxPipeline pads sentences to unless told otherwise."""
 ASKED: Final = (CELLS, len(FORMS), len(COLOURS))
 """How many questions there are about places, forms and colours."""
-ANSWERS: Final = (1 + len(FORMS), 1 + len(COLOURS), 1 + len(SIZES), 1 + CELLS)
-"""Answers to each of them: form, colour, size and place, of which the first is that nothing is there."""
+ANSWERS: Final = (len(FORMS), len(COLOURS), len(SIZES), CELLS, 2)
+"""Answers to each of them: form, colour, size and place, and whether anything is there. That is an answer of its own:
+as a form among others, it was what was read of many combinations of form and colour that training never sees."""
 BEHIND: Final = (len(PATTERNS), len(BACKGROUNDS))
 """Answers for the background: its pattern and colour."""
 SENTENCES: Final = 256
@@ -40,7 +41,7 @@ SENTENCES: Final = 256
 BIASES_RATE: Final = 20.0
 """The rate of T5's biases by position as a multiple of that of other weights: they are as many times larger."""
 _UNCLEAR: Final = -100
-"""The answer where two things have the form, or the colour, that is asked for; it does not count."""
+"""The answer that does not count: where nothing is there, or two things have the form or colour that is asked for."""
 _PROFILED_AT: Final = 2
 _LONG_EVERY: Final = 16
 _LONG_SHARE: Final = 0.125
@@ -49,7 +50,7 @@ _SEED: Final = 8_000_000
 
 
 def said(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the right answers, int64: (scenes, 25, 4) for places, forms and colours, (scenes, 2) for the background.
+    """Return the right answers, int64: (scenes, 25, 5) for places, forms and colours, (scenes, 2) for the background.
 
     ``rows`` are as :func:`~shapes.draw.encode` writes them.
     """
@@ -58,16 +59,16 @@ def said(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     form, colour = things[..., 0].long(), things[..., 1].long()
     column, line = ((things[..., axis] * 3).long().clamp(0, 2) for axis in (2, 3))
     cell = column + 3 * line
-    answers = torch.stack([1 + form, 1 + colour, 1 + (things[..., 4] > MIDDLE_RADIUS).long(), 1 + cell], -1)
+    answers = torch.stack([form, colour, (things[..., 4] > MIDDLE_RADIUS).long(), cell], -1)
     found = []
     for asked, count in zip((cell, form, colour), ASKED, strict=True):
         at = torch.where(is_there, asked, count)
-        right = torch.zeros(len(rows), count + 1, len(ANSWERS), dtype=torch.long, device=rows.device)
+        right = torch.zeros(len(rows), count + 1, answers.shape[-1], dtype=torch.long, device=rows.device)
         right.scatter_(1, at[..., None].expand_as(answers), answers)
-        times = torch.zeros(len(rows), count + 1, device=rows.device).scatter_add_(
-            1, at, torch.ones_like(things[..., 0])
-        )
-        found.append(torch.where((times > 1)[..., None], _UNCLEAR, right)[:, :count])
+        times = torch.zeros(len(rows), count + 1, dtype=torch.long, device=rows.device)
+        times.scatter_add_(1, at, torch.ones_like(at))
+        right = torch.where((times == 1)[..., None], right, _UNCLEAR)
+        found.append(torch.cat([right, (times > 0).long()[..., None]], -1)[:, :count])
     return torch.cat(found, 1), rows[:, MAX_OBJECTS, :2].long()
 
 
@@ -84,7 +85,7 @@ class Reader(torch.nn.Module):
         self.pooled = torch.nn.Linear(CLIP_WIDTH, len(FORMS) + len(COLOURS) + sum(BEHIND))
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits of answers (batch, 25, 31) and backgrounds (batch, 9) from ``states`` (batch, tokens, 192)."""
+        """Return logits of answers (batch, 25, 29) and backgrounds (batch, 9) from ``states`` (batch, tokens, 192)."""
         questions = self.questions.to(states.dtype).expand(len(states), -1, -1)
         heads = [
             each.unflatten(-1, (_HEADS, -1)).transpose(1, 2)
@@ -178,8 +179,8 @@ class TextTraining:
             with autocast(self.device):
                 logits, _ = self.reader(self.text_encoder_2(input_ids=t5.to(self.device)).last_hidden_state)
             parts = logits.float().cpu()[:, :CELLS].split(list(ANSWERS), -1)
-            right = torch.stack([part.argmax(-1) for part in parts[:2]], -1) == answers[:, :CELLS, :2]
-            shares[objects] = float(right.flatten(1).all(1).float().mean())
+            read, asked = torch.stack([part.argmax(-1) for part in parts[:2]], -1), answers[:, :CELLS, :2]
+            shares[objects] = float(((read == asked) | (asked == _UNCLEAR)).flatten(1).all(1).float().mean())
         return shares
 
     def _learn(self, clip: torch.Tensor, t5: torch.Tensor, answers: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
@@ -188,7 +189,7 @@ class TextTraining:
         with autocast(self.device):
             answered, behind_answered = self.reader(self.text_encoder_2(input_ids=t5).last_hidden_state)
             pooled = self.reader.pooled(self.text_encoder(input_ids=clip).pooler_output).float()
-        is_there = (answers[:, CELLS:, 0] != 0).float()  # an unclear answer is given where there are two
+        is_there = answers[:, CELLS:, -1].float()
         seen, pooled_behind = pooled.split([is_there.shape[1], sum(BEHIND)], -1)
         loss = (
             _loss(answered, answers, ANSWERS)

@@ -172,7 +172,7 @@ def test_answers_are_what_scenes_show() -> None:
     rng = Random(4)
     scenes = [sample_request(rng).scene for _ in range(32)]
     answers, behind = said(encode(scenes))
-    assert answers.shape == (32, 25, 4)
+    assert answers.shape == (32, 25, 5)
     assert behind.shape == (32, 2)
     unclear = 0
     for scene, found in zip(scenes, answers.tolist(), strict=True):
@@ -184,7 +184,7 @@ def test_answers_are_what_scenes_show() -> None:
             for asked in range(count):
                 there = [each for each in right if each[which] == asked]
                 unclear += len(there) > 1
-                expected = [0] * 4 if not there else [-100] * 4 if len(there) > 1 else [1 + each for each in there[0]]
+                expected = [*(there[0] if len(there) == 1 else [-100] * 4), bool(there)]
                 assert found[first + asked] == expected
     assert unclear
 
