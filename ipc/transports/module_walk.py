@@ -60,8 +60,8 @@ _MAX_DEPTH: Final = 8
 def walk_module(module: torch.nn.Module, replaced: Collection[str] = ()) -> tuple[ModuleState, dict[str, torch.Tensor]]:
     """Return the state of a module, and its tensors by name, in the order of the submodules.
 
-    ``replaced`` are attributes of ``module`` itself that are left out, and with any its own hooks. The tensors are the module's own, not copies.
-    Names are those of the state dict for parameters and buffers, and ``path.attribute`` or ``path.attribute[0]`` for
+    ``replaced`` are attributes of ``module`` itself that are left out, and with any its own hooks. The tensors are the
+    module's own, not copies. Names are those of the state dict for parameters and buffers, and ``path.attribute`` or ``path.attribute[0]`` for
     tensors in attributes.
 
     Raises:

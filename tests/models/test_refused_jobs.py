@@ -120,7 +120,7 @@ def wan_with(rope: Any) -> Any:
 def test_module_with_other_tables_of_positions(dtype: torch.dtype, client: Client) -> None:
     """The attributes are the same, and no checkpoint holds the tables: the family would use its own."""
     module = wan_with(WanRotaryPosEmbed(128, (1, 2, 2), 1024, theta=5000.0)).to(dtype)
-    with pytest.raises(Unsupported, match="family wan makes rope.freqs_cos, rope.freqs_sin by itself, .*as_class=True"):
+    with pytest.raises(Unsupported, match=r"family wan makes rope.freqs_cos, rope.freqs_sin by itself.*as_class"):
         client.lend(module)
     with client.lend(module, as_class=True) as loan:
         assert loan.family == "WanTransformer3DModel"
@@ -137,14 +137,14 @@ def test_module_with_the_same_tables_of_positions(dtype: torch.dtype, client: Cl
 
 def test_tables_of_another_dtype_than_the_weights(client: Client) -> None:
     module = wan_with(WanRotaryPosEmbed(128, (1, 2, 2), 1024).to(torch.bfloat16))
-    with pytest.raises(Unsupported, match="family wan makes rope.freqs_cos"):
+    with pytest.raises(Unsupported, match=r"family wan makes rope.freqs_cos"):
         client.lend(module)
 
 
 def test_changed_tensor_that_is_an_attribute(client: Client) -> None:
     module = qwen_image_models.reference(qwen_image_models.state_dict(1))
     module.pos_embed.pos_freqs = module.pos_embed.pos_freqs.conj().resolve_conj()
-    with pytest.raises(Unsupported, match="family qwen_image makes pos_embed.pos_freqs by itself, and yours differs"):
+    with pytest.raises(Unsupported, match=r"qwen_image makes pos_embed.pos_freqs by itself, and yours differs"):
         client.lend(module)
 
 
@@ -154,7 +154,7 @@ def test_hooks_of_the_module_itself(register: str, as_class: bool, client: Clien
     """Jobs do not run in the caller's process, where the hook is."""
     module = flux_transformer()
     getattr(module, register)(lambda *_: None)
-    with pytest.raises(Unsupported, match="hooks of the module is function .* Remove the hooks, and lend it again"):
+    with pytest.raises(Unsupported, match=r"hooks of the module is function .* Remove the hooks, and lend it again"):
         client.lend(module, as_class=as_class)
 
 
