@@ -61,8 +61,8 @@ def walk_module(module: torch.nn.Module, replaced: Collection[str] = ()) -> tupl
     """Return the state of a module, and its tensors by name, in the order of the submodules.
 
     ``replaced`` are attributes of ``module`` itself that are left out, and with any its own hooks. The tensors are the
-    module's own, not copies. Names are those of the state dict for parameters and buffers, and ``path.attribute`` or ``path.attribute[0]`` for
-    tensors in attributes.
+    module's own, not copies. Names are those of the state dict for parameters and buffers, and ``path.attribute`` or
+    ``path.attribute[0]`` for tensors in attributes.
 
     Raises:
         BadRequest: an attribute too large or too deeply nested to be described; the error has its path.
