@@ -41,6 +41,8 @@ class CheckpointMatch:
     compute_dtype: torch.dtype
     products: dict[str, Decision] = field(default_factory=dict)
     """How packed weights are multiplied, once :meth:`choose_products` has chosen; by their names in the manifest."""
+    made: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
+    """The tensors of a live module that no checkpoint holds, as its class makes them: the family has its own."""
 
     @property
     def kept_packed(self) -> set[str]:

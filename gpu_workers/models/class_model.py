@@ -87,6 +87,8 @@ class ClassModel:
         self.class_name = type(self.module).__name__
         self.saved_names = frozenset(self.module.state_dict())
         """The names of the tensors that a checkpoint of this module holds."""
+        self.made = self._made_tensors()
+        """The other tensors, as the class makes them: tables of positions, for the most part."""
         self._empty = dict(self.module.named_parameters(remove_duplicate=False))
         self.packed_memory = packed_memory
         self.packed_layers = {} if self.plan is None else self._pack(self.plan, checkpoint or {})
@@ -228,6 +230,12 @@ class ClassModel:
         for target in targets:
             layers |= pack_linears(self.module, [target], plan.dtypes[target], self.packed_memory)
         return layers
+
+    def _made_tensors(self) -> dict[str, torch.Tensor]:
+        if self.difference or self.saved_names.issuperset(tensor_names(self.state)):
+            return {}
+        tensors = walk_module(self.module)[1]
+        return {name: each for name, each in tensors.items() if name not in self.saved_names and not each.is_meta}
 
     def _plan_tokens(self) -> PlannedModule | str:
         plan = find_plan(self.class_name)

@@ -22,6 +22,7 @@ from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.component_loading import TensorLoader
 from xditd.gpu_workers.models.file_watch import FileWatch
 from xditd.gpu_workers.models.lent_copies import LentCopies
+from xditd.gpu_workers.models.made_tensors import check_made_tensors
 from xditd.gpu_workers.models.matching import match_manifest
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.tokenizer_building import TokenizerCache
@@ -101,6 +102,8 @@ class ComponentAssembly:
             clock.mark("match")
             for number, block in enumerate(manifest.blocks):
                 opened.append(self._open(block, exporter, digests.get(number)))
+            if isinstance(match, CheckpointMatch):
+                check_made_tensors(match, manifest, opened)
             clock.mark("map")
         self._files.begin_digests(opened)  # in the background
         # Not with modules that run as their class, which may write to their tensors.

@@ -25,6 +25,8 @@ _COMPUTED: Final = (
     "num_attention_heads",
     "num_heads",
     "num_key_value_heads",
+    "relative_attention_max_distance",
+    "use_sliding_window",
 )
 """Settings of transformers' classes that show in results and in no tensor. Most of the others are of training, of
 sampling or of the tokenizer."""

@@ -118,7 +118,7 @@ def _match_class(
     if isinstance(found, CheckpointMatch):
         other = config_differences(described, found)
         if not other:
-            return found
+            return found if of_class is None else replace(found, made=of_class.model.made)
         found = f"{found.family.name}: its configuration differs: {listed(each.given for each in other)}"
     logger.info("%s runs as its class, since no family runs it: %s", described.class_name, found)
     return replace(of_class or class_models.match(described, tensors, compute_dtype), family_reason=found)
@@ -141,8 +141,8 @@ def _match_kind(
     """
     if not described.allows_family:
         raise BadRequest(f"the kind {kind} is of a family, and it is lent as its class: leave one of them out")
-    if described.state:
-        of_class = class_models.match(described, tensors)
+    of_class = class_models.match(described, tensors) if described.state else None
+    if of_class is not None:
         if of_class.model.difference:
             raise Unsupported(f"it is not as its class makes it: {of_class.model.difference}; {_WITHOUT_KIND}")
         tensors = _saved(tensors, of_class)
@@ -153,7 +153,7 @@ def _match_kind(
             f"{found.family.name}: its configuration differs: {differing}; {_WITHOUT_KIND}",
             names=[each.name for each in other],
         )
-    return found
+    return found if of_class is None else replace(found, made=of_class.model.made)
 
 
 _WITHOUT_KIND: Final = (

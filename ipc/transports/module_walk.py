@@ -60,9 +60,9 @@ _MAX_DEPTH: Final = 8
 def walk_module(module: torch.nn.Module, replaced: Collection[str] = ()) -> tuple[ModuleState, dict[str, torch.Tensor]]:
     """Return the state of a module, and its tensors by name, in the order of the submodules.
 
-    ``replaced`` are attributes of ``module`` itself that are left out. The tensors are the module's own, not copies.
-    Names are those of the state dict for parameters and buffers, and ``path.attribute`` or ``path.attribute[0]`` for
-    tensors in attributes.
+    ``replaced`` are attributes of ``module`` itself that are left out, and with any its own hooks. The tensors are the
+    module's own, not copies. Names are those of the state dict for parameters and buffers, and ``path.attribute`` or
+    ``path.attribute[0]`` for tensors in attributes.
 
     Raises:
         BadRequest: an attribute too large or too deeply nested to be described; the error has its path.
@@ -107,8 +107,8 @@ class _Walk:
         attributes: dict[str, Argument] = {}
         on_host: list[str] = []
         for name in HOOKS:
-            # Those of the module itself run in the caller's process.
-            if path and (hooks := getattr(module, name)):
+            # Those of a module whose methods are replaced run in the caller's process.
+            if (path or not self._replaced) and (hooks := getattr(module, name)):
                 attributes[name] = ListOf(items=tuple(Opaque(text=_text_of(hook)) for hook in hooks.values()))
         if module.training:
             attributes["training"] = True

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import qwen_image_models
 import torch
+import wan_models
 from diffusers import FluxTransformer2DModel, UNet2DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from flux_pipelines import CONFIG, flux_transformer
 from pipeline_parts import seeded
 from running_daemon import RunningDaemon
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from xditd.client import BadRequest, Client, Unsupported
 
@@ -145,6 +148,61 @@ def test_text_encoder_with_other_settings(
     with client.lend(tmp_path if is_folder else module) as loan:
         reason = f"clip_l: its configuration differs: {says}" if says else ""
         assert (loan.family, loan.facts.family_reason) == (family, reason)
+
+
+def test_t5_with_another_largest_distance(client: Client) -> None:
+    sizes = {"vocab_size": 64, "d_model": 128, "d_ff": 256, "num_layers": 1, "num_heads": 2, "d_kv": 64}
+    config = T5Config(**sizes, feed_forward_proj="gated-gelu", relative_attention_max_distance=16)
+    with client.lend(T5EncoderModel(config).eval()) as loan:
+        assert loan.facts.family_reason == "t5: its configuration differs: relative_attention_max_distance=16"
+
+
+def wan_with(rope: Any) -> Any:
+    module = wan_models.reference(wan_models.state_dict(1))
+    module.rope = rope.eval()
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_module_with_other_tables_of_positions(dtype: torch.dtype, client: Client) -> None:
+    """The attributes are the same, and no checkpoint holds the tables: the family would use its own."""
+    module = wan_with(WanRotaryPosEmbed(128, (1, 2, 2), 1024, theta=5000.0)).to(dtype)
+    with pytest.raises(Unsupported, match=r"family wan makes rope.freqs_cos, rope.freqs_sin by itself.*as_class"):
+        client.lend(module)
+    with client.lend(module, as_class=True) as loan:
+        assert loan.family == "WanTransformer3DModel"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_module_with_the_same_tables_of_positions(dtype: torch.dtype, client: Client) -> None:
+    """Also rounded with the weights, or computed on another device."""
+    module = wan_with(WanRotaryPosEmbed(128, (1, 2, 2), 1024)).to(dtype)
+    module.rope.freqs_cos += 1e-6
+    with client.lend(module) as loan:
+        assert loan.family == "wan"
+
+
+def test_tables_of_another_dtype_than_the_weights(client: Client) -> None:
+    module = wan_with(WanRotaryPosEmbed(128, (1, 2, 2), 1024).to(torch.bfloat16))
+    with pytest.raises(Unsupported, match=r"family wan makes rope.freqs_cos"):
+        client.lend(module)
+
+
+def test_changed_tensor_that_is_an_attribute(client: Client) -> None:
+    module = qwen_image_models.reference(qwen_image_models.state_dict(1))
+    module.pos_embed.pos_freqs = module.pos_embed.pos_freqs.conj().resolve_conj()
+    with pytest.raises(Unsupported, match=r"qwen_image makes pos_embed.pos_freqs by itself, and yours differs"):
+        client.lend(module)
+
+
+@pytest.mark.parametrize("as_class", [False, True])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_module_itself(register: str, as_class: bool, client: Client) -> None:
+    """Jobs do not run in the caller's process, where the hook is."""
+    module = flux_transformer()
+    getattr(module, register)(lambda *_: None)
+    with pytest.raises(Unsupported, match=r"hooks of the module is function .* Remove the hooks, and lend it again"):
+        client.lend(module, as_class=as_class)
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
