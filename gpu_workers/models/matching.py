@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ import msgspec
 import torch
 
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.class_defaults import settings_of
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.configured_classes import build_module
 from xditd.gpu_workers.models.entries import TensorInfo
@@ -131,16 +131,17 @@ def config_differences(described: ModuleDescription, match: CheckpointMatch) -> 
     (``job_settings`` of the family).
     """
     built: Any = getattr(match.model.module, "config", None)
-    given = json.loads(described.config)
+    given = settings_of(described)
     if hasattr(built, "to_dict"):  # of transformers
         built, given = _computed(built.to_dict()), _computed(given)
+        given = {name: value for name, value in given.items() if value is not None}
     if not isinstance(built, Mapping):  # a module of a family's own
         return []
     free = _FREE | getattr(match.family, "job_settings", frozenset())
     return [
         f"{name}={value!r:.100}"
         for name, value in given.items()
-        if name in built and name not in free and value is not None and _plain(built[name]) != _plain(value)
+        if name in built and name not in free and _plain(built[name]) != _plain(value)
     ]
 
 
