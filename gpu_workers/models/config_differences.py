@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.class_defaults import settings_of
 from xditd.gpu_workers.models.configured_classes import HERE
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.tensors import ModuleDescription
@@ -47,10 +47,11 @@ def config_differences(described: ModuleDescription, match: CheckpointMatch) -> 
     (``job_settings`` of the family). The class is one of them, unless diffusers or transformers have none of its name.
     """
     built: Any = getattr(match.model.module, "config", None)
-    given = json.loads(described.config)
+    given = settings_of(described)
     if hasattr(built, "to_dict"):  # of transformers
         found = [*_class_difference(described, match, _is_of_one_model)]
         built, given = _computed(built.to_dict()), _computed(given)
+        given = {name: value for name, value in given.items() if value is not None}
     elif isinstance(built, Mapping):
         found = [*_class_difference(described, match, _is_one_of_diffusers)]
     else:  # a module of a family's own
@@ -59,7 +60,7 @@ def config_differences(described: ModuleDescription, match: CheckpointMatch) -> 
     return found + [
         Difference(name, f"{name}={value!r:.100}", f"{built[name]!r:.100}")
         for name, value in given.items()
-        if name in built and name not in free and value is not None and _plain(built[name]) != _plain(value)
+        if name in built and name not in free and _plain(built[name]) != _plain(value)
     ]
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import language_models
 import pytest
 import qwen_image_models
 import torch
@@ -13,6 +14,7 @@ import wan_models
 from diffusers import FluxTransformer2DModel, UNet2DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from flux_pipelines import CONFIG, flux_transformer
+from pipeline_folders import flux_vae
 from pipeline_parts import seeded
 from running_daemon import RunningDaemon
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -155,6 +157,38 @@ def test_t5_with_another_largest_distance(client: Client) -> None:
     config = T5Config(**sizes, feed_forward_proj="gated-gelu", relative_attention_max_distance=16)
     with client.lend(T5EncoderModel(config).eval()) as loan:
         assert loan.facts.family_reason == "t5: its configuration differs: relative_attention_max_distance=16"
+
+
+def test_folder_with_null_in_its_configuration(client: Client, tmp_path: Path) -> None:
+    """The class has no norm then, and reads no tensors of it."""
+    wan_models.reference(wan_models.state_dict(1)).save_pretrained(tmp_path)
+    rewrite_config(tmp_path, {"qk_norm": None})
+    with client.lend(tmp_path) as loan:
+        assert loan.facts.family_reason == "wan: its configuration differs: qk_norm=None"
+
+
+def rewrite_config(folder: Path, changed: dict[str, Any], without: str = "") -> None:
+    config = {**json.loads((folder / "config.json").read_text()), **changed}
+    config.pop(without, None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_folder_whose_class_has_another_default(client: Client, tmp_path: Path) -> None:
+    """What a configuration does not say is as the class says, and not as the family does."""
+    module = language_models.reference("qwen3", 1).model
+    module.save_pretrained(tmp_path)
+    with client.lend(tmp_path) as loan:
+        assert loan.family == "qwen3"
+    rewrite_config(tmp_path, {}, without="rope_parameters")
+    with client.lend(tmp_path) as loan:
+        assert loan.facts.family_reason == "qwen3: its configuration differs: rope_theta=10000.0"
+
+
+def test_folder_of_a_vae_without_its_scaling(client: Client, tmp_path: Path) -> None:
+    flux_vae().save_pretrained(tmp_path)
+    rewrite_config(tmp_path, {}, without="scaling_factor")
+    with client.lend(tmp_path) as loan:
+        assert loan.facts.family_reason.startswith("flux_vae: its configuration differs: scaling_factor=0.18215")
 
 
 def wan_with(rope: Any) -> Any:
