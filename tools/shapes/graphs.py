@@ -14,9 +14,9 @@ WARM_STEPS: Final = 6
 class GraphedStep:
     """A function of tensors that returns one tensor, recorded once for each set of shapes and then replayed.
 
-    The function may read and write other tensors in place, such as weights and an optimizer's state, and draw from the
-    device's default generator, but must not read values on the host or depend on anything else that changes. What a
-    replay returns is overwritten by the next one. On a CPU, and after a recording that failed, it is called as it is.
+    The function may read and write other tensors in place, such as weights and an optimizer's state, but must not read
+    values on the host, draw random numbers or depend on anything else that changes. What a replay returns is
+    overwritten by the next one. On a CPU, and after a recording that failed, it is called as it is.
     """
 
     def __init__(self, name: str, step: Callable[..., torch.Tensor], device: torch.device) -> None:

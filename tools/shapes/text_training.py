@@ -105,17 +105,9 @@ def _loss(logits: torch.Tensor, answers: torch.Tensor, sizes: Sequence[int]) -> 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """``dropout`` is of T5's layers and ``decay`` of the averaged weights, which are kept.
-
-    Without both, the encoders read combinations of form and colour that training never sees as others, once they have
-    read all that it does see rightly for some thousand steps.
-    """
-
     budget: Budget
     batch: int = 256
     rate: float = 1e-3
-    dropout: float = 0.1
-    decay: float = 0.998
     refresh_every: int = 4
     seed: int = 0
     is_profiled: bool = False
@@ -134,7 +126,6 @@ class TextTraining:
         biases = position_biases(self.text_encoder_2)
         others = [each for each in self._parameters if each is not biases]
         groups: list[dict[str, object]] = [{"params": others}, {"params": [biases], "weight_decay": 0.0}]
-        self._averages = [each.detach().clone() for each in self._parameters]
         self._peaks = [settings.rate, settings.rate * BIASES_RATE]
         self._optimizer = adamw(groups, settings.rate, device, decay=0.01)
         self._update = GraphedStep("words", self._learn, device)
@@ -145,7 +136,6 @@ class TextTraining:
         generator = torch.Generator(self.device)
         recent: list[float] = []
         is_profiled = settings.is_profiled and self.device.type == "cuda"
-        self._set_dropout(settings.dropout)
         while (progress := settings.budget.progress(started, step)) < 1:
             share = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
             set_rate(self._optimizer, [peak * share for peak in self._peaks])
@@ -159,28 +149,17 @@ class TextTraining:
             learn = partial(self._update, clip, t5, *said(rows))
             loss = profile("words", learn) if is_profiled and step == _PROFILED_AT else learn()
             step += 1
-            decay = min(settings.decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
             if step % 20 == 0:
                 recent = [*recent[-49:], loss.item()]  # waits for the GPU, so that the clock is right
             if step % 1000 == 0:
                 mean = sum(recent) / len(recent)
                 print(f"words: step {step} loss {mean:.4f}, {time.monotonic() - started:.0f} s", flush=True)
-        with torch.no_grad():
-            torch._foreach_copy_(self._parameters, self._averages)
-        self._set_dropout(0.0)
         right = {str(objects): round(share, 3) for objects, share in self.read_right().items()}
         print(
             f"words: {step} steps, {time.monotonic() - started:.0f} s, read right by number of objects: {right}",
             flush=True,
         )
         return {"steps": step, "read_right": right}
-
-    def _set_dropout(self, share: float) -> None:
-        for each in self.text_encoder_2.modules():
-            if isinstance(each, torch.nn.Dropout):
-                each.p = share
 
     @torch.no_grad()
     def read_right(self) -> dict[int, float]:
