@@ -40,6 +40,9 @@ SENTENCES: Final = 256
 """Of the report, for each number of objects."""
 BIASES_RATE: Final = 20.0
 """The rate of T5's biases by position as a multiple of that of other weights: they are as many times larger."""
+SMOOTHING: Final = 0.1
+"""Of the right answers. Training never sees a red crescent, so without it, "red" comes to mean that a form is no
+crescent: held-out combinations were read right in a third of the sentences, and with it in all."""
 _UNCLEAR: Final = -100
 """The answer that does not count: where nothing is there, or two things have the form or colour that is asked for."""
 _PROFILED_AT: Final = 2
@@ -99,7 +102,10 @@ def _loss(logits: torch.Tensor, answers: torch.Tensor, sizes: Sequence[int]) -> 
     """Return the mean cross entropy of several questions whose logits lie side by side."""
     parts = logits.float().flatten(0, -2).split(list(sizes), -1)
     rights = answers.flatten(0, -2).unbind(-1)
-    losses = [functional.cross_entropy(part, right) for part, right in zip(parts, rights, strict=True)]
+    losses = [
+        functional.cross_entropy(part, right, label_smoothing=SMOOTHING)
+        for part, right in zip(parts, rights, strict=True)
+    ]
     return torch.stack(losses).mean()
 
 
