@@ -105,10 +105,11 @@ def test_a_checkpoint_in_several_files_is_lent_as_one(client, state, tmp_path, m
 
 
 def test_a_folder_with_the_tensors_of_a_family_runs_as_the_family(client, tmp_path):
-    """The class's configuration is not needed then, and need not fit."""
+    """Its configuration has to name the family's heads, which no tensor shows; sizes are those of the tensors."""
     clip = clip_l_state_dict(5)
     save_file(clip, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["CLIPTextModel"], "hidden_size": 8}))
+    settings = {"architectures": ["CLIPTextModel"], "hidden_size": 8, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     ids = torch.randint(2, 400, (2, 15), generator=torch.Generator().manual_seed(0))
     expected = client.encode_text(client.lend(clip), ids, pooled=True)
     for source in (tmp_path, tmp_path / "model.safetensors"):
@@ -118,6 +119,9 @@ def test_a_folder_with_the_tensors_of_a_family_runs_as_the_family(client, tmp_pa
         assert torch.equal(client.encode_text(loan, ids, pooled=True).pooled, expected.pooled)
     with pytest.raises(BadCheckpoint, match="do not fit CLIPTextModel"):
         client.lend(tmp_path, as_class=True)
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "num_attention_heads": 4}))
+    with pytest.raises(BadCheckpoint, match="do not fit CLIPTextModel"):
+        client.lend(tmp_path)
 
 
 def test_a_compiled_training_checkpoint_of_two_dtypes_is_what_diffusers_makes_of_it(
