@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xditd.client.cli.flags import Extend
 from xditd.client.cli.generations import size_of
-from xditd.client.cli.lent_parts import lend_as
 from xditd.client.tensor_files import require_torch
 from xditd.ipc.addresses import expand_home
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.limits import MAX_CONTROL_MODES
 from xditd.ipc.loras import MAX_SCALE
 from xditd.ipc.settings.client import CONTROLS_VARIABLE
-from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
     import torch
@@ -156,8 +154,8 @@ def lend_controls(client: Client, parsed: argparse.Namespace, pictures: Sequence
     lent: dict[str, Loan] = {}
     for each in parsed.control or ():
         if each.file not in lent:
-            lent[each.file] = lend_as(
-                client, each.file, ComponentKind.CONTROLNET, parsed, compute_dtype=parsed.compute_dtype
+            lent[each.file] = client.lend(
+                each.file, kind="controlnet", device=parsed.device, compute_dtype=parsed.compute_dtype
             )
     return [
         Control(lent[each.file], image=picture, scale=each.scale, start=each.start, end=each.end, mode=each.mode)

@@ -13,9 +13,7 @@ from msgspec.structs import replace
 from xditd.client.cli import control_flags, exits
 from xditd.client.cli.generation_reports import GenerationReport, describe_loan
 from xditd.client.cli.generations import Outputs, sampling_of, set_text_tokens, size_of
-from xditd.client.cli.lent_parts import lend_as
 from xditd.client.loans import Loan
-from xditd.ipc.tensors import ComponentKind
 
 if TYPE_CHECKING:
     import torch
@@ -118,13 +116,13 @@ class _Lent(NamedTuple):
 
 def _lend(client: Client, parsed: argparse.Namespace) -> _Lent:
     def transformer(path: str) -> Loan:
-        return lend_as(client, path, ComponentKind.TRANSFORMER, parsed, compute_dtype=parsed.compute_dtype)
+        return client.lend(path, kind="transformer", device=parsed.device, compute_dtype=parsed.compute_dtype)
 
     paths = dict.fromkeys([*(parsed.lora or ()), *(parsed.lora_2 or ())])
     return _Lent(
         transformer(parsed.transformer),
         transformer(parsed.transformer_2) if parsed.transformer_2 else None,
-        lend_as(client, parsed.vae, ComponentKind.VAE, parsed) if parsed.vae is not None else None,
+        client.lend(parsed.vae, kind="vae", device=parsed.device) if parsed.vae is not None else None,
         {path: client.lend_lora(path, device=parsed.device) for path in paths},
     )
 

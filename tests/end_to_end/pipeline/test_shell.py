@@ -151,7 +151,7 @@ def test_a_folder_of_one_model_is_used_as_its_configuration_says(
     assert shell(*given) == exits.FAILED
     (name,) = changed
     said = capsys.readouterr().err
-    assert f"{flag}: {saved / flag}: a " in said
+    assert f"{saved / flag}: " in said
     assert f"its configuration differs: {name}=" in said
 
 
