@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 LoadedMatch = CheckpointMatch | ModuleMatch | LoraMatch
 AnyMatch = LoadedMatch | TokenizerMatch
 
+_WITHOUT_KIND: Final = (
+    "lend it without a kind to run it as its class, by call(), or a state dict of its tensors to run it with the "
+    "family's settings"
+)
+
 
 def match_manifest(
     manifest: Manifest | Outline, models: ModelCache, class_models: ClassModels, taken: Collection[int] = ()
@@ -154,12 +159,6 @@ def _match_kind(
             names=[each.name for each in other],
         )
     return found if of_class is None else replace(found, made=of_class.model.made)
-
-
-_WITHOUT_KIND: Final = (
-    "lend it without a kind to run it as its class, by call(), or a state dict of its tensors to run it with the "
-    "family's settings"
-)
 
 
 def _saved(tensors: Mapping[str, TensorInfo], of_class: ModuleMatch) -> dict[str, TensorInfo]:
