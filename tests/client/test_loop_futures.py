@@ -73,10 +73,10 @@ def test_a_loop_that_is_closed_cancels_its_futures(caplog: pytest.LogCaptureFixt
     watch.add(lost, loop)
     watch.add(kept, (other := asyncio.new_event_loop()))
     cancelled = threading.Event()
-    lost.add_done_callback(lambda _: cancelled.set())
     task = loop.create_task(awaited(lost, "a call"))
     loop.call_soon(loop.stop)
     loop.run_forever()
+    lost.add_done_callback(lambda _: cancelled.set())  # after that of the task, which warns
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio warns of the task, which is meant
     with caplog.at_level(logging.WARNING, "xditd.client.loop_futures"):
         loop.close()
