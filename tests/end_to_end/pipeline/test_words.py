@@ -193,6 +193,33 @@ def test_words_of_other_families(opened: Callable[..., Pipeline], family: str, t
     assert torch.equal(found.generation.latents, right)
 
 
+@pytest.mark.parametrize(
+    "family", [each if each == "qwen_image" else pytest.param(each, marks=pytest.mark.long) for each in WORDS]
+)
+def test_several_prompts_of_other_families(opened: Callable[..., Pipeline], family: str, tmp_path: Path) -> None:
+    """Of different lengths: embeddings of Qwen-Image have a mask."""
+    prompts, negatives = ["a cat", f"{LONG} (small:1.2) 猫，&amp; “x”", ""], ["", "a dog in the rain", "x"]
+    make, of_theirs, of_ours = WORDS[family]
+    pipeline = with_words(make(), family, tmp_path / "parts")
+    texts = {"prompt": prompts} | ({} if family.startswith("flux2") else {"negative_prompt": negatives})
+    count = 2
+    if family == "qwen_image":  # whose pipeline has the masks of several images for each prompt in another order
+        count, texts = 1, {name: [each for each in given for _ in range(2)] for name, given in texts.items()}
+    name = "num_videos_per_prompt" if family == "wan" else "num_images_per_prompt"
+    pipe = opened(pipeline)
+    right = latents(
+        pipeline,
+        family.removesuffix("_dev").removesuffix("_klein"),
+        num_inference_steps=2,
+        **{**of_theirs, name: count, **{name: list(given) for name, given in texts.items()}},  # Z-Image changes lists
+    )
+    found = pipe(texts.pop("prompt"), num_images=count, **{**GIVEN, **of_ours, **texts})
+    assert torch.equal(found.generation.latents, right)
+    if family == "qwen_image":
+        again = pipe(prompts, num_images=2, **{**GIVEN, **of_ours, "negative_prompt": negatives})
+        assert torch.allclose(again.generation.latents, right, atol=1e-4)  # encoders read other batches
+
+
 @pytest.mark.parametrize("kind", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
 def test_words_with_pictures(
     opened: Callable[..., Pipeline], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
