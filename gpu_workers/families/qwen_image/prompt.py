@@ -1,8 +1,8 @@
 """Prompts of Qwen-Image as diffusers' pipelines encode them: Qwen2.5-VL's last states, without those of the template.
 
 Texts alone are those of ``QwenImagePipeline``, texts with pictures those of ``QwenImageEditPlusPipeline`` (2509, 2511)
-or, with the option :data:`EDIT`, of ``QwenImageEditPipeline`` (the first Edit). The mask is left out if it is all 1, and
-is floating, as a generation takes it.
+or, with the option :data:`EDIT`, of ``QwenImageEditPipeline`` (the first Edit). The mask is left out if it is all 1,
+and is floating, as a generation takes it.
 
 Source: diffusers, ``pipeline_qwenimage.py``, ``pipeline_qwenimage_edit.py`` and ``pipeline_qwenimage_edit_plus.py``;
 tests compare the bits.
