@@ -63,15 +63,19 @@ def test_the_second_prompt_is_what_t5_reads(client: Client, folder: Path, monkey
         one = pipe("a cat", prompt_2="a hat", **GIVEN)
         assert [each["prompt_2"] for each in asked] == [["a hat"]]  # each encoder runs once
         several = pipe(prompts, prompt_2=seconds, num_images=2, **GIVEN).generation.latents
+        empty = pipe("a cat", prompt_2=[""], **GIVEN).generation.latents
         for given, says in (
             ({"prompt_2": ["a", "b", "c"]}, "prompt_2: 3 for 1 prompts; give one, or one for each"),
             ({"prompt_2": 3}, "prompt_2: 3 is no text"),
+            ({"prompt_2": ""}, "prompt_2: an empty text, for which diffusers takes the prompt: leave it out, or give"),
             ({"weights": True}, "cannot honour weights: its pipeline has no weights in prompts"),
         ):
             with pytest.raises(BadRequest, match=says):
                 pipe("a cat", **GIVEN, **given)
     assert torch.equal(one.generation.latents, theirs(folder, "a cat", prompt_2="a hat"))
     assert not torch.equal(one.generation.latents, theirs(folder, "a cat"))
+    assert torch.equal(empty, theirs(folder, "a cat", prompt_2=[""]))
+    assert torch.equal(theirs(folder, "a cat", prompt_2=""), theirs(folder, "a cat"))
     assert torch.equal(several, theirs(folder, prompts, prompt_2=seconds, num_images_per_prompt=2))
     assert one.settings.prompts_2 == ("a hat",)
 
