@@ -156,6 +156,8 @@ def arguments_of(parsed: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
         BadRequest: the file of text embeddings lacks some, or cannot be read.
     """
     found = {name: value for flag, name in ARGUMENTS.items() if (value := getattr(parsed, flag)) is not None}
+    if parsed.prompt_2 is not None:
+        found["prompt_2"] = [parsed.prompt_2]  # an empty text is what the second encoder reads
     repeated = getattr(parsed, "repeated", None)
     transformer = pipe.facts.transformer
     if repeated is not None and parsed.frames is None and transformer is not None and transformer.latents.frames:

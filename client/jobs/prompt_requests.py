@@ -67,6 +67,7 @@ def prompt_request(
     negatives = _as_many("negative_prompt", negative_prompt, len(prompts))
     if negatives and not facts.takes_negative:
         raise Unsupported(f"negative_prompt: {family} has no second prediction to weight against; leave it out")
+    check_second("prompt_2", prompt_2)
     seconds = _as_many("prompt_2", prompt_2, len(prompts))
     if seconds and not facts.takes_second:
         raise Unsupported(f"prompt_2: {family} has one text for all of its encoders; leave it out")
@@ -158,6 +159,16 @@ def check_texts(name: str, given: Texts) -> tuple[str, ...]:
     if sum(map(len, texts)) > limits.MAX_PROMPTS_CHARS:
         raise BadRequest(f"{name}: more than {limits.MAX_PROMPTS_CHARS} characters in all; encode fewer at a time")
     return texts
+
+
+def check_second(name: str, given: Texts | None) -> None:
+    """Refuse the empty text for the second encoder, unless it is in a list.
+
+    Raises:
+        BadRequest: diffusers' pipeline takes it for none, and the encoder reads the prompt; a list is what it says.
+    """
+    if given == "":
+        raise BadRequest(f"{name}: an empty text, for which diffusers takes the prompt: leave it out, or give ['']")
 
 
 def _as_many(name: str, given: Texts | None, prompts: int) -> tuple[str, ...]:

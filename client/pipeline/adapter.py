@@ -72,6 +72,8 @@ class Adapter:
         self.source = source
         self.title = title
         self.takes = {each.name: each for each in facts.conditioning}
+        self.chosen: frozenset[str] = frozenset()
+        """The defaults that the pipeline was opened with, by their names."""
 
     def check_settings(self) -> None:
         """Refuse values of the folder that contradict what is computed.
@@ -172,6 +174,10 @@ class Adapter:
         """Return whether a call with this scale would use a negative prompt."""
         used = default if scale is None else scale
         return self.facts.guidance == "classifier_free" and used > self.guides_above
+
+    def default_guidance(self, call: Call) -> float:
+        """Return the guidance scale of a call that gives none."""
+        return float(call.defaults["guidance"])
 
     def strength(self, call: Call) -> float:
         """Return the strength of a call that starts from a picture."""

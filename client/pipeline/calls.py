@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from xditd.client.jobs.prompt_requests import check_second
 from xditd.client.pipeline.pictures import as_list
 from xditd.client.video_files import MAX_FPS
 from xditd.ipc import limits
@@ -151,6 +152,7 @@ def call_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Call:
     if conditioning is not None:
         _check_without_words(given)
     negatives = _for_each("negative_prompt", given.get("negative_prompt"), prompts or ())
+    check_second("prompt_2", given.get("prompt_2"))
     seconds = _for_each("prompt_2", given.get("prompt_2"), prompts or ())
     count = _count("num_images", given.get("num_images", 1), 1, limits.MAX_BATCH)
     rows = len(prompts or ()) or _rows_of(conditioning or {})

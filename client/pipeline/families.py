@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PIXELS: Final = 1024 * 1024
+_STARTED_GUIDANCE: Final = 7.0
+"""The guidance scale of FLUX.1 for image to image, inpaint and ControlNets, unless it is given."""
 KONTEXT_SIZES: Final = (
     (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
     (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
@@ -41,8 +43,15 @@ class Flux1(Adapter):
     def defaults(self) -> dict[str, Any]:
         found = super().defaults()
         if self.source.pipeline_class in ("FluxImg2ImgPipeline", "FluxInpaintPipeline"):
-            found["guidance"] = 7.0
+            found["guidance"] = _STARTED_GUIDANCE
         return found
+
+    def default_guidance(self, call: Call) -> float:
+        is_started = call.image is not None and not self.is_fill
+        has_nets = call.control is not None and "control_image" not in self.takes
+        if (is_started or has_nets) and "guidance" not in self.chosen:
+            return _STARTED_GUIDANCE
+        return super().default_guidance(call)
 
     @property
     def is_fill(self) -> bool:
@@ -85,7 +94,8 @@ class Flux2(Adapter):
 
     def defaults(self) -> dict[str, Any]:
         found = super().defaults()
-        if self.source.settings.get("is_distilled") is False and self.facts.guidance == "classifier_free":
+        is_base = self.source.pipeline_class == "Flux2KleinPipeline" and not self.source.settings.get("is_distilled")
+        if is_base and self.facts.guidance == "classifier_free":  # an index that says nothing is of the base, too
             found |= {"guidance": 4.0, "steps": 50}
         return found
 
@@ -174,13 +184,24 @@ class QwenImage(Adapter):
             plan.text_options = {"edit": True}
 
 
+_BASE_SHIFT: Final = 6.0
+"""Of the schedule of Z-Image Base."""
+
+
 class ZImage(Adapter):
-    """Z-Image: guided above 0. Without a size, a picture decides."""
+    """Z-Image: guided above 0. Without a size, a picture decides. The shift of a folder tells Base from Turbo."""
 
     guides_above = 0.0
 
+    def defaults(self) -> dict[str, Any]:
+        found = super().defaults()
+        scheduler = self.source.scheduler or {}
+        if self.source.model_class is not None and scheduler.get("shift") == _BASE_SHIFT:
+            found |= {"guidance": 5.0, "steps": 50}
+        return found
+
     def strength(self, call: Call) -> float:
-        is_own = call.strength is None and call.defaults["strength"] == self.default_strength
+        is_own = call.strength is None and "strength" not in self.chosen
         return 1.0 if is_own and call.mask is not None else super().strength(call)
 
     def size(self, call: Call) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from xditd.client.jobs.schedules import CLASS
 from xditd.client.model_folders import has_variant
 from xditd.client.model_json import read_json
 from xditd.client.pipeline.clip_pictures import DEVIATIONS, MEANS, SIDE
@@ -112,7 +113,8 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
         elif not is_read(role, value):
             continue
         elif role == "scheduler":
-            scheduler = read_scheduler(folder / role)
+            # diffusers makes the class that the index names of the settings of another one, too.
+            scheduler = {**read_scheduler(folder / role), CLASS: value[1]}
         elif role.startswith(_TOKENIZERS):
             tokenizers[role] = str(_there(folder / role, role))
         elif is_model(role):

@@ -122,4 +122,6 @@ def rules_of(source: Source, facts: ComponentFacts, given: Mapping[str, Any] | N
         )
     adapter = adapter_for(facts.family, facts.transformer, source, f"{facts.family} ({source.name})")
     known = {**adapter.defaults(), "negative_prompt": None, "num_images": 1}
-    return adapter, {**known, **check_defaults(given, known, adapter.refused(), adapter.title)}
+    chosen = check_defaults(given, known, adapter.refused(), adapter.title)
+    adapter.chosen = frozenset(chosen)
+    return adapter, {**known, **chosen}

@@ -107,7 +107,7 @@ class Runner:
 
     def _guidance(self, call: Call) -> tuple[Sequence[str] | None, float]:
         """Return the negative prompt of each prompt, unless there are none, and the guidance scale."""
-        adapter, default = self._adapter, float(call.defaults["guidance"])
+        adapter, default = self._adapter, self._adapter.default_guidance(call)
         negatives: Sequence[str] | None = call.negatives
         if call.conditioning is not None:
             return negatives, default if call.guidance is None else float(call.guidance)

@@ -40,7 +40,7 @@ _CODE: Final = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
 _OBJECTS: Final = frozenset({"init_inputs", "tokenizer_object", "gguf_file", "backend_tokenizer"})
 """Keys that would replace what is read of the files."""
 _OLD_TEMPLATE: Final = "chat_template.json"
-"""Which older processors have in place of ``chat_template.jinja``; tokenizers do not read it."""
+"""Which processors read in place of ``chat_template.jinja``; tokenizers do not read it."""
 _PROCESSOR_CONFIGS: Final = ("processor_config.json", "preprocessor_config.json")
 _MAX_DEPTH: Final = 64
 _MOST_BUILT: Final = 8
@@ -78,8 +78,7 @@ def build_tokenizer(files: Mapping[str, bytes], label: str) -> BuiltTokenizer:
         refuse_foreign_errors(label, f"make a {processor or name} of {listed(sorted(files))}"),
     ):
         tokenizer = _class(name).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        template = configs.get(_OLD_TEMPLATE, {}).get("chat_template")
-        if processor and isinstance(template, str) and not tokenizer.chat_template:
+        if processor and (template := _processor_template(configs)):
             tokenizer.chat_template = template
         if of_images is None:
             return BuiltTokenizer(processor or name, tokenizer)
@@ -191,6 +190,15 @@ def _processor_name(configs: Mapping[str, Mapping[str, Any]], label: str) -> str
         if given not in PROCESSORS:
             raise Unsupported(f"{label}: {name} names the class {given!r:.100}; known are {', '.join(PROCESSORS)}")
         return str(given)
+    return None
+
+
+def _processor_template(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the chat template that a processor has before those that its tokenizer has, too."""
+    for name in (_PROCESSOR_CONFIGS[0], _OLD_TEMPLATE):
+        template = configs.get(name, {}).get("chat_template")
+        if isinstance(template, str):
+            return template
     return None
 
 

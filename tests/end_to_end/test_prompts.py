@@ -132,6 +132,7 @@ def test_what_the_family_does_not_take_is_refused_by_name(
             tokenizers={role: transformer for role in flux1.tokenizers})  # fmt: skip
     refused(BadRequest, "prompt: 40000 characters, at most 32768", prompt="x" * 40_000)
     refused(BadRequest, "half a character", prompt="\ud800")
+    refused(BadRequest, "prompt_2: an empty text, for which diffusers takes the prompt", prompt_2="")
     same(client.encode_prompt(flux1.transformer, "a cat", **flux1.loans), flux1.expected("a cat"))
 
 

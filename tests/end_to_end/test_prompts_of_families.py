@@ -203,7 +203,8 @@ def qwen_image(words_of: WordsOf) -> Words:
 
 def with_mask(found: Any, before: str = "") -> dict[str, torch.Tensor]:
     embeds, mask = found
-    return {f"{before}prompt_embeds": embeds} | ({} if mask is None else {f"{before}prompt_embeds_mask": mask})
+    masks = {} if mask is None else {f"{before}prompt_embeds_mask": mask.to(embeds.dtype)}  # as a generation takes it
+    return {f"{before}prompt_embeds": embeds} | masks
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Prompts of Qwen-Image as diffusers' pipelines encode them: Qwen2.5-VL's last states, without those of the template.
 
 Texts alone are those of ``QwenImagePipeline``, texts with pictures those of ``QwenImageEditPlusPipeline`` (2509, 2511)
-or, with the option :data:`EDIT`, of ``QwenImageEditPipeline`` (the first Edit). The mask is left out if it is all 1.
+or, with the option :data:`EDIT`, of ``QwenImageEditPipeline`` (the first Edit). The mask is left out if it is all 1,
+and is floating, as a generation takes it.
 
 Source: diffusers, ``pipeline_qwenimage.py``, ``pipeline_qwenimage_edit.py`` and ``pipeline_qwenimage_edit_plus.py``;
 tests compare the bits.
@@ -91,7 +92,7 @@ class QwenImagePrompt:
         embeds = torch.stack([torch.cat([row, row.new_zeros(longest - len(row), row.shape[1])]) for row in rows])
         ones = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         embeds, ones = embeds[:, : given.kept], ones[:, : given.kept]
-        return {"prompt_embeds": embeds} | ({} if ones.all() else {"prompt_embeds_mask": ones})
+        return {"prompt_embeds": embeds} | ({} if ones.all() else {"prompt_embeds_mask": ones.to(embeds.dtype)})
 
 
 def _with_pictures(inputs: PromptInputs, processor: BuiltTokenizer) -> Tokens:

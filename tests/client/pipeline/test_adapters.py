@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 from PIL import Image
 
@@ -13,6 +15,7 @@ from xditd.client.pipeline.adapter import Adapter, Plan
 from xditd.client.pipeline.families import PIXELS, adapter_for, area_size
 from xditd.client.pipeline.files import find_source
 from xditd.client.pipeline.folders import PIPELINES
+from xditd.client.pipeline.opening import rules_of
 from xditd.client.pipeline.sources import Part, Source
 from xditd.ipc.errors import BadRequest
 
@@ -51,6 +54,73 @@ def test_a_pipeline_that_edits_takes_its_picture_as_a_reference(name: str) -> No
     refused = made(PIPELINES[name], Source(name="x", parts={}, pipeline_class=name)).refused()
     assert "references" not in refused
     assert all(refused[each] == f"a {name} edits references; give references=" for each in ("image", "mask"))
+
+
+def own_default(pipeline: str, name: str) -> Any:
+    """Return what a pipeline of diffusers takes for an argument that is not given."""
+    return inspect.signature(getattr(diffusers, pipeline).__call__).parameters[name].default
+
+
+def opened(family: str, kind: str, given: dict[str, Any] | None = None, **more: Any) -> tuple[Adapter, dict[str, Any]]:
+    """Return the rules of a folder, and the defaults of its calls."""
+    transformer = facts("prompt_embeds", "control_image" if kind == "FluxControlPipeline" else "reference_latents")
+    for name, value in {"width": 64, "height": 64, "frames": 1, "fps": 16, "steps": 3, "guidance_scale": 3.5}.items():
+        setattr(transformer, f"default_{name}", value)
+    if family != "flux1":
+        transformer.guidance = "classifier_free"
+    component: Any = SimpleNamespace(family=family, transformer=transformer)
+    return rules_of(Source(name="x", parts={}, pipeline_class=kind, **more), component, given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "pipeline"),
+    [
+        ({}, "FluxPipeline", "FluxPipeline"),
+        ({"image": "a.png"}, "FluxPipeline", "FluxImg2ImgPipeline"),
+        ({"image": "a.png", "mask": "b.png"}, "FluxPipeline", "FluxInpaintPipeline"),
+        ({"control": ["net"]}, "FluxPipeline", "FluxControlNetPipeline"),
+        ({"control": "a.png"}, "FluxControlPipeline", "FluxControlPipeline"),
+    ],
+)
+def test_the_guidance_of_a_call_is_that_of_its_pipeline(arguments: dict[str, Any], kind: str, pipeline: str) -> None:
+    """A released folder names one pipeline, and diffusers opens it as others, too."""
+    adapter, defaults = opened("flux1", kind)
+    given: Any = SimpleNamespace(**{"image": None, "control": None, "defaults": defaults, **arguments})
+    assert adapter.default_guidance(given) == own_default(pipeline, "guidance_scale")
+    adapter, defaults = opened("flux1", kind, {"guidance": 2.0})
+    given.defaults = defaults
+    assert adapter.default_guidance(given) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "shift", "is_base"),
+    [
+        ("Flux2KleinPipeline", {}, None, True),
+        ("Flux2KleinPipeline", {"is_distilled": False}, None, True),
+        ("Flux2KleinPipeline", {"is_distilled": None}, None, True),
+        ("Flux2KleinPipeline", {"is_distilled": True}, None, False),
+        ("Flux2KleinKVPipeline", {}, None, False),
+        ("ZImagePipeline", {}, 6.0, True),
+        ("ZImagePipeline", {}, 3.0, False),
+    ],
+)
+def test_a_folder_tells_base_weights_from_distilled_ones(
+    kind: str, settings: dict[str, Any], shift: float | None, is_base: bool
+) -> None:
+    more = {} if shift is None else {"scheduler": {"shift": shift}}
+    _, defaults = opened(PIPELINES[kind], kind, settings=settings, **more)
+    found = (defaults["guidance"], defaults["steps"])
+    if is_base:
+        assert found == (own_default(kind, "guidance_scale"), own_default(kind, "num_inference_steps"))
+    else:
+        assert found == (3.5, 3)
+
+
+def test_a_strength_that_the_pipeline_was_opened_with_counts_with_a_mask() -> None:
+    given: Any = SimpleNamespace(strength=None, mask="b.png")
+    for chosen, strength in ((None, own_default("ZImageInpaintPipeline", "strength")), ({"strength": 0.6}, 0.6)):
+        adapter, given.defaults = opened("z_image", "ZImagePipeline", chosen)
+        assert adapter.strength(given) == strength
 
 
 @pytest.mark.parametrize("family", WITHOUT)

@@ -102,6 +102,21 @@ def test_what_a_wan_folder_says_has_to_fit_its_transformers(
         adapter_for("wan", facts, source, "wan (x)")
 
 
+def test_the_class_of_a_scheduler_is_that_of_the_index(tmp_path: Path) -> None:
+    """Which diffusers makes, of whatever class the settings are."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    UniPCMultistepScheduler(flow_shift=3.0).save_pretrained(tmp_path / "scheduler")
+    saved = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    own = read(tmp_path, WAN[0], scheduler=["diffusers", saved["_class_name"]]).scheduler
+    assert own == saved
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert read_folder(str(tmp_path), "x").scheduler == saved | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    assert FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler").config.shift == 1.0
+
+
 def test_a_variant_is_that_of_the_models_that_have_it(tmp_path: Path) -> None:
     """As diffusers loads it: the plain weights of the others."""
     read(tmp_path, "FluxPipeline")

@@ -63,15 +63,19 @@ def test_the_second_prompt_is_what_t5_reads(client: Client, folder: Path, monkey
         one = pipe("a cat", prompt_2="a hat", **GIVEN)
         assert [each["prompt_2"] for each in asked] == [["a hat"]]  # each encoder runs once
         several = pipe(prompts, prompt_2=seconds, num_images=2, **GIVEN).generation.latents
+        empty = pipe("a cat", prompt_2=[""], **GIVEN).generation.latents
         for given, says in (
             ({"prompt_2": ["a", "b", "c"]}, "prompt_2: 3 for 1 prompts; give one, or one for each"),
             ({"prompt_2": 3}, "prompt_2: 3 is no text"),
+            ({"prompt_2": ""}, "prompt_2: an empty text, for which diffusers takes the prompt: leave it out, or give"),
             ({"weights": True}, "cannot honour weights: its pipeline has no weights in prompts"),
         ):
             with pytest.raises(BadRequest, match=says):
                 pipe("a cat", **GIVEN, **given)
     assert torch.equal(one.generation.latents, theirs(folder, "a cat", prompt_2="a hat"))
     assert not torch.equal(one.generation.latents, theirs(folder, "a cat"))
+    assert torch.equal(empty, theirs(folder, "a cat", prompt_2=[""]))
+    assert torch.equal(theirs(folder, "a cat", prompt_2=""), theirs(folder, "a cat"))
     assert torch.equal(several, theirs(folder, prompts, prompt_2=seconds, num_images_per_prompt=2))
     assert one.settings.prompts_2 == ("a hat",)
 
@@ -191,6 +195,33 @@ def test_words_of_other_families(opened: Callable[..., Pipeline], family: str, t
     )
     found = pipe("a cat", **GIVEN, **of_ours)
     assert torch.equal(found.generation.latents, right)
+
+
+@pytest.mark.parametrize(
+    "family", [each if each == "qwen_image" else pytest.param(each, marks=pytest.mark.long) for each in WORDS]
+)
+def test_several_prompts_of_other_families(opened: Callable[..., Pipeline], family: str, tmp_path: Path) -> None:
+    """Of different lengths: embeddings of Qwen-Image have a mask."""
+    prompts, negatives = ["a cat", f"{LONG} (small:1.2) 猫，&amp; “x”", ""], ["", "a dog in the rain", "x"]
+    make, of_theirs, of_ours = WORDS[family]
+    pipeline = with_words(make(), family, tmp_path / "parts")
+    texts = {"prompt": prompts} | ({} if family.startswith("flux2") else {"negative_prompt": negatives})
+    count = 2
+    if family == "qwen_image":  # whose pipeline has the masks of several images for each prompt in another order
+        count, texts = 1, {name: [each for each in given for _ in range(2)] for name, given in texts.items()}
+    name = "num_videos_per_prompt" if family == "wan" else "num_images_per_prompt"
+    pipe = opened(pipeline)
+    right = latents(
+        pipeline,
+        family.removesuffix("_dev").removesuffix("_klein"),
+        num_inference_steps=2,
+        **{**of_theirs, name: count, **{name: list(given) for name, given in texts.items()}},  # Z-Image changes lists
+    )
+    found = pipe(texts.pop("prompt"), num_images=count, **{**GIVEN, **of_ours, **texts})
+    assert torch.equal(found.generation.latents, right)
+    if family == "qwen_image":
+        again = pipe(prompts, num_images=2, **{**GIVEN, **of_ours, "negative_prompt": negatives})
+        assert torch.allclose(again.generation.latents, right, atol=1e-4)  # encoders read other batches
 
 
 @pytest.mark.parametrize("kind", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])

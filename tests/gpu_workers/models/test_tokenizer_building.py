@@ -49,6 +49,25 @@ def test_ids_are_those_of_the_class_itself(t5: Files, temporary: Path, tmp_path:
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.parametrize("template", ["of the processor", "of the old file", None])
+def test_the_chat_template_is_that_of_the_processor(template: str | None, tmp_path: Path) -> None:
+    """Processors prefer other files than their tokenizers."""
+    from transformers import ProcessorMixin
+
+    folder = tokenizer_folders.save(tokenizer_folders.mistral_tokenizer(), tmp_path / "tokenizer")
+    (folder / "chat_template.jinja").write_text("of both")
+    given: dict[str, str] = {"processor_class": "PixtralProcessor"}
+    if template is not None:
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": "of the old file"}))
+    if template == "of the processor":
+        given["chat_template"] = template
+    (folder / "processor_config.json").write_text(json.dumps(given))
+    built = build_tokenizer({each.name: each.read_bytes() for each in folder.iterdir()}, "mine")
+    own, _ = ProcessorMixin.get_processor_dict(folder)
+    assert built.class_name == "PixtralProcessor"
+    assert built.tokenizer.chat_template == own["chat_template"] == (template or "of both")
+
+
 def test_paths_in_a_configuration_are_not_read(t5: Files, tmp_path: Path) -> None:
     other = tmp_path / "vocab.txt"
     other.write_text("stolen")
