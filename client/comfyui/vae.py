@@ -16,6 +16,7 @@ from xditd.client.comfyui.naming import name_of
 from xditd.client.comfyui.patcher import make_patcher, make_weights
 from xditd.client.comfyui.stock_dtypes import FLOAT8
 from xditd.client.comfyui.understood import Understood
+from xditd.client.comfyui.vae_widths import other_widths, quant_convs
 from xditd.client.comfyui.weights import RemoteWeights, check_plain, refuse_known
 from xditd.client.loans import Loan
 from xditd.client.packed_markers import MARKER, is_old_marker
@@ -126,7 +127,11 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     plain = {bare_name(name): tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
     _check_format(plain, label)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in plain.items()}
-    vae = _on_meta(shapes)
+    try:
+        vae = _on_meta(shapes)
+    except (RuntimeError, ValueError) as error:
+        refuse_known(tensors, label)
+        raise Unsupported(f"{label}: ComfyUI makes no VAE of tensors with these names and sizes: {error}") from error
     formats = _latents()
     latents = vae.latent_channels, vae.latent_dim
     if vae.first_stage_model is None or latents not in formats:
@@ -224,6 +229,14 @@ def _latents() -> dict[tuple[int, int], Any]:
 
 
 def _on_meta(shapes: Mapping[str, torch.Tensor]) -> Any:
-    """Make ComfyUI's VAE on the meta device, which detects ratios, ranges and tile sizes from names and shapes."""
+    """Make ComfyUI's VAE on the meta device, which detects ratios, ranges and tile sizes from names and shapes.
+
+    Widths that ComfyUI does not detect are given to it.
+    """
+    widths = other_widths(shapes)
     with torch.device("meta"):
-        return comfy.sd.VAE(sd=dict(shapes))
+        if widths is None:
+            return comfy.sd.VAE(sd=dict(shapes))
+        vae = comfy.sd.VAE(sd={**quant_convs(widths), **shapes}, config={"params": widths})
+    vae.latent_channels = widths["embed_dim"]
+    return vae

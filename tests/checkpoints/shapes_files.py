@@ -8,6 +8,7 @@ from typing import Any, Final
 import pytest
 import torch
 from shapes.judged_formats import write_folder_as
+from shapes.models import build_parts, write_folder
 from shapes.reading import read
 from shapes.text_tokens import T5_TOKENS
 
@@ -33,6 +34,15 @@ def shapes_folder() -> Path:
     if found is None:
         pytest.skip("models/shapes has no weights")
     return found
+
+
+def write_random(folder: Path, seed: int = 1) -> None:
+    """Write a folder of the same models with random weights, for what depends on no training."""
+    torch.manual_seed(seed)
+    parts = build_parts()
+    for tensor in parts["transformer"].parameters():  # what starts at zero would hide a lost tensor
+        torch.nn.init.normal_(tensor, std=0.05)
+    write_folder(folder, parts)
 
 
 def write_float32(folder: Path, out: Path) -> Path:

@@ -6,18 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import comfy.model_management as management
-import comfy.text_encoders.flux
-import folder_paths
 import torch
 
+from xditd.client.comfyui.families.flux1_tokenizers import Flux1Tokenizer, special_tokens
 from xditd.client.comfyui.families.text_adapter import EncoderFile, StockEncoder, TextAdapter, TextModel
 from xditd.client.comfyui.text import RemoteEncoder, RemoteTextModel
 from xditd.client.comfyui.weights import RemoteWeights
 from xditd.ipc.errors import BadRequest
 from xditd.ipc.name_lists import listed
-
-CLIP_TOKENS: Final = {"start": 49406, "end": 49407, "pad": 49407}
-T5_TOKENS: Final = {"end": 1, "pad": 0}
 
 _LAST_NORM = "encoder.final_layer_norm.weight"
 _T5_TABLES = ("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")
@@ -27,12 +23,12 @@ _CLIP_PARTS = ("text_model.", "text_projection", "logit_scale")
 class Flux1TextModel(RemoteTextModel):
     """FLUX.1's pair of encoders."""
 
-    def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]]) -> None:
+    def __init__(self, parts: Sequence[tuple[RemoteWeights, Mapping[str, str]]], tokenizer: Flux1Tokenizer) -> None:
         """``parts`` are CLIP-L and T5, in this order; see ``TextModel.parts``."""
         super().__init__(parts)
         (clip, _), (t5, _) = parts
-        self._clip = RemoteEncoder(clip, CLIP_TOKENS, has_pooled=True)
-        self._t5 = RemoteEncoder(t5, T5_TOKENS, has_pooled=False)
+        self._clip = RemoteEncoder(clip, special_tokens(tokenizer.clip_l), has_pooled=True)
+        self._t5 = RemoteEncoder(t5, special_tokens(tokenizer.t5xxl), has_pooled=False)
 
     def encode_token_weights(self, tokens: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode the output of FLUX.1's tokenizer; returns T5's token states and CLIP's pooled state."""
@@ -69,17 +65,17 @@ class Flux1Text:
         """Make FLUX.1's text model from two files, in either order.
 
         Raises:
-            BadRequest: not one CLIP-L and one T5.
+            BadCheckpoint: what a file holds is no tokenizer of its encoder.
+            BadRequest: not one CLIP-L and one T5, or one with other tokens and no tokenizer.
         """
-        found = {is_clip(file.weights.names): file.weights for file in files.values()}
+        found = {is_clip(file.weights.names): file for file in files.values()}
         if len(found) != 2 or len(files) != 2:
             raise BadRequest(
                 f"{listed(files, joint=' and ')}: FLUX.1 needs one CLIP-L and one T5 file; choose one of each"
             )
-        parts = [(each, module_names(each)) for each in (found[True], found[False])]
-        embeddings = folder_paths.get_folder_paths("embeddings")
-        tokenizer = comfy.text_encoders.flux.FluxTokenizer(embedding_directory=embeddings)
-        return TextModel(Flux1TextModel(parts), parts, tokenizer)
+        parts = [(each.weights, module_names(each.weights)) for each in (found[True], found[False])]
+        tokenizer = Flux1Tokenizer(found[True], found[False])
+        return TextModel(Flux1TextModel(parts, tokenizer), parts, tokenizer)
 
 
 TEXT_ADAPTER: Final[TextAdapter] = Flux1Text()

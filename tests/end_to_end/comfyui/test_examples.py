@@ -19,6 +19,7 @@ from comfyui_families import VARIANTS, Variant
 from comfyui_workflows import EXAMPLES, Prompt, prompt_of, read_example
 from PIL import Image
 from safetensors.torch import save_file
+from shapes.original import COMFYUI_FOLDERS, FILES
 
 from xditd.ipc.tensors import ComponentKind
 
@@ -36,7 +37,7 @@ RUN = {
     "qwen_image_edit": ("qwen_image_edit_2511", {"steps": 2}),
     "wan22_image_to_video": ("wan22_image", {"steps": 4, "end_at_step": 2, "width": 96, "height": 64, "length": 5}),
 }
-"""Those that a test runs here, their variant, and what makes them small; test_server runs the others."""
+"""Those that a test runs here, their variant, and what makes them small; test_server and test_shapes run the others."""
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,8 @@ def folder(comfy, variant_file, decoder_file, tmp_path_factory) -> Iterator[Path
         (base / "diffusion_models" / name).symlink_to(variant_file(variant, seed))
     for name in ("clip_l", "t5xxl_fp16", "qwen_2.5_vl_7b_fp8_scaled", "umt5_xxl_fp16"):
         (base / "text_encoders" / f"{name}.safetensors").touch()
+    for part, name in FILES.items():
+        (base / COMFYUI_FOLDERS[part] / name).touch()
     (base / "controlnet" / "FLUX.1-dev-ControlNet-Union-Pro-2.0.safetensors").touch()
     (base / "vae" / "ae.safetensors").symlink_to(decoder_file)
     for name in VIDEO_VAES:

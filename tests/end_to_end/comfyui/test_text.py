@@ -75,6 +75,17 @@ def test_clip_text_encode(text, comfy, clip, stock_clip, relative_error):
     assert relative_error(extras["pooled_output"], stock_extras["pooled_output"]) <= TOLERANCE
 
 
+def test_a_tokenizer_in_a_file_is_not_used_where_stock_uses_its_own(comfy, connected, text_files, stock_clip, tmp_path):
+    from xditd.client.comfyui.nodes.clip_loader import load_clip
+
+    paths = []
+    for path in text_files:
+        paths.append(str(tmp_path / path.rsplit("/", 1)[1]))
+        save_file(load_file(path) | {"tokenizer_json": torch.zeros(4, dtype=torch.uint8)}, paths[-1])
+    text = "a (lighthouse:1.4) on a cliff"
+    assert load_clip(*paths).tokenize(text) == stock_clip.tokenize(text)
+
+
 def test_clip_text_encode_flux(comfy, clip, stock_clip, relative_error):
     found = [
         comfy.flux.CLIPTextEncodeFlux.execute(each, "a cliff", "a lighthouse at dusk", 2.5).result[0][0]

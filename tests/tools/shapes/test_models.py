@@ -9,9 +9,13 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
-from shapes.models import PARTS, build_parts, load_parts, write_folder
-from shapes.original import write_originals
+from shapes.models import PARTS, build_parts, load_parts
+from shapes.original import COMFYUI_FOLDERS, TOKENIZER_TENSOR, write_for_comfyui, write_originals
+from shapes.text_tokens import clip_tokenizer, t5_tokenizer
+from shapes_files import write_random
+from tokenizers import Tokenizer
 
+from xditd.client.demo.shapes_model import SENTENCES
 from xditd.gpu_workers.families.clip_l import ClipL
 from xditd.gpu_workers.families.flux1 import reference
 from xditd.gpu_workers.families.flux1.checkpoint import Flux1
@@ -23,12 +27,8 @@ FAMILIES = {"transformer": Flux1(), "vae": FluxVae(), "text_encoder": ClipL(), "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("shapes")
-    parts = build_parts()
-    for tensor in parts["transformer"].parameters():  # what starts at zero would hide a lost tensor
-        torch.nn.init.normal_(tensor, std=0.05)
-    write_folder(folder, parts)
+    write_random(folder)
     return folder
 
 
@@ -58,6 +58,25 @@ def test_families_of_the_workers_read_the_single_files(folder: Path, tmp_path: P
         shapes = {family.canonical(name): tuple(tensor.shape) for name, tensor in tensors.items()}
         config = family.configure(shapes)
         assert {entry.source: entry.shape for entry in family.entries(config, names)} == shapes
+
+
+def test_files_for_comfyui_are_the_single_files_with_tokenizers(folder: Path, tmp_path: Path) -> None:
+    plain, placed = write_originals(folder, tmp_path / "plain"), write_for_comfyui(folder, tmp_path / "models")
+    assert sorted((tmp_path / "models").iterdir()) == sorted({path.parent for path in placed.values()})
+    for part, path in placed.items():
+        assert path == tmp_path / "models" / COMFYUI_FOLDERS[part] / plain[part].name
+        found, own = load_file(path), load_file(plain[part])
+        data = found.pop(TOKENIZER_TENSOR, None)
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in own.items())
+        if not part.startswith("text_encoder"):
+            assert data is None
+            continue
+        assert data is not None
+        tokenizer = Tokenizer.from_str(bytes(data.tolist()).decode())
+        whole = {"text_encoder": clip_tokenizer, "text_encoder_2": t5_tokenizer}[part]()
+        for sentence in SENTENCES:
+            assert tokenizer.encode(sentence.text).ids == whole(sentence.text).input_ids
 
 
 def test_diffusers_converters_undo_the_names_of_single_files(folder: Path, tmp_path: Path) -> None:
