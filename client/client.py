@@ -160,7 +160,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
         than this from that of the last computed step, the remaining blocks are skipped. Start with 0.08;
         ``reused_steps`` of the result counts such steps. The same job gives the same bits again.
 
-        ``scheduler`` is what a ``scheduler_config.json`` of diffusers has, for its steps in place of the family's own.
+        ``scheduler`` is what a ``scheduler_config.json`` of diffusers has, for its steps in place of the family's own;
+        it shifts ``sigmas``, which are used as they are without it.
         ``start_image`` (batch or 1, 3, height, width) in [-1, 1] is where steps start from, if the facts' ``starts``
         name it: the last ``strength`` of them run, from the image's latents and the noise. ``start_mask`` (batch or 1,
         1, height, width) is 1 where it is made anew; the rest of the image is kept.

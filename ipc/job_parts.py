@@ -106,11 +106,11 @@ class Schedule(Described, frozen=True, kw_only=True):
 class Sampling(Described, frozen=True, kw_only=True):
     """Sampling parameters of a generation, the same for all families.
 
-    ``sigmas`` has ``steps`` descending values in (0, 1], used unchanged; the final 0 is implied, as in diffusers.
-    Without it the family's schedule is used, and without ``guidance_scale`` the family's default. ``options`` are those
-    of the family, named in its facts; others are refused. With a ``step_cache_threshold`` above 0, a step whose first
-    block's residual differs from that of the last computed step by less than this, relative to it, reuses the residual
-    of all other blocks: not lossless.
+    ``sigmas`` has ``steps`` descending values in (0, 1]; the final 0 is implied, as in diffusers. Without it the
+    family's schedule is used, and without ``guidance_scale`` the family's default. ``options`` are those of the family,
+    named in its facts; others are refused. With a ``step_cache_threshold`` above 0, a step whose first block's residual
+    differs from that of the last computed step by less than this, relative to it, reuses the residual of all other
+    blocks: not lossless.
     """
 
     height: Side
@@ -120,7 +120,7 @@ class Sampling(Described, frozen=True, kw_only=True):
     strength: Unit = 1.0
     """With a start image, the share of the steps that run: the last ones, from that image with their noise."""
     schedule: Schedule | None = None
-    """In place of the family's own; not beside ``sigmas``."""
+    """In place of the family's own. It shifts ``sigmas``, as in diffusers' pipelines; without it they are unchanged."""
     steps: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STEPS)]
     sigmas: Annotated[tuple[Unit, ...], msgspec.Meta(max_length=limits.MAX_STEPS)] | None = None
     guidance_scale: Guidance | None = None

@@ -62,6 +62,9 @@ class Adapter:
     default_length: ClassVar[int] = 512
     """The tokens to which prompts are padded or cut, as in diffusers' pipelines."""
 
+    shifts_sigmas: ClassVar[bool] = True
+    """Whether the pipelines take sigmas, which their scheduler shifts."""
+
     without_references: ClassVar[tuple[str, ...]] = ()
     """Pipelines of transformers that take references, which take none themselves."""
     edits: ClassVar[tuple[str, ...]] = ()

@@ -107,6 +107,12 @@ class Flux2(Adapter):
     def options(self) -> dict[str, Any]:
         return {"kv_cache": 1} if self.source.pipeline_class == "Flux2KleinKVPipeline" else {}
 
+    def plan(self, call: Call, encode: Encode, see: SeePicture) -> Plan:
+        scheduler = self.source.scheduler or {}
+        if call.sigmas is not None and call.steps is None and scheduler.get("use_dynamic_shifting"):
+            raise BadRequest("sigmas without steps: the scheduler shifts them by the number of steps; give steps=, too")
+        return super().plan(call, encode, see)
+
     def size(self, call: Call) -> tuple[int, int]:
         if not call.references:
             return super().size(call)
@@ -220,6 +226,8 @@ class ZImage(Adapter):
 
 class Wan(Adapter):
     """Wan: pictures are frames of the video."""
+
+    shifts_sigmas = False
 
     def check_settings(self) -> None:
         settings, has_two = self.source.settings, SECOND in self.source.parts

@@ -304,9 +304,10 @@ class Pipeline(OfOneProcess):
         transformers with the role as a third.
 
         ``seed`` is drawn unless given, and makes the same pictures again. ``guidance`` is the scale that the model's
-        pipeline has; ``sigmas`` a schedule, used as it is; ``options`` the family's own; ``conditioning`` the tensors
-        of :meth:`Client.generate` in place of a prompt. ``on_progress`` gets each event, and ``on_preview(image, step,
-        total)`` the first picture as each step predicts it; if one raises, the job is cancelled.
+        pipeline has; ``sigmas`` are shifted by the folder's scheduler; ``options`` the family's own; ``conditioning``
+        the tensors of :meth:`Client.generate` in place of a prompt. ``on_progress`` gets each event, and
+        ``on_preview(image, step, total)`` the first picture as each step predicts it; if one raises, the job is
+        cancelled.
         What is not given has the value of :attr:`defaults`.
 
         Raises:

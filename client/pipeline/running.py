@@ -66,7 +66,8 @@ class Runner:
         options = {**adapter.options(), **(call.options or {})}
         steps = call.steps or (call.defaults["steps"] if call.sigmas is None else _steps_of(call.sigmas))
         strength = 1.0 if plan.start_image is None else adapter.strength(call)
-        scheduler = None if call.sigmas is not None else self._source.scheduler
+        is_unshifted = call.sigmas is not None and not adapter.shifts_sigmas
+        scheduler = None if is_unshifted else self._source.scheduler
         job = self._client.generate(
             transformer,
             conditioning,

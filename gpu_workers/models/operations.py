@@ -65,8 +65,8 @@ class CallOptions:
 class Wanted:
     """The settings of a generation, as the client gave them. ``batch`` is that of the conditioning.
 
-    ``sigmas`` are used as they are, without the final 0; ``None`` is the family's own schedule. ``options`` have the
-    names of the facts.
+    ``sigmas``, without the final 0, are used as they are, or with a ``schedule`` as it shifts them; ``None`` are those
+    of the family. ``options`` have the names of the facts.
     """
 
     batch: int

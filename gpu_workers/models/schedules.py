@@ -42,12 +42,12 @@ _ONLY: Final[Mapping[str, Mapping[str, object]]] = {
 """The one value of a setting with which the loop does what diffusers' pipelines do."""
 
 
-def check_schedule(given: Schedule | None, classes: tuple[str, ...], *, has_sigmas: bool) -> None:
+def check_schedule(given: Schedule | None, classes: tuple[str, ...]) -> None:
     """Check the scheduler of a generation, for a family that runs ``classes``.
 
     Raises:
         Unsupported: another class, or a setting that the loop cannot obey; names it and its value.
-        BadRequest: a setting that the class does not have, a value that it refuses, or sigmas beside a scheduler.
+        BadRequest: a setting that the class does not have, or a value that it refuses.
     """
     if given is None:
         return
@@ -55,8 +55,6 @@ def check_schedule(given: Schedule | None, classes: tuple[str, ...], *, has_sigm
         raise Unsupported(
             f"scheduler {given.class_name}: this model runs with {listed(classes)}; use one of their configurations"
         )
-    if has_sigmas:
-        raise BadRequest("sigmas beside a scheduler: they are used as they are, without its shift; give one of both")
     known = list(inspect.signature(_CLASSES[given.class_name].__init__).parameters)[1:]
     for name, value in given.settings.items():
         if name not in known:

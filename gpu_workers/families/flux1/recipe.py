@@ -44,7 +44,7 @@ class Flux1Recipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: Flux1Config, wanted: Wanted) -> None:
-        check_schedule(wanted.schedule, EULER, has_sigmas=wanted.sigmas is not None)
+        check_schedule(wanted.schedule, EULER)
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
         return time_dtype(dtype, variant)
@@ -224,7 +224,7 @@ def _channels_beside(model: Model[Flux1Config], wanted: Wanted, conditioning: Ma
 def _scheduled(
     config: Flux1Config, wanted: Wanted, image_tokens: int, device: torch.device
 ) -> FlowMatchEulerDiscreteScheduler:
-    """Set the timesteps: the model's own schedule, or given sigmas without a shift."""
+    """Set the timesteps: the model's own schedule, or given sigmas, which a scheduler shifts if it is given, too."""
     given = wanted.sigmas
     settings = dict(config.scheduler) if given is None else {"shift": 1.0, "use_dynamic_shifting": False}
     scheduler = euler(wanted.schedule, settings)

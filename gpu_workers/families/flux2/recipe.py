@@ -39,7 +39,7 @@ class Flux2Recipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: Flux2Config, wanted: Wanted) -> None:
-        check_schedule(wanted.schedule, EULER, has_sigmas=wanted.sigmas is not None)
+        check_schedule(wanted.schedule, EULER)
         kv_cache = wanted.options.get(KV_CACHE, 0)
         if kv_cache not in (0, 1):
             raise BadRequest(f"{KV_CACHE} {kv_cache:g}: use 1, or 0 for none")
@@ -220,7 +220,7 @@ def _texts(conditioning: Mapping[str, Any], wanted: Wanted, *, is_guided: bool) 
 
 
 def _scheduled(wanted: Wanted, image_tokens: int, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
-    """Set the timesteps: the model's own schedule, or given sigmas without a shift."""
+    """Set the timesteps: the model's own schedule, or given sigmas, which a scheduler shifts if it is given, too."""
     given = wanted.sigmas
     settings = SCHEDULER if given is None else {"shift": 1.0, "use_dynamic_shifting": False}
     scheduler = euler(wanted.schedule, settings)

@@ -44,16 +44,17 @@ class QwenImageRecipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: QwenImageConfig, wanted: Wanted) -> None:
-        check_schedule(wanted.schedule, EULER, has_sigmas=wanted.sigmas is not None)
+        check_schedule(wanted.schedule, EULER)
         settings = SCHEDULER if wanted.schedule is None else wanted.schedule.settings
         shift = wanted.options.get(SHIFT)
         if shift is not None and not settings.get("use_dynamic_shifting", False):
             raise BadRequest(f"{SHIFT} {shift:g} beside a scheduler with a fixed shift: set shift in its settings")
         if shift is not None and wanted.sigmas is not None:
-            raise BadRequest(f"{SHIFT} {shift:g} with sigmas, which are used as they are: give one of both")
+            raise BadRequest(f"{SHIFT} {shift:g} with sigmas: give one of both")
         if shift is not None and not 0 < shift < math.inf:
             raise BadRequest(f"{SHIFT} {shift:g}: use a number above 0, such as 3 for Qwen-Image-Lightning")
-        is_stretched = shift is None and wanted.sigmas is None and settings.get("shift_terminal")
+        are_unshifted = wanted.sigmas is not None and wanted.schedule is None
+        is_stretched = shift is None and not are_unshifted and settings.get("shift_terminal")
         if wanted.steps == 1 and is_stretched:
             raise BadRequest(
                 "steps 1: the schedule is stretched between its first and its last step, of which there have to be "
@@ -157,7 +158,10 @@ def _shifted(shift: float | None) -> dict[str, Any]:
 
 
 def _scheduled(wanted: Wanted, image_tokens: int, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
-    """Set the timesteps: the model's own schedule, one with a given shift, or given sigmas without one."""
+    """Set the timesteps: the model's own schedule, one with a given shift, or given sigmas.
+
+    Sigmas have the shift of a scheduler that is given, too, else none.
+    """
     shift, given = wanted.options.get(SHIFT), wanted.sigmas
     if given is not None:
         settings: dict[str, Any] = {"shift": 1.0, "use_dynamic_shifting": False}

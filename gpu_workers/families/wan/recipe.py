@@ -57,7 +57,7 @@ class WanRecipe:
     """The least and the greatest value of each option that is a number."""
 
     def check(self, config: WanConfig, wanted: Wanted) -> None:
-        check_schedule(wanted.schedule, EULER_OR_UNIPC, has_sigmas=wanted.sigmas is not None)
+        check_schedule(wanted.schedule, EULER_OR_UNIPC)
         for name, (low, high) in self.limits.items():
             value = wanted.options.get(name)
             if value is not None and (isinstance(value, bool) or not low <= value <= high):
@@ -66,6 +66,11 @@ class WanRecipe:
         if not isinstance(euler, bool):
             raise BadRequest(f"options: {EULER}={euler!r} is not True or False")
         if (schedule := wanted.schedule) is not None:
+            if wanted.sigmas is not None:
+                raise BadRequest(
+                    "sigmas beside a scheduler: the pipelines of videos take none, and used as they are they have no "
+                    "shift; give one of both"
+                )
             if EULER in wanted.options and euler != (schedule.class_name in ONLY_EULER):
                 raise BadRequest(f"options: {EULER}={euler} beside a scheduler {schedule.class_name}: leave one out")
             if schedule.settings.get("use_dynamic_shifting", False):

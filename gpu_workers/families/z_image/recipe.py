@@ -41,11 +41,11 @@ class ZImageRecipe:
     """See :class:`~xditd.gpu_workers.models.operations.Recipe`."""
 
     def check(self, config: ZImageConfig, wanted: Wanted) -> None:
-        check_schedule(wanted.schedule, EULER, has_sigmas=wanted.sigmas is not None)
+        check_schedule(wanted.schedule, EULER)
         options = wanted.options
         shift = options.get(SHIFT)
         if shift is not None and wanted.sigmas is not None:
-            raise BadRequest(f"{SHIFT} {shift:g} with sigmas, which are used as they are: give one of both")
+            raise BadRequest(f"{SHIFT} {shift:g} with sigmas: give one of both")
         if shift is not None and wanted.schedule is not None and wanted.schedule.settings.get("use_dynamic_shifting"):
             raise BadRequest(
                 f"{SHIFT} {shift:g} beside a scheduler with dynamic shifting, which has none: leave it out"
@@ -147,7 +147,7 @@ class ZImageRun:
 
 
 def _scheduled(wanted: Wanted, image_tokens: int, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
-    """Set the timesteps: the pipeline's schedule with its shift, or given sigmas without one."""
+    """Set the timesteps: the pipeline's schedule, or given sigmas, which a scheduler shifts if it is given, too."""
     if wanted.sigmas is not None:
         shift, sigmas = 1.0, list(wanted.sigmas)
     else:

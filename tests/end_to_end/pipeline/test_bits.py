@@ -16,7 +16,7 @@ from pipeline_latents import SEED, SIZE
 from pipeline_latents import latents as theirs
 from pipeline_parts import image, mask
 
-from xditd.client import Pipeline, Unsupported
+from xditd.client import BadRequest, Pipeline, Unsupported
 
 Open = Callable[..., Pipeline]
 
@@ -42,6 +42,22 @@ def test_pictures(opened: Open, family: str, count: int) -> None:
     pipe = opened(pipeline)
     plain = {"guidance": 1.0} if family == "qwen_image" else {}
     assert torch.equal(ours(pipe, given, steps=3, num_images=count, **plain), right)
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2", "qwen_image", "z_image"])
+def test_sigmas_are_shifted_by_the_folders_scheduler(opened: Open, family: str) -> None:
+    make, texts = folders.FAMILIES[family]
+    pipeline, given, sigmas = make(), texts(1), [1.0, 0.6, 0.15]
+    more: dict[str, Any] = {"guidance_scale": 0.0} if family == "z_image" else {}
+    right = theirs(pipeline, family, num_inference_steps=3, sigmas=sigmas, **given, **more)
+    pipe = opened(pipeline)
+    plain = {"guidance": 1.0} if family == "qwen_image" else {}
+    assert torch.equal(ours(pipe, given, steps=3, sigmas=sigmas, **plain), right)
+    if family == "flux2":
+        with pytest.raises(BadRequest, match="sigmas without steps: the scheduler shifts them by the number of steps"):
+            ours(pipe, given, sigmas=sigmas)
+    else:
+        assert torch.equal(ours(pipe, given, sigmas=sigmas, **plain), right)
 
 
 @pytest.mark.parametrize("family", ["qwen_image", "z_image", "flux2"])

@@ -100,10 +100,13 @@ def test_a_scheduler_is_obeyed_or_refused_by_name_and_value(client: Client, fold
     ):
         with pytest.raises((BadRequest, Unsupported), match=message):
             run(**changed)
-    unused = {"_class_name": "DDIMScheduler"}
+
+
+def test_sigmas_say_how_many_steps_there_are(client: Client, folder: Path) -> None:
+    texts = folders.flux1_texts()
     given = {name: value for name, value in GIVEN.items() if name != "steps"}
-    with Pipeline.open(folder, scheduler=unused, client=client) as pipe:
-        found = pipe(conditioning=texts, sigmas=[1.0, 0.5, 0.25], **given)  # which say how many steps there are
+    with Pipeline.open(folder, client=client) as pipe:
+        found = pipe(conditioning=texts, sigmas=[1.0, 0.5, 0.25], **given)
         assert found.settings.steps == 3
         with pytest.raises(BadRequest, match="sigmas: 3 values for 2 steps"):
             pipe(conditioning=texts, sigmas=[1.0, 0.5, 0.25], **GIVEN)

@@ -16,6 +16,7 @@ from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import Wanted
 from xditd.ipc.errors import BadRequest
+from xditd.ipc.job_parts import Schedule
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]
@@ -167,8 +168,11 @@ def test_options_that_cannot_be_obeyed_are_refused(shared_cache: ModelCache, plu
     ):
         with pytest.raises(BadRequest, match=says):
             model.operations.recipe.check(model.config, Wanted(1, 64, 64, 3, 1.0, sigmas=sigmas, options=options))
-    with pytest.raises(BadRequest, match=r"steps 1: .* of which there have to be two"):
-        model.operations.recipe.check(model.config, Wanted(1, 64, 64, 1, 1.0))
+    stretched = Schedule(class_name="FlowMatchEulerDiscreteScheduler", settings={"shift_terminal": 0.02})
+    for given in ({}, {"sigmas": (1.0,), "schedule": stretched}):
+        with pytest.raises(BadRequest, match=r"steps 1: .* of which there have to be two"):
+            model.operations.recipe.check(model.config, Wanted(1, 64, 64, 1, 1.0, **given))
+    model.operations.recipe.check(model.config, Wanted(1, 64, 64, 1, 1.0, sigmas=(1.0,)))
 
 
 def test_conditioning_that_cannot_be_obeyed_is_refused(shared_cache: ModelCache, plug: Plugger) -> None:

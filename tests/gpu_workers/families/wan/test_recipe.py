@@ -16,11 +16,12 @@ from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.operations import Wanted
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.job_parts import Sampling
+from xditd.ipc.job_parts import Sampling, Schedule
 
 State = dict[str, torch.Tensor]
 Plugger = Callable[[ModelCache, State], CheckpointMatch]
 TI2V = wan_models.TI2V
+EULER = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +144,7 @@ def test_facts_say_how_videos_are_made(shared_cache: ModelCache, plug: Plugger) 
             "guidance_scale_2 with guidance_scale 1 would have no effect",
         ),
         ({"options": {"shift": 3.0}, "sigmas": (1.0, 0.5)}, "shift with sigmas would have no effect"),
+        ({"sigmas": (1.0, 0.5), "schedule": Schedule(class_name=EULER)}, "sigmas beside a scheduler: the pipelines of"),
     ],
 )
 def test_options_that_cannot_be_obeyed_are_refused(
