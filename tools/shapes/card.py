@@ -3,9 +3,9 @@
     PYTHONPATH=tools python -m shapes.card models/shapes --runs out/words.json out/flow.json out/distilled.json \\
         --judged out/judged.json --repeated out/again.json --formats out/formats.json --lora out/outlines.json
 
-``--runs`` are the ``report.json`` of the runs in their order, ``--repeated`` that of the last run of a training that
-was repeated from the seed. ``--judged`` and ``--formats`` are what ``shapes.judge --json`` has written, ``--lora`` what
-``shapes.lora`` or ``shapes.judged_lora`` has. What is not given is not written.
+``--runs`` are the ``report.json`` of the runs in their order. ``--judged`` and ``--formats`` are what
+``shapes.judge --json`` has written, ``--repeated`` what it has of a training that was repeated from the seed,
+``--lora`` what ``shapes.lora`` or ``shapes.judged_lora`` has. What is not given is not written.
 """
 
 from __future__ import annotations
@@ -90,14 +90,13 @@ def _learned(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _judge(runs: Sequence[Mapping[str, Any]], judged: Mapping[str, Any], repeated: Mapping[str, Any] | None) -> str:
-    vae = runs[-1]["vae"]
+    vae = max((run["vae"] for run in reversed(runs)), key=lambda found: found["of"])
     named: list[tuple[str, Mapping[str, Any]]] = [("float32 on a CPU, 20 steps", judged["table"])]
     trained = runs[-1].get("distilled_table") or runs[-1].get("flow_table")
     if trained:
         named.append(("at the end of training", trained))
-    again = repeated and (repeated.get("distilled_table") or repeated.get("flow_table"))
-    if again:
-        named.append(("training repeated from the seed", again))
+    if repeated:
+        named.append(("training repeated from the seed", repeated["table"]))
     groups = [group for group in _GROUPS if group in judged["table"]]
     rows = [(name, *(_percent(table.get(group)) for group in groups)) for name, table in named]
     count = judged["table"]["all"]["of"]
@@ -161,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="the pipeline's folder, whose README.md is the card")
     parser.add_argument("--runs", type=Path, nargs="+", required=True, metavar="REPORT", help="report.json of each run")
     parser.add_argument("--judged", type=Path, required=True, help="what shapes.judge --json wrote")
-    parser.add_argument("--repeated", type=Path, help="report.json of the last run of a repeated training")
+    parser.add_argument("--repeated", type=Path, help="what shapes.judge --json wrote of a training that was repeated")
     parser.add_argument("--formats", type=Path, help="what shapes.judge --formats --json wrote")
     parser.add_argument("--lora", type=Path, help="the .json that shapes.lora or shapes.judged_lora wrote")
     given = parser.parse_args(arguments)

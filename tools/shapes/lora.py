@@ -27,7 +27,7 @@ from shapes.flow_training import Flow, sample_sigmas
 from shapes.judge import Sampler, held_out_requests, pipeline_sampler
 from shapes.judged_lora import SENTENCES, judge_strengths, write_report
 from shapes.models import build_parts, build_pipeline, load_parts
-from shapes.pool import Pool, autocast
+from shapes.pool import Pool, autocast, prepare_gpu
 
 RANK: Final = 8
 _LAYERS: Final = re.compile(
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # see shapes.train
+        prepare_gpu()
     parts: dict[str, Any] = build_parts()
     lacking = set(parts) - set(load_parts(given.folder, parts))
     if lacking:

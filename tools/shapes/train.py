@@ -39,7 +39,7 @@ from shapes.models import (
     save_weights,
     write_folder,
 )
-from shapes.pool import Pool, Sentences, autocast, encode_latents
+from shapes.pool import Pool, Sentences, autocast, encode_latents, prepare_gpu
 from shapes.reading import read
 from shapes.text_training import TextSettings, TextTraining
 from shapes.vae_training import VaeSettings, train_vae
@@ -103,10 +103,7 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes that are forked later would warn
     device = torch.device(given.device)
     if device.type == "cuda":
-        # cuDNN's attention ends in an illegal access in its backward pass at odd numbers of tokens.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        prepare_gpu()
     torch.manual_seed(given.seed)
     report: dict[str, Any] = {
         "arguments": {name: str(value) for name, value in vars(given).items()},

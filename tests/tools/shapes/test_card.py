@@ -54,7 +54,7 @@ def test_a_card_gets_what_the_files_hold(tmp_path: Path) -> None:
         "first": RUNS[0],
         "second": RUNS[1],
         "judged": {"table": table(93.5)},
-        "again": run("", distilled_table=table(90.5)),
+        "again": {"table": table(90.5)},
         "formats": formats,
         "lora": {"0.5": {"objects": 64, "filled": 31, "outlines": 29}},
     }
