@@ -1,7 +1,7 @@
 """Lend the parts of a model to a running daemon one by one, and draw a sentence.
 
     xditd serve                               # in another terminal; then: xditd wait
-    python examples/lend_and_generate.py      # with models/shapes of the checkout, once it has weights
+    python examples/lend_and_generate.py      # with models/shapes of the checkout
 
 Each part may be a folder, as here, or a single file (``flux1-dev.safetensors``), and serves any number of jobs.
 ``Pipeline`` does all of this in one call: examples/folder_to_picture.py.

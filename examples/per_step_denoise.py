@@ -1,7 +1,7 @@
 """Run a sampler of one's own: the workers compute one forward a step, the loop stays here.
 
     xditd serve                               # in another terminal; then: xditd wait
-    python examples/per_step_denoise.py       # with models/shapes of the checkout, once it has weights
+    python examples/per_step_denoise.py       # with models/shapes of the checkout
 
 The loop is Euler's method, as FLUX.1's own scheduler does it, so the result can be compared with ``generate``,
 which runs the same loop inside the workers. Any other sampler, mask or preview goes where the loop is.
