@@ -16,7 +16,9 @@ _PREFIXES: Final = re.compile(
 )
 _WRAPPER_SEGMENTS: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-_TELLS_NOTHING: Final = re.compile(r"(?:^|\.)(?:scaled_fp8|position_ids|logit_scale|spiece_model)$|^loss\.|^logvar$")
+_TELLS_NOTHING: Final = re.compile(
+    r"(?:^|\.)(?:scaled_fp8|position_ids|logit_scale|spiece_model|tekken_model|tokenizer_json)$|^loss\.|^logvar$"
+)
 
 
 def tells_nothing(bare: str) -> bool:

@@ -3,7 +3,7 @@
 A forked rank has these modules at once and shares their memory with the others. CUDA does not survive a fork, so
 nothing here may open it: xfuser asks for the GPU while it is imported, and stays with the ranks. Threads do not survive
 one either: those of OpenBLAS, which numpy and scipy start, are stopped before a fork and start again (its own
-pthread_atfork); torch starts none until it computes. Figures: docs/starts.md.
+pthread_atfork), jemalloc locks what its own hold; torch starts none until it computes. Figures: docs/starts.md.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ _CUDA_DEVICE: Final = "/dev/nvidia-uvm"
 _NOT_OPENED: Final = (3, 34)
 """CUDA_ERROR_NOT_INITIALIZED, and that of a library which stands for the driver's at link time."""
 _THREAD_END_S: Final = 0.2
+_SAFE_THREADS: Final = ("jemalloc_bg_thd",)
+"""Threads whose library takes their locks before a fork, and gives them back in both processes. pyarrow's allocator
+starts one while it is imported, which transformers does where it is installed.
+
+Source: jemalloc, src/background_thread.c, "background_thread_prefork0" to "background_thread_postfork_child"."""
 
 FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
 """What every rank needs before it is ready: torch's compiler, mostly."""
@@ -213,14 +218,15 @@ class _Count:
 def find_threads() -> str:
     """Say which other threads run in this process after a fork, which stops those of OpenBLAS; else ``""``.
 
-    A forked rank would have none of them, but the locks that they hold, which nobody would release.
+    A forked rank would have none of them, but the locks that they hold, which nobody would release. Those of libraries
+    that see to that are not counted.
     """
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
     end_s = time.monotonic() + _THREAD_END_S
-    while others := [name for thread, name in _threads() if thread != os.getpid()]:
+    while others := [name for thread, name in _threads() if thread != os.getpid() and name not in _SAFE_THREADS]:
         if time.monotonic() > end_s:
             return (
                 f"threads run in the leader ({', '.join(sorted(set(others)))}), which an import or Python's start began"

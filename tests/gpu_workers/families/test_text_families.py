@@ -65,10 +65,15 @@ def test_every_prefix_of_t5_is_recognised(t5: Infos, prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "umt5xxl.transformer.", "text_encoders.umt5xxl.transformer.", "text_encoder."])
 def test_every_prefix_of_umt5_is_recognised(umt5: Infos, prefix: str) -> None:
-    tokenizer = {"spiece_model": TensorInfo("uint8", (4_500_000,))}
-    found = fitted({**{prefix + name: info for name, info in umt5.items()}, **tokenizer})
+    found = fitted({prefix + name: info for name, info in umt5.items()})
     assert (found.family.name, found.family.kind, found.config) == ("umt5", "text_encoder", UMT5_DEMO)
-    assert found.skipped == ("spiece_model",)
+
+
+@pytest.mark.parametrize("tokenizer", ["spiece_model", "tekken_model", "tokenizer_json"])
+def test_a_tokenizer_in_a_file_is_skipped(t5: Infos, umt5: Infos, tokenizer: str) -> None:
+    for infos in (t5, umt5):
+        found = fitted({**infos, tokenizer: TensorInfo("uint8", (4_500_000,))})
+        assert found.skipped == (tokenizer,)
 
 
 def test_umt5_in_wans_own_names_fills_the_same_parameters(describe: Callable[[State], Infos], umt5: Infos) -> None:

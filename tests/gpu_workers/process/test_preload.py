@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import signal
@@ -206,6 +207,47 @@ print(json.dumps({"methods": asked, "threads": threads}))
 """)
     assert found["methods"] == ["fork", "spawn", "fork"]
     assert "threads run in the leader (python" in found["threads"]
+
+
+def test_a_thread_of_jemalloc_is_no_obstacle() -> None:
+    """pyarrow starts one at its import; before a fork, jemalloc takes the locks that it may hold."""
+    found = run("""
+import ctypes, json, threading
+from xditd.gpu_workers.process import preload
+end, is_named = threading.Event(), threading.Event()
+def run():
+    ctypes.CDLL(None).prctl(15, b"jemalloc_bg_thd", 0, 0, 0)  # PR_SET_NAME, as jemalloc names its own
+    is_named.set()
+    end.wait()
+thread = threading.Thread(target=run)
+thread.start()
+is_named.wait()
+threads = preload.find_threads()
+end.set()
+thread.join()
+print(json.dumps({"threads": threads}))
+""")
+    assert found["threads"] == ""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pyarrow"), reason="needs pyarrow")
+def test_a_fork_beside_pyarrows_allocator_allocates() -> None:
+    found = run("""
+import json, os, pyarrow
+from xditd.gpu_workers.process import preload
+pool = pyarrow.jemalloc_memory_pool()
+kept = [pyarrow.allocate_buffer(1 << 20, memory_pool=pool) for _ in range(64)]
+del kept[::2]
+found = {"threads": preload.find_threads()}
+child = os.fork()
+if child == 0:
+    kept = [pyarrow.allocate_buffer(1 << 20, memory_pool=pool) for _ in range(256)]
+    del kept
+    os._exit(0)
+found["status"] = os.waitpid(child, 0)[1]
+print(json.dumps(found))
+""")
+    assert found == {"threads": "", "status": 0}
 
 
 def test_a_driver_that_raises_leaves_the_word_to_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

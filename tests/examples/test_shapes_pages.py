@@ -1,0 +1,62 @@
+"""What README and the pages show with ``models/shapes`` runs as it stands, in a checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from running_daemon import RunningDaemon
+from shapes.reading import read_file
+from shapes_files import ARE_WEIGHTS_FINAL, write_random
+
+from xditd.client.demo.shapes_model import find_shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = "models/shapes"
+PAGES = {"README.md": 2, "docs/python.md": 1, "docs/client.md": 1, "docs/cli.md": 1}
+"""Each with how many programs and command lines it shows."""
+
+
+def shown_on(page: str) -> list[list[str]]:
+    """Return the command lines that run what a page shows with the folder."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    programs = [each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if f'"{FOLDER}' in each]
+    lines = re.findall(rf"^\$ (xditd generate .*{FOLDER}.*)$", text, re.MULTILINE)
+    return [*([sys.executable, "-c", each] for each in programs), *(["sh", "-c", each] for each in lines)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_draws(page: str, one_worker: RunningDaemon, tmp_path: Path) -> None:
+    trained = find_shapes()
+    (tmp_path / "models").mkdir()
+    if trained is None:
+        write_random(tmp_path / FOLDER)
+    else:
+        (tmp_path / FOLDER).symlink_to(trained)
+    commands = shown_on(page)
+    assert len(commands) == PAGES[page]
+    for command in commands:
+        ran = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"XDITD_RUNTIME_DIR": str(one_worker.runtime_dir)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        made = list(tmp_path.glob("*.png"))
+        assert made
+        for path in made:
+            with Image.open(path) as image:
+                assert image.size == (256, 256)
+            if ARE_WEIGHTS_FINAL and trained is not None:
+                read = [(each["colour"], each["form"]) for each in read_file(path)["things"]]
+                assert read == [("purple", "heart")]
+            path.unlink()
