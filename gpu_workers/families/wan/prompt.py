@@ -64,6 +64,7 @@ def _check_without_ftfy(texts: Sequence[str]) -> None:
     for number, text in enumerate(texts):
         if not (text.isascii() and text.isprintable() and html.unescape(text) == text):
             raise Unsupported(
-                f"prompt or negative prompt {number}: diffusers cleans texts of this model by ftfy, which may change what is not plain "
-                "ASCII, and the workers lack it: pip install ftfy where xditd is installed, and restart the daemon"
+                f"prompt or negative prompt {number}: diffusers cleans texts of this model by ftfy, which may change "
+                "what is not plain ASCII, and the workers lack it: pip install ftfy where xditd is installed, and "
+                "restart the daemon"
             )

@@ -35,7 +35,7 @@ def test_pipelines_that_need_ftfy_have_it_or_plain_texts(config: Any) -> None:
     assert tokens(config, "a  cat &amp; a <b>dog</b>\r\n") == tokens(wan_models.TEXT, "a cat & a <b>dog</b>")
     for text in CHANGED:
         with pytest.raises(
-            Unsupported, match="^prompt or negative prompt 1: .* the workers lack it: pip install ftfy"
+            Unsupported, match=r"^prompt or negative prompt 1: .* the workers lack it: pip install ftfy"
         ) as refused:
             tokens(config, "a cat", text)
         assert "cat”" not in refused.value.detail
