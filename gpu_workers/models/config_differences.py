@@ -22,6 +22,7 @@ _COMPUTED: Final = (
     "layer_norm_epsilon",
     "rms_norm_eps",
     "rope_theta",
+    "rope_type",
     "num_attention_heads",
     "num_heads",
     "num_key_value_heads",
@@ -92,8 +93,9 @@ def _package(kind: type) -> str:
 
 def _computed(config: Mapping[str, object]) -> dict[str, object]:
     every = dict(config)
-    # Models of texts and pictures nest the settings of the decoder; transformers 5 nests those of rotary embeddings.
-    for name in ("text_config", "rope_parameters"):
+    # Models of texts and pictures nest the settings of the decoder; transformers nests those of rotary embeddings, in 4
+    # under another name.
+    for name in ("text_config", "rope_scaling", "rope_parameters"):
         nested = every.get(name)
         every |= nested if isinstance(nested, Mapping) else {}
     return {name: every[name] for name in _COMPUTED if name in every}

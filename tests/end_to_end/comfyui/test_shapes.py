@@ -62,8 +62,12 @@ def draw(folder, start_server, tmp_path_factory, wait_until) -> Iterator[Callabl
         shutil.move(path, models / COMFYUI_FOLDERS[part] / f"exact-{path.name}")
     inputs = {kind: node["input"] for kind, node in server.ask("/object_info").items()}
 
-    def run(**changes: Any) -> np.ndarray:
+    def run(*, has_stock_loader: bool = False, **changes: Any) -> np.ndarray:
         prompt = prompt_of(read_example("shapes_xdit"), inputs.__getitem__, **changes)
+        if has_stock_loader:
+            (loader,) = (node for node in prompt.values() if node["class_type"] == "XDiTUNetLoader")
+            loader["class_type"] = "UNETLoader"
+            del loader["inputs"]["ulysses_degree"]
         found: np.ndarray = server.picture(server.queue(prompt), wait_until)
         return found
 
@@ -77,6 +81,12 @@ def test_the_workflow_draws_what_diffusers_draws(at, folder, draw):
     found = draw(**EXACT, text=TEXTS[at], steps=STEPS, seed=SEED)
     assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 1
     assert found.std() > 5
+
+
+def test_comfyuis_own_loader_of_transformers(draw):
+    """Its MODEL is accelerated: the sampler's loop runs in the workers all the same."""
+    given = {**EXACT, "text": TEXTS[0], "steps": 3}
+    assert np.abs(draw(**given, seed=5) - draw(**given, seed=5, has_stock_loader=True)).max() <= 1
 
 
 def test_it_runs_as_it_stands(folder, draw):

@@ -15,6 +15,7 @@ from xditd.gpu_workers.models.config_differences import config_differences
 from xditd.ipc.tensors import ModuleDescription
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,15 @@ ROPE = {"rope_type": "default", "rope_theta": 1e6}
             {"text_config": {"rope_parameters": {"rope_theta": 1e4}}},
             ["rope_theta=10000.0"],
         ),
+        (Qwen3Config(rope_parameters=ROPE), {"rope_scaling": YARN}, ["rope_type='yarn'"]),
+        (
+            Qwen3Config(rope_parameters=ROPE),
+            {"rope_scaling": YARN, "rope_parameters": ROPE | YARN},
+            ["rope_type='yarn'"],
+        ),
+        (Qwen3Config(rope_parameters=ROPE), {"rope_scaling": None, "rope_parameters": ROPE}, []),
+        (Qwen3Config(rope_parameters=ROPE), {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, []),
+        (MistralConfig(rope_parameters=ROPE), {"text_config": {"rope_scaling": YARN}}, ["rope_type='yarn'"]),
         (SimpleNamespace(hidden=3), {"hidden": 4}, []),  # of a family's own module
         (None, {"hidden": 4}, []),
     ],
