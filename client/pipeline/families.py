@@ -224,6 +224,10 @@ class ZImage(Adapter):
         return call.width or wide, call.height or high
 
 
+_EXPANDING: Final = ("WanPipeline", "WanImageToVideoPipeline")
+"""The pipelines that read ``expand_timesteps``, which is False unless their folders say it."""
+
+
 class Wan(Adapter):
     """Wan: pictures are frames of the video."""
 
@@ -239,14 +243,14 @@ class Wan(Adapter):
                 f"{self.title}: boundary_ratio={ratio:g} is where a second transformer begins, and there is none; give "
                 "transformer_2="
             )
-        if ratio is None and "boundary_ratio" in settings and has_two:
+        if ratio is None and self.source.pipeline_class is not None and has_two:  # its class's own, too
             raise Unsupported(
                 f"{self.title}: boundary_ratio=None: its pipeline never runs transformer_2; set the ratio where the "
                 "second transformer begins, such as 0.875"
             )
         is_expanded = "image" in self.takes and not self.takes["image"].is_needed
-        wanted = settings.get("expand_timesteps")
-        if wanted is not None and wanted is not is_expanded:
+        wanted = settings.get("expand_timesteps") or False
+        if self.source.pipeline_class in _EXPANDING and wanted is not is_expanded:
             raise Unsupported(
                 f"{self.title}: expand_timesteps={wanted!r:.100}, and this transformer is computed with {is_expanded} "
                 "here (True is of TI2V); open the folder that the transformer is of"
