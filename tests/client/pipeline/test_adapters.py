@@ -145,6 +145,22 @@ def test_a_transformer_in_place_of_the_folders_is_not_of_its_pipeline(tmp_path: 
     assert "references" not in made("flux1", other).refused()
 
 
+def test_a_transformers_folder_says_itself_how_references_are_modulated(tmp_path: Path) -> None:
+    for folder, config in (("own", '{"zero_cond_t": true}'), ("other", "{}")):
+        (tmp_path / folder / "transformer").mkdir(parents=True)
+        (tmp_path / folder / "transformer" / "config.json").write_text(config)
+    (tmp_path / "own" / "vae").mkdir()
+    (tmp_path / "file.safetensors").touch()
+    parts = '"transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]'
+    (tmp_path / "own" / "model_index.json").write_text(f'{{"_class_name": "QwenImageEditPlusPipeline", {parts}}}')
+    more: dict[str, Any] = {
+        "text_encoders": (), "tokenizers": None, "scheduler": None, "variant": None, "name": None,
+    }  # fmt: skip
+    for given, variant in ((None, "zero_cond_t"), ("file.safetensors", "zero_cond_t"), ("other/transformer", "class")):
+        replaced = {} if given is None else {"transformer": tmp_path / given}
+        assert find_source(tmp_path / "own", parts=replaced, **more).variant == variant
+
+
 def test_a_model_of_references_says_so_when_it_gets_a_picture() -> None:
     found = adapter_for("flux2", facts("reference_latents", starts=()), Source(name="x", parts={}), "x").refused()
     assert found["image"] == "it starts from no picture: give those that the prompt refers to as references="
