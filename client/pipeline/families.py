@@ -48,7 +48,8 @@ class Flux1(Adapter):
 
     def default_guidance(self, call: Call) -> float:
         is_started = call.image is not None and not self.is_fill
-        has_nets = call.control is not None and "control_image" not in self.takes
+        has_none = call.control is None or (isinstance(call.control, list | tuple) and not call.control)
+        has_nets = not has_none and "control_image" not in self.takes
         if (is_started or has_nets) and "guidance" not in self.chosen:
             return _STARTED_GUIDANCE
         return super().default_guidance(call)

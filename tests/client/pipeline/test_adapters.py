@@ -79,6 +79,7 @@ def opened(family: str, kind: str, given: dict[str, Any] | None = None, **more: 
         ({"image": "a.png"}, "FluxPipeline", "FluxImg2ImgPipeline"),
         ({"image": "a.png", "mask": "b.png"}, "FluxPipeline", "FluxInpaintPipeline"),
         ({"control": ["net"]}, "FluxPipeline", "FluxControlNetPipeline"),
+        ({"control": []}, "FluxPipeline", "FluxPipeline"),
         ({"control": "a.png"}, "FluxControlPipeline", "FluxControlPipeline"),
     ],
 )
