@@ -48,7 +48,8 @@ class Flux1(Adapter):
 
     def default_guidance(self, call: Call) -> float:
         is_started = call.image is not None and not self.is_fill
-        has_nets = call.control is not None and "control_image" not in self.takes
+        has_none = call.control is None or (isinstance(call.control, list | tuple) and not call.control)
+        has_nets = not has_none and "control_image" not in self.takes
         if (is_started or has_nets) and "guidance" not in self.chosen:
             return _STARTED_GUIDANCE
         return super().default_guidance(call)
@@ -224,6 +225,10 @@ class ZImage(Adapter):
         return call.width or wide, call.height or high
 
 
+_EXPANDING: Final = ("WanPipeline", "WanImageToVideoPipeline")
+"""The pipelines that read ``expand_timesteps``, which is False unless their folders say it."""
+
+
 class Wan(Adapter):
     """Wan: pictures are frames of the video."""
 
@@ -239,14 +244,14 @@ class Wan(Adapter):
                 f"{self.title}: boundary_ratio={ratio:g} is where a second transformer begins, and there is none; give "
                 "transformer_2="
             )
-        if ratio is None and "boundary_ratio" in settings and has_two:
+        if ratio is None and self.source.pipeline_class is not None and has_two:  # its class's own, too
             raise Unsupported(
                 f"{self.title}: boundary_ratio=None: its pipeline never runs transformer_2; set the ratio where the "
                 "second transformer begins, such as 0.875"
             )
         is_expanded = "image" in self.takes and not self.takes["image"].is_needed
-        wanted = settings.get("expand_timesteps")
-        if wanted is not None and wanted is not is_expanded:
+        wanted = settings.get("expand_timesteps") or False
+        if self.source.pipeline_class in _EXPANDING and wanted is not is_expanded:
             raise Unsupported(
                 f"{self.title}: expand_timesteps={wanted!r:.100}, and this transformer is computed with {is_expanded} "
                 "here (True is of TI2V); open the folder that the transformer is of"

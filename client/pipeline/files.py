@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from xditd.client.model_folders import has_config
 from xditd.client.pipeline.folders import INDEX, is_pipeline, read_folder, read_scheduler
 from xditd.client.pipeline.sources import (
     ENCODERS,
@@ -74,6 +75,8 @@ def find_source(
         if any(role.startswith(ENCODERS) for role in given):
             own = replace(own, parts={role: each for role, each in own.parts.items() if not role.startswith(ENCODERS)})
         found = replace(own, parts={**own.parts, **given}, has_own_transformer=TRANSFORMER not in given)
+        if TRANSFORMER in given and has_config(given[TRANSFORMER].path):  # which the workers obey
+            found = replace(found, variant="class")
     if tokenizers is not None:
         found = replace(found, tokenizers=_tokenizers(tokenizers))
     if scheduler is not None:

@@ -46,6 +46,7 @@ PIPELINES: Final[Mapping[str, str]] = {
 }
 """The pipelines of diffusers that a folder may be of, with the family of their transformers."""
 
+_LIBRARIES: Final = ("diffusers", "transformers")
 _MODELS: Final = (TRANSFORMER, SECOND, VAE, IMAGE_ENCODER)
 _TOKENIZERS: Final = ("tokenizer", "processor")
 _NOT_READ: Final = ("feature_extractor", "image_processor", "safety_checker")
@@ -112,6 +113,11 @@ def read_folder(path: str, name: str, variant: str | None = None) -> Source:
             settings[role] = value
         elif not is_read(role, value):
             continue
+        elif value[0] not in _LIBRARIES:
+            raise Unsupported(
+                f"{folder / INDEX}: the {role} is a {value[1]} of {value[0]}, code of its own, and none is run here: "
+                "load it with diffusers, and accelerate(pipe) runs the models of diffusers' own classes"
+            )
         elif role == "scheduler":
             # diffusers makes the class that the index names of the settings of another one, too.
             scheduler = {**read_scheduler(folder / role), CLASS: value[1]}

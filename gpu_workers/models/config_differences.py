@@ -44,8 +44,8 @@ class Difference(NamedTuple):
 def config_differences(described: ModuleDescription, match: CheckpointMatch) -> list[Difference]:
     """Return the settings of a module or a ``config.json`` that differ from those with which a family builds the class.
 
-    Those that one of the two does not have are of no account, and so are those that jobs choose by themselves
-    (``job_settings`` of the family). The class is one of them, unless diffusers or transformers have none of its name.
+    Those that one of the two does not have are of no account. The class is one of them, unless diffusers or
+    transformers have none of its name.
     """
     built: Any = getattr(match.model.module, "config", None)
     given = settings_of(described)
@@ -57,11 +57,10 @@ def config_differences(described: ModuleDescription, match: CheckpointMatch) -> 
         found = [*_class_difference(described, match, _is_one_of_diffusers)]
     else:  # a module of a family's own
         return []
-    free = _FREE | getattr(match.family, "job_settings", frozenset())
     return found + [
         Difference(name, f"{name}={value!r:.100}", f"{built[name]!r:.100}")
         for name, value in given.items()
-        if name in built and name not in free and _plain(built[name]) != _plain(value)
+        if name in built and name not in _FREE and _plain(built[name]) != _plain(value)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from xditd.gpu_workers.models.entries import Entry, Shape
 from xditd.gpu_workers.models.operations import Operations
@@ -66,3 +66,11 @@ class Family(Protocol[ConfigT]):
     @property
     def operations(self) -> Operations[ConfigT]:
         """The operations of its ``kind``, imported when the first component is lent."""
+
+
+@runtime_checkable
+class HasSettings(Protocol[ConfigT]):
+    """What a family has besides, if a model's configuration says what no tensor shows."""
+
+    def with_settings(self, config: ConfigT, settings: Mapping[str, Any]) -> ConfigT:
+        """Return the configuration of a model whose ``config.json``, or live module, has these settings."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import msgspec
 import torch
 
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.class_defaults import settings_of
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.config_differences import config_differences
 from xditd.gpu_workers.models.configured_classes import build_module
@@ -114,12 +115,13 @@ def _match_class(
     of_class = class_models.match(described, tensors) if described.state else None
     if not described.allows_family:
         return of_class or class_models.match(described, tensors, compute_dtype)
+    settings = settings_of(described)
     if of_class is None:
-        found = _match_family(tensors, models, compute_dtype, taken)
+        found = _match_family(tensors, models, compute_dtype, taken, settings)
     elif of_class.model.difference:
         found = f"it is not as its class makes it: {of_class.model.difference}"
     else:
-        found = _match_family(_saved(tensors, of_class), models, compute_dtype, taken)
+        found = _match_family(_saved(tensors, of_class), models, compute_dtype, taken, settings)
     if isinstance(found, CheckpointMatch):
         other = config_differences(described, found)
         if not other:
@@ -151,7 +153,7 @@ def _match_kind(
         if of_class.model.difference:
             raise Unsupported(f"it is not as its class makes it: {of_class.model.difference}; {_WITHOUT_KIND}")
         tensors = _saved(tensors, of_class)
-    found = models.match(tensors, kind, compute_dtype, taken)
+    found = models.match(tensors, kind, compute_dtype, taken, settings_of(described))
     if other := config_differences(described, found):
         differing = listed([f"{each.given} (the family computes with {each.built})" for each in other])
         raise Unsupported(
@@ -167,11 +169,15 @@ def _saved(tensors: Mapping[str, TensorInfo], of_class: ModuleMatch) -> dict[str
 
 
 def _match_family(
-    tensors: Mapping[str, TensorInfo], models: ModelCache, compute_dtype: torch.dtype | None, taken: Collection[int]
+    tensors: Mapping[str, TensorInfo],
+    models: ModelCache,
+    compute_dtype: torch.dtype | None,
+    taken: Collection[int],
+    settings: Mapping[str, Any],
 ) -> CheckpointMatch | str:
     """Return the match of a family, or why no family has one."""
     try:
-        return models.match(tensors, None, compute_dtype, taken)
+        return models.match(tensors, None, compute_dtype, taken, settings)
     except (UnknownFamily, Unsupported, BadCheckpoint) as error:
         if isinstance(error, UnknownFamily) or isinstance(error.__cause__, UnknownFamily):
             return f"its tensor names are of none of {one_of([each.name for each in families()])}{load_faults_note()}"

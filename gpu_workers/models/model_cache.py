@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import TensorInfo
-from xditd.gpu_workers.models.family import Family, Kind
+from xditd.gpu_workers.models.family import Family, HasSettings, Kind
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
 from xditd.gpu_workers.models.operations import BranchMemory
@@ -94,12 +95,14 @@ class ModelCache:
         kind: Kind | None = None,
         compute_dtype: torch.dtype | None = None,
         taken: Collection[int] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> CheckpointMatch:
         """Match a checkpoint: find its family, check every tensor, and build or reuse its model.
 
         With a ``kind``, tensors of other components in the same file are skipped. ``compute_dtype`` is that of packed
         weights, if the client gave one. A model is reused for weights in the same formats; a ControlNet gets none of
-        those ``taken``, the ids of models of other components, since several run in each step.
+        those ``taken``, the ids of models of other components, since several run in each step. ``settings`` are those
+        of a ``config.json`` or a live module, some of which no tensor shows.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
@@ -116,6 +119,8 @@ class ModelCache:
                     "tensors skipped, no job reads them: family=%s count=%d names=%s",
                     resolution.family.name, len(resolution.skipped), listed(resolution.skipped),
                 )  # fmt: skip
+        if settings is not None and isinstance(resolution.family, HasSettings):
+            resolution = replace(resolution, config=resolution.family.with_settings(resolution.config, settings))
         exceptions = frozenset(_exceptions(resolution).items())
         formats = resolution.formats
         key = (

@@ -49,6 +49,25 @@ def test_facts_say_what_it_takes(loan):
     assert facts.transformer.variants == ("class", "zero_cond_t", "comfyui")
 
 
+@pytest.mark.parametrize("zero_cond_t", [True, False])
+def test_a_configuration_says_that_references_are_at_timestep_zero(client, tmp_path, zero_cond_t):
+    """That of a folder, and that of a live module; a file does not."""
+    given = qwen_image_models.inputs(1, 9, (4, 6), ((3, 5),))
+    plain = qwen_image_models.state_dict(0)
+    module = qwen_image_models.reference(plain, zero_cond_t=zero_cond_t)
+    module.save_pretrained(tmp_path / "transformer")
+    with torch.no_grad():
+        (right,) = module(**given, return_dict=False)
+    for source in (module, tmp_path / "transformer"):
+        with client.lend(source) as lent:
+            assert lent.family == "qwen_image"
+            (found,) = client.call(lent, given)
+            assert qwen_image_models.relative_error(found, right) <= BAR
+    with client.lend(plain) as lent:
+        (found,) = client.call(lent, given)
+        assert (qwen_image_models.relative_error(found, right) <= BAR) is not zero_cond_t
+
+
 def test_a_call_returns_what_the_class_returns(client, loan, state, relative_error):
     given = qwen_image_models.inputs(2, 9, (4, 6), ((3, 5),), (9, 4))
     (found,) = client.call(loan, given)

@@ -1,7 +1,7 @@
 """Qwen-Image's transformer, of which diffusers' files and ComfyUI's have the same names.
 
-Edit-2511 differs by one tensor without elements, with which ComfyUI marks it. Everything else is read from shapes but
-the axes of the rotary embedding, which follow from the head size of the released models.
+Edit-2511 differs by one tensor without elements, with which ComfyUI marks it, or by its ``config.json``. Everything
+else is read from shapes but the axes of the rotary embedding, which follow from the head size of the released models.
 
 Source: diffusers, ``QwenImageTransformer2DModel``; a test compares every element.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from xditd.gpu_workers.families.qwen_image.config import (
     HEAD_SIZE,
@@ -53,8 +54,6 @@ class QwenImage:
     ignored: re.Pattern[str] | None = None
     fused_widths: tuple[int, ...] = ()
     swapped_halves: frozenset[str] = frozenset()
-    job_settings = frozenset({"zero_cond_t"})
-    """What ``config.json`` says and a job's variant decides."""
 
     def claims(self, names: Collection[str]) -> bool:
         return any(map(_MARK.match, names))
@@ -90,6 +89,9 @@ class QwenImage:
             text_channels=vote(self.name, "text channels", shapes, [("txt_in.weight", 1), ("txt_norm.weight", 0)]),
             has_marker=MARKER in shapes,
         )
+
+    def with_settings(self, config: QwenImageConfig, settings: Mapping[str, Any]) -> QwenImageConfig:
+        return replace(config, zero_cond_t=settings.get("zero_cond_t") is True)
 
     def entries(self, config: QwenImageConfig, names: Collection[str]) -> Iterator[Entry]:
         h = config.hidden

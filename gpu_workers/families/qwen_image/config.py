@@ -43,13 +43,19 @@ class QwenImageConfig:
     """The sizes of a Qwen-Image transformer; the released ones have 60 blocks of 24 heads, and texts of 3584 channels.
 
     ``has_marker``: the checkpoint has ComfyUI's marker of Edit-2511, whose references are modulated at timestep zero.
-    Files of diffusers do not show it: ``zero_cond_t`` is in the ``config.json`` beside them.
+    ``zero_cond_t``: the ``config.json`` beside files of diffusers, which do not show it, says so.
     """
 
     hidden: int
     blocks: int
     text_channels: int
     has_marker: bool = False
+    zero_cond_t: bool = False
+
+    @property
+    def has_references_at_zero(self) -> bool:
+        """Whether every variant modulates references at timestep zero."""
+        return self.has_marker or self.zero_cond_t
 
     @property
     def heads(self) -> int:

@@ -80,7 +80,7 @@ class QwenImageModule(QwenImageTransformer2DModel):
             num_attention_heads=config.heads,
             joint_attention_dim=config.text_channels,
             axes_dims_rope=AXES,
-            zero_cond_t=config.has_marker,
+            zero_cond_t=config.has_references_at_zero,
         )
         with torch.device("cpu"):  # its tables are no parameters: they have values
             self.pos_embed = _Rope(ROPE_THETA, list(AXES), scale_rope=True)

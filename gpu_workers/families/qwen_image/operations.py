@@ -63,7 +63,7 @@ class QwenImageOperations(PlannedOperations):
         module = cast(QwenImageModule, model.module)
         module.use(
             is_comfyuis=options.variant == COMFYUI,
-            zero_cond_t=model.config.has_marker or options.variant == ZERO_COND_T,
+            zero_cond_t=model.config.has_references_at_zero or options.variant == ZERO_COND_T,
         )
         found = model.planned.run({**arguments, "return_dict": False}, key=options.variant, loras=options.loras)
         return cast(torch.Tensor, found[0])

@@ -49,6 +49,8 @@ class QwenImageRecipe:
         shift = wanted.options.get(SHIFT)
         if shift is not None and not settings.get("use_dynamic_shifting", False):
             raise BadRequest(f"{SHIFT} {shift:g} beside a scheduler with a fixed shift: set shift in its settings")
+        if shift is not None and (kind := settings.get("time_shift_type", "exponential")) != "exponential":
+            raise BadRequest(f"{SHIFT} {shift:g} beside a scheduler with time_shift_type={kind!r:.50}: leave one out")
         if shift is not None and wanted.sigmas is not None:
             raise BadRequest(f"{SHIFT} {shift:g} with sigmas: give one of both")
         if shift is not None and not 0 < shift < math.inf:

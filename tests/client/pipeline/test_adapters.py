@@ -79,6 +79,7 @@ def opened(family: str, kind: str, given: dict[str, Any] | None = None, **more: 
         ({"image": "a.png"}, "FluxPipeline", "FluxImg2ImgPipeline"),
         ({"image": "a.png", "mask": "b.png"}, "FluxPipeline", "FluxInpaintPipeline"),
         ({"control": ["net"]}, "FluxPipeline", "FluxControlNetPipeline"),
+        ({"control": []}, "FluxPipeline", "FluxPipeline"),
         ({"control": "a.png"}, "FluxControlPipeline", "FluxControlPipeline"),
     ],
 )
@@ -143,6 +144,22 @@ def test_a_transformer_in_place_of_the_folders_is_not_of_its_pipeline(tmp_path: 
     assert own.parts["transformer"] == Part(str(tmp_path / "transformer"), other.parts["transformer"].kind)
     assert "references" in made("flux1", own).refused()
     assert "references" not in made("flux1", other).refused()
+
+
+def test_a_transformers_folder_says_itself_how_references_are_modulated(tmp_path: Path) -> None:
+    for folder, config in (("own", '{"zero_cond_t": true}'), ("other", "{}")):
+        (tmp_path / folder / "transformer").mkdir(parents=True)
+        (tmp_path / folder / "transformer" / "config.json").write_text(config)
+    (tmp_path / "own" / "vae").mkdir()
+    (tmp_path / "file.safetensors").touch()
+    parts = '"transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]'
+    (tmp_path / "own" / "model_index.json").write_text(f'{{"_class_name": "QwenImageEditPlusPipeline", {parts}}}')
+    more: dict[str, Any] = {
+        "text_encoders": (), "tokenizers": None, "scheduler": None, "variant": None, "name": None,
+    }  # fmt: skip
+    for given, variant in ((None, "zero_cond_t"), ("file.safetensors", "zero_cond_t"), ("other/transformer", "class")):
+        replaced = {} if given is None else {"transformer": tmp_path / given}
+        assert find_source(tmp_path / "own", parts=replaced, **more).variant == variant
 
 
 def test_a_model_of_references_says_so_when_it_gets_a_picture() -> None:

@@ -85,7 +85,10 @@ def test_a_value_that_says_something_else_is_refused_by_name(
         ({"boundary_ratio": "a"}, True, None, "boundary_ratio='a' is no number"),
         ({"boundary_ratio": 0.9, "expand_timesteps": False}, True, True, ""),
         ({"boundary_ratio": None, "expand_timesteps": True}, False, False, ""),
-        ({}, True, None, ""),
+        ({}, True, None, "boundary_ratio=None: its pipeline never runs transformer_2"),
+        ({}, False, False, "expand_timesteps=False, and .* with True"),
+        ({"expand_timesteps": None}, False, None, ""),
+        ({}, False, True, ""),
     ],
 )
 def test_what_a_wan_folder_says_has_to_fit_its_transformers(

@@ -123,6 +123,11 @@ def test_sigmas_say_how_many_steps_there_are(client: Client, folder: Path) -> No
         ({"_class_name": None}, "names no class"),
         ({"transformer": [None, None]}, "it has no transformer"),
         ({"adapter": ["diffusers", "X"]}, "the part adapter of a FluxPipeline is not known"),
+        (
+            {"transformer": ["own_flux", "FluxTransformer2DModel"]},
+            "a FluxTransformer2DModel of own_flux, code of its own",
+        ),
+        ({"scheduler": ["own_flux", "Euler"]}, "the scheduler is a Euler of own_flux, code of its own"),
         ({"magic": 3}, "magic=3 of FluxPipeline is not known"),
         ({"text_encoder": ["transformers", "CLIPTextModel"]}, "text_encoder, and there is no such folder"),
     ],

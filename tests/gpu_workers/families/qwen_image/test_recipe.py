@@ -168,6 +168,12 @@ def test_options_that_cannot_be_obeyed_are_refused(shared_cache: ModelCache, plu
     ):
         with pytest.raises(BadRequest, match=says):
             model.operations.recipe.check(model.config, Wanted(1, 64, 64, 3, 1.0, sigmas=sigmas, options=options))
+    linear = Schedule(
+        class_name="FlowMatchEulerDiscreteScheduler",
+        settings={"use_dynamic_shifting": True, "time_shift_type": "linear"},
+    )
+    with pytest.raises(BadRequest, match="shift 3 beside a scheduler with time_shift_type='linear': leave one out"):
+        model.operations.recipe.check(model.config, Wanted(1, 64, 64, 3, 1.0, options={"shift": 3.0}, schedule=linear))
     stretched = Schedule(class_name="FlowMatchEulerDiscreteScheduler", settings={"shift_terminal": 0.02})
     for given in ({}, {"sigmas": (1.0,), "schedule": stretched}):
         with pytest.raises(BadRequest, match=r"steps 1: .* of which there have to be two"):
