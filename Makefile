@@ -1,6 +1,6 @@
 # Set-up happens once, on the first target that needs it; after that no target touches the network.
 #
-#   make demo                       the main job, end to end: out/demo.png and out/demo.json
+#   make demo                       the main job, end to end: out/demo.html and out/demo.json
 #   make test                       the tests that this machine can run in some minutes
 #   make test PYTEST_ARGS='-m "not slow"'
 #   make test PYTEST_ARGS='-m long'  the rest, which takes some minutes more

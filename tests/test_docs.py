@@ -13,7 +13,9 @@ from xditd.daemon.queue.jobs import JOB_NEXT
 from xditd.ipc.protocol import PROTOCOL_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(page for folder in ("docs", "models", "tools") for page in (ROOT / folder).rglob("*.md"))]
+)
 
 
 @pytest.mark.parametrize("document", ["architecture.md", "guarantees.md"])

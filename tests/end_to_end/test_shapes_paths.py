@@ -5,6 +5,10 @@ The errors are those of pictures in [-1, 1], by the norm of diffusers' float32 p
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,10 +137,15 @@ def test_one_rank(one_worker: RunningDaemon, lent: SimpleNamespace, files: Mappi
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_ring_of_two_ranks(
-    start_daemon: Callable[..., RunningDaemon], lent: SimpleNamespace, files: Mapping[str, Path], check: Check
+@pytest.mark.parametrize("layout", ["ring=2", "ulysses=2,ring=2", "cfg=2,ulysses=2"])
+def test_a_layout(
+    start_daemon: Callable[..., RunningDaemon],
+    lent: SimpleNamespace,
+    files: Mapping[str, Path],
+    check: Check,
+    layout: str,
 ) -> None:
-    daemon = start_daemon(2, flags=["--layout", "ring=2"])
+    daemon = start_daemon(2 ** layout.count("="), flags=["--layout", layout])
     daemon.wait_ready()
     with daemon.connect() as client:
         transformer, vae = client.lend(files["transformer"]), client.lend(files["vae"])
@@ -192,3 +201,21 @@ def test_accelerate(lent: SimpleNamespace, exact: Path, check: Check) -> None:
     with accelerate(pipe, client=lent.client) as fast:
         check(draw_plain(pipe), EXACT)
         assert fast.calls["transformer"] == STEPS
+
+
+def test_the_judge_compares_formats_and_paths(daemon: RunningDaemon, folder: Path, tmp_path: Path) -> None:
+    """Of the first sentences, each with one object."""
+    command = [sys.executable, "-m", "shapes.judge", str(folder), "--formats", "q8_0", "step_cache", "eager"]
+    ran = subprocess.run(
+        [*command, "--sentences", "2", "--steps", str(STEPS), "--json", str(tmp_path / "formats.json")],
+        env=os.environ | {"XDITD_RUNTIME_DIR": str(daemon.runtime_dir), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    rows = json.loads((tmp_path / "formats.json").read_text())
+    assert list(rows) == ["diffusers", "q8_0", "step_cache", "eager"]
+    assert {row["same_reading_percent"] for row in rows.values()} == {100.0}
+    assert all(0 < row["relative_error"] < 0.1 for name, row in rows.items() if name != "diffusers")
+    assert all(row["paths"] == [] for row in rows.values())  # no graphs, and nothing compiled, on CPUs

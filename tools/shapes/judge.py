@@ -210,7 +210,8 @@ def main() -> None:
     parser.add_argument(
         "--formats", nargs="*", metavar="FORMAT",
         help="a table: diffusers in --dtype, then the running daemon with the transformer in each of these formats "
-        "(float32, bfloat16, float16, fp8, int8, q8_0; without names all but float16)",
+        "(float32, bfloat16, float16, fp8, int8, q8_0; without names all but float16), or in bfloat16 with a "
+        "step_cache, or eager, captured, compiled as its class",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of diffusers; a daemon has its own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -256,24 +257,40 @@ def main() -> None:
 
 
 def _diffusers(given: argparse.Namespace) -> Sampler:
+    pipeline = _load(given, given.dtype)
+    return pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance, text_tokens=given.text_tokens)
+
+
+def _load(given: argparse.Namespace, dtype: str) -> Any:
     from diffusers import FluxPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    pipeline = FluxPipeline.from_pretrained(given.folder, dtype=getattr(torch, given.dtype)).to(given.device)
+    pipeline = FluxPipeline.from_pretrained(given.folder, dtype=getattr(torch, dtype)).to(given.device)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance, text_tokens=given.text_tokens)
+    return pipeline
 
 
 def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> None:
     """Judge diffusers and then every format in the daemon, on the same noise; print and write a row after each."""
-    from shapes.judged_formats import FORMATS, PLAIN, compared, lent_sampler, print_format
+    from shapes.judged_formats import (
+        ACCELERATIONS,
+        FORMATS,
+        PATHS,
+        PLAIN,
+        accelerated_sampler,
+        compared,
+        lent_sampler,
+        paths_of,
+        print_format,
+    )
     from xditd.client import Client
 
     formats = given.formats or FORMATS
-    unknown = sorted(set(formats) - {*FORMATS, *PLAIN})
+    known = dict.fromkeys(FORMATS + PLAIN + PATHS)
+    unknown = sorted(set(formats) - {*known})
     if unknown:
-        raise SystemExit(f"--formats: {', '.join(unknown)} not known; use {', '.join(dict.fromkeys(FORMATS + PLAIN))}")
+        raise SystemExit(f"--formats: {', '.join(unknown)} not known; use {', '.join(known)}")
     rows: dict[str, dict[str, Any]] = {}
     first: tuple[torch.Tensor, list[object]] | None = None
 
@@ -284,7 +301,7 @@ def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> No
         found = [faults(request, reading) for request, reading in zip(requests, read_back, strict=True)]
         readings = [_coarse(each) for each in read_back]
         first = first or (images, readings)
-        rows[name] = compared(table(requests, found), images, readings, first)
+        rows[name] = compared(table(requests, found), images, readings, first) | {"paths": paths_of(client)}
         print_format(name, rows[name], is_first=len(rows) == 1)
         if given.json:
             given.json.write_text(json.dumps(rows, indent=1))
@@ -293,7 +310,12 @@ def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> No
         add("diffusers", _diffusers(given))
         options = {"steps": given.steps, "guidance": given.guidance, "text_tokens": given.text_tokens}
         for name in formats:
-            with lent_sampler(client, given.folder, name, Path(scratch), **options) as sampler:
+            if name in ACCELERATIONS:
+                pipeline = _load(given, "bfloat16")
+                drawing = accelerated_sampler(client, pipeline, name, pipeline_sampler(pipeline, **options))
+            else:
+                drawing = lent_sampler(client, given.folder, name, Path(scratch), **options)
+            with drawing as sampler:
                 add(name, sampler)
 
 

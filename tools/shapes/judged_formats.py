@@ -1,4 +1,4 @@
-"""Draw sentences of ``shapes`` with the workers of a running daemon, whose transformer is in one of several formats.
+"""Draw sentences of ``shapes`` with the workers of a running daemon: in several formats, and on several paths.
 
 ``python -m shapes.judge FOLDER --formats`` judges each, and prints one table.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,12 @@ from xditd.client.demo.shapes_model import ENCODERS, TOKENIZERS, shifted_sigmas
 PLAIN: Final = ("float32", "bfloat16", "float16")
 FORMATS: Final = ("float32", "bfloat16", *packed.FORMATS)
 """Packed ones compute in bfloat16, as published files do."""
+STEP_CACHE: Final = "step_cache"
+ACCELERATIONS: Final = ("eager", "captured", "compiled")
+PATHS: Final = (STEP_CACHE, *ACCELERATIONS)
+"""In bfloat16: with a step cache, and diffusers' pipeline whose transformer runs in the workers as its class."""
+_THRESHOLD: Final = 0.08
+_COMPILED_S: Final = 120.0
 
 
 def write_folder_as(folder: Path, out: Path, dtype: torch.dtype) -> Path:
@@ -67,8 +74,11 @@ def lent_sampler(
 ) -> Iterator[Any]:
     """Lend the models of a folder, with the transformer in a format; give a sampler as :mod:`shapes.judge` takes it.
 
-    Everything but a packed transformer is in the format's dtype. ``scratch`` gets the files, and may be removed after.
+    Everything but a packed transformer is in the format's dtype. :data:`STEP_CACHE` is bfloat16 with a step cache.
+    ``scratch`` gets the files, and may be removed after.
     """
+    more = {"step_cache": _THRESHOLD} if weights_format == STEP_CACHE else {}
+    weights_format = "bfloat16" if weights_format == STEP_CACHE else weights_format
     is_plain = weights_format in PLAIN
     dtype = getattr(torch, weights_format) if is_plain else torch.bfloat16
     models = write_folder_as(folder, scratch / str(dtype).removeprefix("torch."), dtype)
@@ -88,11 +98,35 @@ def lent_sampler(
 
         def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
             conditioning = client.encode_prompt(transformer, list(texts), **words)
-            job = start_drawing(client, transformer, conditioning, vae, steps=steps, guidance=guidance, seed=seed)
+            job = start_drawing(
+                client, transformer, conditioning, vae, steps=steps, guidance=guidance, seed=seed, **more
+            )
             image: torch.Tensor = job.result().image.float().cpu()
             return image
 
         yield sample
+
+
+@contextmanager
+def accelerated_sampler(client: Any, pipeline: Any, acceleration: Any, sampler: Any) -> Iterator[Any]:
+    """Give ``sampler``, that of ``pipeline``, while its transformer runs in the workers with one of ``ACCELERATIONS``.
+
+    The daemon compiles while forwards run: on GPUs, sentences are drawn until it has.
+    """
+    from xditd.client import accelerate
+
+    with accelerate(pipeline, components=("transformer",), client=client, acceleration=acceleration):
+        end_s = time.monotonic() + _COMPILED_S
+        is_compiled = acceleration != "compiled" or client.status().device_kind != "cuda"
+        while not is_compiled and time.monotonic() < end_s:
+            sampler(["a red circle"] * 8, 0)
+            is_compiled = any("compiled" in path for path in paths_of(client))
+        yield sampler
+
+
+def paths_of(client: Any) -> list[str]:
+    """Return the paths of forwards that the workers have chosen, as ``xditd status`` names them."""
+    return sorted({f"{each.class_name}: {each.path}" for each in client.status().forward_paths})
 
 
 def print_format(name: str, row: dict[str, Any], *, is_first: bool) -> None:

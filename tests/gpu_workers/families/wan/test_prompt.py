@@ -40,3 +40,11 @@ def test_pipelines_that_need_ftfy_have_it_or_plain_texts(config: Any) -> None:
             tokens(config, "a cat", text)
         assert "cat”" not in refused.value.detail
         assert tokens(wan_models.TEXT, text)
+
+
+@pytest.mark.parametrize("config", [wan_models.TEXT, wan_models.CONFIGS["image"], wan_models.CONFIGS["VACE"]])
+def test_texts_are_cleaned_as_in_the_pipelines(config: Any) -> None:
+    assert tokens(config, "a “cat”", "cafe\u0301", "一只猫，水墨画") == tokens(
+        config, 'a "cat"', "caf\u00e9", "一只猫,水墨画"
+    )
+    assert tokens(config, "caf\u00e9") != tokens(config, "cafe")
