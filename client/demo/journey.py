@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 SEED: Final = 20
 TEXT_TOKENS: Final = 64
 GUIDANCE: Final = 3.5
+LEAST_STEPS: Final = 4
+"""Pictures of fewer steps show no clear forms, and are not read back."""
 MAX_WORKERS: Final = 2
 """The demo's transformer has two attention heads, and each worker needs one."""
 
@@ -250,7 +252,8 @@ class DemoRun:
 
     def _read(self, images: list[Path]) -> None:
         """Put sentences, and what the pictures show, into the report."""
-        found = shapes_model.read_pictures(images) if self.options.size == (256, 256) else None
+        is_read = self.options.size == (256, 256) and self.options.steps >= LEAST_STEPS
+        found = shapes_model.read_pictures(images) if is_read else None
         for at, (sentence, image) in enumerate(zip(shapes_model.SENTENCES, images, strict=True)):
             read = found[at] if found else None
             picture = Picture(str(image), sentence.text, read, shapes_model.differs(sentence, read) if read else "")

@@ -165,14 +165,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora", type=Path, help="the .json that shapes.lora or shapes.judged_lora wrote")
     given = parser.parse_args(arguments)
     more = {name: _read(path) for name in ("repeated", "formats", "lora") if (path := getattr(given, name))}
-    content = figures([_read(path) for path in given.runs], _read(given.judged), **more)
+    runs, judged = [_read(path) for path in given.runs], _read(given.judged)
+    try:
+        content = figures(runs, judged, **more)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(f"a file lacks {error}: is each what its flag names (--help)? nothing is written") from error
     card = given.folder / "README.md"
     card.write_text(replaced(card.read_text(encoding="utf-8"), card, BEGIN, END, content), encoding="utf-8")
     print(card)
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read: {error}; nothing is written") from error
 
 
 if __name__ == "__main__":

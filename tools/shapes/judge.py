@@ -28,6 +28,7 @@ from typing import Any, Final
 
 import torch
 
+from shapes.arguments import output_file, pipeline_folder, whole
 from shapes.draw import PIXELS, draw, encode, save_sheet
 from shapes.reading import Found, Reading, read
 from shapes.scenes import MAX_OBJECTS
@@ -203,9 +204,11 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
         print(f"{group:>10} {row['right']:5.0f} of {row['of']:4.0f} {row['percent']:6.1f} %", flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Judge a model of shapes on sentences that training never saw.")
-    parser.add_argument("folder", type=Path, help="a pipeline's folder; 'drawn' judges the drawn pictures themselves")
+    parser.add_argument(
+        "folder", type=_folder, help="a pipeline's folder; 'drawn' judges the drawn pictures themselves"
+    )
     parser.add_argument("--daemon", action="store_true", help="draw with the workers of the running daemon of xditd")
     parser.add_argument(
         "--formats", nargs="*", metavar="FORMAT",
@@ -215,15 +218,19 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of diffusers; a daemon has its own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--sentences", type=int, default=SENTENCES)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--sentences", type=whole(1), default=SENTENCES)
+    parser.add_argument("--steps", type=whole(1), default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--text-tokens", type=int, default=T5_TOKENS)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=1, help="of diffusers on a CPU, each with one thread")
-    parser.add_argument("--json", type=Path, help="write the table and every picture's faults here")
-    parser.add_argument("--sheet", type=Path, help="write the pictures here, as one .png")
-    given = parser.parse_args()
+    parser.add_argument("--batch", type=whole(1), default=8)
+    parser.add_argument("--processes", type=whole(1), default=1, help="of diffusers on a CPU, each with one thread")
+    parser.add_argument("--json", type=output_file(".json"), help="write the table and every picture's faults here")
+    parser.add_argument("--sheet", type=output_file(".png"), help="write the pictures here, as one .png")
+    given = parser.parse_args(arguments)
+    if (given.daemon or given.formats is not None) and given.processes > 1:
+        parser.error("--processes: of diffusers alone; leave it out")
+    if given.daemon and (given.device, given.dtype) != ("cpu", "float32"):
+        parser.error("--device, --dtype: of diffusers; a daemon has its own device, and the folder's dtype")
     requests = held_out_requests(given.sentences)
     started = time.monotonic()
     if given.formats is not None:
@@ -254,6 +261,10 @@ def main() -> None:
         given.json.write_text(json.dumps({"table": rows, "pictures": pictures}, ensure_ascii=False, indent=1))
     if given.sheet:
         save_sheet(images, given.sheet)
+
+
+def _folder(text: str) -> Path:
+    return Path(text) if text == "drawn" else pipeline_folder(text)
 
 
 def _diffusers(given: argparse.Namespace) -> Sampler:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from shapes.arguments import pipeline_folder, whole
 from shapes.draw import OUTLINE, save_sheet
 from shapes.judge import GUIDANCE, STEPS, Sampler, daemon_sampler, draw_requests, held_out_requests, pipeline_sampler
 from shapes.reading import read
@@ -74,14 +75,14 @@ def write_report(path: Path, found: Mapping[str, Mapping[str, int]], shown: torc
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Judge a LoRA of shapes that draws outlines, at several strengths.")
-    parser.add_argument("folder", type=Path, help="the pipeline's folder")
+    parser.add_argument("folder", type=pipeline_folder, help="the pipeline's folder")
     parser.add_argument("lora", type=Path, help="what shapes.lora wrote; a .json and a .png are written beside it")
     parser.add_argument("--daemon", action="store_true", help="draw with the workers of the running daemon of xditd")
     parser.add_argument("--device", default="cpu", help="of diffusers; a daemon has its own")
-    parser.add_argument("--sentences", type=int, default=SENTENCES)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--sentences", type=whole(1), default=SENTENCES)
+    parser.add_argument("--steps", type=whole(1), default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=whole(1), default=8)
     given = parser.parse_args(arguments)
     options = {"steps": given.steps, "guidance": given.guidance}
     with ExitStack() as stack:

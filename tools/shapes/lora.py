@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 
+from shapes.arguments import whole
 from shapes.budget import Budget, Interrupt
 from shapes.draw import OUTLINE
 from shapes.flow_training import Flow, sample_sigmas
@@ -123,14 +124,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="a .safetensors file; a .json and a .png of the same name lie beside it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=90)
-    parser.add_argument("--steps", type=int, default=0, help="in place of seconds")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=whole(0), default=0, help="in place of seconds")
+    parser.add_argument("--batch", type=whole(1), default=128)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--pool", type=int, default=16_384)
-    parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--pool", type=whole(1), default=16_384)
+    parser.add_argument("--chunk", type=whole(1), default=256)
+    parser.add_argument("--workers", type=whole(0), default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sentences", type=int, default=SENTENCES, help="that are judged at the end; 0: none")
+    parser.add_argument("--sentences", type=whole(0), default=SENTENCES, help="that are judged at the end; 0: none")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     if device.type == "cuda":

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from shapes.arguments import pipeline_folder
 from shapes.models import weights_file
 from xditd.client.demo.original_names import transformer_tensors, vae_tensors
 
@@ -84,13 +85,13 @@ def _tokenizer(folder: Path) -> torch.Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the models of shapes as the published files of FLUX.1.")
-    parser.add_argument("folder", type=Path, help="the pipeline's folder")
+    parser.add_argument("folder", type=pipeline_folder, help="the pipeline's folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="the folder's unless given")
     parser.add_argument("--comfyui", action="store_true", help="OUT is ComfyUI's folder models")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     write = write_for_comfyui if given.comfyui else write_originals
     for path in write(given.folder, given.out, given.dtype and getattr(torch, given.dtype)).values():
         print(path)

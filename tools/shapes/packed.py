@@ -20,6 +20,7 @@ from typing import Final
 import torch
 from safetensors.torch import load_file, save_file
 
+from shapes.arguments import pipeline_folder
 from shapes.models import weights_file
 from xditd.client.demo.original_names import transformer_tensors
 
@@ -127,7 +128,7 @@ def _text(value: str) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the transformer of shapes in packed formats.")
-    parser.add_argument("folder", type=Path, help="the pipeline's folder")
+    parser.add_argument("folder", type=pipeline_folder, help="the pipeline's folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

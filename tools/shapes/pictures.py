@@ -18,6 +18,7 @@ from typing import Final
 
 import torch
 
+from shapes.arguments import pipeline_folder, whole
 from shapes.draw import save_sheet
 from shapes.judge import GUIDANCE, STEPS, Sampler, judge, pipeline_sampler
 from shapes.pages import replaced
@@ -108,10 +109,10 @@ def _with_table(text: str, page: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of README and the model card.")
-    parser.add_argument("folder", type=Path, help="the pipeline's folder")
+    parser.add_argument("folder", type=pipeline_folder, help="the pipeline's folder")
     parser.add_argument("--root", type=Path, default=Path(), help="of the checkout, unless it is the current folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=whole(1), default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     given = parser.parse_args(arguments)
     from diffusers import FluxPipeline

@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 from diffusers import AutoencoderKL
 
+from shapes.arguments import whole
 from shapes.budget import Budget, Interrupt
 from shapes.draw import draw, encode, save_sheet
 from shapes.explained import Explained
@@ -58,13 +59,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-seconds", type=float, default=120)
-    parser.add_argument("--vae-steps", type=int, default=0, help="in place of seconds")
-    parser.add_argument("--vae-batch", type=int, default=48)
+    parser.add_argument("--vae-steps", type=whole(0), default=0, help="in place of seconds")
+    parser.add_argument("--vae-batch", type=whole(1), default=48)
     parser.add_argument("--text-seconds", type=float, default=45, help="of both text encoders, on sentences alone")
-    parser.add_argument("--text-steps", type=int, default=0, help="in place of seconds")
+    parser.add_argument("--text-steps", type=whole(0), default=0, help="in place of seconds")
     parser.add_argument("--text-share", type=float, default=0.0, help="of the flow's rate, for both text encoders")
     parser.add_argument("--seconds", type=float, default=600, help="of rectified flow")
-    parser.add_argument("--steps", type=int, default=0, help="in place of seconds")
+    parser.add_argument("--steps", type=whole(0), default=0, help="in place of seconds")
     parser.add_argument(
         "--total-seconds",
         type=float,
@@ -72,20 +73,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of this run: rectified flow gets the rest, if it has seconds",
     )
     parser.add_argument("--distill-seconds", type=float, default=150)
-    parser.add_argument("--distill-steps", type=int, default=0, help="in place of seconds")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--distill-steps", type=whole(0), default=0, help="in place of seconds")
+    parser.add_argument("--batch", type=whole(1), default=256)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--final", type=float, default=0.01, help="share of the rate at the end of the flow's phase")
     parser.add_argument("--object-weight", type=float, default=4.0, help="of patches with objects, in the first half")
-    parser.add_argument("--long-every", type=int, default=16, help="one step of so many has 512 tokens; 0: none")
+    parser.add_argument("--long-every", type=whole(0), default=16, help="one step of so many has 512 tokens; 0: none")
     parser.add_argument("--distill-rate", type=float, default=3e-4)
-    parser.add_argument("--pool", type=int, default=65_536, help="pictures whose latents are kept")
-    parser.add_argument("--chunk", type=int, default=256, help="pictures that are drawn at once")
-    parser.add_argument("--refresh-every", type=int, default=24, help="steps until a chunk of the pool is replaced")
-    parser.add_argument("--workers", type=int, default=8, help="processes that write sentences")
+    parser.add_argument("--pool", type=whole(1), default=65_536, help="pictures whose latents are kept")
+    parser.add_argument("--chunk", type=whole(1), default=256, help="pictures that are drawn at once")
+    parser.add_argument(
+        "--refresh-every", type=whole(1), default=24, help="steps until a chunk of the pool is replaced"
+    )
+    parser.add_argument("--workers", type=whole(0), default=8, help="processes that write sentences")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print what the flow's steps spend on the GPU")
-    parser.add_argument("--sentences", type=int, default=200, help="of the judge at the end; 0: none")
+    parser.add_argument("--sentences", type=whole(0), default=200, help="of the judge at the end; 0: none")
     parser.add_argument("--state", type=Path, help="continue the flow's phase from here, and save it here at its end")
     parser.add_argument("--folder", type=Path, help="write the pipeline's folder here")
     return parser.parse_args(arguments)
@@ -113,7 +116,9 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
     parts = build_parts()
     made = load_parts(given.start, parts) if given.start else []
     if given.start:
-        print("started from", ", ".join(made) or "nothing", flush=True)
+        if not made:
+            raise SystemExit(f"--start {given.start}: has no weights; name a folder of this program, or a pipeline's")
+        print("started from", ", ".join(made), flush=True)
     phases = [(False, given.seconds, given.steps), (True, given.distill_seconds, given.distill_steps)]
     phases = [phase for phase in phases if phase[1] or phase[2]]
     has_words = bool(given.text_seconds or given.text_steps)

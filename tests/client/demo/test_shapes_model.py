@@ -143,3 +143,12 @@ def test_the_page_shows_pictures_with_their_sentences(picture: Path, tmp_path: P
     page = (tmp_path / "demo.html").read_text(encoding="utf-8")
     assert '<img src="demo.png" alt="a &lt;heart&gt; &amp; 一颗星">' in page
     assert "<figcaption>a &lt;heart&gt; &amp; 一颗星<br><small>read: red something</small>" in page
+
+
+@pytest.mark.parametrize(("steps", "is_read"), [(1, False), (4, True)])
+def test_pictures_of_few_steps_are_not_judged(steps: int, is_read: bool, picture: Path, tmp_path: Path) -> None:
+    demo = DemoRun(DemoOptions(tmp_path, 2, "cpu", (256, 256), steps, keep=False), None)
+    demo._read([picture, picture, picture])
+    assert [each.read is not None for each in demo.report.pictures] == [is_read] * 3
+    assert [bool(each.fault) for each in demo.report.pictures] == [False, is_read, is_read]
+    assert (tmp_path / "demo.html").is_file()
