@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -99,7 +98,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Read pictures of shapes, and write what they show as JSON.")
     parser.add_argument("images", nargs="+", type=Path, help="square image files")
-    json.dump([read_file(path) for path in parser.parse_args().images], sys.stdout)
+    print(json.dumps([read_file(path) for path in parser.parse_args().images]))
 
 
 @cache
