@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Final
 
 from xditd.ipc.inherited import current_folder, search_path
+
+_PR_SET_PDEATHSIG: Final = 1
+_libc: Final = ctypes.CDLL(None)
 
 # Without -P, `python -m` first imports modules from the current folder, where a file may be named queue.py.
 # -I also ignores PYTHONPATH. Python before 3.11 has no -P, so there the folder is removed from sys.path.
@@ -30,3 +35,11 @@ def module_environment() -> dict[str, str]:
     environ.pop("PYTHONINSPECT", None)  # it would open a Python prompt when the daemon ends
     path = search_path(environ.pop("PYTHONPATH", ""), current_folder())
     return {**environ, "PYTHONPATH": path} if path else environ
+
+
+def end_with_parent() -> None:
+    """Have this process, a child before exec, get SIGTERM when its parent is killed.
+
+    It is called between fork and exec, so it only calls a function that is there. Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -43,6 +43,8 @@ def run(parsed: argparse.Namespace) -> int:
     check_folder(parsed.out, _OUTPUT_BYTES)
     require_torch()
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup(1)
+        signal.signal(signal.SIGHUP, _interrupt)  # the terminal was closed
     options = DemoOptions(
         out=parsed.out,
         workers=parsed.workers or 0,

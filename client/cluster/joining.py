@@ -22,13 +22,12 @@ from types import FrameType
 from typing import Final
 
 from xditd.client.cluster import security
-from xditd.client.subprograms import module_command, module_environment
+from xditd.client.subprograms import end_with_parent, module_command, module_environment
 from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, PeerError, Unsupported
 
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _libc: Final = ctypes.CDLL(None)
 _REFUSED: Final = 2
@@ -150,7 +149,7 @@ def _stay(membership: Membership, stopping: threading.Event) -> int | None:
                     stdin=subprocess.DEVNULL,
                     stdout=sys.stderr,
                     start_new_session=True,
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=end_with_parent,  # `ray start` then ends its Ray
                 )
             )
         raylet, member = processes
@@ -159,11 +158,6 @@ def _stay(membership: Membership, stopping: threading.Event) -> int | None:
         return member.poll()
     finally:
         _end(processes)
-
-
-def _end_with_parent() -> None:
-    """Have this process, a child before exec, get SIGTERM when the join is killed: `ray start` then ends its Ray."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

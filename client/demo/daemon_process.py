@@ -13,7 +13,7 @@ from typing import BinaryIO, Final
 
 from xditd.client.client import Client
 from xditd.client.demo.output import writing_to
-from xditd.client.subprograms import module_command, module_environment
+from xditd.client.subprograms import end_with_parent, module_command, module_environment
 from xditd.client.waiting import wait_for
 from xditd.ipc.awake_clock import AwakeClock
 from xditd.ipc.errors import DaemonUnreachable, DeadlineExceeded, WorkersUnavailable, XditdError
@@ -32,9 +32,12 @@ class DaemonProcess:
     """``xditd serve`` as a child process. ``log`` is the file for its and its workers' stderr.
 
     ``flags`` are further flags of ``xditd serve``; if they are invalid, the daemon exits, and :meth:`connect` raises.
+    With ``ends_with_parent`` it stops when this process is killed.
     """
 
-    def __init__(self, log: Path, workers: int, device: str, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self, log: Path, workers: int, device: str, flags: Sequence[str] = (), *, ends_with_parent: bool = False
+    ) -> None:
         # Socket paths hold 107 bytes, so the folder is not below the output folder, whose path may be long.
         with writing_to(Path(tempfile.gettempdir()), "TMPDIR"):
             self.runtime_dir = Path(tempfile.mkdtemp(prefix="xditd-demo-"))
@@ -52,6 +55,7 @@ class DaemonProcess:
                 stdout=stderr,
                 stderr=stderr,
                 start_new_session=True,
+                preexec_fn=end_with_parent if ends_with_parent else None,
             )
 
     def _log_file(self) -> BinaryIO:
@@ -115,15 +119,20 @@ class DaemonProcess:
         return outside_sockets([self.pid, *descendants(self.pid)])
 
     def stop(self, client: Client | None) -> None:
-        """Stop the daemon, by request if it answers, else by signals, and remove its folder."""
+        """Stop the daemon, by request if it answers, else by signals, and remove its folder.
+
+        If Ctrl-C interrupts the request, the daemon gets SIGTERM; if it interrupts that, SIGKILL.
+        """
         try:
             if client is not None and self._process.poll() is None:
                 client.stop(deadline_s=_STOP_DEADLINE_S)
         except XditdError:
             pass  # it does not answer: _end() sends signals
         finally:
-            self._end()
-            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+            try:
+                self._end()
+            finally:
+                shutil.rmtree(self.runtime_dir, ignore_errors=True)
 
     def _end(self) -> None:
         if self._process.poll() is None:
@@ -131,8 +140,11 @@ class DaemonProcess:
         try:
             self._process.wait(_STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # workers exit when their parent does
-            self._process.wait()
+            pass
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()  # workers exit when their parent does
+                self._process.wait()
 
 
 def outside_sockets(pids: list[int]) -> list[str]:

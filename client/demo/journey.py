@@ -79,10 +79,13 @@ class DemoRun:
 
         Raises:
             OutputFailed: the output folder, or the one for temporary files, cannot be written.
+            BadCheckpoint: files of models/shapes are missing or damaged.
             XditdError: a phase failed.
         """
         # The demo needs no files of a model hub; a request for one must fail instead of downloading it.
         os.environ["HF_HUB_OFFLINE"] = "1"
+        if self._shapes is not None:
+            shapes_model.check_shapes(self._shapes)
         with writing_to(self.options.out, "--out"):
             self._run()
             self.report.write(self.options.out / "demo.json")
@@ -91,7 +94,12 @@ class DemoRun:
     def _run(self) -> None:
         self.options.out.mkdir(parents=True, exist_ok=True)
         with self._phase("daemon_start", "starting the daemon"):
-            daemon = DaemonProcess(self.options.out / "daemon.log", self._count_workers(), self.options.device)
+            daemon = DaemonProcess(
+                self.options.out / "daemon.log",
+                self._count_workers(),
+                self.options.device,
+                ends_with_parent=not self.options.keep,
+            )
         client = None
         is_done = False
         try:
@@ -106,9 +114,11 @@ class DemoRun:
                 if client is not None:
                     client.close()
             else:
-                daemon.stop(client)
-                if client is not None:
-                    client.close()
+                try:
+                    daemon.stop(client)
+                finally:
+                    if client is not None:
+                        client.close()
 
     def _run_phases(self, daemon: DaemonProcess, client: Client) -> None:
         report = self.report
@@ -226,8 +236,9 @@ class DemoRun:
         if self._shapes is None:
             yield random_conditioning(transformer.facts, SEED, TEXT_TOKENS)
             return
-        encoders = {name: client.lend(self._shapes / name) for name in shapes_model.ENCODERS}
-        tokenizers = {name: client.lend_tokenizer(self._shapes / name) for name in shapes_model.TOKENIZERS}
+        with shapes_model.of_checkout(self._shapes):
+            encoders = {name: client.lend(self._shapes / name) for name in shapes_model.ENCODERS}
+            tokenizers = {name: client.lend_tokenizer(self._shapes / name) for name in shapes_model.TOKENIZERS}
         for sentence in shapes_model.SENTENCES:
             yield client.encode_prompt(
                 transformer,

@@ -6,8 +6,10 @@ The demo lends it if its folder is there, and generated weights otherwise.
 from __future__ import annotations
 
 import importlib
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 from xditd.client.demo.checkpoints import save_aligned
 from xditd.client.demo.original_names import transformer_tensors, vae_tensors
 from xditd.client.tensor_files import read_tensors
-from xditd.ipc.errors import OutputFailed
+from xditd.ipc.errors import BadCheckpoint, OutputFailed, RequestError
+from xditd.ipc.transports.file import LentFile
+from xditd.ipc.transports.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +27,15 @@ if TYPE_CHECKING:
 ENCODERS: Final = ("text_encoder", "text_encoder_2")
 TOKENIZERS: Final = ("tokenizer", "tokenizer_2")
 _WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
+_INDEX: Final = "model_index.json"
+_READ: Final = (
+    f"transformer/{_WEIGHTS}",
+    f"vae/{_WEIGHTS}",
+    *(f"{encoder}/{name}" for encoder in ENCODERS for name in ("config.json", "model.safetensors")),
+    *(f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")),
+    *(f"tokenizer_2/{name}" for name in ("tokenizer.json", "tokenizer_config.json")),
+)
+"""The files that the demo needs of the folder."""
 _SHIFT: Final = 0.5
 """FLUX.1's for 256 image tokens."""
 
@@ -50,9 +63,53 @@ SENTENCES: Final = (
 
 
 def find_shapes() -> Path | None:
-    """Return the folder of the model in the checkout that this file lies in, if it is there with its weights."""
+    """Return the folder of the model in the checkout that this file lies in, if it is there; it may be damaged."""
     folder = _checkout() / "models" / "shapes"
-    return folder if (folder / "transformer" / _WEIGHTS).is_file() else None
+    return folder if any((folder / name).is_file() for name in (_INDEX, f"transformer/{_WEIGHTS}")) else None
+
+
+def check_shapes(folder: Path) -> None:
+    """Check that the files that the demo needs are there, whole as far as their heads say.
+
+    Raises:
+        BadCheckpoint: a file is missing, truncated, unreadable, or no safetensors or JSON file.
+    """
+    with of_checkout(folder):
+        for name in _READ:
+            path = folder / name
+            if not path.is_file():
+                raise BadCheckpoint(f"{path}: is missing")
+            try:
+                _check_file(path)
+            except (OSError, ValueError) as error:
+                raise BadCheckpoint(f"{path}: cannot be read: {error}") from error
+
+
+def _check_file(path: Path) -> None:
+    if path.suffix == ".safetensors":
+        file = LentFile(str(path))
+        try:
+            read_header(file.fd, file.path)
+        finally:
+            file.close()
+    elif path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+    else:
+        path.read_text(encoding="utf-8")
+
+
+@contextmanager
+def of_checkout(folder: Path) -> Iterator[None]:
+    """Convert what is wrong with a file of the folder, which no flag names, to ``BadCheckpoint`` with the remedy."""
+    try:
+        yield
+    except RequestError as error:
+        if str(folder) not in error.detail:
+            raise
+        raise BadCheckpoint(
+            f"{error.detail}; restore the checkout's files (git -C {folder.parents[1]} checkout -- models/shapes), "
+            f"or remove {folder}: the demo then runs with random weights"
+        ) from error
 
 
 def _checkout() -> Path:
@@ -67,7 +124,8 @@ def write_originals(folder: Path, transformer: Path, vae: Path, dtype: torch.dty
         OutputFailed: a file cannot be written.
     """
     for part, path, rename in (("transformer", transformer, transformer_tensors), ("vae", vae, vae_tensors)):
-        tensors = rename(read_tensors(folder / part / _WEIGHTS))
+        with of_checkout(folder):
+            tensors = rename(read_tensors(folder / part / _WEIGHTS))
         save_aligned({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, path)
 
 

@@ -1,4 +1,8 @@
-"""The demo's daemon, when it does not start."""
+"""The demo's daemon, when it does not start, and when it does not stop."""
+
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +19,18 @@ def test_connect_fails_at_once_if_the_daemon_has_exited(tmp_path):
         daemon.wait_ready(None, print)
     daemon.stop(None)
     assert not daemon.runtime_dir.exists()
+
+
+def test_an_interrupt_while_the_daemon_stops_leaves_nothing(tmp_path):
+    daemon = DaemonProcess(tmp_path / "daemon.log", 1, "cpu")
+    daemon.connect().close()
+    os.kill(daemon.pid, signal.SIGSTOP)  # it does not answer, and SIGTERM waits
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            daemon.stop(None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not daemon.runtime_dir.exists()
+    assert not Path(f"/proc/{daemon.pid}").exists()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,10 +17,13 @@ from shapes.draw import draw, encode
 from shapes.scenes import Scene, Thing, is_held_out
 
 from xditd.client.demo import shapes_model
+from xditd.client.demo.journey import DemoOptions, DemoRun
 from xditd.client.demo.page import write_page
 from xditd.client.demo.report import Picture, Report
-from xditd.ipc.errors import OutputFailed
+from xditd.ipc.errors import BadCheckpoint, OutputFailed
 
+SHAPES = Path(__file__).parents[3] / "models" / "shapes"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 15761776\n"
 SENTENCE = shapes_model.SENTENCES[0]
 
 
@@ -82,6 +89,52 @@ def test_a_folder_without_weights_is_no_model(tmp_path: Path, monkeypatch: pytes
     assert shapes_model.read_pictures([]) is None
     (tmp_path / "models" / "shapes" / "transformer" / "diffusion_pytorch_model.safetensors").touch()
     assert shapes_model.find_shapes() == tmp_path / "models" / "shapes"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5_000])
+
+
+def _write_pointer(path: Path) -> None:
+    path.write_bytes(POINTER)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("tokenizer", shutil.rmtree, r"tokenizer/vocab\.json: is missing"),
+        ("tokenizer_2/tokenizer.json", Path.unlink, r"tokenizer_2/tokenizer\.json: is missing"),
+        ("tokenizer_2/tokenizer.json", _cut, r"tokenizer_2/tokenizer\.json: cannot be read: "),
+        ("text_encoder/config.json", _empty, r"text_encoder/config\.json: cannot be read: "),
+        ("text_encoder_2/model.safetensors", _write_pointer, r"text_encoder_2/model\.safetensors: .*Git LFS pointer"),
+        ("transformer/diffusion_pytorch_model.safetensors", _cut, r"transformer/diffusion.*truncated"),
+        ("transformer/diffusion_pytorch_model.safetensors", Path.unlink, r"transformer/diffusion.*: is missing"),
+        ("vae/diffusion_pytorch_model.safetensors", Path.unlink, r"vae/diffusion.*: is missing"),
+    ],
+)
+def test_a_damaged_folder_ends_the_demo_before_its_daemon(
+    name: str, damage: Callable[[Path], object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes_model, "_checkout", lambda: tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = shutil.copytree(SHAPES, tmp_path / "models" / "shapes")
+    shapes_model.check_shapes(folder)
+    damage(folder / name)
+    demo = DemoRun(DemoOptions(tmp_path / "out", 2, "cpu", (256, 256), 8, keep=False), None)
+    with pytest.raises(BadCheckpoint, match=message) as found:
+        demo.run()
+    assert f"git -C {tmp_path} checkout -- models/shapes" in found.value.detail
+    assert os.listdir(tmp_path) == ["models"]
+
+
+def test_other_errors_keep_their_words(tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match=r"^/else: wrong$"), shapes_model.of_checkout(tmp_path):
+        raise BadCheckpoint("/else: wrong")
 
 
 def test_the_page_shows_pictures_with_their_sentences(picture: Path, tmp_path: Path) -> None:
