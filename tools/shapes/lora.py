@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from shapes.budget import Budget, Interrupt
 from shapes.draw import OUTLINE
 from shapes.flow_training import Flow, sample_sigmas
-from shapes.judge import Sampler, held_out_requests, pipeline_sampler
+from shapes.judge import held_out_requests
 from shapes.judged_lora import SENTENCES, judge_strengths, write_report
 from shapes.models import build_parts, build_pipeline, load_parts
 from shapes.pool import Pool, autocast, prepare_gpu
+from shapes.samplers import Sampler, pipeline_sampler
 
 RANK: Final = 8
 _LAYERS: Final = re.compile(

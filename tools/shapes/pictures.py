@@ -19,8 +19,9 @@ from typing import Final
 import torch
 
 from shapes.draw import save_sheet
-from shapes.judge import GUIDANCE, STEPS, Sampler, judge, pipeline_sampler
+from shapes.judge import judge
 from shapes.pages import replaced
+from shapes.samplers import GUIDANCE, STEPS, Sampler, open_pipeline, pipeline_sampler
 from shapes.scenes import Scene, Thing
 from shapes.words import Request
 
@@ -114,13 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     given = parser.parse_args(arguments)
-    from diffusers import FluxPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    pipeline = FluxPipeline.from_pretrained(given.folder, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    sampler = pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance)
+    sampler = pipeline_sampler(open_pipeline(given.folder), steps=given.steps, guidance=given.guidance)
     with torch.no_grad():
         images, wrong = draw_examples(sampler, given.seed)
     if wrong:

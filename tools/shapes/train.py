@@ -27,7 +27,7 @@ from shapes.budget import Budget, Interrupt
 from shapes.draw import draw, encode, save_sheet
 from shapes.explained import Explained
 from shapes.flow_training import WEAKEST_GUIDANCE, Flow, FlowSettings, FlowTraining
-from shapes.judge import GUIDANCE, faults, held_out_requests, judge, pipeline_sampler, print_table, table
+from shapes.judge import faults, held_out_requests, judge, print_table, table
 from shapes.models import (
     LATENT_SCALE,
     LATENT_SHIFT,
@@ -41,6 +41,7 @@ from shapes.models import (
 )
 from shapes.pool import Pool, Sentences, autocast, encode_latents, prepare_gpu
 from shapes.reading import read
+from shapes.samplers import GUIDANCE, pipeline_sampler
 from shapes.text_training import TextSettings, TextTraining
 from shapes.vae_training import VaeSettings, train_vae
 from shapes.words import sample_request
