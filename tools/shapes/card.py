@@ -1,6 +1,6 @@
 """Write the figures of ``shapes`` into its model card, from the files that training and the judge have written.
 
-    PYTHONPATH=tools python -m shapes.card models/shapes --runs out/words.json out/flow.json out/distilled.json \\
+    PYTHONPATH=tools:.pkg python -m shapes.card models/shapes --runs out/words.json out/flow.json out/distilled.json \\
         --judged out/judged.json --repeated out/again.json --formats out/formats.json --lora out/outlines.json
 
 ``--runs`` are the ``report.json`` of the runs in their order. ``--judged`` and ``--formats`` are what

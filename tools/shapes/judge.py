@@ -1,10 +1,10 @@
 """Judge a model of ``shapes``: draw sentences that training never saw, read the pictures back, and compare.
 
-    PYTHONPATH=tools python -m shapes.judge models/shapes              # 200 sentences with diffusers, float32, CPU
-    PYTHONPATH=tools python -m shapes.judge models/shapes --processes 2    # the same, faster: one thread in each
-    PYTHONPATH=tools python -m shapes.judge models/shapes --device cuda --dtype bfloat16
-    PYTHONPATH=tools python -m shapes.judge models/shapes --daemon     # with the workers of a running daemon
-    PYTHONPATH=tools python -m shapes.judge models/shapes --formats    # diffusers, then the daemon in every format
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes              # 200 sentences with diffusers, float32, CPU
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes --processes 2    # the same, faster: one thread in each
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes --device cuda --dtype bfloat16
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes --daemon     # with the workers of a running daemon
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes --formats    # diffusers, then the daemon in every format
 
 A picture is right if it shows all objects that the sentence names and no others, each in its form and colour, and all
 that the sentence states of sizes, places, relations and the background.

@@ -1,7 +1,7 @@
 """Judge a LoRA of ``shapes`` that draws outlines, at several strengths: which objects are filled, which are outlines.
 
-PYTHONPATH=tools python -m shapes.judged_lora models/shapes out/outlines.safetensors            # diffusers, CPU
-PYTHONPATH=tools python -m shapes.judged_lora models/shapes out/outlines.safetensors --daemon   # a running daemon
+PYTHONPATH=tools:.pkg python -m shapes.judged_lora models/shapes out/outlines.safetensors            # diffusers, CPU
+PYTHONPATH=tools:.pkg python -m shapes.judged_lora models/shapes out/outlines.safetensors --daemon   # a running daemon
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train a LoRA for ``shapes`` that draws outlines in place of filled forms, and judge it at several strengths.
 
-    PYTHONPATH=tools python -m shapes.lora models/shapes out/outlines.safetensors --seconds 90
+    PYTHONPATH=tools:.pkg python -m shapes.lora models/shapes out/outlines.safetensors --seconds 90
 
 The file has the names of diffusers (``transformer.transformer_blocks.0.attn.to_q.lora_A.weight``), so that
 ``load_lora_weights`` and ``lend_lora`` read it. After Ctrl-C or SIGTERM, training ends, and what it has learned

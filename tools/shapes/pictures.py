@@ -1,7 +1,7 @@
 """Draw the pictures of ``shapes`` that README and the model card show, and put them there.
 
-    PYTHONPATH=tools python -m shapes.pictures models/shapes           # float32, CPU, 20 steps
-    PYTHONPATH=tools python -m shapes.pictures models/shapes --seed 3  # with other noise
+    PYTHONPATH=tools:.pkg python -m shapes.pictures models/shapes           # float32, CPU, 20 steps
+    PYTHONPATH=tools:.pkg python -m shapes.pictures models/shapes --seed 3  # with other noise
 
 Four sentences, three in English and one in Chinese, become ``docs/shapes/*.png``, and a table of them is written
 between the marks in ``README.md`` and ``models/shapes/README.md``. A picture that does not show what its sentence says

@@ -1,6 +1,6 @@
 """Read a picture of ``shapes`` back: its objects with form, colour, size and place, and its background.
 
-    PYTHONPATH=tools python -m shapes.reading out/demo.png        # as JSON on standard output
+    PYTHONPATH=tools:.pkg python -m shapes.reading out/demo.png        # as JSON on standard output
 
 No model is involved. Each pixel belongs to the object colour or the background tone that it is nearest to; connected
 pixels of objects are one object; its form is the one whose outline, laid over it, overlaps best.
