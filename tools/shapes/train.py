@@ -1,7 +1,7 @@
 """Train ``shapes`` from nothing: the VAE, the text encoders on sentences, the transformer on pictures, then guidance.
 
     PYTHONPATH=tools:.pkg python -m shapes.train OUT                # everything, with these defaults
-    PYTHONPATH=tools:.pkg python -m shapes.train OUT --start OUT    # further, from OUT; with seconds of 0 for phases that are done
+    PYTHONPATH=tools:.pkg python -m shapes.train OUT --start OUT    # the same, with the weights in OUT to start from
 
 Each phase is skipped if its seconds (and steps) are 0. OUT gets ``vae.safetensors``, ``transformer.safetensors``,
 ``text_encoder.safetensors``, ``text_encoder_2.safetensors`` (bfloat16, each below 16 MB), ``report.json`` and
