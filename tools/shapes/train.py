@@ -103,10 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class Run:
-    """A run of this program: the models by the names of :data:`~shapes.models.PARTS`, and its report.
-
-    ``made`` are the parts that have been trained or found in ``--start``.
-    """
+    """A run of this program: the models by the names of :data:`~shapes.models.PARTS`, and its report."""
 
     def __init__(self, given: argparse.Namespace, interrupt: Interrupt) -> None:
         self._given, self._interrupt, self._started = given, interrupt, time.monotonic()
@@ -120,6 +117,7 @@ class Run:
             "torch": torch.__version__,
         }
         self._parts = build_parts()
+        # The parts that have been found or trained: no others are written to a pipeline's folder.
         self._made = load_parts(given.start, self._parts) if given.start else []
         if given.start:
             print("started from", ", ".join(self._made) or "nothing", flush=True)
