@@ -20,7 +20,7 @@ from xditd.client.demo import parity, shapes_model
 from xditd.client.demo.daemon_process import DaemonProcess, outside_sockets
 from xditd.client.demo.output import writing_to
 from xditd.client.demo.page import write_page
-from xditd.client.demo.report import Picture, Report
+from xditd.client.demo.report import PHASES, Picture, Report
 from xditd.client.loans import Loan
 from xditd.client.results import GenerationResult
 from xditd.ipc.errors import BadRequest
@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 SEED: Final = 20
 TEXT_TOKENS: Final = 64
 GUIDANCE: Final = 3.5
+IMAGES: Final = {"first_image": "demo.png", "second_image": "demo-second.png", "third_image": "demo-third.png"}
+"""The files of the images by their phases."""
+PLAIN_IMAGES: Final = 2
+"""How many there are with generated weights."""
 LEAST_STEPS: Final = 4
 """Pictures of fewer steps show no clear forms, and are not read back."""
 MAX_WORKERS: Final = 2
@@ -74,7 +78,7 @@ class DemoRun:
     @staticmethod
     def length(options: DemoOptions) -> int:
         """Number of steps of the progress bar: daemon, workers, checkpoints, two loans, images, parity."""
-        return 6 + (2 if shapes_model.find_shapes() is None else len(shapes_model.SENTENCES)) * options.steps
+        return 6 + (PLAIN_IMAGES if shapes_model.find_shapes() is None else len(shapes_model.SENTENCES)) * options.steps
 
     def run(self) -> Report:
         """Run everything, and write the report. Always stops the daemon, unless ``options.keep`` is set.
@@ -135,32 +139,15 @@ class DemoRun:
             transformer, vae = self._lend(client, files, status.device_kind)
         report.loans = [transformer, vae]
         with self._phase("lend", "lending"):
-            inputs, others = self._make_inputs(client, transformer)
+            asked = self._make_inputs(client, transformer)
         plugs = client.status().counters.plugs
-
-        image, second = self.options.out / "demo.png", self.options.out / "demo-second.png"
-        with self._phase("first_image", "first image"):
-            first = self._generate(client, transformer, vae, inputs, inputs.noise, daemon)
-        first.save(image)
-        report.image = str(image)
-        with self._phase("second_image", "second image"):
-            noise = _noise(SEED + 1, self.options.size)
-            again = self._generate(client, transformer, vae, others[0] if others else inputs, noise, daemon)
-        again.save(second)
-        report.second_image = str(second)
-        if others:
-            third = self.options.out / "demo-third.png"
-            with self._phase("third_image", "third image"):
-                noise = _noise(SEED + 2, self.options.size)
-                self._generate(client, transformer, vae, others[1], noise, daemon).save(third)
-            with self._phase("reading", "reading the pictures"):
-                self._read([image, second, third])
+        latents = self._draw(client, transformer, vae, asked, daemon)
 
         status = client.status()
         report.is_lent_once = status.counters.plugs == plugs
         with self._phase("parity", "comparing with plain diffusers"):
-            expected = self._reference(files, inputs, status.device_kind)
-        report.parity = parity.relative_error(first.latents, expected)
+            expected = self._reference(files, asked[0], status.device_kind)
+        report.parity = parity.relative_error(latents, expected)
         report.parity_bar = parity.TOLERANCES[report.dtype]
         self._steps.update()
         self._record_outside_sockets(daemon)
@@ -172,6 +159,22 @@ class DemoRun:
             report.outside_connections.append(
                 f"workers tried to reach other hosts {status.counters.outside_connections} times; see {daemon.log}"
             )
+
+    def _draw(
+        self, client: Client, transformer: Loan, vae: Loan, asked: list[parity.Inputs], daemon: DaemonProcess
+    ) -> torch.Tensor:
+        """Generate the images, write them and read them back; return the latents of the first one."""
+        results, paths = [], []
+        for inputs, (phase, name) in zip(asked, IMAGES.items(), strict=False):
+            with self._phase(phase, PHASES[phase]):
+                results.append(self._generate(client, transformer, vae, inputs, daemon))
+            paths.append(self.options.out / name)
+            results[-1].save(paths[-1])
+        self.report.image, self.report.second_image = map(str, paths[:2])
+        if self._shapes is not None:
+            with self._phase("reading", "reading the pictures"):
+                self._read(paths)
+        return results[0].latents
 
     def _count_workers(self) -> int:
         """Return the number of workers: two, or the number of GPUs if that is less."""
@@ -213,30 +216,28 @@ class DemoRun:
             shapes_model.write_originals(self._shapes, files.transformer, files.vae, dtype)
         return files
 
-    def _make_inputs(self, client: Client, transformer: Loan) -> tuple[parity.Inputs, list[parity.Inputs]]:
-        """Make the inputs of the first image, and of the others with words of their own."""
+    def _make_inputs(self, client: Client, transformer: Loan) -> list[parity.Inputs]:
+        """Make the inputs of each image, which has noise of its own."""
         width, height = self.options.size
         steps = self.options.steps
-        first, *others = (
+        plain = tuple(1.0 - step / steps for step in range(steps))
+        return [
             parity.Inputs(
                 conditioning=conditioning,
-                noise=_noise(SEED, self.options.size),
-                sigmas=shapes_model.shifted_sigmas(steps)
-                if self._shapes
-                else tuple(1.0 - step / steps for step in range(steps)),
+                noise=_noise(SEED + at, self.options.size),
+                sigmas=plain if self._shapes is None else shapes_model.shifted_sigmas(steps),
                 height=height,
                 width=width,
                 guidance=GUIDANCE,
             )
-            for conditioning in self._make_conditioning(client, transformer)
-        )
-        return first, others
+            for at, conditioning in enumerate(self._make_conditioning(client, transformer))
+        ]
 
     def _make_conditioning(self, client: Client, transformer: Loan) -> Iterator[Mapping[str, Any]]:
         from xditd.client.conditioning import random_conditioning
 
         if self._shapes is None:
-            yield random_conditioning(transformer.facts, SEED, TEXT_TOKENS)
+            yield from [random_conditioning(transformer.facts, SEED, TEXT_TOKENS)] * PLAIN_IMAGES
             return
         with shapes_model.of_checkout(self._shapes):
             encoders = {name: client.lend(self._shapes / name) for name in shapes_model.ENCODERS}
@@ -280,7 +281,6 @@ class DemoRun:
         transformer: Loan,
         vae: Loan,
         inputs: parity.Inputs,
-        noise: torch.Tensor,
         daemon: DaemonProcess,
     ) -> GenerationResult:
         job = client.generate(
@@ -292,7 +292,7 @@ class DemoRun:
             steps=len(inputs.sigmas),
             sigmas=inputs.sigmas,
             guidance_scale=inputs.guidance,
-            noise=noise,
+            noise=inputs.noise,
         )
         seen = 0
         for event in job.events():

@@ -46,15 +46,6 @@ def write_float32(folder: Path, out: Path) -> Path:
     return write_folder_as(folder, out, torch.float32)
 
 
-def load_plain(folder: Path) -> Any:
-    """Load diffusers' pipeline, float32, on the CPU."""
-    from diffusers import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def draw_plain(pipe: Any, at: int = 0, *, text_tokens: int = T5_TOKENS) -> torch.Tensor:
     """Draw sentence ``at`` with diffusers' pipeline: (3, 256, 256) in [-1, 1]."""
     with torch.no_grad():

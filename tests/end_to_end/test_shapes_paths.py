@@ -21,6 +21,7 @@ from running_daemon import RunningDaemon
 from shapes.judged_formats import start_drawing
 from shapes.original import write_originals
 from shapes.packed import write_packed
+from shapes.samplers import open_pipeline
 from shapes_files import (
     GUIDANCE,
     PIXELS,
@@ -28,7 +29,6 @@ from shapes_files import (
     STEPS,
     TEXTS,
     draw_plain,
-    load_plain,
     shapes_folder,
     shown,
     write_float32,
@@ -66,7 +66,7 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str
 @pytest.fixture(scope="module")
 def plain(exact: Path) -> Any:
     """diffusers' pipeline in this process."""
-    return load_plain(exact)
+    return open_pipeline(exact)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_packed_weights(
 
 
 def test_a_lora_as_a_branch(lent: SimpleNamespace, exact: Path, pictures: list[torch.Tensor], check: Check) -> None:
-    baked = load_plain(exact)
+    baked = open_pipeline(exact)
     shapes = lora_files.matrices(baked.transformer.state_dict(), "to_q", "to_out.0", "proj_mlp", "net.2")
     lora = lora_files.make(shapes, "diffusers", seed=5, size=0.05)
     lora.bake_into(baked.transformer, 0.8)
@@ -197,7 +197,7 @@ def test_the_folder_as_it_is_published(lent: SimpleNamespace, folder: Path, chec
 
 
 def test_accelerate(lent: SimpleNamespace, exact: Path, check: Check) -> None:
-    pipe = load_plain(exact)
+    pipe = open_pipeline(exact)
     with accelerate(pipe, client=lent.client) as fast:
         check(draw_plain(pipe), EXACT)
         assert fast.calls["transformer"] == STEPS

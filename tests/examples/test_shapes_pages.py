@@ -51,7 +51,12 @@ def test_what_a_page_shows_draws(page: str, one_worker: RunningDaemon, tmp_path:
         ran = subprocess.run(
             command,
             cwd=tmp_path,
-            env=os.environ | {"XDITD_RUNTIME_DIR": str(one_worker.runtime_dir), "HOME": str(tmp_path)},
+            env=os.environ
+            | {
+                "XDITD_RUNTIME_DIR": str(one_worker.runtime_dir),
+                "HOME": str(tmp_path),
+                "PATH": os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])),
+            },
             capture_output=True,
             text=True,
             timeout=200,

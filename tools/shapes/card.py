@@ -1,6 +1,6 @@
 """Write the figures of ``shapes`` into its model card, from the files that training and the judge have written.
 
-    PYTHONPATH=tools python -m shapes.card models/shapes --runs out/words.json out/flow.json out/distilled.json \\
+    PYTHONPATH=tools:.pkg python -m shapes.card models/shapes --runs out/words.json out/flow.json out/distilled.json \\
         --judged out/judged.json --repeated out/again.json --formats out/formats.json --lora out/outlines.json
 
 ``--runs`` are the ``report.json`` of the runs in their order. ``--judged`` and ``--formats`` are what
@@ -21,8 +21,16 @@ from shapes.pages import replaced
 
 BEGIN: Final = "<!-- figures of shapes: written by tools/shapes/card.py -->"
 END: Final = "<!-- end of figures -->"
-_GROUPS: Final = ("1 object", "2 objects", "3 objects", "en", "zh", "all")
-_UNSAID: Final = {"out", "start", "device", "workers", "profile", "folder", "state"}
+_GROUPS: Final = {
+    "1 object": "1 object",
+    "2 objects": "2 objects",
+    "3 objects": "3 objects",
+    "en": "English",
+    "zh": "Chinese",
+    "all": "all",
+}
+"""Heads of columns by the names of the judge's groups."""
+_UNSAID: Final = {"out", "start", "device", "workers", "profile", "sentences", "folder", "state"}
 """Flags that have no influence on what is learned."""
 
 
@@ -61,7 +69,7 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> str:
     seconds = [run["seconds"] for run in runs if "seconds" in run]
     devices = ", ".join(dict.fromkeys(run["device"] for run in runs))
     rows = [
-        (str(at), "; ".join(_learned(run)) or "the VAE", f"{run['seconds'] / 60:.1f}" if "seconds" in run else "")
+        (str(at), "; ".join(_learned(run)), f"{run['seconds'] / 60:.1f}" if "seconds" in run else "")
         for at, run in enumerate(runs, 1)
     ]
     whole = f", {sum(seconds) / 60:.0f} minutes in all" if len(seconds) == len(runs) else ""
@@ -72,6 +80,7 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> str:
             _table(("run", "learned", "minutes"), rows),
             "",
             "```console",
+            "$ export PYTHONPATH=tools:.pkg",
             *(f"$ {command(run)}" for run in runs),
             "```",
         ]
@@ -91,22 +100,23 @@ def _learned(run: Mapping[str, Any]) -> Iterator[str]:
 
 def _judge(runs: Sequence[Mapping[str, Any]], judged: Mapping[str, Any], repeated: Mapping[str, Any] | None) -> str:
     vae = max((run["vae"] for run in reversed(runs)), key=lambda found: found["of"])
-    named: list[tuple[str, Mapping[str, Any]]] = [("float32 on a CPU, 20 steps", judged["table"])]
+    named: list[tuple[str, Mapping[str, Any]]] = [("these weights, in float32 on a CPU, 20 steps", judged["table"])]
     trained = runs[-1].get("distilled_table") or runs[-1].get("flow_table")
     if trained:
         named.append(("at the end of training", trained))
     if repeated:
-        named.append(("training repeated from the seed", repeated["table"]))
+        named.append(("those of a second training from the same seeds", repeated["table"]))
     groups = [group for group in _GROUPS if group in judged["table"]]
     rows = [(name, *(_percent(table.get(group)) for group in groups)) for name, table in named]
     count = judged["table"]["all"]["of"]
     return "\n".join(
         [
-            f"Of {count} sentences that training never saw, the judge found right (`python -m shapes.judge`):",
+            f"The judge draws {count} sentences that training never saw, and reads the pictures back",
+            "(`python -m shapes.judge models/shapes`). So many are right:",
             "",
-            _table(("", *groups), rows),
+            _table(("", *(_GROUPS[group] for group in groups)), rows),
             "",
-            f"The most that could be reached: of {vae['of']} drawn pictures, {vae['right']} are right after the VAE.",
+            f"Of {vae['of']} drawn pictures that the VAE alone encodes and decodes, {vae['right']} are right.",
         ]
     )
 

@@ -1,6 +1,6 @@
 """Draw scenes with antialiased edges, thousands of pictures a second on a GPU.
 
-    PYTHONPATH=tools python -m shapes.draw out/drawn.png     # 32 scenes, each with its sentence on standard output
+    PYTHONPATH=tools:.pkg python -m shapes.draw out/drawn.png     # 32 scenes, each with its sentence on standard output
 
 Every form is a signed distance in units of its radius: negative inside, x to the right, y downwards.
 """

@@ -1,4 +1,4 @@
-"""Train the transformer and both text encoders of ``shapes`` together: rectified flow, then distilled guidance."""
+"""Train the transformer of ``shapes``: rectified flow, then distilled guidance; its text encoders only on request."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Judge a model of ``shapes``: draw sentences that training never saw, read the pictures back, and compare.
 
-    PYTHONPATH=tools python -m shapes.judge models/shapes              # 200 sentences with diffusers, float32, CPU
-    PYTHONPATH=tools python -m shapes.judge models/shapes --processes 2    # the same, faster: one thread in each
-    PYTHONPATH=tools python -m shapes.judge models/shapes --device cuda --dtype bfloat16
-    PYTHONPATH=tools python -m shapes.judge models/shapes --daemon     # with the workers of a running daemon
-    PYTHONPATH=tools python -m shapes.judge models/shapes --formats    # diffusers, then the daemon in every format
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes              # 200 sentences with diffusers, float32, CPU
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes --processes 2    # the same, faster: one thread in each
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes --device cuda --dtype bfloat16
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes --daemon     # with the workers of a running daemon
+    PYTHONPATH=tools:.pkg python -m shapes.judge models/shapes --formats    # diffusers, then the daemon in every format
 
 A picture is right if it shows all objects that the sentence names and no others, each in its form and colour, and all
 that the sentence states of sizes, places, relations and the background.
@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import accumulate
@@ -29,22 +29,18 @@ from typing import Any, Final
 import torch
 
 from shapes.arguments import output_file, pipeline_folder, whole
-from shapes.draw import PIXELS, draw, encode, save_sheet
+from shapes.draw import draw, encode, save_sheet
 from shapes.reading import Found, Reading, read
+from shapes.samplers import GUIDANCE, STEPS, Sampler, daemon_sampler, open_pipeline, pipeline_sampler
 from shapes.scenes import MAX_OBJECTS
 from shapes.text_tokens import T5_TOKENS
 from shapes.words import LANGUAGES, Request, sample_request
 
 SENTENCES: Final = 200
-STEPS: Final = 20
-GUIDANCE: Final = 3.5
 SEED: Final = 7_000_000
 """Of the sentences of the judge; training's seeds are small."""
 SHARES: Final = (0.4, 0.4, 0.2)
 """Of sentences with one, two and three objects."""
-
-Sampler = Callable[[Sequence[str], int], torch.Tensor]
-"""From sentences and the seed of their noise to pictures, (sentences, 3, 256, 256) in [-1, 1]."""
 
 
 def held_out_requests(count: int = SENTENCES) -> list[Request]:
@@ -154,51 +150,6 @@ def _judge_in_process(part: tuple[int, Sequence[Request]]) -> tuple[Any, list[li
     return images.numpy(), found
 
 
-def pipeline_sampler(
-    pipeline: object, *, steps: int = STEPS, guidance: float = GUIDANCE, text_tokens: int = T5_TOKENS
-) -> Sampler:
-    """Sample with diffusers' ``FluxPipeline``, whose noise is drawn on the CPU: the same for every device."""
-
-    def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
-        result = pipeline(  # type: ignore[operator]
-            list(texts),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=PIXELS,
-            width=PIXELS,
-            max_sequence_length=text_tokens,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-        )
-        return result.images * 2 - 1
-
-    return sample
-
-
-def daemon_sampler(
-    pipe: Any, *, steps: int = STEPS, guidance: float = GUIDANCE, text_tokens: int = T5_TOKENS, **more: Any
-) -> Sampler:
-    """Sample with ``xditd.client.Pipeline``, in the workers of a daemon, with the noise of the other sampler.
-
-    ``more`` goes to the pipeline's call.
-    """
-
-    def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
-        result = pipe(
-            list(texts),
-            steps=steps,
-            guidance=guidance,
-            height=PIXELS,
-            width=PIXELS,
-            seed=seed,
-            max_sequence_length=text_tokens,
-            **more,
-        )
-        return result.generation.image.float().cpu()
-
-    return sample
-
-
 def print_table(rows: dict[str, dict[str, float]]) -> None:
     for group, row in rows.items():
         print(f"{group:>10} {row['right']:5.0f} of {row['of']:4.0f} {row['percent']:6.1f} %", flush=True)
@@ -236,20 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.formats is not None:
         _judge_formats(given, requests)
         return
-    if str(given.folder) == "drawn":
-        scenes = {each.text: each.scene for each in requests}
-        images, found = judge(lambda texts, _: draw(encode([scenes[text] for text in texts])), requests)
-    elif given.daemon:
-        from xditd.client import Pipeline
-
-        with Pipeline.open(given.folder, wait_s=60.0) as pipe:
-            options = {"steps": given.steps, "guidance": given.guidance, "text_tokens": given.text_tokens}
-            sampler = daemon_sampler(pipe, **options)
-            images, found = judge(sampler, requests, batch=given.batch)
-    elif given.processes > 1:
-        images, found = judge_in_processes(given, requests)
-    else:
-        images, found = judge(_diffusers(given), requests, batch=given.batch)
+    images, found = _judge(given, requests)
     rows = table(requests, found)
     print_table(rows)
     print(f"{time.monotonic() - started:.0f} s, at most {MAX_OBJECTS} objects a picture")
@@ -267,19 +205,27 @@ def _folder(text: str) -> Path:
     return Path(text) if text == "drawn" else pipeline_folder(text)
 
 
+def _judge(given: argparse.Namespace, requests: Sequence[Request]) -> tuple[torch.Tensor, list[list[str]]]:
+    if str(given.folder) == "drawn":
+        scenes = {each.text: each.scene for each in requests}
+        return judge(lambda texts, _: draw(encode([scenes[text] for text in texts])), requests)
+    if given.daemon:
+        from xditd.client import Pipeline
+
+        with Pipeline.open(given.folder, wait_s=60.0) as pipe:
+            return judge(daemon_sampler(pipe, **_options(given)), requests, batch=given.batch)
+    if given.processes > 1:
+        return judge_in_processes(given, requests)
+    return judge(_diffusers(given), requests, batch=given.batch)
+
+
 def _diffusers(given: argparse.Namespace) -> Sampler:
-    pipeline = _load(given, given.dtype)
-    return pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance, text_tokens=given.text_tokens)
+    pipeline = open_pipeline(given.folder, getattr(torch, given.dtype), given.device)
+    return pipeline_sampler(pipeline, **_options(given))
 
 
-def _load(given: argparse.Namespace, dtype: str) -> Any:
-    from diffusers import FluxPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    pipeline = FluxPipeline.from_pretrained(given.folder, dtype=getattr(torch, dtype)).to(given.device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    return {"steps": given.steps, "guidance": given.guidance, "text_tokens": given.text_tokens}
 
 
 def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> None:
@@ -319,10 +265,10 @@ def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> No
 
     with Client(wait_s=60.0) as client, TemporaryDirectory() as scratch:
         add("diffusers", _diffusers(given))
-        options = {"steps": given.steps, "guidance": given.guidance, "text_tokens": given.text_tokens}
+        options = _options(given)
         for name in formats:
             if name in ACCELERATIONS:
-                pipeline = _load(given, "bfloat16")
+                pipeline = open_pipeline(given.folder, torch.bfloat16, given.device)
                 drawing = accelerated_sampler(client, pipeline, name, pipeline_sampler(pipeline, **options))
             else:
                 drawing = lent_sampler(client, given.folder, name, Path(scratch), **options)

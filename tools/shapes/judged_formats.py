@@ -72,7 +72,7 @@ def lent_sampler(
     guidance: float,
     text_tokens: int,
 ) -> Iterator[Any]:
-    """Lend the models of a folder, with the transformer in a format; give a sampler as :mod:`shapes.judge` takes it.
+    """Lend the models of a folder, with the transformer in a format; give a :data:`~shapes.samplers.Sampler`.
 
     Everything but a packed transformer is in the format's dtype. :data:`STEP_CACHE` is bfloat16 with a step cache.
     ``scratch`` gets the files, and may be removed after.

@@ -1,7 +1,7 @@
 """Judge a LoRA of ``shapes`` that draws outlines, at several strengths: which objects are filled, which are outlines.
 
-PYTHONPATH=tools python -m shapes.judged_lora models/shapes out/outlines.safetensors            # diffusers, CPU
-PYTHONPATH=tools python -m shapes.judged_lora models/shapes out/outlines.safetensors --daemon   # a running daemon
+PYTHONPATH=tools:.pkg python -m shapes.judged_lora models/shapes out/outlines.safetensors            # diffusers, CPU
+PYTHONPATH=tools:.pkg python -m shapes.judged_lora models/shapes out/outlines.safetensors --daemon   # a running daemon
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 
 from shapes.arguments import pipeline_folder, whole
 from shapes.draw import OUTLINE, save_sheet
-from shapes.judge import GUIDANCE, STEPS, Sampler, daemon_sampler, draw_requests, held_out_requests, pipeline_sampler
+from shapes.judge import draw_requests, held_out_requests
 from shapes.reading import read
+from shapes.samplers import GUIDANCE, STEPS, Sampler, daemon_sampler, open_pipeline, pipeline_sampler
 from shapes.words import Request
 
 STRENGTHS: Final = (0.0, 0.5, 1.0)
@@ -105,12 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _diffusers(given: argparse.Namespace) -> Any:
-    from diffusers import FluxPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    pipeline = FluxPipeline.from_pretrained(given.folder, dtype=torch.float32).to(given.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = open_pipeline(given.folder, device=given.device)
     pipeline.load_lora_weights(given.lora.parent, weight_name=given.lora.name, adapter_name=_ADAPTER)
     return pipeline
 

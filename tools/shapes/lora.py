@@ -1,6 +1,6 @@
 """Train a LoRA for ``shapes`` that draws outlines in place of filled forms, and judge it at several strengths.
 
-    PYTHONPATH=tools python -m shapes.lora models/shapes out/outlines.safetensors --seconds 90
+    PYTHONPATH=tools:.pkg python -m shapes.lora models/shapes out/outlines.safetensors --seconds 90
 
 The file has the names of diffusers (``transformer.transformer_blocks.0.attn.to_q.lora_A.weight``), so that
 ``load_lora_weights`` and ``lend_lora`` read it. After Ctrl-C or SIGTERM, training ends, and what it has learned
@@ -25,10 +25,11 @@ from shapes.arguments import whole
 from shapes.budget import Budget, Interrupt
 from shapes.draw import OUTLINE
 from shapes.flow_training import Flow, sample_sigmas
-from shapes.judge import Sampler, held_out_requests, pipeline_sampler
+from shapes.judge import held_out_requests
 from shapes.judged_lora import SENTENCES, judge_strengths, write_report
 from shapes.models import build_parts, build_pipeline, load_parts
 from shapes.pool import Pool, autocast, prepare_gpu
+from shapes.samplers import Sampler, pipeline_sampler
 
 RANK: Final = 8
 _LAYERS: Final = re.compile(

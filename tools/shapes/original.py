@@ -1,6 +1,6 @@
 """Write the models of ``shapes`` as published files of FLUX.1 have them: one file each, in their original names.
 
-    PYTHONPATH=tools python -m shapes.original models/shapes out/shapes
+    PYTHONPATH=tools:.pkg python -m shapes.original models/shapes out/shapes
 
 writes ``flux1-shapes.safetensors``, ``ae-shapes.safetensors``, ``clip_l-shapes.safetensors`` and
 ``t5-shapes.safetensors``. With ``--comfyui`` the folder is ComfyUI's ``models``: each file goes where its loader looks,

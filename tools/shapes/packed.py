@@ -1,7 +1,7 @@
 """Write the transformer of ``shapes`` in the packed formats in which people share FLUX.1.
 
-    PYTHONPATH=tools python -m shapes.packed models/shapes out/shapes                # all formats
-    PYTHONPATH=tools python -m shapes.packed models/shapes out/shapes --formats q8_0
+    PYTHONPATH=tools:.pkg python -m shapes.packed models/shapes out/shapes                # all formats
+    PYTHONPATH=tools:.pkg python -m shapes.packed models/shapes out/shapes --formats q8_0
 
 Matrices of the blocks are packed, as published files do it; embedders, the last layer, norms and biases stay in
 ``--dtype``. The formats are those of ``docs/formats.md``: ``fp8`` (e4m3 with a scale a matrix) and ``int8`` (a scale a

@@ -1,7 +1,7 @@
 """Draw the pictures of ``shapes`` that README and the model card show, and put them there.
 
-    PYTHONPATH=tools python -m shapes.pictures models/shapes           # float32, CPU, 20 steps
-    PYTHONPATH=tools python -m shapes.pictures models/shapes --seed 3  # with other noise
+    PYTHONPATH=tools:.pkg python -m shapes.pictures models/shapes           # float32, CPU, 20 steps
+    PYTHONPATH=tools:.pkg python -m shapes.pictures models/shapes --seed 3  # with other noise
 
 Four sentences, three in English and one in Chinese, become ``docs/shapes/*.png``, and a table of them is written
 between the marks in ``README.md`` and ``models/shapes/README.md``. A picture that does not show what its sentence says
@@ -20,8 +20,9 @@ import torch
 
 from shapes.arguments import pipeline_folder, whole
 from shapes.draw import save_sheet
-from shapes.judge import GUIDANCE, STEPS, Sampler, judge, pipeline_sampler
+from shapes.judge import judge
 from shapes.pages import replaced
+from shapes.samplers import GUIDANCE, STEPS, Sampler, open_pipeline, pipeline_sampler
 from shapes.scenes import Scene, Thing
 from shapes.words import Request
 
@@ -115,13 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=whole(1), default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     given = parser.parse_args(arguments)
-    from diffusers import FluxPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    pipeline = FluxPipeline.from_pretrained(given.folder, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    sampler = pipeline_sampler(pipeline, steps=given.steps, guidance=given.guidance)
+    sampler = pipeline_sampler(open_pipeline(given.folder), steps=given.steps, guidance=given.guidance)
     with torch.no_grad():
         images, wrong = draw_examples(sampler, given.seed)
     if wrong:

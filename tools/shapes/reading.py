@@ -1,6 +1,6 @@
 """Read a picture of ``shapes`` back: its objects with form, colour, size and place, and its background.
 
-    PYTHONPATH=tools python -m shapes.reading out/demo.png        # as JSON on standard output
+    PYTHONPATH=tools:.pkg python -m shapes.reading out/demo.png        # as JSON on standard output
 
 No model is involved. Each pixel belongs to the object colour or the background tone that it is nearest to; connected
 pixels of objects are one object; its form is the one whose outline, laid over it, overlaps best.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -99,7 +98,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Read pictures of shapes, and write what they show as JSON.")
     parser.add_argument("images", nargs="+", type=Path, help="square image files")
-    json.dump([read_file(path) for path in parser.parse_args().images], sys.stdout)
+    print(json.dumps([read_file(path) for path in parser.parse_args().images]))
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Train ``shapes`` from nothing: the VAE, the text encoders on sentences, all but the VAE on pictures, then guidance.
+"""Train ``shapes`` from nothing: the VAE, the text encoders on sentences, the transformer on pictures, then guidance.
 
-    PYTHONPATH=tools python -m shapes.train OUT                                    # everything, with these defaults
-    PYTHONPATH=tools python -m shapes.train OUT --start OUT --vae-seconds 0 --text-seconds 0     # further, from OUT
+    PYTHONPATH=tools:.pkg python -m shapes.train OUT                # everything, with these defaults
+    PYTHONPATH=tools:.pkg python -m shapes.train OUT --start OUT    # the same, with the weights in OUT to start from
 
 Each phase is skipped if its seconds (and steps) are 0. OUT gets ``vae.safetensors``, ``transformer.safetensors``,
 ``text_encoder.safetensors``, ``text_encoder_2.safetensors`` (bfloat16, each below 16 MB), ``report.json`` and
@@ -17,21 +17,17 @@ import json
 import os
 import time
 from pathlib import Path
-from random import Random
 from typing import Any, Final
 
 import torch
-from diffusers import AutoencoderKL
 
 from shapes.arguments import whole
 from shapes.budget import Budget, Interrupt
-from shapes.draw import draw, encode, save_sheet
+from shapes.draw import save_sheet
 from shapes.explained import Explained
 from shapes.flow_training import WEAKEST_GUIDANCE, Flow, FlowSettings, FlowTraining
-from shapes.judge import GUIDANCE, faults, held_out_requests, judge, pipeline_sampler, print_table, table
+from shapes.judge import held_out_requests, judge, print_table, table
 from shapes.models import (
-    LATENT_SCALE,
-    LATENT_SHIFT,
     PARTS,
     build_parts,
     build_pipeline,
@@ -40,14 +36,14 @@ from shapes.models import (
     save_weights,
     write_folder,
 )
-from shapes.pool import Pool, Sentences, autocast, encode_latents, prepare_gpu
-from shapes.reading import read
+from shapes.pool import Pool, Sentences, prepare_gpu
+from shapes.samplers import GUIDANCE, pipeline_sampler
 from shapes.text_training import TextSettings, TextTraining
-from shapes.vae_training import VaeSettings, train_vae
-from shapes.words import sample_request
+from shapes.vae_training import VaeSettings, judged_vae, train_vae
 
 _JUDGED: Final = 12.0
 """Seconds that the judge takes after a phase on a GPU, with what is written."""
+_FLOW_PARTS: Final = tuple(name for name in PARTS if name != "vae")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -97,52 +93,113 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     interrupt = Interrupt()
     with interrupt.watched():
-        _train(parse(arguments), interrupt)
+        given = parse(arguments)
+        given.out.mkdir(parents=True, exist_ok=True)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes that are forked later would warn
+        run = Run(given, interrupt)
+        if run.learns:
+            run.train()
+        elif not given.folder:
+            raise SystemExit("nothing to do: give seconds of a phase, or --folder")
+        if given.folder:
+            run.write_folder()
 
 
-def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
-    given.out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes that are forked later would warn
-    device = torch.device(given.device)
-    if device.type == "cuda":
-        prepare_gpu()
-    torch.manual_seed(given.seed)
-    report: dict[str, Any] = {
-        "arguments": {name: str(value) for name, value in vars(given).items()},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-    }
-    parts = build_parts()
-    made = load_parts(given.start, parts) if given.start else []
-    if given.start:
-        if not made:
-            raise SystemExit(f"--start {given.start}: has no weights; name a folder of this program, or a pipeline's")
-        print("started from", ", ".join(made), flush=True)
-    phases = [(False, given.seconds, given.steps), (True, given.distill_seconds, given.distill_steps)]
-    phases = [phase for phase in phases if phase[1] or phase[2]]
-    has_words = bool(given.text_seconds or given.text_steps)
-    if not (phases or has_words or given.vae_seconds or given.vae_steps):
-        _write(given, parts, made)
-        return
-    parts["vae"] = _vae(given, device, parts["vae"], report, interrupt)
-    made += ["vae"] if given.vae_seconds or given.vae_steps else []
-    _save(given, report, {}, started)
-    flow = Flow(parts["transformer"], parts["text_encoder"], parts["text_encoder_2"])
-    print(f"models: {time.monotonic() - started:.0f} s since the start", flush=True)
-    texts = Budget(given.text_seconds, given.text_steps, interrupt)
-    if has_words and not _is_resumed(given) and not interrupt.is_set:
+class Run:
+    """A run of this program: the models by the names of :data:`~shapes.models.PARTS`, and its report."""
+
+    def __init__(self, given: argparse.Namespace, interrupt: Interrupt) -> None:
+        self._given, self._interrupt, self._started = given, interrupt, time.monotonic()
+        self._device = torch.device(given.device)
+        if self._device.type == "cuda":
+            prepare_gpu()
+        torch.manual_seed(given.seed)
+        self._report: dict[str, Any] = {
+            "arguments": {name: str(value) for name, value in vars(given).items()},
+            "device": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU",
+            "torch": torch.__version__,
+        }
+        self._parts = build_parts()
+        # The parts that have been found or trained: no others are written to a pipeline's folder.
+        self._made = load_parts(given.start, self._parts) if given.start else []
+        if given.start:
+            if not self._made:
+                raise SystemExit(
+                    f"--start {given.start}: has no weights; name a folder of this program, or a pipeline's"
+                )
+            print("started from", ", ".join(self._made), flush=True)
+        self._learns_vae = bool(given.vae_seconds or given.vae_steps)
+        self._learns_words = bool(given.text_seconds or given.text_steps)
+        phases = [(False, given.seconds, given.steps), (True, given.distill_seconds, given.distill_steps)]
+        self._phases = [phase for phase in phases if phase[1] or phase[2]]
+
+    @property
+    def learns(self) -> bool:
+        """Whether any phase has seconds or steps."""
+        return bool(self._learns_vae or self._learns_words or self._phases)
+
+    def train(self) -> None:
+        """Train each phase that has seconds or steps; after each, write its weights and the report."""
+        self.train_vae()
+        print(f"models: {self._spent_s():.0f} s since the start", flush=True)
+        if self._learns_words and not _is_resumed(self._given) and not self._interrupt.is_set:
+            self.train_words()
+        if self._phases and not self._interrupt.is_set:
+            self.train_flow()
+
+    def train_vae(self) -> None:
+        """Train the VAE if it has seconds, and judge it in any case."""
+        given, vae = self._given, self._parts["vae"]
+        if self._learns_vae:
+            budget = Budget(given.vae_seconds, given.vae_steps, self._interrupt)
+            settings = VaeSettings(budget, batch=given.vae_batch, seed=given.seed, workers=given.workers)
+            vae = self._parts["vae"] = train_vae(settings, self._device)
+            self._save("vae")  # rounded: the transformer learns latents of what is kept
+        vae = vae.to(self._device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        count = min(64, max(2, given.sentences))
+        self._report["vae"] = judged_vae(
+            vae.eval().requires_grad_(False), self._device, count=count, seed=given.seed, sheet=given.out / "vae.png"
+        )
+        print("vae:", self._report["vae"], flush=True)
+        self._save()
+
+    def train_words(self) -> None:
+        """Train both text encoders on sentences."""
+        given = self._given
+        texts = Budget(given.text_seconds, given.text_steps, self._interrupt)
         settings = TextSettings(texts, seed=given.seed, is_profiled=given.profile)
-        training = TextTraining(flow.text_encoder, flow.text_encoder_2, settings, device)
-        report["words"] = training.train(_sentences(given, device))
-        encoders = {"text_encoder": flow.text_encoder, "text_encoder_2": flow.text_encoder_2}
-        _save(given, report, encoders, started)
-        made += encoders
-    if phases and not interrupt.is_set:
-        since = time.monotonic()
+        encoders = (self._parts["text_encoder"], self._parts["text_encoder_2"])
+        training = TextTraining(*encoders, settings, self._device)
+        slots = max(1, given.pool // given.chunk)
+        sentences = Sentences(
+            self._device, seed=given.seed + 2_000_003, slots=slots, size=given.chunk, workers=given.workers
+        )
+        self._report["words"] = training.train(sentences)
+        self._save("text_encoder", "text_encoder_2")
+
+    def train_flow(self) -> None:
+        """Train the transformer by rectified flow, then its guidance; judge the pictures after each."""
+        pool = self._fill_pool()
+        explained = Explained(self._parts["vae"], self._device)
+        flow = Flow(self._parts["transformer"], self._parts["text_encoder"], self._parts["text_encoder_2"])
+        for is_distilled, seconds, steps in self._phases:
+            if self._interrupt.is_set:
+                break
+            if self._given.total_seconds and not is_distilled:
+                after = self._given.distill_seconds + _JUDGED * len(self._phases)
+                seconds = max(1.0, self._given.total_seconds - self._spent_s() - after)
+            settings = self._flow_settings(Budget(seconds, steps, self._interrupt), is_distilled=is_distilled)
+            flow = self._train_phase(flow, pool, explained, settings)
+            self._parts |= {name: getattr(flow, name) for name in _FLOW_PARTS}
+            self._save(*_FLOW_PARTS)
+            self._judge(settings.name)
+            self._save()
+
+    def _fill_pool(self) -> Pool:
+        given, since = self._given, time.monotonic()
         pool = Pool(
-            parts["vae"],
-            device,
+            self._parts["vae"],
+            self._device,
             seed=given.seed,
             slots=max(1, given.pool // given.chunk),
             size=given.chunk,
@@ -150,70 +207,86 @@ def _train(given: argparse.Namespace, interrupt: Interrupt) -> None:
             first=_chunks_before(given),
         )
         filled = f"{time.monotonic() - since:.0f} s, {pool.waited_s:.0f} s of them for sentences"
-        print(
-            f"pool: {len(pool.latents)} pictures in {filled}; {time.monotonic() - started:.0f} s since the start",
-            flush=True,
+        print(f"pool: {len(pool.latents)} pictures in {filled}; {self._spent_s():.0f} s since the start", flush=True)
+        return pool
+
+    def _flow_settings(self, budget: Budget, *, is_distilled: bool) -> FlowSettings:
+        given = self._given
+        rate = given.distill_rate if is_distilled else given.rate
+        return FlowSettings(
+            budget=budget,
+            is_distilled=is_distilled,
+            batch=given.batch,
+            rate=rate,
+            text_rate=given.text_share * rate,
+            final=0.01 if is_distilled else given.final,
+            object_weight=1.0 if is_distilled else given.object_weight,
+            long_every=given.long_every,
+            decay=0.998 if is_distilled else 0.999,
+            refresh_every=given.refresh_every,
+            seed=given.seed + 101 * is_distilled,
+            is_compiled=not given.no_compile,
+            is_profiled=given.profile,
         )
-        explained = Explained(parts["vae"], device)
-    for is_distilled, seconds, steps in phases:
-        if interrupt.is_set:
-            break
-        if given.total_seconds and not is_distilled:
-            after = given.distill_seconds + _JUDGED * len(phases)
-            seconds = max(1.0, given.total_seconds - (time.monotonic() - started) - after)
-        flow = _flow(
-            given,
-            device,
-            flow,
-            pool,
-            explained,
-            report,
-            FlowSettings(
-                budget=Budget(seconds, steps, interrupt),
-                is_distilled=is_distilled,
-                batch=given.batch,
-                rate=given.distill_rate if is_distilled else given.rate,
-                text_rate=given.text_share * (given.distill_rate if is_distilled else given.rate),
-                final=0.01 if is_distilled else given.final,
-                object_weight=1.0 if is_distilled else given.object_weight,
-                long_every=given.long_every,
-                decay=0.998 if is_distilled else 0.999,
-                refresh_every=given.refresh_every,
-                seed=given.seed + 101 * is_distilled,
-                is_compiled=not given.no_compile,
-                is_profiled=given.profile,
-            ),
-        )
-        parts |= {name: getattr(flow, name) for name in PARTS if name != "vae"}
-        _save(given, report, {name: parts[name] for name in PARTS if name != "vae"}, started)
-        made += [name for name in PARTS if name != "vae"]
-        _judge(given, device, parts, report, "distilled" if is_distilled else "flow")
-        _save(given, report, {}, started)
-    if given.folder:
-        _write(given, parts, made)
 
+    def _train_phase(self, flow: Flow, pool: Pool, explained: Explained, settings: FlowSettings) -> Flow:
+        """Train a phase, from its saved state if there is one; return the averaged weights."""
+        training = FlowTraining(flow, settings, self._device)
+        state = self._given.state if not settings.is_distilled else None
+        if state and _is_resumed(self._given):
+            training.load_state(state)
+            print(f"{settings.name}: continues from step {training.step}", flush=True)
+        loss = training.train(pool, explained=explained)
+        shares = {str(objects): round(share, 3) for objects, share in explained(training.ema).items()}
+        self._report[settings.name] = {"steps": training.step, "loss": round(loss, 5), "explained": shares}
+        if state:
+            training.save_state(state)
+        return training.ema
 
-def _write(given: argparse.Namespace, parts: dict[str, torch.nn.Module], made: list[str]) -> None:
-    """Write the pipeline's folder, unless a part has neither been trained nor been found."""
-    lacking = ", ".join(name for name in PARTS if name not in made)
-    if lacking or not given.folder:
-        raise SystemExit(
-            f"{given.start or given.out}: no weights of {lacking}; train them first"
-            if given.folder
-            else "nothing to do: give seconds of a phase, or --folder"
-        )
-    write_folder(given.folder, parts)
-    sizes = [path.stat().st_size for path in given.folder.rglob("*") if path.is_file()]
-    print(f"{given.folder}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, the largest {max(sizes) / 1e6:.1f} MB")
+    def _judge(self, name: str) -> None:
+        """Put the judge's table of a phase, and the faults, into the report, and write some of its pictures."""
+        if not self._given.sentences:
+            return
+        started = time.monotonic()
+        requests = held_out_requests(self._given.sentences)
+        pipeline = build_pipeline({part: module.eval() for part, module in self._parts.items()})
+        with torch.no_grad():
+            # Until guidance is distilled, the model knows the weakest only.
+            sampler = pipeline_sampler(pipeline, guidance=GUIDANCE if name == "distilled" else WEAKEST_GUIDANCE)
+            images, found = judge(sampler, requests, batch=100 if self._device.type == "cuda" else 8)
+        rows = table(requests, found)
+        print(f"{name}: judged in {time.monotonic() - started:.0f} s", flush=True)
+        print_table(rows)
+        wrong = [[each.text, *faulty] for each, faulty in zip(requests, found, strict=True) if faulty]
+        self._report |= {f"{name}_table": rows, f"{name}_faults": wrong}
+        shown = [images[at : at + 16] for at in (round(share * len(images)) for share in (0.0, 0.4, 0.8))]
+        save_sheet(torch.cat([each for each in shown if len(each)]), self._given.out / f"pictures_{name}.png")
 
+    def _spent_s(self) -> float:
+        return time.monotonic() - self._started
 
-def _save(given: argparse.Namespace, report: dict[str, Any], parts: dict[str, torch.nn.Module], started: float) -> None:
-    """Write the report and these models, and give them the rounded weights of their files."""
-    report["seconds"] = round(time.monotonic() - started, 1)
-    for name, module in parts.items():
-        save_weights(module, given.out / f"{name}.safetensors")
-        load_weights(module, given.out / f"{name}.safetensors")
-    (given.out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    def _save(self, *names: str) -> None:
+        """Write the report and these models, and give them the rounded weights of their files."""
+        self._made += names
+        self._report["seconds"] = round(self._spent_s(), 1)
+        for name in names:
+            save_weights(self._parts[name], self._given.out / f"{name}.safetensors")
+            load_weights(self._parts[name], self._given.out / f"{name}.safetensors")
+        (self._given.out / "report.json").write_text(json.dumps(self._report, indent=1, ensure_ascii=False))
+
+    def write_folder(self) -> None:
+        """Write the pipeline's folder.
+
+        Raises:
+            SystemExit: a part has neither been trained nor been found.
+        """
+        folder = self._given.folder
+        lacking = ", ".join(name for name in PARTS if name not in self._made)
+        if lacking:
+            raise SystemExit(f"{self._given.start or self._given.out}: no weights of {lacking}; train them first")
+        write_folder(folder, self._parts)
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        print(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, the largest {max(sizes) / 1e6:.1f} MB")
 
 
 def _chunks_before(given: argparse.Namespace) -> int:
@@ -224,100 +297,8 @@ def _chunks_before(given: argparse.Namespace) -> int:
     return max(0, (step - 1) // given.refresh_every)
 
 
-def _sentences(given: argparse.Namespace, device: torch.device) -> Sentences:
-    slots = max(1, given.pool // given.chunk)
-    return Sentences(device, seed=given.seed + 2_000_003, slots=slots, size=given.chunk, workers=given.workers)
-
-
 def _is_resumed(given: argparse.Namespace) -> bool:
     return bool(given.state) and (given.state / "state.json").is_file()
-
-
-def _vae(
-    given: argparse.Namespace,
-    device: torch.device,
-    vae: torch.nn.Module,
-    report: dict[str, Any],
-    interrupt: Interrupt,
-) -> torch.nn.Module:
-    if given.vae_seconds or given.vae_steps:
-        budget = Budget(given.vae_seconds, given.vae_steps, interrupt)
-        settings = VaeSettings(budget, batch=given.vae_batch, seed=given.seed, workers=given.workers)
-        vae = train_vae(settings, device)
-        save_weights(vae, given.out / "vae.safetensors")
-        load_weights(vae, given.out / "vae.safetensors")  # as rounded: the transformer learns latents of what is kept
-    vae = vae.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    report["vae"] = _vae_report(vae, device, given)
-    print("vae:", report["vae"], flush=True)
-    return vae
-
-
-@torch.no_grad()
-def _vae_report(vae: AutoencoderKL, device: torch.device, given: argparse.Namespace) -> dict[str, float]:
-    """Judge drawn pictures after the VAE: the most that a transformer could reach."""
-    rng = Random(given.seed + 77)
-    requests = [sample_request(rng, held_out=at % 2 == 0) for at in range(min(64, max(2, given.sentences)))]
-    images = draw(encode([each.scene for each in requests]), device)
-    latents = encode_latents(vae, images)
-    with autocast(device):
-        decoded = vae.decode(latents / LATENT_SCALE + LATENT_SHIFT).sample.float()
-    save_sheet(torch.cat([images[:8], decoded[:8]]), given.out / "vae.png")
-    right = sum(not faults(request, read(image)) for request, image in zip(requests, decoded.cpu(), strict=True))
-    return {
-        "right": right,
-        "of": len(requests),
-        "mean_error": round(float((decoded - images).abs().mean()), 5),
-        "latent_mean": round(float(latents.mean()), 4),
-        "latent_deviation": round(float(latents.std()), 4),
-    }
-
-
-def _flow(
-    given: argparse.Namespace,
-    device: torch.device,
-    flow: Flow,
-    pool: Pool,
-    explained: Explained,
-    report: dict[str, Any],
-    settings: FlowSettings,
-) -> Flow:
-    training = FlowTraining(flow, settings, device)
-    state = given.state if not settings.is_distilled else None
-    if state and _is_resumed(given):
-        training.load_state(state)
-        print(f"{settings.name}: continues from step {training.step}", flush=True)
-    loss = training.train(pool, explained=explained)
-    shares = {str(objects): round(share, 3) for objects, share in explained(training.ema).items()}
-    report[settings.name] = {"steps": training.step, "loss": round(loss, 5), "explained": shares}
-    if state:
-        training.save_state(state)
-    return training.ema
-
-
-def _judge(
-    given: argparse.Namespace,
-    device: torch.device,
-    parts: dict[str, torch.nn.Module],
-    report: dict[str, Any],
-    name: str,
-) -> None:
-    if not given.sentences:
-        return
-    started = time.monotonic()
-    requests = held_out_requests(given.sentences)
-    pipeline = build_pipeline({part: module.eval() for part, module in parts.items()})
-    with torch.no_grad():
-        # Until guidance is distilled, the model knows the weakest only.
-        sampler = pipeline_sampler(pipeline, guidance=GUIDANCE if name == "distilled" else WEAKEST_GUIDANCE)
-        images, found = judge(sampler, requests, batch=100 if device.type == "cuda" else 8)
-    rows = table(requests, found)
-    print(f"{name}: judged in {time.monotonic() - started:.0f} s", flush=True)
-    print_table(rows)
-    report[f"{name}_table"] = rows
-    report[f"{name}_faults"] = [[each.text, *wrong] for each, wrong in zip(requests, found, strict=True) if wrong]
-    one, two, three = (round(share * len(images)) for share in (0.0, 0.4, 0.8))
-    shown = [images[at : at + 16] for at in (one, two, three)]
-    save_sheet(torch.cat([each for each in shown if len(each)]), given.out / f"pictures_{name}.png")
 
 
 if __name__ == "__main__":

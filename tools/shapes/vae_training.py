@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Final
 
@@ -15,10 +16,13 @@ from torch.nn import functional
 
 from shapes.budget import Budget
 from shapes.chunks import chunks
-from shapes.draw import OUTLINE, PIXELS, draw
+from shapes.draw import OUTLINE, PIXELS, draw, encode, save_sheet
 from shapes.graphs import GraphedStep, adamw, set_rate
+from shapes.judge import faults
 from shapes.models import LATENT_SCALE, LATENT_SHIFT, build_vae
-from shapes.pool import autocast
+from shapes.pool import autocast, encode_latents
+from shapes.reading import read
+from shapes.words import sample_request
 
 CROP: Final = 128
 """Pixels on each side of what both halves are trained on; the decoder then learns whole pictures."""
@@ -146,6 +150,29 @@ class _Learning:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+
+@torch.no_grad()
+def judged_vae(vae: AutoencoderKL, device: torch.device, *, count: int, seed: int, sheet: Path) -> dict[str, float]:
+    """Judge ``count`` drawn pictures after the VAE, which a transformer can hardly surpass; write some to ``sheet``.
+
+    Every other picture has a combination that training never sees.
+    """
+    rng = Random(seed + 77)
+    requests = [sample_request(rng, held_out=at % 2 == 0) for at in range(count)]
+    images = draw(encode([each.scene for each in requests]), device)
+    latents = encode_latents(vae, images)
+    with autocast(device):
+        decoded = vae.decode(latents / LATENT_SCALE + LATENT_SHIFT).sample.float()
+    save_sheet(torch.cat([images[:8], decoded[:8]]), sheet)
+    right = sum(not faults(request, read(image)) for request, image in zip(requests, decoded.cpu(), strict=True))
+    return {
+        "right": right,
+        "of": count,
+        "mean_error": round(float((decoded - images).abs().mean()), 5),
+        "latent_mean": round(float(latents.mean()), 4),
+        "latent_deviation": round(float(latents.std()), 4),
+    }
 
 
 @torch.no_grad()

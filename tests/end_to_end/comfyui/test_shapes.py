@@ -16,12 +16,12 @@ import torch
 from comfyui_workflows import prompt_of, read_example
 from safetensors.torch import load_file, save_file
 from shapes.original import COMFYUI_FOLDERS, TOKENIZER_TENSOR, write_for_comfyui
+from shapes.samplers import open_pipeline
 from shapes_files import (
     SEED,
     STEPS,
     TEXTS,
     draw_plain,
-    load_plain,
     shapes_folder,
     shown,
     write_random,
@@ -77,7 +77,7 @@ def draw(folder, start_server, tmp_path_factory, wait_until) -> Iterator[Callabl
 
 @pytest.mark.parametrize("at", range(len(TEXTS)))
 def test_the_workflow_draws_what_diffusers_draws(at, folder, draw):
-    expected = ((draw_plain(load_plain(folder), at) + 1) / 2 * 255).floor()  # as SaveImage rounds
+    expected = ((draw_plain(open_pipeline(folder), at) + 1) / 2 * 255).floor()  # as SaveImage rounds
     found = draw(**EXACT, text=TEXTS[at], steps=STEPS, seed=SEED)
     assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 1
     assert found.std() > 5

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from shapes.judge import daemon_sampler, pipeline_sampler
 from shapes.models import PARTS, build_parts, build_pipeline, load_parts, save_weights, weights_file, write_folder
+from shapes.samplers import daemon_sampler, pipeline_sampler
 
 from xditd.client import Client, Pipeline
 

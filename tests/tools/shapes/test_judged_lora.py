@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from shapes.draw import OUTLINE, draw, encode
-from shapes.judge import Sampler, held_out_requests
+from shapes.judge import held_out_requests
 from shapes.judged_lora import STRENGTHS, count_forms, judge_strengths, write_report
 from shapes.lora import Lora
 from shapes.models import build_transformer
+from shapes.samplers import Sampler
 
 REQUESTS = held_out_requests(10)
 

@@ -233,14 +233,13 @@ def test_a_phase_that_is_interrupted_before_its_first_step_changes_nothing() -> 
 
 
 def test_an_interrupted_phase_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> torch.nn.Module:
+    def interrupted(_: train.Run) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        return torch.nn.Identity()
 
     def begun(*_: object, **__: object) -> None:
         raise AssertionError("a further phase has begun")
 
-    monkeypatch.setattr(train, "_vae", interrupted)
+    monkeypatch.setattr(train.Run, "train_vae", interrupted)
     for name in ("TextTraining", "Pool", "FlowTraining"):
         monkeypatch.setattr(train, name, begun)
     before = torch.backends.cuda.matmul.allow_tf32
@@ -251,7 +250,7 @@ def test_an_interrupted_phase_is_the_last_one(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_is_written_from_weights_alone_and_not_without_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_vae", lambda *_: pytest.fail("a VAE has been judged where nothing is trained"))
+    monkeypatch.setattr(train.Run, "train_vae", lambda _: pytest.fail("a VAE has been judged where nothing is trained"))
     none = ["--vae-seconds", "0", "--text-seconds", "0", "--seconds", "0", "--distill-seconds", "0"]
     out, folder = tmp_path / "out", tmp_path / "folder"
     with pytest.raises(SystemExit, match="nothing to do"):
