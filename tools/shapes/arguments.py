@@ -26,14 +26,23 @@ def pipeline_folder(text: str) -> Path:
     return folder
 
 
+def safetensors_file(text: str) -> Path:
+    """Take a safetensors file that is there."""
+    path = Path(text)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ArgumentTypeError(f"{text!r}: name a .safetensors file that is there")
+    return path
+
+
 def output_file(suffix: str) -> Callable[[str], Path]:
-    """Make a type for files that will be written: their suffix, and a folder that can be written."""
+    """Make a type for files that will be written: their suffix, and a folder that can be written, which is made."""
 
     def convert(text: str) -> Path:
         path = Path(text)
         if path.suffix.lower() != suffix or path.is_dir():
             raise ArgumentTypeError(f"{text!r}: name a {suffix} file")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             is_new = not path.exists()
             path.open("ab").close()
             if is_new:

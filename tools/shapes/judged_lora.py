@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from shapes.arguments import pipeline_folder, whole
+from shapes.arguments import pipeline_folder, safetensors_file, whole
 from shapes.draw import OUTLINE, save_sheet
 from shapes.judge import draw_requests, held_out_requests
 from shapes.reading import read
@@ -77,7 +77,9 @@ def write_report(path: Path, found: Mapping[str, Mapping[str, int]], shown: torc
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Judge a LoRA of shapes that draws outlines, at several strengths.")
     parser.add_argument("folder", type=pipeline_folder, help="the pipeline's folder")
-    parser.add_argument("lora", type=Path, help="what shapes.lora wrote; a .json and a .png are written beside it")
+    parser.add_argument(
+        "lora", type=safetensors_file, help="what shapes.lora wrote; a .json and a .png are written beside it"
+    )
     parser.add_argument("--daemon", action="store_true", help="draw with the workers of the running daemon of xditd")
     parser.add_argument("--device", default="cpu", help="of diffusers; a daemon has its own")
     parser.add_argument("--sentences", type=whole(1), default=SENTENCES)

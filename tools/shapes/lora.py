@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 
-from shapes.arguments import whole
+from shapes.arguments import output_file, whole
 from shapes.budget import Budget, Interrupt
 from shapes.draw import OUTLINE
 from shapes.flow_training import Flow, sample_sigmas
@@ -122,7 +122,11 @@ def train_lora(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a LoRA for shapes that draws outlines.")
     parser.add_argument("folder", type=Path, help="a pipeline's folder, or one that shapes.train wrote")
-    parser.add_argument("out", type=Path, help="a .safetensors file; a .json and a .png of the same name lie beside it")
+    parser.add_argument(
+        "out",
+        type=output_file(".safetensors"),
+        help="a .safetensors file; a .json and a .png of the same name lie beside it",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--steps", type=whole(0), default=0, help="in place of seconds")
