@@ -94,7 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
     interrupt = Interrupt()
     with interrupt.watched():
         given = parse(arguments)
-        given.out.mkdir(parents=True, exist_ok=True)
+        for folder in filter(None, (given.out, given.state)):
+            try:  # before the work, whose weights would be lost
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SystemExit(f"{folder}: cannot be made: {error.strerror}; name another folder") from error
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes that are forked later would warn
         run = Run(given, interrupt)
         if run.learns:

@@ -54,6 +54,11 @@ def test_a_training_starts_from_no_folder_without_weights(tmp_path: Path) -> Non
         train.main([str(tmp_path / "out"), "--start", str(tmp_path / "nowhere"), "--steps", "1"])
 
 
+def test_a_training_whose_folders_cannot_be_made_does_not_begin(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"/dev/null: cannot be made: File exists"):
+        train.main([str(tmp_path / "out"), "--start", SHAPES, "--steps", "1", "--state", "/dev/null"])
+
+
 @pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ("{}", "lacks 'device'"), ("[]", "a file")])
 def test_a_card_of_wrong_files_is_not_written(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
