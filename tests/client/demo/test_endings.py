@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -18,12 +19,18 @@ pytestmark = pytest.mark.slow
 DEADLINE_S = 90.0
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder with a path so short that a socket's fits in it; those of pytest's workers are longer."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @contextmanager
-def _started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def _started(temporary: Path, out: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Start the demo, and wait for its daemon: give both, the daemon by its process id."""
-    (tmp_path / "temporary").mkdir()
-    command = [Path(sys.executable).with_name("xditd"), "demo", "--device", "cpu", "--out", tmp_path / "out"]
-    environ = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    command = [Path(sys.executable).with_name("xditd"), "demo", "--device", "cpu", "--out", out]
+    environ = {**os.environ, "TMPDIR": str(temporary)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environ)
     daemons: list[int] = []
     try:
@@ -50,16 +57,16 @@ def _is_daemon(pid: int) -> bool:
         return False
 
 
-def test_a_closed_terminal_ends_the_demo_with_its_daemon(tmp_path: Path) -> None:
-    with _started(tmp_path) as (process, daemon):
+def test_a_closed_terminal_ends_the_demo_with_its_daemon(temporary: Path, tmp_path: Path) -> None:
+    with _started(temporary, tmp_path) as (process, daemon):
         process.send_signal(signal.SIGHUP)
         assert process.wait(DEADLINE_S) == 130
         assert not _is_daemon(daemon)
-        assert not list((tmp_path / "temporary").glob("xditd-demo-*"))
+        assert not list(temporary.glob("xditd-demo-*"))
 
 
-def test_the_daemon_of_a_killed_demo_ends(tmp_path: Path) -> None:
-    with _started(tmp_path) as (process, daemon):
+def test_the_daemon_of_a_killed_demo_ends(temporary: Path, tmp_path: Path) -> None:
+    with _started(temporary, tmp_path) as (process, daemon):
         process.kill()
         process.wait()
         ends_s = time.monotonic() + DEADLINE_S
