@@ -15,8 +15,9 @@ from xditd.client.client import Client
 from xditd.client.demo.output import writing_to
 from xditd.client.subprograms import end_with_parent, module_command, module_environment
 from xditd.client.waiting import wait_for
+from xditd.ipc.addresses import MAX_SOCKET_PATH_BYTES, RuntimeDir
 from xditd.ipc.awake_clock import AwakeClock
-from xditd.ipc.errors import DaemonUnreachable, DeadlineExceeded, WorkersUnavailable, XditdError
+from xditd.ipc.errors import BadRequest, DaemonUnreachable, DeadlineExceeded, WorkersUnavailable, XditdError
 from xditd.ipc.network_watch import internet_sockets
 from xditd.ipc.processes import describe_exit
 from xditd.ipc.status import DaemonStatus
@@ -33,14 +34,16 @@ class DaemonProcess:
 
     ``flags`` are further flags of ``xditd serve``; if they are invalid, the daemon exits, and :meth:`connect` raises.
     With ``ends_with_parent`` it stops when this process is killed.
+
+    Raises:
+        BadRequest: TMPDIR has a path that is too long for sockets below it.
+        OutputFailed: no folder can be made there.
     """
 
     def __init__(
         self, log: Path, workers: int, device: str, flags: Sequence[str] = (), *, ends_with_parent: bool = False
     ) -> None:
-        # Socket paths hold 107 bytes, so the folder is not below the output folder, whose path may be long.
-        with writing_to(Path(tempfile.gettempdir()), "TMPDIR"):
-            self.runtime_dir = Path(tempfile.mkdtemp(prefix="xditd-demo-"))
+        self.runtime_dir = _make_runtime_dir()
         self.log = log
         command = module_command(
             "xditd.daemon",
@@ -176,3 +179,24 @@ def _tasks(pid: int) -> list[str]:
         return os.listdir(f"/proc/{pid}/task")
     except FileNotFoundError:
         return []
+
+
+def _make_runtime_dir() -> Path:
+    """Make a folder among the temporary ones: that of the output may have a path too long for sockets.
+
+    Raises:
+        BadRequest: so has the folder of the temporary ones.
+        OutputFailed: it cannot be made.
+    """
+    parent = Path(tempfile.gettempdir())
+    with writing_to(parent, "TMPDIR"):
+        made = Path(tempfile.mkdtemp(prefix="xditd-demo-"))
+    try:
+        RuntimeDir(made).check_socket_paths()
+    except BadRequest as error:
+        made.rmdir()
+        raise BadRequest(
+            f"TMPDIR: sockets below {parent} would have paths above {MAX_SOCKET_PATH_BYTES} bytes; set TMPDIR to a "
+            "folder with a shorter path, such as /tmp"
+        ) from error
+    return made

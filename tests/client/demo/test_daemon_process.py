@@ -2,12 +2,13 @@
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from xditd.client.demo.daemon_process import DaemonProcess
-from xditd.ipc.errors import DaemonUnreachable, WorkersUnavailable
+from xditd.ipc.errors import BadRequest, DaemonUnreachable, WorkersUnavailable
 
 
 def test_connect_fails_at_once_if_the_daemon_has_exited(tmp_path):
@@ -34,3 +35,12 @@ def test_an_interrupt_while_the_daemon_stops_leaves_nothing(tmp_path):
         signal.signal(signal.SIGALRM, before)
     assert not daemon.runtime_dir.exists()
     assert not Path(f"/proc/{daemon.pid}").exists()
+
+
+def test_a_folder_too_long_for_sockets_is_refused_by_its_name(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with pytest.raises(BadRequest, match=r"^TMPDIR: sockets below .*longlong would .* such as /tmp$"):
+        DaemonProcess(tmp_path / "daemon.log", 1, "cpu")
+    assert not list(long.iterdir())
