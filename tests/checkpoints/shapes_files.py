@@ -9,13 +9,12 @@ import torch
 from shapes.judged_formats import write_folder_as
 from shapes.models import build_parts, write_folder
 from shapes.reading import read
+from shapes.samplers import GUIDANCE, pipeline_sampler
 from shapes.text_tokens import T5_TOKENS
 
 from xditd.client.demo.shapes_model import SENTENCES, find_shapes
 
 STEPS: Final = 8
-GUIDANCE: Final = 3.5
-PIXELS: Final = 256
 TEXTS: Final = (SENTENCES[0].text, SENTENCES[1].text)
 """An English and a Chinese one."""
 SEED: Final = 21
@@ -49,17 +48,7 @@ def write_float32(folder: Path, out: Path) -> Path:
 def draw_plain(pipe: Any, at: int = 0, *, text_tokens: int = T5_TOKENS) -> torch.Tensor:
     """Draw sentence ``at`` with diffusers' pipeline: (3, 256, 256) in [-1, 1]."""
     with torch.no_grad():
-        result = pipe(
-            TEXTS[at],
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            height=PIXELS,
-            width=PIXELS,
-            max_sequence_length=text_tokens,
-            generator=torch.Generator().manual_seed(SEED),
-            output_type="pt",
-        )
-    return result.images[0] * 2 - 1
+        return pipeline_sampler(pipe, steps=STEPS, guidance=GUIDANCE, text_tokens=text_tokens)([TEXTS[at]], SEED)[0]
 
 
 def shown(image: torch.Tensor) -> Shown:

@@ -18,21 +18,12 @@ import lora_files
 import pytest
 import torch
 from running_daemon import RunningDaemon
+from shapes.draw import PIXELS
 from shapes.judged_formats import start_drawing
 from shapes.original import write_originals
 from shapes.packed import write_packed
-from shapes.samplers import open_pipeline
-from shapes_files import (
-    GUIDANCE,
-    PIXELS,
-    SEED,
-    STEPS,
-    TEXTS,
-    draw_plain,
-    shapes_folder,
-    shown,
-    write_float32,
-)
+from shapes.samplers import GUIDANCE, open_pipeline
+from shapes_files import SEED, STEPS, TEXTS, draw_plain, shapes_folder, shown, write_float32
 
 from xditd.client import Client, GenerationJob, Pipeline, accelerate
 from xditd.client.demo.shapes_model import SENTENCES, differs
