@@ -17,8 +17,8 @@ DESCRIPTION = """\
 Start a daemon with two workers (on GPUs if there are any), lend a small FLUX.1 and its VAE to it from this process,
 generate images, and compare with plain diffusers. In a source checkout that has the weights of models/shapes, three
 images show what their sentences say, one of them Chinese, and demo.html shows them; of 256x256 pixels and four steps
-or more they are read back and compared with the sentences. Elsewhere weights are random, and
-two images show areas of colour. Nothing is downloaded."""
+or more they are read back and compared with the sentences. Elsewhere weights are random, and two images show areas of
+colour. Nothing is downloaded."""
 EXAMPLES = """\
 examples:
   xditd demo --out out             writes pictures, demo.json, daemon.log and checkpoints/ into out/
