@@ -47,7 +47,7 @@ def main() -> int:
         if is_standby:
             with ended_first():  # the group that works is worth more
                 preload.preload(preload.FOR_RANKS)
-                preload.preload(preload.FOR_LENDS)
+                preload.preload(preload.FOR_STANDBY)
                 if preload.has_opened_gpu():
                     print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
                     return 1

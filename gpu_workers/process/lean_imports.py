@@ -4,6 +4,9 @@
 than half of what a rank took to start. Workers use its process groups, its attention backends and its USP. So packages
 whose ``__init__`` imports what nobody asks for stay deferred: their submodules can be imported, their own code does not
 run. That of diffusers and of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does.
+
+torch's compiler is three quarters of what diffusers' base takes to import, to mark a few classes for it. Its code runs
+when something else of it is asked for.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from contextlib import contextmanager, suppress
+from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
 XFUSER_PACKAGES: Final = ("xfuser", "xfuser.model_executor", "xfuser.model_executor.layers")
@@ -26,6 +29,14 @@ ON_DEMAND_PACKAGES: Final = (
     "scipy.integrate",  # of diffusers' schedulers, for the coefficients of LMS alone
     "scipy.stats",  # likewise, for beta sigmas alone
 )
+COMPILER: Final = "torch._dynamo"
+"""torch's compiler."""
+_OF_FLEX_ATTENTION: Final = f"{COMPILER}._trace_wrapped_higher_order_op"
+"""The module of the compiler that flex attention imports, and with it transformers."""
+_IMPORTLIB: Final = importlib._bootstrap._find_and_load.__code__.co_filename  # type: ignore[attr-defined]
+RING_ATTENTION: Final = "torch.distributed.tensor.experimental._attention"
+_LATE_MODULES: Final = (RING_ATTENTION, "torch.distributed.fsdp", "torch.distributed.fsdp.wrap")
+"""Those whose functions xfuser calls for ring attention, and for shards of models. They import the compiler."""
 _XFUSER_PARTS: Final = (
     "xfuser.core.distributed",
     "xfuser.core.distributed.attention_backend",
@@ -55,9 +66,17 @@ class _OnDemand(_Deferred):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what Python itself looks for in any package
             raise AttributeError(name)
+        self.run()
+        try:
+            return self.__dict__[name]
+        except KeyError:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+    def run(self) -> None:
         with self._lock:
-            if self.__class__ is _OnDemand and not self._is_running:
+            if isinstance(self, _OnDemand) and not self._is_running:  # another thread may have run it meanwhile
                 self._is_running = True
+                self._begin()
                 assert self.__spec__ is not None
                 assert self.__spec__.loader is not None
                 try:
@@ -65,24 +84,101 @@ class _OnDemand(_Deferred):
                     self.__class__ = ModuleType  # type: ignore[assignment]
                 finally:
                     self._is_running = False
-        try:
-            return self.__dict__[name]
-        except KeyError:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+    def _begin(self) -> None:
+        """Called before the code runs."""
+
+
+class _Compiler(_OnDemand):
+    """torch's compiler for modules that mark functions and classes for it, which stay as they are.
+
+    The marks change nothing but what ``torch.compile`` does with what is marked; workers trace with ``make_fx``. The
+    code runs when another name, or one of its modules, is asked for.
+    """
+
+    def add_marks(self) -> None:
+        """Add the names that may be asked for before the code runs."""
+        self.allow_in_graph = self.assume_constant_result = _unmarked
+        self.disable = lambda marked=None, *_, **__: _unmarked if marked is None else marked
+        # init_process_group lets the compiler forget what it knows.
+        self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
+
+    def _begin(self) -> None:
+        for name in ("allow_in_graph", "assume_constant_result", "disable", "trace_rules"):
+            self.__dict__.pop(name, None)
+
+    def import_alone(self, name: str) -> None:
+        """Import one of its modules, without the package's own code."""
+        self._is_running = True
+        with suppress(ModuleNotFoundError):  # another version without it
+            importlib.import_module(name)
+        self._is_running = False
+
+    @property
+    def __path__(self) -> Any:
+        """Where its modules lie. When one is imported, the package's own code runs before, as ever.
+
+        ``from torch._dynamo import NAME`` looks for a path, too, but not from importlib's own code.
+        """
+        if sys._getframe(1).f_code.co_filename == _IMPORTLIB:
+            self.run()
+        return self.__dict__["__path__"]
+
+    @__path__.setter
+    def __path__(self, found: Any) -> None:
+        self.__dict__["__path__"] = found
+
+
+def _unmarked(marked: Any) -> Any:
+    return marked
+
+
+class _Late(ModuleType):
+    """A module that is imported when one of its functions is called for the first time."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _LateFunction(self.__name__, name)
+
+
+class _LateFunction:
+    """A function, or a class that is called, of a module that is imported by the first call."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+        self._found: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._found is None:
+            self._found = getattr(importlib.import_module(self._module), self._name)
+        return self._found(*args, **kwargs)
 
 
 def defer_packages() -> None:
     """Put the packages in place whose code runs never, or on demand. No package that was imported before is changed."""
+    if COMPILER not in sys.modules:  # before the others, whose parents import it
+        _defer(COMPILER, _Compiler)
+        compiler = sys.modules[COMPILER]
+        assert isinstance(compiler, _Compiler)
+        compiler.import_alone(_OF_FLEX_ATTENTION)
+        compiler.add_marks()
     for name in XFUSER_PACKAGES:
         _defer(name, _Never)
     for name in ON_DEMAND_PACKAGES:
         _defer(name, _OnDemand)
 
 
+def run_deferred(package: ModuleType) -> None:
+    """Run a package's own code, if it was deferred until a name is asked for."""
+    if isinstance(package, _OnDemand):
+        package.run()
+
+
 def import_xfuser() -> None:
     """Import what workers use of xfuser, and quieten it. Does nothing where all of xfuser is imported already."""
     defer_packages()
-    with _without_pipelines():
+    with _without_pipelines(), _late_modules():
         for name in _XFUSER_PARTS:
             importlib.import_module(name)
     # xfuser logs at DEBUG to stdout.
@@ -96,6 +192,7 @@ def leave_out_peft() -> None:
 
     A rank has its own LoRAs. PEFT's layers in a client's module are scaled by it as before: it is imported for them.
     """
+    defer_packages()
     vars(importlib.import_module("diffusers.utils.import_utils"))["_peft_available"] = False
     utils, functions = importlib.import_module("diffusers.utils"), importlib.import_module("diffusers.utils.peft_utils")
     for name in ("scale_lora_layers", "unscale_lora_layers"):
@@ -136,6 +233,18 @@ def _defer(name: str, kind: type[_Deferred]) -> None:
     parent, _, own = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], own, package)
+
+
+@contextmanager
+def _late_modules() -> Iterator[None]:
+    """Give modules that are imported within :data:`_LATE_MODULES` without importing them."""
+    placed = {name: _Late(name) for name in _LATE_MODULES if name not in sys.modules}
+    sys.modules.update(placed)
+    try:
+        yield
+    finally:
+        for name in placed:
+            del sys.modules[name]
 
 
 @contextmanager

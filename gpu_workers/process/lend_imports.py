@@ -59,3 +59,4 @@ class LendImports:
         """Import the descriptions of our own families; the operations of each are a step of their own."""
         self._steps.extend(partial(preload.import_family, family) for family in registry.own_families())
         self._steps.append(partial(preload.import_all, registry.DESCRIBED))
+        self._steps.extend(partial(preload.import_all, (name,)) for name in preload.AFTER_LENDS)

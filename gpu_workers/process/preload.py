@@ -48,7 +48,7 @@ starts one while it is imported, which transformers does where it is installed.
 Source: jemalloc, src/background_thread.c, "background_thread_prefork0" to "background_thread_postfork_child"."""
 
 FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
-"""What every rank needs before it is ready: torch's compiler, mostly."""
+"""What every rank needs before it is ready."""
 
 FOR_LENDS: Final = (
     "transformers",
@@ -62,6 +62,12 @@ FOR_LENDS: Final = (
     "diffusers.pipelines.pipeline_utils",
 )
 """What the first lend needs: the modules that all classes of diffusers share, and all of its pipelines."""
+
+AFTER_LENDS: Final = (lean_imports.COMPILER, lean_imports.RING_ATTENTION)
+"""What was left out so far: blocks that were compiled are loaded with the former, ring attention calls the latter."""
+
+FOR_STANDBY: Final = FOR_LENDS + AFTER_LENDS
+"""What the leader of the next group imports beside :data:`FOR_RANKS`: it has the time."""
 
 
 def quiet_libraries() -> None:
@@ -83,7 +89,6 @@ def preload(names: tuple[str, ...]) -> int:
     quiet_libraries()
     with without_collections(), _without_driver() as count:
         lean_imports.leave_out_peft()
-        lean_imports.defer_packages()
         import_all(names)
         command_decoder.warm_up()
         gpus = count.result()
@@ -125,7 +130,7 @@ def import_all(names: tuple[str, ...]) -> None:
     """Import modules ahead of their use. What is missing here is reported where it is needed."""
     for name in names:
         try:
-            importlib.import_module(name)
+            lean_imports.run_deferred(importlib.import_module(name))
         except Exception as error:  # noqa: BLE001 - versions that do not fit each other fail in any way
             logger.warning("not imported ahead of its use: module=%s error=%s", name, _in_one_line(error))
 

@@ -17,6 +17,7 @@ import torch
 from shapes import packed
 from shapes.draw import PIXELS
 from shapes.models import PARTS, build_parts, load_parts, save_weights, weights_file
+from shapes.samplers import draw_noise
 from xditd.client.demo.shapes_model import ENCODERS, TOKENIZERS, shifted_sigmas
 
 PLAIN: Final = ("float32", "bfloat16", "float16")
@@ -41,11 +42,11 @@ def write_folder_as(folder: Path, out: Path, dtype: torch.dtype) -> Path:
 
 
 def start_drawing(
-    client: Any, transformer: Any, conditioning: Any, vae: Any, *, steps: int, guidance: float, seed: int, **more: Any
+    client: Any, transformer: Any, conditioning: Any, vae: Any, *, steps: int, guidance: float, **more: Any
 ) -> Any:
     """Start a job that draws as diffusers' pipeline draws a folder of ``shapes``; return the job.
 
-    ``more`` goes to :meth:`xditd.client.Client.generate`.
+    ``more`` goes to :meth:`xditd.client.Client.generate`, with a seed or noise.
     """
     return client.generate(
         transformer,
@@ -56,7 +57,6 @@ def start_drawing(
         steps=steps,
         sigmas=shifted_sigmas(steps),
         guidance_scale=guidance,
-        seed=seed,
         **more,
     )
 
@@ -98,8 +98,9 @@ def lent_sampler(
 
         def sample(texts: Sequence[str], seed: int) -> torch.Tensor:
             conditioning = client.encode_prompt(transformer, list(texts), **words)
+            noise = draw_noise(len(texts), seed).to(dtype)
             job = start_drawing(
-                client, transformer, conditioning, vae, steps=steps, guidance=guidance, seed=seed, **more
+                client, transformer, conditioning, vae, steps=steps, guidance=guidance, noise=noise, **more
             )
             image: torch.Tensor = job.result().image.float().cpu()
             return image

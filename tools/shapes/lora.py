@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from shapes.arguments import output_file, whole
 from shapes.budget import Budget, Interrupt
 from shapes.draw import OUTLINE
-from shapes.flow_training import Flow, sample_sigmas
+from shapes.flow_training import STRONGEST_GUIDANCE, WEAKEST_GUIDANCE, Flow, sample_sigmas
+from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.judge import held_out_requests
 from shapes.judged_lora import SENTENCES, judge_strengths, write_report
 from shapes.models import build_parts, build_pipeline, load_parts
@@ -32,6 +33,8 @@ from shapes.pool import Pool, autocast, prepare_gpu
 from shapes.samplers import Sampler, pipeline_sampler
 
 RANK: Final = 8
+_OBJECT_WEIGHT: Final = 3.0
+"""How often patches that objects touch count beyond once: all others are right without factors."""
 _LAYERS: Final = re.compile(
     r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|blocks\.\d+\.proj_out)$"
 )
@@ -87,36 +90,66 @@ class Lora(torch.nn.Module):
         path.chmod(0o644)
 
 
-def train_lora(
-    flow: Flow, pool: Pool, budget: Budget, device: torch.device, *, batch: int, rate: float, seed: int
-) -> Lora:
-    """Train factors on the pictures of a pool, at guidance 1, and return them; the model's weights stay."""
-    flow.requires_grad_(False)
-    lora = Lora(flow.transformer, RANK, torch.Generator().manual_seed(seed)).to(device)
-    optimizer = torch.optim.AdamW(lora.parameters(), rate, weight_decay=0.0)
-    generator = torch.Generator(device)
-    started, step = time.monotonic(), 0
-    while (progress := budget.progress(started, step)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
-        if step and step % 4 == 0:
-            pool.refresh()
-        generator.manual_seed(seed * 1_000_003 + step)
-        latents, clip, t5, _ = pool.batch(batch, generator)
+class LoraTraining:
+    """Trains factors on the pictures of a pool; the model's weights stay as they are.
+
+    Half of the pictures are learned at guidance 1, as FLUX.1's LoRAs are, the others at all those that
+    :mod:`shapes.flow_training` distils: what is drawn with guidance has outlines, too.
+    """
+
+    def __init__(self, flow: Flow, device: torch.device, *, batch: int, rate: float, seed: int) -> None:
+        self._flow, self._device = flow.requires_grad_(False), device
+        self._batch, self._rate, self._seed = batch, rate, seed
+        self.lora = Lora(flow.transformer, RANK, torch.Generator().manual_seed(seed)).to(device)
+        self._optimizer = adamw([{"params": list(self.lora.parameters())}], rate, device, decay=0.0)
+        self._update = GraphedStep("lora", self._learn, device)
+        self._generator = torch.Generator(device)
+
+    def train(self, pool: Pool, budget: Budget) -> Lora:
+        """Train until the budget is used, and return the factors."""
+        started, step = time.monotonic(), 0
+        while (progress := budget.progress(started, step)) < 1:
+            share = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
+            set_rate(self._optimizer, [self._rate * share])
+            if step and step % 4 == 0:
+                pool.refresh()
+            loss = self._step(pool, step)
+            if step % 100 == 0:  # waits for the GPU, so that the clock is right
+                print(f"lora: step {step} loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True)
+            step += 1
+        print(f"lora: {step} steps, {time.monotonic() - started:.0f} s", flush=True)
+        return self.lora
+
+    def _step(self, pool: Pool, step: int) -> torch.Tensor:
+        count, device = self._batch, self._device
+        generator = self._generator.manual_seed(self._seed * 1_000_003 + step)
+        latents, clip, t5, covered = pool.batch(count, generator)
         noise = torch.randn(latents.shape, generator=generator, device=device)
-        sigmas = sample_sigmas(batch, generator, device)
+        sigmas = sample_sigmas(count, generator, device)
         noisy = torch.lerp(latents, noise, sigmas[:, None, None])
-        with autocast(device), lora.applied():
-            velocity = flow(noisy, sigmas, torch.ones_like(sigmas), clip, t5)
-        loss = torch.nn.functional.mse_loss(velocity.float(), noise - latents)
-        optimizer.zero_grad(set_to_none=True)
+        span = torch.rand(count, generator=generator, device=device)
+        guidance = WEAKEST_GUIDANCE + (STRONGEST_GUIDANCE - WEAKEST_GUIDANCE) * (2 * span - 1).clamp(min=0)
+        return self._update(noisy, sigmas, guidance, clip, t5, noise - latents, 1 + _OBJECT_WEIGHT * covered)
+
+    def _learn(
+        self,
+        noisy: torch.Tensor,
+        sigmas: torch.Tensor,
+        guidance: torch.Tensor,
+        clip: torch.Tensor,
+        t5: torch.Tensor,
+        target: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Change the factors once, and return the loss. ``target`` is (batch, 256, 64), ``weights`` (batch, 256)."""
+        with autocast(self._device), self.lora.applied():
+            velocity = self._flow(noisy, sigmas, guidance, clip, t5)
+        loss = (weights * (velocity.float() - target).square().mean(-1)).mean() / weights.mean()
+        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        if step % 100 == 0:
-            print(f"lora: step {step} loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True)
-        step += 1
-    print(f"lora: {step} steps, {time.monotonic() - started:.0f} s", flush=True)
-    return lora
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -155,7 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     interrupt = Interrupt()
     budget = Budget(given.seconds, given.steps, interrupt)
     with interrupt.watched():
-        lora = train_lora(flow, pool, budget, device, batch=given.batch, rate=given.rate, seed=given.seed)
+        training = LoraTraining(flow, device, batch=given.batch, rate=given.rate, seed=given.seed)
+        lora = training.train(pool, budget)
     lora.save(given.out)
     if not given.sentences:
         return

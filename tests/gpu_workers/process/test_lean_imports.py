@@ -105,7 +105,44 @@ for scale in (1.0, 0.5):
 found["scales"] = [each / layer.scaling["default"] for each in scales]
 """
 
-BODIES = (START, DIFFUSERS, SCIPY, WRAPPERS, FORWARD)
+COMPILER = """
+parts = ("sympy", "torch._dynamo.eval_frame", "torch.distributed.fsdp", "torch.distributed.tensor")
+found["before"] = [name for name in parts if name in sys.modules]
+from torch._dynamo import allow_in_graph
+@torch.compiler.disable(recursive=False)
+@torch.compiler.disable
+@torch.compiler.assume_constant_result
+@allow_in_graph
+def double(x):
+    return 2 * x
+found["marked"] = double(4)
+found["after marks"] = [name for name in parts if name in sys.modules]
+{use}
+import torch._dynamo.eval_frame, torch._dynamo.utils
+package = torch._dynamo
+found["package"] = [type(package).__name__, package is sys.modules["torch._dynamo"], package.disable.__module__]
+found["compiled"] = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item()
+from xfuser.model_executor.layers import usp
+from torch.distributed.tensor.experimental import _attention
+wrong = {{}}
+for name, function in (("late", usp._templated_ring_attention), ("own", _attention._templated_ring_attention)):
+    try:
+        function("group")
+    except TypeError as error:
+        wrong[name] = str(error)
+found["ring"] = wrong["late"] == wrong["own"]
+"""
+USES = (
+    "torch.compile(lambda x: x, backend='eager')(torch.ones(1))",
+    "import torch._dynamo.utils",
+    "from torch._dynamo import config",
+    "import torch._inductor.compile_fx",
+    "from torch.nn.attention.flex_attention import flex_attention",
+    "torch._dynamo.reset()",
+    "from xditd.gpu_workers.process import preload; preload.import_all(preload.AFTER_LENDS)",
+)
+
+BODIES = (START, DIFFUSERS, SCIPY, WRAPPERS, FORWARD, *(COMPILER.format(use=use) for use in USES))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +166,19 @@ def run() -> Run:
 def test_a_rank_starts_without_pipelines_transformers_and_peft(run: Run) -> None:
     found = run(START)
     assert found == {"imported": [], "with a class": []}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_compiler_is_imported_when_more_than_its_marks_is_asked_for(run: Run, use: str) -> None:
+    found = run(COMPILER.format(use=use))
+    assert found == {
+        "before": [],
+        "marked": 8,
+        "after marks": [],
+        "package": ["module", True, "torch._dynamo.decorators"],
+        "compiled": 2.0,
+        "ring": True,
+    }
 
 
 def test_all_of_diffusers_is_there_when_it_is_asked_for(run: Run) -> None:

@@ -35,7 +35,7 @@ for name in names:
         return own(*given)
     setattr(torch.cuda, name, ask)
 from xditd.gpu_workers.process import leader, preload
-preload.preload(preload.FOR_RANKS + preload.FOR_LENDS)
+preload.preload(preload.FOR_RANKS + preload.FOR_STANDBY)
 found = {"asked": list(asked), "xfuser": [name for name in sys.modules if name.startswith("xfuser.core")]}
 found["counted"] = preload.count_gpus()
 found["asked by the leader"] = asked
@@ -47,7 +47,7 @@ print(json.dumps(found))
 FORKED = """
 import json, os, sys, torch
 from xditd.gpu_workers.process import leader, preload
-preload.preload(preload.FOR_RANKS + preload.FOR_LENDS)
+preload.preload(preload.FOR_RANKS + preload.FOR_STANDBY)
 found = {"counted": preload.count_gpus(), "opened": preload.has_opened_gpu()}
 reader, writer = os.pipe()
 if os.fork() == 0:
@@ -89,7 +89,7 @@ def test_ranks_find_their_modules_imported_and_the_first_lend_its_own() -> None:
     found = run("""
 import json, sys
 from xditd.gpu_workers.process import leader, preload, lean_imports, xfuser_cpu
-preload.preload(preload.FOR_RANKS + preload.FOR_LENDS)
+preload.preload(preload.FOR_RANKS + preload.FOR_STANDBY)
 before = set(sys.modules)
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
@@ -167,6 +167,14 @@ print(json.dumps([before[0] > 0, before[1], torch.cuda.is_initialized(), preload
 """) == [True, False, False, True]
 
 
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch and the driver say that CUDA is not open, as tests before may have opened it."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: SimpleNamespace(cuDeviceGetCount=lambda _: 3))
+
+
+@pytest.mark.usefixtures("closed")
 def test_the_device_of_cuda_is_found_among_the_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = tmp_path / "nvidia-uvm"
     monkeypatch.setattr(preload, "_CUDA_DEVICE", str(device))
@@ -175,12 +183,14 @@ def test_the_device_of_cuda_is_found_among_the_open_files(tmp_path: Path, monkey
         assert preload.has_opened_gpu()
 
 
+@pytest.mark.usefixtures("closed")
 @pytest.mark.parametrize(("status", "is_opened"), [(0, True), (100, True), (3, False), (34, False)])
 def test_the_driver_itself_says_whether_it_is_open(
     status: int, is_opened: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3: it is not, 34: a stub for linking, 100: it is, and finds no GPU."""
     library = SimpleNamespace(cuDeviceGetCount=lambda _: status)
+    monkeypatch.setattr(preload, "_CUDA_DEVICE", "/dev/of-no-library")
     monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: library if mode & os.RTLD_NOLOAD else pytest.fail(name))
     assert preload.has_opened_gpu() is is_opened
 

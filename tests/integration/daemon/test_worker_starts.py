@@ -28,7 +28,7 @@ SLOW_END = """
 import sys
 from xditd.gpu_workers import __main__ as leader
 from xditd.gpu_workers.process import options, preload
-preload.preload = lambda names: names is preload.FOR_LENDS and print("waits", flush=True)
+preload.preload = lambda names: names is preload.FOR_STANDBY and print("waits", flush=True)
 def parse(arguments):
     print("began with", arguments, flush=True)
     sys.stdin.read()
