@@ -51,7 +51,6 @@ FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
 """What every rank needs before it is ready."""
 
 FOR_LENDS: Final = (
-    "transformers",
     "diffusers.loaders.peft",
     "diffusers.loaders.single_file_model",
     "diffusers.models.attention_processor",
@@ -63,8 +62,15 @@ FOR_LENDS: Final = (
 )
 """What the first lend needs: the modules that all classes of diffusers share, and all of its pipelines."""
 
-AFTER_LENDS: Final = (lean_imports.COMPILER, lean_imports.RING_ATTENTION)
-"""What was left out so far: blocks that were compiled are loaded with the former, ring attention calls the latter."""
+AFTER_LENDS: Final = (
+    "sympy",
+    "torch.distributed.tensor",
+    "transformers.modeling_utils",
+    lean_imports.COMPILER,
+    lean_imports.RING_ATTENTION,
+)
+"""What was left out so far, one part after the other: what text encoders need, what loads compiled blocks, what ring
+attention calls."""
 
 FOR_STANDBY: Final = FOR_LENDS + AFTER_LENDS
 """What the leader of the next group imports beside :data:`FOR_RANKS`: it has the time."""
@@ -121,16 +127,21 @@ def has_opened_gpu() -> bool:
 def import_family(family: Family[Any]) -> None:
     """Import a family's operations, with those of diffusers' classes and pipelines that they use."""
     try:
-        registry.operations_of(family)
+        with lean_imports.without_transformers():
+            registry.operations_of(family)
     except Exception as error:  # noqa: BLE001 - only the lend of such a model fails, and says why
         logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, _in_one_line(error))
 
 
 def import_all(names: tuple[str, ...]) -> None:
-    """Import modules ahead of their use. What is missing here is reported where it is needed."""
+    """Import modules ahead of their use, those of :data:`FOR_LENDS` without transformers.
+
+    What is missing here is reported where it is needed.
+    """
     for name in names:
         try:
-            lean_imports.run_deferred(importlib.import_module(name))
+            with lean_imports.without_transformers() if name in FOR_LENDS else contextlib.nullcontext():
+                lean_imports.run_deferred(importlib.import_module(name))
         except Exception as error:  # noqa: BLE001 - versions that do not fit each other fail in any way
             logger.warning("not imported ahead of its use: module=%s error=%s", name, _in_one_line(error))
 

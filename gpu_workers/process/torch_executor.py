@@ -93,6 +93,7 @@ class TorchExecutor:
         return self._memory.take()
 
     def prepare(self, command: Prepare) -> PreparedFacts:
+        self._imports.finish_for_lend()
         component = self._components.prepare(
             command.component_id, command.manifest, command.exporter, command.digests, command.changed
         )
@@ -107,6 +108,7 @@ class TorchExecutor:
 
     def build_model(self, outline: Outline) -> TimingsMs:
         began_s = time.perf_counter()
+        self._imports.finish_for_lend()
         self._components.build_ahead(outline)
         return {"build": (time.perf_counter() - began_s) * 1e3}
 

@@ -142,7 +142,58 @@ USES = (
     "from xditd.gpu_workers.process import preload; preload.import_all(preload.AFTER_LENDS)",
 )
 
-BODIES = (START, DIFFUSERS, SCIPY, WRAPPERS, FORWARD, *(COMPILER.format(use=use) for use in USES))
+TRANSFORMERS = """
+import typing
+from xditd.gpu_workers.models import registry
+from xditd.gpu_workers.process import preload
+from xditd.gpu_workers.process.lend_imports import LendImports
+imports = LendImports()
+imports.finish_for_lend()
+heavy = ("transformers.modeling_utils", "transformers.models.clip.modeling_clip", "torch._dynamo.eval_frame")
+found["before"] = [name for name in heavy if name in sys.modules]
+found["pipelines"] = "diffusers.pipelines.flux.pipeline_flux" in sys.modules
+from diffusers.loaders import lora_base
+from diffusers.pipelines.flux import pipeline_flux
+late, config = pipeline_flux.CLIPTextModel, getattr(pipeline_flux, "CLIPTextModel")
+found["annotation"] = str(typing.get_args(late | None)[1])
+found["still"] = [name for name in heavy if name in sys.modules]
+{first}
+import transformers
+from transformers.models.clip.modeling_clip import CLIPTextModel
+small = transformers.CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                    vocab_size=16)
+encoder = transformers.CLIPTextModel(small)
+found["real"] = [transformers.CLIPTextModel is CLIPTextModel, type(encoder) is CLIPTextModel, late.from_pretrained ==
+                 CLIPTextModel.from_pretrained, type(late(small)) is CLIPTextModel]
+found["is instance"] = [isinstance(encoder, late), isinstance(encoder, lora_base.PreTrainedModel),
+                        isinstance(encoder, pipeline_flux.T5EncoderModel), isinstance(None, late)]
+found["is subclass"] = [issubclass(CLIPTextModel, late), issubclass(CLIPTextModel, pipeline_flux.T5EncoderModel)]
+class Own(late):
+    pass
+found["bases"] = Own.__mro__[1] is CLIPTextModel
+with lean_imports.without_transformers():
+    from diffusers.pipelines.sana import pipeline_sana
+    found["late again"] = type(pipeline_sana.Gemma2PreTrainedModel) is type(late)
+found["place"] = [type(sys.modules["transformers"]).__name__, "gemma2" in " ".join(sys.modules)]
+"""
+FIRSTS = (
+    "import transformers",
+    "late.from_pretrained",
+    "class Other(late): pass",
+    "isinstance(torch, late)",
+    "preload.import_all(preload.AFTER_LENDS)",
+    "assert imports.wait_s == 0.0; imports.run_next()",
+)
+
+BODIES = (
+    START,
+    DIFFUSERS,
+    SCIPY,
+    WRAPPERS,
+    FORWARD,
+    *(TRANSFORMERS.format(first=first) for first in FIRSTS),
+    *(COMPILER.format(use=use) for use in USES),
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +217,23 @@ def run() -> Run:
 def test_a_rank_starts_without_pipelines_transformers_and_peft(run: Run) -> None:
     found = run(START)
     assert found == {"imported": [], "with a class": []}
+
+
+@pytest.mark.parametrize("first", FIRSTS)
+def test_lends_need_no_transformers_until_one_of_its_classes_is_asked_for(run: Run, first: str) -> None:
+    found = run(TRANSFORMERS.format(first=first))
+    assert found == {
+        "before": [],
+        "pipelines": True,
+        "annotation": "<class 'NoneType'>",
+        "still": [],
+        "real": [True] * 4,
+        "is instance": [True, True, False, False],
+        "is subclass": [True, False],
+        "bases": True,
+        "late again": True,
+        "place": ["_LazyModule", False],
+    }
 
 
 @pytest.mark.parametrize("use", USES)
