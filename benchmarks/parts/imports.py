@@ -1,4 +1,4 @@
-"""Profile what the leader and a rank import before they are ready, and for the first lend.
+"""Profile what the leader and a rank import before they are ready, for the first lend, and after it.
 
     python benchmarks/run.py imports --json FILE
 
@@ -36,9 +36,11 @@ from xditd.gpu_workers.process.torch_executor import TorchExecutor
 from xditd.gpu_workers.process.lend_imports import LendImports
 stage("own, in each rank")
 imports = LendImports()
+imports.finish_for_lend()
+stage("for lends, in each rank behind readiness")
 while imports.wait_s is not None:
     imports.run_next()
-stage("for lends, in each rank behind readiness")
+stage("for later, in each rank while it is idle")
 """
 _LINE: Final = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|( *)(\S+)")
 _STAGE: Final = re.compile(r"stage: (.*) ([\d.]+)$")
