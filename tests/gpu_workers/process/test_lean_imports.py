@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 PROGRAM = """
-import json, os, sys, warnings
+import json, os, signal, sys, warnings
 import torch
 from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 lean_imports.leave_out_peft()
@@ -185,12 +185,41 @@ FIRSTS = (
     "assert imports.wait_s == 0.0; imports.run_next()",
 )
 
+TWO_THREADS = """
+import threading
+from xditd.gpu_workers.models import block_compiler
+other, has_come, faults = [], threading.Event(), []
+def prepare():
+    other.append(threading.get_ident())
+    try:
+        block_compiler.prepare()
+    except Exception as error:
+        faults.append(repr(error))
+run, begin = lean_imports._Compiler.run, lean_imports._Compiler._begin
+def note(self):
+    if threading.get_ident() in other:
+        has_come.set()
+    run(self)
+def wait(self):
+    begin(self)
+    thread.start()
+    has_come.wait()  # the other thread asks for the compiler while this one is about to import it
+lean_imports._Compiler.run, lean_imports._Compiler._begin = note, wait
+thread = threading.Thread(target=prepare, daemon=True)
+signal.alarm(60)
+lean_imports.run_deferred(torch._dynamo)
+thread.join()
+signal.alarm(0)
+found["faults"], found["imported"] = faults, "torch._inductor.compile_fx" in sys.modules
+"""
+
 BODIES = (
     START,
     DIFFUSERS,
     SCIPY,
     WRAPPERS,
     FORWARD,
+    TWO_THREADS,
     *(TRANSFORMERS.format(first=first) for first in FIRSTS),
     *(COMPILER.format(use=use) for use in USES),
 )
@@ -247,6 +276,10 @@ def test_the_compiler_is_imported_when_more_than_its_marks_is_asked_for(run: Run
         "compiled": 2.0,
         "ring": True,
     }
+
+
+def test_two_threads_that_import_the_compiler_at_once_do_not_wait_for_each_other(run: Run) -> None:
+    assert run(TWO_THREADS) == {"faults": [], "imported": True}
 
 
 def test_all_of_diffusers_is_there_when_it_is_asked_for(run: Run) -> None:
