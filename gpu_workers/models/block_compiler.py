@@ -82,8 +82,8 @@ def _compile(folder: Path, encoded: bytes) -> None:
 def prepare() -> None:
     """Import what ``load`` needs. This takes seconds, in which forwards of this process are slower.
 
-    A rank may import the compiler's package late, in its main thread, at this very time. This thread waits for that here,
-    where it holds no lock of an import: while it imported one of the package's modules, each would wait for the other.
+    A rank may import the compiler's package late, in its main thread, at this very time. This thread waits for that
+    here, where it holds no lock of an import: within one of the package's modules each would wait for the other.
     """
     from torch._dynamo import config  # noqa: F401
 

@@ -86,11 +86,17 @@ class _OnDemand(_Deferred):
                 try:
                     self.__spec__.loader.exec_module(self)
                     self.__class__ = ModuleType  # type: ignore[assignment]
+                except BaseException:
+                    self._end_failed()
+                    raise
                 finally:
                     self._is_running = False
 
     def _begin(self) -> None:
         """Called before the code runs."""
+
+    def _end_failed(self) -> None:
+        """Called if the code raises. It runs again when a name is asked for, and raises again."""
 
 
 class _Compiler(_OnDemand):
@@ -103,13 +109,16 @@ class _Compiler(_OnDemand):
     def add_marks(self) -> None:
         """Add the names that may be asked for before the code runs."""
         self.allow_in_graph = self.assume_constant_result = _unmarked
-        self.disable = lambda marked=None, *_, **__: _unmarked if marked is None else marked
+        self.disable = lambda fn=None, *_, **__: _unmarked if fn is None else fn
         # init_process_group lets the compiler forget what it knows.
         self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
 
     def _begin(self) -> None:
         for name in ("allow_in_graph", "assume_constant_result", "disable", "trace_rules"):
             self.__dict__.pop(name, None)
+
+    def _end_failed(self) -> None:
+        self.add_marks()  # what only marks things goes on without the compiler
 
     def import_alone(self, name: str) -> None:
         """Import one of its modules, without the package's own code."""
@@ -125,7 +134,10 @@ class _Compiler(_OnDemand):
         ``from torch._dynamo import NAME`` looks for a path, too, but not from importlib's own code.
         """
         if sys._getframe(1).f_code.co_filename == _IMPORTLIB:
-            self.run()
+            try:
+                self.run()
+            except AttributeError as error:  # of a property, Python would take it for no attribute: "is not a package"
+                raise ImportError(f"{self.__name__} cannot be imported: AttributeError: {error}") from error
         return self.__dict__["__path__"]
 
     @__path__.setter
@@ -133,8 +145,8 @@ class _Compiler(_OnDemand):
         self.__dict__["__path__"] = found
 
 
-def _unmarked(marked: Any) -> Any:
-    return marked
+def _unmarked(fn: Any) -> Any:  # the compiler's name for it: some give it by name
+    return fn
 
 
 class _Late(ModuleType):

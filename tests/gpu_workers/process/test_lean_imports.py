@@ -213,6 +213,30 @@ signal.alarm(0)
 found["faults"], found["imported"] = faults, "torch._inductor.compile_fx" in sys.modules
 """
 
+BROKEN = """
+import importlib
+class Broken:
+    def find_spec(name, path=None, target=None):
+        if name == "torch._dynamo.symbolic_convert":
+            raise {error}
+sys.meta_path.insert(0, Broken)
+said = []
+for use in (lambda: torch._dynamo.OptimizedModule, lambda: importlib.import_module("torch._dynamo.utils")) * 2:
+    try:
+        use()
+    except Exception as error:
+        said.append(str(error))
+found["said"] = [each.removeprefix("torch._dynamo cannot be imported: AttributeError: ") for each in said]
+from torch._dynamo import allow_in_graph, disable
+found["marked"] = [allow_in_graph(fn=len) is len, disable(fn=len) is len, disable()(len) is len]
+from torch.distributed import destroy_process_group, init_process_group
+init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+destroy_process_group()
+sys.meta_path.remove(Broken)
+found["later"] = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item()
+"""
+FAULTS = ("ImportError('no symbol')", "AttributeError('no symbol')")
+
 BODIES = (
     START,
     DIFFUSERS,
@@ -220,6 +244,7 @@ BODIES = (
     WRAPPERS,
     FORWARD,
     TWO_THREADS,
+    *(BROKEN.format(error=error) for error in FAULTS),
     *(TRANSFORMERS.format(first=first) for first in FIRSTS),
     *(COMPILER.format(use=use) for use in USES),
 )
@@ -276,6 +301,11 @@ def test_the_compiler_is_imported_when_more_than_its_marks_is_asked_for(run: Run
         "compiled": 2.0,
         "ring": True,
     }
+
+
+@pytest.mark.parametrize("error", FAULTS)
+def test_a_compiler_that_cannot_be_imported_says_why_each_time_and_marks_go_on(run: Run, error: str) -> None:
+    assert run(BROKEN.format(error=error)) == {"said": ["no symbol"] * 4, "marked": [True] * 3, "later": 2.0}
 
 
 def test_two_threads_that_import_the_compiler_at_once_do_not_wait_for_each_other(run: Run) -> None:
