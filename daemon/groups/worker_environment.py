@@ -68,7 +68,7 @@ FIXED: Final[Mapping[str, str]] = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_FR_BUFFER_SIZE": "0",
     # Ranks load what a process of its own compiles (models/compiled_graphs.py), and need no processes for that. torch
-    # reads this once, when the leader imports its compiler.
+    # reads this once, when its compiler is imported.
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     # CUDA IPC does not work with cudaMallocAsync. torch reads the second name from 2.9 on.
     "PYTORCH_CUDA_ALLOC_CONF": "backend:native",

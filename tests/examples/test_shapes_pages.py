@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from running_daemon import RunningDaemon
+from shapes.draw import OUTLINE
 from shapes.reading import read_file
 from shapes_files import shapes_folder
 
@@ -23,9 +24,13 @@ PAGES = {
     "docs/cli.md": 1,
     "docs/formats.md": 2,
     "docs/comfyui.md": 1,
-    "models/shapes/README.md": 1,
+    "docs/lora.md": 1,
+    "models/shapes/README.md": 2,
 }
 """Each with how many programs and command lines it shows."""
+
+SHOWN = [("purple", "heart"), ("green", "circle"), ("blue", "star")]
+"""Colours and forms that their sentences name."""
 
 
 def shown_on(page: str) -> list[list[str]]:
@@ -62,11 +67,12 @@ def test_what_a_page_shows_draws(page: str, one_worker: RunningDaemon, tmp_path:
             timeout=200,
         )
         assert ran.returncode == 0, ran.stderr[-4000:]
+        outline = OUTLINE if "outlines" in command[-1] else 0.0
         made = list(tmp_path.glob("*.png"))
         assert bool(made) is ("-m shapes." not in command[-1])
         for path in made:
             with Image.open(path) as image:
                 assert image.size == (256, 256)
-            read = [(each["colour"], each["form"]) for each in read_file(path)["things"]]
-            assert read == [("purple", "heart")] + [("blue", "star")] * ("blue star" in command[-1])
+            read = [(each["colour"], each["form"]) for each in read_file(path, outline=outline)["things"]]
+            assert read == [each for each in SHOWN if " ".join(each) in command[-1]]
             path.unlink()

@@ -148,8 +148,8 @@ def _lora(found: Mapping[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "`loras/outlines.safetensors` draws outlines in place of filled forms (`python -m shapes.judged_lora`; "
-            "rings, whose outlines fill them, are not counted):",
+            "`loras/outlines.safetensors` draws outlines in place of filled forms (`python -m shapes.judged_lora`, in "
+            "float32; rings, whose outlines fill them, are not counted):",
             "",
             _table(("strength", "objects", "right and filled", "right and outlines"), rows),
         ]

@@ -258,7 +258,7 @@ def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> No
         found = [faults(request, reading) for request, reading in zip(requests, read_back, strict=True)]
         readings = [_coarse(each) for each in read_back]
         first = first or (images, readings)
-        rows[name] = compared(table(requests, found), images, readings, first) | {"paths": paths_of(client)}
+        rows[name] = compared(table(requests, found), images, readings, first) | {"paths_so_far": paths_of(client)}
         print_format(name, rows[name], is_first=len(rows) == 1)
         if given.json:
             given.json.write_text(json.dumps(rows, indent=1))

@@ -1,7 +1,8 @@
 """Judge a LoRA of ``shapes`` that draws outlines, at several strengths: which objects are filled, which are outlines.
 
-PYTHONPATH=tools:.pkg python -m shapes.judged_lora models/shapes out/outlines.safetensors            # diffusers, CPU
-PYTHONPATH=tools:.pkg python -m shapes.judged_lora models/shapes out/outlines.safetensors --daemon   # a running daemon
+L=models/shapes/loras/outlines.safetensors
+PYTHONPATH=tools:.pkg python -m shapes.judged_lora models/shapes $L            # diffusers, CPU
+PYTHONPATH=tools:.pkg python -m shapes.judged_lora models/shapes $L --daemon   # a running daemon
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from shapes.arguments import pipeline_folder, safetensors_file, whole
+from shapes.arguments import output_file, pipeline_folder, safetensors_file, whole
 from shapes.draw import OUTLINE, save_sheet
 from shapes.judge import draw_requests, held_out_requests
 from shapes.reading import read
@@ -68,24 +69,28 @@ def judge_strengths(
     return found, torch.cat(shown)
 
 
-def write_report(path: Path, found: Mapping[str, Mapping[str, int]], shown: torch.Tensor) -> None:
-    """Write the counts beside a LoRA's file, as ``.json``, and the pictures, as ``.png``, a row for each strength."""
-    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    save_sheet(shown, path.with_suffix(".png"), columns=len(shown) // len(STRENGTHS))
+def write_report(
+    found: Mapping[str, Mapping[str, int]], shown: torch.Tensor, *, json_file: Path | None, sheet: Path | None
+) -> None:
+    """Write the counts, and the pictures, a row for each strength; a file without a path is left out."""
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+    if sheet:
+        save_sheet(shown, sheet, columns=len(shown) // len(STRENGTHS))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Judge a LoRA of shapes that draws outlines, at several strengths.")
     parser.add_argument("folder", type=pipeline_folder, help="the pipeline's folder")
-    parser.add_argument(
-        "lora", type=safetensors_file, help="what shapes.lora wrote; a .json and a .png are written beside it"
-    )
+    parser.add_argument("lora", type=safetensors_file, help="what shapes.lora wrote")
     parser.add_argument("--daemon", action="store_true", help="draw with the workers of the running daemon of xditd")
     parser.add_argument("--device", default="cpu", help="of diffusers; a daemon has its own")
     parser.add_argument("--sentences", type=whole(1), default=SENTENCES)
     parser.add_argument("--steps", type=whole(1), default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--batch", type=whole(1), default=8)
+    parser.add_argument("--json", type=output_file(".json"), help="write the counts here")
+    parser.add_argument("--sheet", type=output_file(".png"), help="write pictures here, a row for each strength")
     given = parser.parse_args(arguments)
     options = {"steps": given.steps, "guidance": given.guidance}
     with ExitStack() as stack:
@@ -104,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
                 return pipeline_sampler(pipeline, **options)
 
         found, shown = judge_strengths(at, held_out_requests(given.sentences), batch=given.batch)
-    write_report(given.lora, found, shown)
+    write_report(found, shown, json_file=given.json, sheet=given.sheet)
 
 
 def _diffusers(given: argparse.Namespace) -> Any:

@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         found, shown = judge_strengths(
             at, held_out_requests(given.sentences), batch=100 if device.type == "cuda" else 8
         )
-    write_report(given.out, found, shown)
+    write_report(found, shown, json_file=given.out.with_suffix(".json"), sheet=given.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -82,15 +82,17 @@ def read(image: torch.Tensor, *, outline: float = 0.0) -> Reading:
     return Reading(tuple(sorted(things, key=lambda each: each.x)), pattern, background)
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path, *, outline: float = 0.0) -> dict[str, Any]:
     """Read a square picture's file; return ``things``, each with its size and cell, ``pattern`` and ``background``.
+
+    ``outline`` is as for :func:`read`.
 
     Raises:
         OSError: it cannot be opened, or is no picture.
     """
     with Image.open(path) as image:
         pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-        reading = read(pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1)
+        reading = read(pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1, outline=outline)
     things = [{**asdict(each), "size": each.size, "cell": each.cell} for each in reading.things]
     return {"things": things, "pattern": reading.pattern, "background": reading.background}
 

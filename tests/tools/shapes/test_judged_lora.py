@@ -45,7 +45,8 @@ def test_a_table_has_a_line_and_a_row_of_pictures_for_each_strength(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["strength", *map(str, STRENGTHS)]
     assert found["0.0"] == found["0.5"] != found["1.0"]
-    write_report(tmp_path / "outlines.safetensors", found, shown)
+    write_report(found, shown, json_file=None, sheet=None)
+    write_report(found, shown, json_file=tmp_path / "outlines.json", sheet=tmp_path / "outlines.png")
     assert json.loads((tmp_path / "outlines.json").read_text()) == found
     assert (tmp_path / "outlines.png").stat().st_size
 
