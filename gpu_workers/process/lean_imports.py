@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final, Union
 
@@ -102,8 +104,8 @@ class _OnDemand(_Deferred):
 class _Compiler(_OnDemand):
     """torch's compiler for modules that mark functions and classes for it, which stay as they are.
 
-    The marks change nothing but what ``torch.compile`` does with what is marked; workers trace with ``make_fx``. The
-    code runs when another name, or one of its modules, is asked for.
+    The marks change nothing but what ``torch.compile`` does with what is marked; workers record blocks by torch's
+    dispatch instead. The code runs when another name, or one of its modules, is asked for.
     """
 
     def add_marks(self) -> None:
@@ -290,12 +292,11 @@ class _LateClass:
 class _Names(ModuleType):
     """transformers, for modules that only name its classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: ModuleSpec, version: str) -> None:
         super().__init__(_TRANSFORMERS)
         self._real = sys.modules.get(_TRANSFORMERS)
-        self.__spec__ = importlib.util.find_spec(_TRANSFORMERS)
-        self.__path__ = list((self.__spec__ and self.__spec__.submodule_search_locations) or ())
-        self.__version__ = metadata.version(_TRANSFORMERS)
+        self.__spec__, self.__version__ = spec, version
+        self.__path__ = list(spec.submodule_search_locations or ())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -320,12 +321,15 @@ def without_transformers() -> Iterator[None]:
     """Let modules of diffusers be imported without the modules of transformers' models.
 
     What they import from transformers stands for its classes, which are imported when one is called, subclassed or
-    asked for. For one thread.
+    asked for. For one thread. Where transformers is not installed as a package, they find what there is.
     """
-    if importlib.util.find_spec(_TRANSFORMERS) is None:
+    spec, version = None, ""
+    with suppress(ValueError, metadata.PackageNotFoundError):  # imported without a spec, or a folder without a version
+        spec, version = importlib.util.find_spec(_TRANSFORMERS), metadata.version(_TRANSFORMERS)
+    if spec is None:
         yield
         return
-    names = _Names()
+    names = _Names(spec, version)
     names.enter()
     try:
         yield
@@ -335,14 +339,26 @@ def without_transformers() -> Iterator[None]:
 
 @contextmanager
 def _late_modules() -> Iterator[None]:
-    """Give modules that are imported within :data:`_LATE_MODULES` without importing them."""
-    placed = {name: _Late(name) for name in _LATE_MODULES if name not in sys.modules}
+    """Give modules that are imported within :data:`_LATE_MODULES` without importing them.
+
+    One that this version of torch does not have stays out, so that its importer says so at once.
+    """
+    placed = {name: _Late(name) for name in _LATE_MODULES if name not in sys.modules and _has_file(name)}
     sys.modules.update(placed)
     try:
         yield
     finally:
         for name in placed:
             del sys.modules[name]
+
+
+def _has_file(name: str) -> bool:
+    """Return whether a module of an imported package is installed. ``find_spec`` would import its parents."""
+    package, *inner = name.split(".")
+    return any(
+        Path(folder, *inner).is_dir() or Path(folder, *inner[:-1], f"{inner[-1]}.py").is_file()
+        for folder in sys.modules[package].__path__
+    )
 
 
 @contextmanager

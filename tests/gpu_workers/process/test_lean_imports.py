@@ -235,6 +235,25 @@ destroy_process_group()
 sys.meta_path.remove(Broken)
 found["later"] = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item()
 """
+MISSING = """
+import types
+from importlib import metadata
+own = lean_imports._LATE_MODULES
+names = ("torch.distributed.no_such_module", "torch.distributed.pipelining", "torch.distributed.fsdp.wrap")
+lean_imports._LATE_MODULES = names
+with lean_imports._late_modules():
+    found["late"] = [type(sys.modules[name]).__name__ if name in sys.modules else None for name in names]
+found["ours"] = [lean_imports._has_file(name) for name in own]
+def version(name):
+    raise metadata.PackageNotFoundError(name)
+real, metadata.version = metadata.version, version
+with lean_imports.without_transformers():
+    found["no version"] = "transformers" in sys.modules
+metadata.version = real
+stub = sys.modules["transformers"] = types.ModuleType("transformers")
+with lean_imports.without_transformers():
+    found["no spec"] = sys.modules["transformers"] is stub
+"""
 FAULTS = ("ImportError('no symbol')", "AttributeError('no symbol')")
 
 BODIES = (
@@ -244,6 +263,7 @@ BODIES = (
     WRAPPERS,
     FORWARD,
     TWO_THREADS,
+    MISSING,
     *(BROKEN.format(error=error) for error in FAULTS),
     *(TRANSFORMERS.format(first=first) for first in FIRSTS),
     *(COMPILER.format(use=use) for use in USES),
@@ -306,6 +326,10 @@ def test_the_compiler_is_imported_when_more_than_its_marks_is_asked_for(run: Run
 @pytest.mark.parametrize("error", FAULTS)
 def test_a_compiler_that_cannot_be_imported_says_why_each_time_and_marks_go_on(run: Run, error: str) -> None:
     assert run(BROKEN.format(error=error)) == {"said": ["no symbol"] * 4, "marked": [True] * 3, "later": 2.0}
+
+
+def test_what_is_not_installed_has_no_place(run: Run) -> None:
+    assert run(MISSING) == {"late": [None, "_Late", "_Late"], "ours": [True] * 3, "no version": False, "no spec": True}
 
 
 def test_two_threads_that_import_the_compiler_at_once_do_not_wait_for_each_other(run: Run) -> None:
