@@ -195,16 +195,18 @@ def prepare():
         block_compiler.prepare()
     except Exception as error:
         faults.append(repr(error))
-run, begin = lean_imports._Compiler.run, lean_imports._Compiler._begin
+run = lean_imports._Compiler.run
 def note(self):
     if threading.get_ident() in other:
         has_come.set()
     run(self)
-def wait(self):
-    begin(self)
-    thread.start()
-    has_come.wait()  # the other thread asks for the compiler while this one is about to import it
-lean_imports._Compiler.run, lean_imports._Compiler._begin = note, wait
+class Meanwhile:
+    def find_spec(name, path=None, target=None):
+        if name == "torch._dynamo.guards":  # one of the last
+            thread.start()
+            has_come.wait()  # the other thread asks for the compiler while this one imports it
+lean_imports._Compiler.run = note
+sys.meta_path.insert(0, Meanwhile)
 thread = threading.Thread(target=prepare, daemon=True)
 signal.alarm(60)
 lean_imports.run_deferred(torch._dynamo)
