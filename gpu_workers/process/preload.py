@@ -28,6 +28,7 @@ from xditd.gpu_workers.models import registry
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
+from xditd.gpu_workers.process.late_transformers import without_transformers
 from xditd.ipc.codec import command_decoder
 from xditd.ipc.errors import WorkersLost
 from xditd.ipc.processes import describe_exit
@@ -127,7 +128,7 @@ def has_opened_gpu() -> bool:
 def import_family(family: Family[Any]) -> None:
     """Import a family's operations, with those of diffusers' classes and pipelines that they use."""
     try:
-        with lean_imports.without_transformers():
+        with without_transformers():
             registry.operations_of(family)
     except Exception as error:  # noqa: BLE001 - only the lend of such a model fails, and says why
         logger.warning("not imported ahead of a lend: family=%s error=%s", family.name, _in_one_line(error))
@@ -140,7 +141,7 @@ def import_all(names: tuple[str, ...]) -> None:
     """
     for name in names:
         try:
-            with lean_imports.without_transformers() if name in FOR_LENDS else contextlib.nullcontext():
+            with without_transformers() if name in FOR_LENDS else contextlib.nullcontext():
                 lean_imports.run_deferred(importlib.import_module(name))
         except Exception as error:  # noqa: BLE001 - versions that do not fit each other fail in any way
             logger.warning("not imported ahead of its use: module=%s error=%s", name, _in_one_line(error))

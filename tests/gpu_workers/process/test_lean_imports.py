@@ -14,7 +14,7 @@ import pytest
 PROGRAM = """
 import json, os, signal, sys, warnings
 import torch
-from xditd.gpu_workers.process import lean_imports, xfuser_cpu
+from xditd.gpu_workers.process import late_transformers, lean_imports, xfuser_cpu
 lean_imports.leave_out_peft()
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
@@ -171,7 +171,7 @@ found["is subclass"] = [issubclass(CLIPTextModel, late), issubclass(CLIPTextMode
 class Own(late):
     pass
 found["bases"] = Own.__mro__[1] is CLIPTextModel
-with lean_imports.without_transformers():
+with late_transformers.without_transformers():
     from diffusers.pipelines.sana import pipeline_sana
     found["late again"] = type(pipeline_sana.Gemma2PreTrainedModel) is type(late)
 found["place"] = [type(sys.modules["transformers"]).__name__, "gemma2" in " ".join(sys.modules)]
@@ -249,11 +249,11 @@ found["ours"] = [lean_imports._has_file(name) for name in own]
 def version(name):
     raise metadata.PackageNotFoundError(name)
 real, metadata.version = metadata.version, version
-with lean_imports.without_transformers():
+with late_transformers.without_transformers():
     found["no version"] = "transformers" in sys.modules
 metadata.version = real
 stub = sys.modules["transformers"] = types.ModuleType("transformers")
-with lean_imports.without_transformers():
+with late_transformers.without_transformers():
     found["no spec"] = sys.modules["transformers"] is stub
 """
 FAULTS = ("ImportError('no symbol')", "AttributeError('no symbol')")
