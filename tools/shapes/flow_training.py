@@ -79,6 +79,19 @@ def sample_sigmas(count: int, generator: torch.Generator, device: torch.device) 
     return torch.where(is_even, even, torch.sigmoid(logits))
 
 
+def add_noise(latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw noise and sigmas for packed latents; return the noisy latents, the sigmas (count,) and the velocities."""
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    sigmas = sample_sigmas(len(latents), generator, latents.device)
+    return torch.lerp(latents, noise, sigmas[:, None, None]), sigmas, noise - latents
+
+
+def weighted_loss(velocity: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error of velocities (count, 256, 64), with patches weighted by (count, 256)."""
+    error = (velocity.float() - target).square().mean(-1)
+    return (weights * error).mean() / weights.mean()
+
+
 @dataclass(frozen=True)
 class FlowSettings:
     """One phase: rectified flow; with ``is_distilled``, guidance from a teacher that answers with and without words.
@@ -196,9 +209,7 @@ class FlowTraining:
         count = max(1, round(settings.batch * LONG_SHARE)) if is_long else settings.batch
         generator = self._generator.manual_seed(settings.seed * 1_000_003 + self.step)
         latents, clip, t5, covered = pool.batch(count, generator)
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        sigmas = sample_sigmas(count, generator, device)
-        noisy = torch.lerp(latents, noise, sigmas[:, None, None])
+        noisy, sigmas, target = add_noise(latents, generator)
         guidance = torch.full((count,), WEAKEST_GUIDANCE, device=device)
         if self._teacher is None:
             is_dropped = (torch.rand(count, generator=generator, device=device) < settings.dropped)[:, None]
@@ -211,7 +222,7 @@ class FlowTraining:
         weights = 1 + extra * covered
         if timed:
             timed.mark()
-        loss = self._update(noisy, sigmas, guidance, clip, t5, noise - latents, weights)
+        loss = self._update(noisy, sigmas, guidance, clip, t5, target, weights)
         if timed:
             timed.mark()
         decay = min(settings.decay, (1 + self.step) / (10 + self.step))
@@ -247,8 +258,7 @@ class FlowTraining:
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(self.device):
             velocity = self.flow(noisy, sigmas, guidance, clip, t5)
-        error = (velocity.float() - target).square().mean(-1)
-        loss = (weights * error).mean() / weights.mean()
+        loss = weighted_loss(velocity, target, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()

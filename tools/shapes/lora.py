@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from shapes.arguments import output_file, whole
 from shapes.budget import Budget, Interrupt
 from shapes.draw import OUTLINE
-from shapes.flow_training import STRONGEST_GUIDANCE, WEAKEST_GUIDANCE, Flow, sample_sigmas
+from shapes.flow_training import STRONGEST_GUIDANCE, WEAKEST_GUIDANCE, Flow, add_noise, weighted_loss
 from shapes.graphs import GraphedStep, adamw, set_rate
 from shapes.judge import held_out_requests
 from shapes.judged_lora import SENTENCES, judge_strengths, write_report
@@ -124,12 +124,10 @@ class LoraTraining:
         count, device = self._batch, self._device
         generator = self._generator.manual_seed(self._seed * 1_000_003 + step)
         latents, clip, t5, covered = pool.batch(count, generator)
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        sigmas = sample_sigmas(count, generator, device)
-        noisy = torch.lerp(latents, noise, sigmas[:, None, None])
+        noisy, sigmas, target = add_noise(latents, generator)
         span = torch.rand(count, generator=generator, device=device)
         guidance = WEAKEST_GUIDANCE + (STRONGEST_GUIDANCE - WEAKEST_GUIDANCE) * (2 * span - 1).clamp(min=0)
-        return self._update(noisy, sigmas, guidance, clip, t5, noise - latents, 1 + _OBJECT_WEIGHT * covered)
+        return self._update(noisy, sigmas, guidance, clip, t5, target, 1 + _OBJECT_WEIGHT * covered)
 
     def _learn(
         self,
@@ -144,7 +142,7 @@ class LoraTraining:
         """Change the factors once, and return the loss. ``target`` is (batch, 256, 64), ``weights`` (batch, 256)."""
         with autocast(self._device), self.lora.applied():
             velocity = self._flow(noisy, sigmas, guidance, clip, t5)
-        loss = (weights * (velocity.float() - target).square().mean(-1)).mean() / weights.mean()
+        loss = weighted_loss(velocity, target, weights)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
