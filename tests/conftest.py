@@ -168,7 +168,8 @@ def one_worker(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
 
 @pytest.fixture
 def open_fds() -> Callable[[], int]:
-    """Count this process's open descriptors."""
+    """Count this process's open descriptors; what earlier tests left to the garbage collector is closed first."""
+    gc.collect()
     return lambda: len(os.listdir("/proc/self/fd")) - 1  # less the listing's own
 
 

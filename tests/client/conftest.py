@@ -250,15 +250,16 @@ def offers() -> Iterator[list[Offer]]:
 
 @pytest.fixture
 def open_memfds() -> Callable[[], int]:
-    """Count the shared memory segments of this library that this process holds open."""
+    """Count the shared memory segments of this library that this process holds open and did not before the test."""
 
-    def count() -> int:
-        inodes = set()  # mmap duplicates the descriptor of a segment
+    def inodes() -> set[int]:
+        found = set()  # mmap duplicates the descriptor of a segment
         for name in os.listdir("/proc/self/fd"):
             path = f"/proc/self/fd/{name}"
             with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
                 if os.readlink(path).startswith("/memfd:xditd"):
-                    inodes.add(os.stat(path).st_ino)
-        return len(inodes)
+                    found.add(os.stat(path).st_ino)
+        return found
 
-    return count
+    earlier = inodes()  # of other tests, whose threads or garbage may end while this one runs
+    return lambda: len(inodes() - earlier)
