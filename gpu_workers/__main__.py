@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import OUTPUT, die_with_parent, has_no_reader
 from xditd.gpu_workers.process.loopback import check_loopback
 from xditd.gpu_workers.process.memory_priority import ended_first
@@ -39,6 +41,8 @@ def main() -> int:
     logging.basicConfig(level="INFO", format="%(levelname)s leader %(name)s: %(message)s")
     try:
         check_loopback()
+        gc.disable()  # collections would visit all that was imported again and again; preload enables them
+        lean_imports.defer_meta_kernels()
         # Imported here, since they import torch: if torch is missing, the handler below reports it.
         from xditd.gpu_workers.process import leader, preload
         from xditd.gpu_workers.process.options import parse

@@ -6,7 +6,7 @@ whose ``__init__`` imports what nobody asks for stay deferred: their submodules 
 run. That of diffusers and of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does.
 
 torch's compiler is three quarters of what diffusers' base takes to import, to mark a few classes for it. Its code runs
-when something else of it is asked for.
+when something else of it is asked for. Meta kernels in Python are a quarter of torch: lends need them, not ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final
@@ -30,6 +31,8 @@ ON_DEMAND_PACKAGES: Final = (
     "scipy.integrate",  # of diffusers' schedulers, for the coefficients of LMS alone
     "scipy.stats",  # likewise, for beta sigmas alone
 )
+META_KERNELS: Final = "torch._meta_registrations"
+"""The module that registers torch's meta kernels which are written in Python, with the decompositions they need."""
 COMPILER: Final = "torch._dynamo"
 """torch's compiler."""
 _OF_FLEX_ATTENTION: Final = f"{COMPILER}._trace_wrapped_higher_order_op"
@@ -168,6 +171,19 @@ class _LateFunction:
         return self._found(*args, **kwargs)
 
 
+def defer_meta_kernels() -> None:
+    """Let torch be imported without :data:`META_KERNELS`, until its code is run or a name in it is asked for.
+
+    Call before torch is imported. Until then models on the meta device have the kernels that are written in C++.
+    """
+    torch = importlib.util.find_spec("torch")
+    if "torch" in sys.modules or torch is None or torch.origin is None:
+        return
+    path = Path(torch.origin).with_name(f"{META_KERNELS.rpartition('.')[2]}.py")
+    if path.exists():
+        _place(importlib.util.spec_from_file_location(META_KERNELS, path), _OnDemand)
+
+
 def defer_packages() -> None:
     """Put the packages in place whose code runs never, or on demand. No package that was imported before is changed."""
     if COMPILER not in sys.modules:  # before the others, whose parents import it
@@ -237,15 +253,21 @@ def _defer(name: str, kind: type[_Deferred]) -> None:
         return
     if spec is None or spec.submodule_search_locations is None:
         return  # another version without this package: its importers say so
-    package = kind(name)
-    package.__spec__, package.__file__ = spec, spec.origin
-    package.__path__ = list(spec.submodule_search_locations)
-    package.__package__ = name
-    package._lock, package._is_running = threading.RLock(), False
-    sys.modules[name] = package
+    _place(spec, kind)
     parent, _, own = name.rpartition(".")
     if parent:
-        setattr(sys.modules[parent], own, package)
+        setattr(sys.modules[parent], own, sys.modules[name])
+
+
+def _place(spec: ModuleSpec | None, kind: type[_Deferred]) -> None:
+    """Put a module in place without running its code."""
+    assert spec is not None
+    module = kind(spec.name)
+    module.__spec__, module.__file__, module.__package__ = spec, spec.origin, spec.parent
+    if spec.submodule_search_locations is not None:
+        module.__path__ = list(spec.submodule_search_locations)
+    module._lock, module._is_running = threading.RLock(), False
+    sys.modules[spec.name] = module
 
 
 @contextmanager

@@ -52,6 +52,7 @@ FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
 """What every rank needs before it is ready."""
 
 FOR_LENDS: Final = (
+    lean_imports.META_KERNELS,
     "diffusers.loaders.peft",
     "diffusers.loaders.single_file_model",
     "diffusers.models.attention_processor",
@@ -61,7 +62,7 @@ FOR_LENDS: Final = (
     "diffusers.models.modeling_utils",
     "diffusers.pipelines.pipeline_utils",
 )
-"""What the first lend needs: the modules that all classes of diffusers share, and all of its pipelines."""
+"""What the first lend needs: meta kernels, and the modules that all classes of diffusers share, and all pipelines."""
 
 AFTER_LENDS: Final = (
     "sympy",

@@ -63,7 +63,7 @@ def shared_memory() -> set[str]:
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             names -= set(re.findall(r"/dev/shm/(\S+)", maps.read_text())) if names else set()
-    return {name for name in names if os.path.exists(f"/dev/shm/{name}")}
+    return {name for name in names if os.path.isfile(f"/dev/shm/{name}")}  # no segment is a folder
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:
