@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
+from xditd.gpu_workers.process.late_names import LateModule, in_place
+
 XFUSER_PACKAGES: Final = ("xfuser", "xfuser.model_executor", "xfuser.model_executor.layers")
 ON_DEMAND_PACKAGES: Final = (
     "diffusers.models.autoencoders",
@@ -146,28 +148,6 @@ def _unmarked(fn: Any) -> Any:  # the compiler's name for it: some give it by na
     return fn
 
 
-class _Late(ModuleType):
-    """A module that is imported when one of its functions is called for the first time."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _LateFunction(self.__name__, name)
-
-
-class _LateFunction:
-    """A function, or a class that is called, of a module that is imported by the first call."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self._module, self._name = module, name
-        self._found: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._found is None:
-            self._found = getattr(importlib.import_module(self._module), self._name)
-        return self._found(*args, **kwargs)
-
-
 def defer_packages() -> None:
     """Put the packages in place whose code runs never, or on demand. No package that was imported before is changed."""
     if COMPILER not in sys.modules:  # before the others, whose parents import it
@@ -191,7 +171,7 @@ def run_deferred(package: ModuleType) -> None:
 def import_xfuser() -> None:
     """Import what workers use of xfuser, and quieten it. Does nothing where all of xfuser is imported already."""
     defer_packages()
-    with _without_pipelines(), _late_modules():
+    with _without_pipelines(), in_place(_late_modules()):
         for name in _XFUSER_PARTS:
             importlib.import_module(name)
     # xfuser logs at DEBUG to stdout.
@@ -248,19 +228,12 @@ def _defer(name: str, kind: type[_Deferred]) -> None:
         setattr(sys.modules[parent], own, package)
 
 
-@contextmanager
-def _late_modules() -> Iterator[None]:
-    """Give modules that are imported within :data:`_LATE_MODULES` without importing them.
+def _late_modules() -> Iterator[LateModule]:
+    """Return what stands for those of :data:`_LATE_MODULES` that are not imported.
 
     One that this version of torch does not have stays out, so that its importer says so at once.
     """
-    placed = {name: _Late(name) for name in _LATE_MODULES if name not in sys.modules and _has_file(name)}
-    sys.modules.update(placed)
-    try:
-        yield
-    finally:
-        for name in placed:
-            del sys.modules[name]
+    return (LateModule(name) for name in _LATE_MODULES if name not in sys.modules and _has_file(name))
 
 
 def _has_file(name: str) -> bool:

@@ -240,11 +240,17 @@ found["later"] = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).
 MISSING = """
 import types
 from importlib import metadata
+from xditd.gpu_workers.process import late_names
 own = lean_imports._LATE_MODULES
 names = ("torch.distributed.no_such_module", "torch.distributed.pipelining", "torch.distributed.fsdp.wrap")
 lean_imports._LATE_MODULES = names
-with lean_imports._late_modules():
+with late_names.in_place(lean_imports._late_modules()):
     found["late"] = [type(sys.modules[name]).__name__ if name in sys.modules else None for name in names]
+    from torch.distributed.fsdp.wrap import enable_wrap
+    try:
+        enable_wrap("called while modules stand in")
+    except TypeError as error:
+        found["called"] = str(error)
 found["ours"] = [lean_imports._has_file(name) for name in own]
 def version(name):
     raise metadata.PackageNotFoundError(name)
@@ -331,7 +337,14 @@ def test_a_compiler_that_cannot_be_imported_says_why_each_time_and_marks_go_on(r
 
 
 def test_what_is_not_installed_has_no_place(run: Run) -> None:
-    assert run(MISSING) == {"late": [None, "_Late", "_Late"], "ours": [True] * 3, "no version": False, "no spec": True}
+    found = run(MISSING)
+    assert "enable_wrap() takes 0 positional arguments" in found.pop("called")
+    assert found == {
+        "late": [None, "LateModule", "LateModule"],
+        "ours": [True] * 3,
+        "no version": False,
+        "no spec": True,
+    }
 
 
 def test_two_threads_that_import_the_compiler_at_once_do_not_wait_for_each_other(run: Run) -> None:
