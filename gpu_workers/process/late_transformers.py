@@ -31,6 +31,6 @@ def _stand_in() -> Iterator[LateModule]:
         spec, version = importlib.util.find_spec(_TRANSFORMERS), metadata.version(_TRANSFORMERS)
     if spec is not None:
         module = LateModule(_TRANSFORMERS)
-        module.__spec__, module.__version__ = spec, version
-        module.__path__ = list(spec.submodule_search_locations or ())
+        module.__spec__, module.__path__ = spec, list(spec.submodule_search_locations or ())
+        vars(module)["__version__"] = version
         yield module

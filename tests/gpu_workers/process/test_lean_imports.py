@@ -186,33 +186,105 @@ FIRSTS = (
 )
 
 TWO_THREADS = """
-import threading
+import importlib, threading
 from xditd.gpu_workers.models import block_compiler
-other, has_come, faults = [], threading.Event(), []
+from xditd.gpu_workers.process import deferred_packages, late_compiler
+is_inside, has_come, faults, main = threading.Event(), threading.Event(), [], threading.get_ident()
 def prepare():
-    other.append(threading.get_ident())
     try:
         block_compiler.prepare()
     except Exception as error:
         faults.append(repr(error))
-run = lean_imports._Compiler.run
-def note(self):
-    if threading.get_ident() in other:
-        has_come.set()
-    run(self)
 class Meanwhile:
     def find_spec(name, path=None, target=None):
-        if name == "torch._dynamo.guards":  # one of the last
-            thread.start()
-            has_come.wait()  # the other thread asks for the compiler while this one imports it
-lean_imports._Compiler.run = note
+        if name.startswith("torch._dynamo.") and threading.get_ident() != main:
+            is_inside.set()
+            has_come.wait()  # the main thread asks for the compiler while this one imports it
+class Turn:
+    def acquire(self):
+        if threading.get_ident() == main:
+            has_come.set()
+        turn.acquire()
+    def release(self):
+        turn.release()
+def note(self):
+    if threading.get_ident() == main:
+        has_come.set()
+    run(self)
+run, late_compiler._Compiler.run = late_compiler._Compiler.run, note
+turn, deferred_packages._TURN = deferred_packages._TURN, Turn()
 sys.meta_path.insert(0, Meanwhile)
 thread = threading.Thread(target=prepare, daemon=True)
 signal.alarm(60)
-lean_imports.run_deferred(torch._dynamo)
+thread.start()
+is_inside.wait()
+importlib.import_module("{module}")
 thread.join()
 signal.alarm(0)
 found["faults"], found["imported"] = faults, "torch._inductor.compile_fx" in sys.modules
+"""
+OF_COMPILER = ("torch._dynamo.symbolic_convert", "torch._functorch._aot_autograd.runtime_wrappers")
+
+MARKS = """
+import functools
+from diffusers.utils.torch_utils import maybe_allow_in_graph
+def trace(x):
+    return x + (1 if torch.compiler.is_compiling() else 10)
+def left(number=0, **options):
+    return torch.compiler.disable(lambda x: trace(x) + 0 * number, **options)
+class Own:
+    @torch.compiler.disable()
+    def method(self, x):
+        return trace(x)
+@torch.compiler.disable
+class Module(torch.nn.Module):
+    def forward(self, x):
+        return trace(x)
+@maybe_allow_in_graph
+def whole(x):
+    return 2 * x
+constant = torch.compiler.assume_constant_result(lambda: 4)
+module, uses = Module(), dict(function=left(), parts=left(recursive=False), method=Own().method, why=left(reason="why"))
+uses |= dict(object=torch._dynamo.disable(functools.partial(trace)), torch=torch._disable_dynamo(lambda x: trace(x)))
+found["eager"] = [int(use(torch.zeros(1))) for use in uses.values()]
+many = [left(number) for number in range(20)]
+found["before"] = "torch._dynamo.eval_frame" in sys.modules
+graphs, ones = [], torch.zeros(1)
+def keep(graph, _):
+    graphs.append([node.target for node in graph.graph.nodes])
+    return graph
+def compiled(use, **options):
+    torch._dynamo.reset()
+    return torch.compile(lambda x: use(x), backend=keep, **options)(torch.zeros(1))
+found["compiled"] = {name: int(compiled(use)) for name, use in (uses | dict(module=module)).items()}
+found["marked"] = [constant._dynamo_marked_constant, int(compiled(trace))]
+graphs.clear()
+compiled(whole)
+compiled(maybe_allow_in_graph(trace))  # marked by the function that was imported before
+found["whole"] = [whole in graphs[0], trace in graphs[1]]
+try:
+    compiled(uses["why"], fullgraph=True)
+except torch._dynamo.exc.Unsupported as error:
+    found["why"] = "(reason: why)" in str(error)
+found["many"] = int(compiled(lambda x: functools.reduce(lambda value, use: use(value), many, x)))
+"""
+FIRST_MODULE = """
+import torch._dynamo.config as config
+from torch._dynamo import convert_frame
+found["same"] = [convert_frame.config is config, torch._dynamo.config is config]
+"""
+FAILING_PART = """
+from xditd.gpu_workers.process import late_compiler
+for name in ("torch._dynamo", late_compiler._OF_FLEX_ATTENTION):
+    del sys.modules[name]
+class Broken:
+    def find_spec(name, path=None, target=None):
+        if name == late_compiler._OF_FLEX_ATTENTION:
+            raise RuntimeError("no symbol")
+sys.meta_path.insert(0, Broken)
+lean_imports.leave_out_peft()
+sys.meta_path.remove(Broken)
+found["later"] = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item()
 """
 
 BROKEN = """
@@ -228,9 +300,9 @@ for use in (lambda: torch._dynamo.OptimizedModule, lambda: importlib.import_modu
         use()
     except Exception as error:
         said.append(str(error))
-found["said"] = [each.removeprefix("torch._dynamo cannot be imported: AttributeError: ") for each in said]
+found["said"] = said
 from torch._dynamo import allow_in_graph, disable
-found["marked"] = [allow_in_graph(fn=len) is len, disable(fn=len) is len, disable()(len) is len]
+found["marked"] = [allow_in_graph(fn=len) is len, disable(fn=len)([]) == 0, disable()(len)([]) == 0]
 from torch.distributed import destroy_process_group, init_process_group
 init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 destroy_process_group()
@@ -270,8 +342,11 @@ BODIES = (
     SCIPY,
     WRAPPERS,
     FORWARD,
-    TWO_THREADS,
+    MARKS,
+    FIRST_MODULE,
+    FAILING_PART,
     MISSING,
+    *(TWO_THREADS.format(module=module) for module in OF_COMPILER),
     *(BROKEN.format(error=error) for error in FAULTS),
     *(TRANSFORMERS.format(first=first) for first in FIRSTS),
     *(COMPILER.format(use=use) for use in USES),
@@ -347,8 +422,30 @@ def test_what_is_not_installed_has_no_place(run: Run) -> None:
     }
 
 
-def test_two_threads_that_import_the_compiler_at_once_do_not_wait_for_each_other(run: Run) -> None:
-    assert run(TWO_THREADS) == {"faults": [], "imported": True}
+@pytest.mark.parametrize("module", OF_COMPILER)
+def test_two_threads_that_import_the_compiler_at_once_do_not_wait_for_each_other(run: Run, module: str) -> None:
+    assert run(TWO_THREADS.format(module=module)) == {"faults": [], "imported": True}
+
+
+def test_marks_that_were_made_before_the_compiler_was_imported_hold_for_it(run: Run) -> None:
+    left = ("function", "method", "why", "object", "torch", "module")
+    assert run(MARKS) == {
+        "eager": [10] * 6,
+        "before": False,
+        "compiled": {**dict.fromkeys(left, 10), "parts": 1},
+        "marked": [True, 1],
+        "whole": [True, True],
+        "why": True,
+        "many": 200,
+    }
+
+
+def test_a_module_of_the_compiler_that_is_imported_first_is_imported_once(run: Run) -> None:
+    assert run(FIRST_MODULE) == {"same": [True, True]}
+
+
+def test_a_compiler_of_which_one_part_failed_is_imported_later(run: Run) -> None:
+    assert run(FAILING_PART) == {"later": 2.0}
 
 
 def test_all_of_diffusers_is_there_when_it_is_asked_for(run: Run) -> None:
