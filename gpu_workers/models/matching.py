@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import msgspec
 import torch
 
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_defaults import settings_of
-from xditd.gpu_workers.models.class_models import ClassModels
+from xditd.gpu_workers.models.class_models import ClassModels, chosen_dtype
 from xditd.gpu_workers.models.config_differences import config_differences
-from xditd.gpu_workers.models.configured_classes import build_module
+from xditd.gpu_workers.models.configured_classes import HERE, build_module
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.lora_match import LoraMatch, match_lora
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
+from xditd.gpu_workers.models.packed_modules import as_loaded
+from xditd.gpu_workers.models.pretrained import LoadDtypes
 from xditd.gpu_workers.models.registry import describe, families, load_faults_note
 from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
@@ -27,6 +29,7 @@ from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.outlines import Outline, OutlinedTensor
 from xditd.ipc.recognition import one_of
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
+from xditd.ipc.transports.module_classes import find_class
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -115,13 +118,12 @@ def _match_class(
     of_class = class_models.match(described, tensors) if described.state else None
     if not described.allows_family:
         return of_class or class_models.match(described, tensors, compute_dtype)
-    settings = settings_of(described)
     if of_class is None:
-        found = _match_family(tensors, models, compute_dtype, taken, settings)
+        found = _match_family(described, tensors, models, compute_dtype, taken)
     elif of_class.model.difference:
         found = f"it is not as its class makes it: {of_class.model.difference}"
     else:
-        found = _match_family(_saved(tensors, of_class), models, compute_dtype, taken, settings)
+        found = _match_family(described, _saved(tensors, of_class), models, compute_dtype, taken)
     if isinstance(found, CheckpointMatch):
         other = config_differences(described, found)
         if not other:
@@ -153,7 +155,8 @@ def _match_kind(
         if of_class.model.difference:
             raise Unsupported(f"it is not as its class makes it: {of_class.model.difference}; {_WITHOUT_KIND}")
         tensors = _saved(tensors, of_class)
-    found = models.match(tensors, kind, compute_dtype, taken, settings_of(described))
+    loading = _loading(described, tensors, compute_dtype)
+    found = models.match(tensors, kind, compute_dtype, taken, settings_of(described), loading)
     if other := config_differences(described, found):
         differing = listed([f"{each.given} (the family computes with {each.built})" for each in other])
         raise Unsupported(
@@ -168,16 +171,40 @@ def _saved(tensors: Mapping[str, TensorInfo], of_class: ModuleMatch) -> dict[str
     return {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
 
 
+def _loading(
+    described: ModuleDescription, tensors: Mapping[str, TensorInfo], compute_dtype: torch.dtype | None
+) -> LoadDtypes | None:
+    """Return the dtypes in which diffusers loads a checkpoint with this ``config.json``.
+
+    ``None`` of a live module, whose tensors have them already, and of a class that diffusers does not have.
+
+    Raises:
+        Unsupported, UnsupportedDtype: as ``ClassModels.match``.
+    """
+    if described.state or not described.class_name.startswith("diffusers:"):
+        return None
+    from diffusers.models.modeling_utils import ModelMixin
+
+    try:
+        kind = find_class(described.class_name, HERE)
+    except Unsupported:  # such as WanModel, of the original repository
+        return None
+    if not issubclass(kind, ModelMixin):
+        return None
+    return LoadDtypes.of(kind, chosen_dtype(kind, as_loaded(tensors, compute_dtype), compute_dtype))
+
+
 def _match_family(
+    described: ModuleDescription,
     tensors: Mapping[str, TensorInfo],
     models: ModelCache,
     compute_dtype: torch.dtype | None,
     taken: Collection[int],
-    settings: Mapping[str, Any],
 ) -> CheckpointMatch | str:
     """Return the match of a family, or why no family has one."""
     try:
-        return models.match(tensors, None, compute_dtype, taken, settings)
+        loading = _loading(described, tensors, compute_dtype)
+        return models.match(tensors, None, compute_dtype, taken, settings_of(described), loading)
     except (UnknownFamily, Unsupported, BadCheckpoint) as error:
         if isinstance(error, UnknownFamily) or isinstance(error.__cause__, UnknownFamily):
             return f"its tensor names are of none of {one_of([each.name for each in families()])}{load_faults_note()}"
