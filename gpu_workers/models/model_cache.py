@@ -216,8 +216,8 @@ class ModelCache:
         shown = torch.float32 if family.kind == "text_encoder" else None
         layers: dict[str, PackedLinear] = {}
         for target in packed:
-            dtype_of = resolution.dtypes[resolution.key_map[target].source]
-            layers |= pack_linears(module, [target], dtype_of, self.packed, shown)
+            product_dtype = resolution.dtypes[resolution.key_map[target].source]
+            layers |= pack_linears(module, [target], product_dtype, self.packed, shown)
         tables = {}
         if family.kind == "text_encoder":  # its operations look rows up, and do nothing else with a table
             targets = embedding_targets(module, resolution.key_map, resolution.packed)
