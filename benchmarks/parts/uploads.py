@@ -4,10 +4,11 @@
     python benchmarks/run.py uploads --device cpu --small --workers 1 2
 
 A FLUX.1 file of ``--gib`` is written once and stays in the page cache. First the uploader alone, in this process, with
-each number of threads and size of pieces, also for as many bytes in many small ranges. Then a daemon lends the file, as
-one and in shards; its rate is that of the phase in which workers copy. The same weights follow in ``--formats``, packed
-as ComfyUI's files are, or in GGUF: their rate is of their own, fewer bytes. Without a GPU the uploader's reads are
-compared with copies of memory by the same threads; lends then copy only what is not aligned in the file.
+each number of threads and size of pieces, also for as many bytes in many small ranges. Then one daemon for each number
+of workers lends the file, as one and in shards; its rate is that of the phase in which workers copy. The same weights
+follow in ``--formats``, packed as ComfyUI's files are, or in GGUF: their rate is of their own, fewer bytes. Without a
+GPU the uploader's reads are compared with copies of memory by the same threads; lends then copy only what is not
+aligned in the file.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
 """
@@ -23,11 +24,11 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import flux
 import torch
@@ -36,6 +37,7 @@ from measuring import GIB, Report, add_device, add_ranks, need_gpus, print_table
 from parts.files import write_in_place
 from parts.packed_steps import FORMATS, pack
 
+from xditd.client import Client
 from xditd.client.demo.daemon_process import DaemonProcess
 from xditd.ipc.transports.uploads import FileStretch, Tuning, read_into, upload
 
@@ -65,28 +67,33 @@ def run(given: argparse.Namespace, report: Report) -> None:
     size = flux.SMALL.size if given.small else flux.Size(3072, round(given.gib * 1.5), round(given.gib * 3))
     shapes = flux.shapes(size, flux.dtype_on(given.device))
     wanted = sum(torch.Size(shape).numel() * kind.itemsize for kind, shape in shapes.values())
-    parent = given.folder or temporary_folder(3 * wanted)
+    parent = given.folder or temporary_folder((2 + len(given.formats)) * wanted)
     with tempfile.TemporaryDirectory(prefix="xditd-uploads-", dir=parent) as folder:
         say(f"  writing {wanted / GIB:.1f} GiB")
         one, shards = _write(Path(folder), size, given)
         table, pinned_rate = _measure_uploader(one, given)
         report.add(bytes=wanted, pinned_gib_s=pinned_rate, uploader=table)
         _show_uploader(table, pinned_rate, given.device)
-        lends: dict[str, dict[str, Any]] = {}
-
-        def measure(way: str, path: Path, size_bytes: int, compute_dtype: str | None = None) -> None:
-            for workers in given.ranks:
-                found = _measure_lends(path, workers, given, compute_dtype)
-                lends[f"{way}, {workers} workers"] = {"bytes": size_bytes, **found}
-                report.add(lends=lends)
-
-        measure(f"{PLAIN}, one file", one, wanted)
-        measure(f"{PLAIN}, {SHARDS} shards", shards, wanted)
+        compute_dtype = _name_of(flux.dtype_on(given.device))
+        files = [_Lent(f"{PLAIN}, one file", one, wanted), _Lent(f"{PLAIN}, {SHARDS} shards", shards, wanted)]
         for name in given.formats:
             path = _write_packed(one.parent, name, size, given)
-            measure(f"{name}, one file", path, path.stat().st_size, _name_of(flux.dtype_on(given.device)))
-            path.unlink()
+            files.append(_Lent(f"{name}, one file", path, path.stat().st_size, compute_dtype))
+        lends: dict[str, dict[str, Any]] = {}
+        for workers in given.ranks:
+            for way, found in _measure_lends(files, workers, given, Path(folder, "daemon.log")):
+                lends[f"{way}, {workers} workers"] = found
+                report.add(lends=lends)
     _show_lends(lends, pinned_rate, is_upload=given.device == "cuda")
+
+
+class _Lent(NamedTuple):
+    """A file that is lent."""
+
+    way: str
+    path: Path
+    size_bytes: int
+    compute_dtype: str | None = None
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -221,24 +228,29 @@ def _read_by_threads(sources: list[tuple[FileStretch | None, int]], tuning: Tuni
         deque(pool.map(work, range(tuning.threads)), maxlen=0)
 
 
-def _measure_lends(path: Path, workers: int, given: argparse.Namespace, compute_dtype: str | None) -> dict[str, float]:
-    say(f"  lends of {path.name} to {workers} workers")
-    log = path.parent / "daemon.log"
+def _measure_lends(
+    files: Sequence[_Lent], workers: int, given: argparse.Namespace, log: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lend each file several times to one daemon; give each one's size and shortest times in ms, but for the first."""
     daemon = DaemonProcess(log, workers, given.device, ["--standby", "off"])
-    found: list[dict[str, float]] = []
     try:
         with daemon.connect() as client:
-            client.prepare(path, compute_dtype=compute_dtype)
-            daemon.wait_ready(client, lambda _: None)
-            for _ in range(given.repeats + 1):
-                began_s = time.perf_counter()
-                with client.lend(path, compute_dtype=compute_dtype) as loan:
-                    found.append({**loan.timings_ms, "whole": (time.perf_counter() - began_s) * 1e3})
+            for file in files:
+                say(f"  lends of {file.path.name} to {workers} workers")
+                client.prepare(file.path, compute_dtype=file.compute_dtype)
+                daemon.wait_ready(client, lambda _: None)
+                lends = [_lend(client, file) for _ in range(given.repeats + 1)][1:]
+                names = dict.fromkeys(name for each in lends for name in each)
+                shortest = {name: min(each.get(name, 0.0) for each in lends) for name in names}
+                yield file.way, {"bytes": file.size_bytes, **shortest}
     finally:
         daemon.stop(None)
-    later = found[1:]
-    names = dict.fromkeys(name for each in later for name in each)
-    return {name: min(each.get(name, 0.0) for each in later) for name in names}
+
+
+def _lend(client: Client, file: _Lent) -> dict[str, float]:
+    began_s = time.perf_counter()
+    with client.lend(file.path, compute_dtype=file.compute_dtype) as loan:
+        return {**loan.timings_ms, "whole": (time.perf_counter() - began_s) * 1e3}
 
 
 def _show_uploader(rows: list[dict[str, Any]], pinned_rate: float, device: str) -> None:

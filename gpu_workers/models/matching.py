@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 LoadedMatch = CheckpointMatch | ModuleMatch | LoraMatch
 AnyMatch = LoadedMatch | TokenizerMatch
 
+_REASON_CHARS: Final = 2 * SENTENCE_CHARS
+"""What is kept of the reason why no family runs a module."""
 _WITHOUT_KIND: Final = (
     "lend it without a kind to run it as its class, by call(), or a state dict of its tensors to run it with the "
     "family's settings"
@@ -59,15 +61,15 @@ def match_manifest(
             return match_lora(manifest, manifest.lora)
         tensors = _logical_infos(manifest)
         compute_dtype = None if manifest.compute_dtype is None else torch_dtype(manifest.compute_dtype)
+        kind = None
+        if manifest.kind is not None and manifest.kind is not ComponentKind.MODULE:
+            kind = cast(Kind, manifest.kind.value)
         if manifest.module is not None:
             if manifest.packed and manifest.module.state:
                 raise Unsupported(
                     "packed weights of a module cannot be run: lend its file, its folder or its state dict"
                 )
-            if manifest.kind in (None, ComponentKind.MODULE):
-                return _match_class(manifest.module, tensors, models, class_models, compute_dtype, taken)
-            kind = cast(Kind, manifest.kind.value)
-            return _match_kind(kind, manifest.module, tensors, models, class_models, compute_dtype, taken)
+            return _match_described(kind, manifest.module, tensors, models, class_models, compute_dtype, taken)
         if manifest.kind is ComponentKind.MODULE:
             raise BadRequest("a module is lent without the description of its class; lend the module itself")
         if manifest.kind is None:
@@ -75,7 +77,7 @@ def match_manifest(
             if described is not None:
                 found = class_models.match(described, tensors, compute_dtype)
                 return replace(found, family_reason=f"a file of a {found.model.class_name} always runs as its class")
-        return models.match(tensors, None if manifest.kind is None else manifest.kind.value, compute_dtype, taken)
+        return models.match(tensors, kind, compute_dtype, taken)
     except RequestError as error:
         raise named(manifest.label, error) from error
 
@@ -103,7 +105,8 @@ def _logical_infos(manifest: Manifest | Outline) -> dict[str, TensorInfo]:
     return infos
 
 
-def _match_class(
+def _match_described(
+    kind: Kind | None,
     described: ModuleDescription,
     tensors: Mapping[str, TensorInfo],
     models: ModelCache,
@@ -114,61 +117,55 @@ def _match_class(
     """Return the match of a family, if it runs this module and nothing in it was changed; else that of the class.
 
     What a checkpoint holds of a module is only known once it is built; a checkpoint is given to families as it is.
+
+    Raises:
+        BadRequest: a kind, and the module is to run as its class.
+        UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: neither the family of the kind nor the class fits.
     """
+    if kind is not None and not described.allows_family:
+        raise BadRequest(f"the kind {kind} is of a family, and it is lent as its class: leave one of them out")
     of_class = class_models.match(described, tensors) if described.state else None
-    if not described.allows_family:
-        return of_class or class_models.match(described, tensors, compute_dtype)
-    if of_class is None:
-        found = _match_family(described, tensors, models, compute_dtype, taken)
-    elif of_class.model.difference:
-        found = f"it is not as its class makes it: {of_class.model.difference}"
-    else:
-        found = _match_family(described, _saved(tensors, of_class), models, compute_dtype, taken)
-    if isinstance(found, CheckpointMatch):
-        other = config_differences(described, found)
-        if not other:
-            return found if of_class is None else replace(found, made=of_class.model.made)
-        found = f"{found.family.name}: its configuration differs: {listed(each.given for each in other)}"
-    logger.info("%s runs as its class, since no family runs it: %s", described.class_name, found)
-    return replace(of_class or class_models.match(described, tensors, compute_dtype), family_reason=found)
+    reason = ""
+    if described.allows_family:
+        try:
+            return _match_family(kind, described, tensors, of_class, models, compute_dtype, taken)
+        except (UnknownFamily, Unsupported, BadCheckpoint) as error:
+            if kind is not None:
+                raise
+            reason = _reason(error)
+        logger.info("%s runs as its class, since no family runs it: %s", described.class_name, reason)
+    return replace(of_class or class_models.match(described, tensors, compute_dtype), family_reason=reason)
 
 
-def _match_kind(
-    kind: Kind,
+def _match_family(
+    kind: Kind | None,
     described: ModuleDescription,
     tensors: Mapping[str, TensorInfo],
+    of_class: ModuleMatch | None,
     models: ModelCache,
-    class_models: ClassModels,
     compute_dtype: torch.dtype | None,
     taken: Collection[int],
 ) -> CheckpointMatch:
-    """Return the match of the family of a kind, if it runs this module and nothing in it was changed.
+    """Return the match of a family.
 
     Raises:
-        UnknownFamily, BadCheckpoint, UnsupportedDtype, BadRequest: as ``ModelCache.match``.
-        Unsupported: so, or the family computes with other settings than those of the module.
+        UnknownFamily, BadCheckpoint, UnsupportedDtype: as :meth:`ModelCache.match`.
+        Unsupported: so, or the module was changed, or the family computes with other settings than those of the module.
     """
-    if not described.allows_family:
-        raise BadRequest(f"the kind {kind} is of a family, and it is lent as its class: leave one of them out")
-    of_class = class_models.match(described, tensors) if described.state else None
+    remedy = "" if kind is None else f"; {_WITHOUT_KIND}"
     if of_class is not None:
         if of_class.model.difference:
-            raise Unsupported(f"it is not as its class makes it: {of_class.model.difference}; {_WITHOUT_KIND}")
-        tensors = _saved(tensors, of_class)
+            raise Unsupported(f"it is not as its class makes it: {of_class.model.difference}{remedy}")
+        tensors = {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
     loading = _loading(described, tensors, compute_dtype)
     found = models.match(tensors, kind, compute_dtype, taken, settings_of(described), loading)
     if other := config_differences(described, found):
-        differing = listed([f"{each.given} (the family computes with {each.built})" for each in other])
+        built = "" if kind is None else " (the family computes with {})"
+        differing = listed(each.given + built.format(each.built) for each in other)
         raise Unsupported(
-            f"{found.family.name}: its configuration differs: {differing}; {_WITHOUT_KIND}",
-            names=[each.name for each in other],
+            f"{found.family.name}: its configuration differs: {differing}{remedy}", names=[each.name for each in other]
         )
     return found if of_class is None else replace(found, made=of_class.model.made)
-
-
-def _saved(tensors: Mapping[str, TensorInfo], of_class: ModuleMatch) -> dict[str, TensorInfo]:
-    """Return the tensors that a checkpoint of the module has."""
-    return {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
 
 
 def _loading(
@@ -194,18 +191,8 @@ def _loading(
     return LoadDtypes.of(kind, chosen_dtype(kind, as_loaded(tensors, compute_dtype), compute_dtype))
 
 
-def _match_family(
-    described: ModuleDescription,
-    tensors: Mapping[str, TensorInfo],
-    models: ModelCache,
-    compute_dtype: torch.dtype | None,
-    taken: Collection[int],
-) -> CheckpointMatch | str:
-    """Return the match of a family, or why no family has one."""
-    try:
-        loading = _loading(described, tensors, compute_dtype)
-        return models.match(tensors, None, compute_dtype, taken, settings_of(described), loading)
-    except (UnknownFamily, Unsupported, BadCheckpoint) as error:
-        if isinstance(error, UnknownFamily) or isinstance(error.__cause__, UnknownFamily):
-            return f"its tensor names are of none of {one_of([each.name for each in families()])}{load_faults_note()}"
-        return error.detail[:SENTENCE_CHARS]
+def _reason(error: RequestError) -> str:
+    """Return why no family runs a module."""
+    if isinstance(error, UnknownFamily) or isinstance(error.__cause__, UnknownFamily):
+        return f"its tensor names are of none of {one_of([each.name for each in families()])}{load_faults_note()}"
+    return error.detail[:_REASON_CHARS]
