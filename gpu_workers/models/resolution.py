@@ -150,12 +150,12 @@ def resolve(
         raise _mismatch(family, config, missing, unexpected, misshapen)
     read = {name: tensors[name] for name in sources.values()}
     dtypes = dtypes_of(family, read, compute_dtype)
-    own = dict(dtypes)
+    own = dtypes
     if loading is None or family.kind == "text_encoder":
         main = dtype_of_most((dtypes[name], info.shape) for name, info in read.items())
     else:
         main = loading.main
-        dtypes.update({part.source: loading.of_tensor(target) for target, part in key_map.items()})
+        dtypes = {name: loading.of_tensor(name) for name in read}
     exceptions = {target: dtypes[part.source] for target, part in key_map.items() if dtypes[part.source] != main}
     packed = {name: info.packed for name, info in read.items() if info.packed is not None}
     _check_slices(family, key_map, packed)
