@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import OUTPUT, die_with_parent, has_no_reader
+from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
 from xditd.gpu_workers.process.loopback import check_loopback
 from xditd.gpu_workers.process.memory_priority import ended_first
 from xditd.gpu_workers.process.start_faults import explain
@@ -42,7 +42,7 @@ def main() -> int:
     try:
         check_loopback()
         gc.disable()  # collections would visit all that was imported again and again; preload enables them
-        lean_imports.defer_meta_kernels()
+        defer_meta_kernels()
         # Imported here, since they import torch: if torch is missing, the handler below reports it.
         from xditd.gpu_workers.process import leader, preload
         from xditd.gpu_workers.process.options import parse

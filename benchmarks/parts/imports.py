@@ -26,13 +26,13 @@ def stage(name):
     began_s = time.process_time()
 began_s = time.process_time()
 gc.disable()  # as the leader does
-from xditd.gpu_workers.process import lean_imports
-lean_imports.defer_meta_kernels()
+from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
+defer_meta_kernels()
 from xditd.gpu_workers.process import leader, preload
 stage("torch, in the leader")
 preload.preload(preload.FOR_RANKS)
 stage("shared by ranks, in the leader")
-from xditd.gpu_workers.process import xfuser_cpu
+from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
 from xditd.gpu_workers.process.torch_executor import TorchExecutor

@@ -80,13 +80,7 @@ def _compile(folder: Path, encoded: bytes) -> None:
 
 
 def prepare() -> None:
-    """Import what ``load`` needs. This takes seconds, in which forwards of this process are slower.
-
-    A rank may import the compiler's package late, in its main thread, at this very time. This thread waits for that
-    here, where it holds no lock of an import: within one of the package's modules each would wait for the other.
-    """
-    from torch._dynamo import reset  # noqa: F401 - a name that the package has once all of its imports are done
-
+    """Import what ``load`` needs. This takes seconds, in which forwards of this process are slower."""
     for name in ("torch._inductor.compile_fx", "torch._inductor.standalone_compile"):
         import_module(name)
 

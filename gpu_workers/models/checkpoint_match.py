@@ -38,11 +38,19 @@ class CheckpointMatch:
     sources: Mapping[str, str]
     is_reused: bool
     packed: Mapping[str, PackedWeight]
-    compute_dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
+    """The dtypes that its tensors are computed with, by their names in the manifest; of packed ones dequantised."""
+    converted: frozenset[str] = frozenset()
+    """The plain tensors that have another one in the manifest."""
     products: dict[str, Decision] = field(default_factory=dict)
     """How packed weights are multiplied, once :meth:`choose_products` has chosen; by their names in the manifest."""
     made: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
     """The tensors of a live module that no checkpoint holds, as its class makes them: the family has its own."""
+
+    @property
+    def needs_conversion(self) -> bool:
+        """Whether :meth:`convert` has something to do."""
+        return bool(self.packed or self.converted)
 
     @property
     def kept_packed(self) -> set[str]:
@@ -59,8 +67,7 @@ class CheckpointMatch:
             self.products.update(dict.fromkeys(self._kept_in_order(), why))
         else:
             packed = {name: PackedTensor.of(self.packed[name], tensors) for name in self._kept_in_order()}
-            dtypes = dict.fromkeys(packed, self.compute_dtype)
-            self.products.update(choose_products(choice, dtypes, packed))
+            self.products.update(choose_products(choice, self.dtypes, packed))
 
     def _kept_in_order(self) -> list[str]:
         kept = self.kept_packed
@@ -74,7 +81,8 @@ class CheckpointMatch:
     def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
         """Check the scales of packed weights, and dequantise those that no packed layer uses, in ``tensors``.
 
-        Returns the dequantised tensors. Errors begin with the ``label``.
+        Plain tensors get there the dtypes in which a class loads them. Returns the new tensors. Errors begin with the
+        ``label``.
 
         Raises:
             BadCheckpoint: a scale is not finite.
@@ -82,8 +90,14 @@ class CheckpointMatch:
         """
         check_scales(self.packed.values(), tensors, label)
         kept = self.kept_packed
-        once = [each for name, each in self.packed.items() if name not in kept]
-        return dequantise_once(once, tensors, self.compute_dtype)
+        made: list[torch.Tensor] = []
+        for name, each in self.packed.items():
+            if name not in kept:
+                made += dequantise_once([each], tensors, self.dtypes[name])
+        for name in self.converted:
+            tensors[name] = tensors[name].to(self.dtypes[name])
+            made.append(tensors[name])
+        return made
 
     def reserve(self) -> int:
         """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""

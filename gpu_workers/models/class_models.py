@@ -38,6 +38,18 @@ MAX_MODELS: Final = 16
 """Modules that stay without weights; each change of an attribute makes another one."""
 
 
+def chosen_dtype(
+    kind: type, tensors: Mapping[str, TensorInfo], compute_dtype: torch.dtype | None = None
+) -> torch.dtype:
+    """Return the ``torch_dtype`` with which a class loads a checkpoint, whose packed weights are :func:`as_loaded`.
+
+    Raises:
+        UnsupportedDtype: no class computes in it.
+    """
+    has_packed = any(info.packed is not None for info in tensors.values())
+    return (compute_dtype if has_packed else None) or main_dtype(kind, tensors)
+
+
 class ClassModels:
     """The modules of this process, by their descriptions, and by the checkpoint's names and dtype without a state."""
 
@@ -112,10 +124,8 @@ class ClassModels:
         """
         if described.state:
             return self._match_module(described, tensors)
-        has_packed = any(info.packed is not None for info in tensors.values())
         tensors = as_loaded(tensors, compute_dtype)
-        dtype = compute_dtype if has_packed else None
-        dtype = dtype or main_dtype(find_model_class(described.class_name), tensors)
+        dtype = chosen_dtype(find_model_class(described.class_name), tensors, compute_dtype)
         key = (described, dtype, frozenset(tensors.items()))
         model = self._models.get(key)
         is_reused = model is not None

@@ -28,7 +28,7 @@ from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
 class Loaded(NamedTuple):
     """The tensors of a component on a rank's device: ``bindings`` of parameters, and what they are views of.
 
-    ``made`` are weights that were dequantised.
+    ``made`` are weights that were dequantised or got another dtype.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -99,10 +99,11 @@ class TensorLoader:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
         made: list[torch.Tensor] = []
-        if match.packed:
+        if match.needs_conversion:
             with raise_on_all_ranks():
                 made = match.convert(tensors, manifest.label)
-            clock.mark("dequantise")
+            clock.mark("convert")
+        if match.packed:
             match.choose_products(self._products, tensors)
             clock.mark("choose products")
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors

@@ -45,6 +45,7 @@ class LoraMatch:
     is_reused: bool = False
     config: None = None
     packed: Mapping[str, PackedWeight] = field(default_factory=dict)
+    needs_conversion: bool = False
 
     @property
     def family(self) -> _LoraAsFamily:

@@ -12,14 +12,16 @@ import torch
 
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_defaults import settings_of
-from xditd.gpu_workers.models.class_models import ClassModels
+from xditd.gpu_workers.models.class_models import ClassModels, chosen_dtype
 from xditd.gpu_workers.models.config_differences import config_differences
-from xditd.gpu_workers.models.configured_classes import build_module
+from xditd.gpu_workers.models.configured_classes import HERE, build_module
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.family import Kind
 from xditd.gpu_workers.models.lora_match import LoraMatch, match_lora
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.module_match import ModuleMatch
+from xditd.gpu_workers.models.packed_modules import as_loaded
+from xditd.gpu_workers.models.pretrained import LoadDtypes
 from xditd.gpu_workers.models.registry import describe, families, load_faults_note
 from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.ipc.errors import BadCheckpoint, BadRequest, RequestError, UnknownFamily, Unsupported, named
@@ -27,6 +29,7 @@ from xditd.ipc.name_lists import SENTENCE_CHARS, listed
 from xditd.ipc.outlines import Outline, OutlinedTensor
 from xditd.ipc.recognition import one_of
 from xditd.ipc.tensors import ComponentKind, Manifest, ModuleDescription
+from xditd.ipc.transports.module_classes import find_class
 from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -154,7 +157,8 @@ def _match_family(
         if of_class.model.difference:
             raise Unsupported(f"it is not as its class makes it: {of_class.model.difference}{remedy}")
         tensors = {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
-    found = models.match(tensors, kind, compute_dtype, taken, settings_of(described))
+    loading = _loading(described, tensors, compute_dtype)
+    found = models.match(tensors, kind, compute_dtype, taken, settings_of(described), loading)
     if other := config_differences(described, found):
         built = "" if kind is None else " (the family computes with {})"
         differing = listed(each.given + built.format(each.built) for each in other)
@@ -162,6 +166,29 @@ def _match_family(
             f"{found.family.name}: its configuration differs: {differing}{remedy}", names=[each.name for each in other]
         )
     return found if of_class is None else replace(found, made=of_class.model.made)
+
+
+def _loading(
+    described: ModuleDescription, tensors: Mapping[str, TensorInfo], compute_dtype: torch.dtype | None
+) -> LoadDtypes | None:
+    """Return the dtypes in which diffusers loads a checkpoint with this ``config.json``.
+
+    ``None`` of a live module, whose tensors have them already, and of a class that diffusers does not have.
+
+    Raises:
+        Unsupported, UnsupportedDtype: as ``ClassModels.match``.
+    """
+    if described.state or not described.class_name.startswith("diffusers:"):
+        return None
+    from diffusers.models.modeling_utils import ModelMixin
+
+    try:
+        kind = find_class(described.class_name, HERE)
+    except Unsupported:  # such as WanModel, of the original repository
+        return None
+    if not issubclass(kind, ModelMixin):
+        return None
+    return LoadDtypes.of(kind, chosen_dtype(kind, as_loaded(tensors, compute_dtype), compute_dtype))
 
 
 def _reason(error: RequestError) -> str:

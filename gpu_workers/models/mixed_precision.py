@@ -2,17 +2,21 @@
 
 Lent weights stay as they are. A layer with a weight of another dtype computes in the widest dtype of its weights and
 input, and returns its input's dtype. Norms with float32 weights on the CPU are left to torch, which does the same, for
-the same bits as in the client's process; it refuses most other mixtures.
+the same bits as in the client's process; it refuses most other mixtures. Parts that the module's class keeps in float32
+(``_keep_in_fp32_modules``) are left to the class if they are: it casts their inputs itself, and blocks without hooks
+can be compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from xditd.gpu_workers.models.pretrained import kept_in_float32
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -26,9 +30,10 @@ def compute_in_widest(module: torch.nn.Module, exceptions: Mapping[str, torch.dt
     For inference in one thread. Layers take their input as their first argument, by position. A module with layers of
     its own that reads a parameter besides them, such as a block its modulation, is left as it is: the class promotes.
     """
+    kept = kept_in_float32(type(module))
     for path in {target.rpartition(".")[0] for target in exceptions}:
         layer = module.get_submodule(path)
-        if next(layer.children(), None) is not None:
+        if next(layer.children(), None) is not None or _is_kept_part(module, path, kept, exceptions):
             continue
         if device.type == "cpu" and isinstance(layer, torch.nn.GroupNorm) and _is_all_float32(layer, path, exceptions):
             continue
@@ -45,6 +50,19 @@ def convolve(x: torch.Tensor, convolution: torch.nn.Conv2d, padding: tuple[int, 
         return F.conv2d(x, weight, bias, padding=padding)
     wide = widest((x.dtype, weight.dtype, bias.dtype))
     return F.conv2d(x.to(wide), weight.to(wide), bias.to(wide), padding=padding).to(x.dtype)
+
+
+def _is_kept_part(
+    module: torch.nn.Module, path: str, kept: Sequence[str], exceptions: Mapping[str, torch.dtype]
+) -> bool:
+    """Return whether a layer is in a part of these names, all of whose parameters are float32."""
+    names = path.split(".")
+    for number, name in enumerate(names, 1):
+        if name in kept:
+            part = ".".join(names[:number])
+            own = module.get_submodule(part).named_parameters(part)
+            return all(exceptions.get(target) == torch.float32 for target, _ in own)
+    return False
 
 
 def _is_all_float32(layer: torch.nn.Module, path: str, exceptions: Mapping[str, torch.dtype]) -> bool:

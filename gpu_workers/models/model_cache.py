@@ -23,11 +23,12 @@ from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.mixed_precision import compute_in_widest
 from xditd.gpu_workers.models.operations import BranchMemory
 from xditd.gpu_workers.models.packed_weights import embedding_targets, linear_targets
+from xditd.gpu_workers.models.pretrained import LoadDtypes
 from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.models.registry import detect, families, load_faults_note, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.packed.embedding import pack_embeddings
-from xditd.gpu_workers.packed.linear import PackedMemory, pack_linears
+from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, pack_linears
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
@@ -39,7 +40,7 @@ from xditd.ipc.tensor_names import by_prefix
 
 logger = logging.getLogger(__name__)
 
-Signature = tuple[Kind | None, torch.dtype | None, frozenset[tuple[str, TensorInfo]]]
+Signature = tuple[Kind | None, torch.dtype | None, LoadDtypes | None, frozenset[tuple[str, TensorInfo]]]
 Key = tuple[str, Hashable, torch.dtype, frozenset[tuple[str, torch.dtype]], torch.dtype, frozenset[tuple[str, str]]]
 
 
@@ -96,23 +97,25 @@ class ModelCache:
         compute_dtype: torch.dtype | None = None,
         taken: Collection[int] = (),
         settings: Mapping[str, Any] | None = None,
+        loading: LoadDtypes | None = None,
     ) -> CheckpointMatch:
         """Match a checkpoint: find its family, check every tensor, and build or reuse its model.
 
         With a ``kind``, tensors of other components in the same file are skipped. ``compute_dtype`` is that of packed
         weights, if the client gave one. A model is reused for weights in the same formats; a ControlNet gets none of
         those ``taken``, the ids of models of other components, since several run in each step. ``settings`` are those
-        of a ``config.json`` or a live module, some of which no tensor shows.
+        of a ``config.json`` or a live module, some of which no tensor shows. ``loading`` as ``resolution.resolve``
+        takes it.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
                 ``resolution.resolve``, ``registry.operations_of``, ``component_layouts.choose``
                 and ``Operations.fuse``.
         """
-        signature = (kind, compute_dtype, frozenset(tensors.items()))
+        signature = (kind, compute_dtype, loading, frozenset(tensors.items()))
         resolution = self._resolutions.get(signature)
         if resolution is None:
-            resolution = _resolve(tensors, kind, compute_dtype)
+            resolution = _resolve(tensors, kind, compute_dtype, loading)
             self._resolutions[signature] = resolution
             if resolution.skipped and self.layout.rank == 0:
                 logger.info(
@@ -156,7 +159,8 @@ class ModelCache:
             sources=resolution.sources,
             is_reused=is_reused,
             packed=resolution.packed,
-            compute_dtype=resolution.compute_dtype,
+            dtypes=resolution.dtypes,
+            converted=resolution.converted,
         )
 
     @contextmanager
@@ -210,7 +214,10 @@ class ModelCache:
         packed = linear_targets(module, resolution.key_map, resolution.packed)
         # As plain weights of a text encoder, packed ones are widened whatever they are dequantised into.
         shown = torch.float32 if family.kind == "text_encoder" else None
-        layers = pack_linears(module, packed, resolution.compute_dtype, self.packed, shown)
+        layers: dict[str, PackedLinear] = {}
+        for target in packed:
+            product_dtype = resolution.dtypes[resolution.key_map[target].source]
+            layers |= pack_linears(module, [target], product_dtype, self.packed, shown)
         tables = {}
         if family.kind == "text_encoder":  # its operations look rows up, and do nothing else with a table
             targets = embedding_targets(module, resolution.key_map, resolution.packed)
@@ -223,7 +230,12 @@ class ModelCache:
         )
 
 
-def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None, compute_dtype: torch.dtype | None) -> Resolution:
+def _resolve(
+    tensors: Mapping[str, TensorInfo],
+    kind: Kind | None,
+    compute_dtype: torch.dtype | None,
+    loading: LoadDtypes | None,
+) -> Resolution:
     """Match a checkpoint to its family; in a file with several components, that of the ``kind``.
 
     If no family claims it, the error names the model, if known. If the claiming family refuses it, the error is that
@@ -238,7 +250,7 @@ def _resolve(tensors: Mapping[str, TensorInfo], kind: Kind | None, compute_dtype
         raise type(known)(known.detail + load_faults_note(), names=known.names) from error
     others = [] if kind is None else [each for each in families() if each is not family]
     try:
-        return resolve(family, tensors, others, compute_dtype)
+        return resolve(family, tensors, others, compute_dtype, loading)
     except RequestError as error:
         known = form_error(_without_others(_as_plain(tensors), others), titles())
         if known is None:

@@ -62,6 +62,11 @@ class ModuleMatch:
         return _ClassAsFamily(self.model.class_name)
 
     @property
+    def needs_conversion(self) -> bool:
+        """Whether :meth:`convert` has something to do: plain tensors are converted by :meth:`bind`."""
+        return bool(self.packed)
+
+    @property
     def read_names(self) -> set[str]:
         """The names in the manifest of all tensors that it uses, companions of packed weights included."""
         return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}

@@ -39,6 +39,26 @@ class LoadPlan:
     dtypes: Mapping[str, torch.dtype]
 
 
+@dataclass(frozen=True)
+class LoadDtypes:
+    """The dtypes in which ``from_pretrained`` of diffusers loads the tensors of a class.
+
+    That is ``main``, the ``torch_dtype``, and float32 in the parts that have one of the names ``kept``.
+    """
+
+    main: torch.dtype
+    kept: tuple[str, ...]
+
+    @classmethod
+    def of(cls, kind: type, main: torch.dtype) -> LoadDtypes:
+        """Return those of a class, a ``ModelMixin``."""
+        return cls(main, kept_in_float32(kind))
+
+    def of_tensor(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor in floating point, by its name in the class."""
+        return torch.float32 if is_in_part(name, self.kept) else self.main
+
+
 def main_dtype(kind: type, tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """Return the ``torch_dtype`` with which to load a checkpoint: that of most elements.
 
@@ -47,12 +67,12 @@ def main_dtype(kind: type, tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     Raises:
         UnsupportedDtype: no class computes in it.
     """
-    parts = _kept_in_float32(kind)
+    parts = kept_in_float32(kind)
     elements: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     for name, info in tensors.items():
         if info.dtype in _FLOATS:
-            counter = kept if _is_in(name, parts) else elements
+            counter = kept if is_in_part(name, parts) else elements
             counter[info.dtype] += math.prod(info.shape)
     counted = elements or kept
     if not counted:
@@ -208,13 +228,15 @@ def _tied(module: Any, held: Mapping[str, torch.Tensor], sources: Mapping[str, s
     return found
 
 
-def _kept_in_float32(kind: Any) -> tuple[str, ...]:
+def kept_in_float32(kind: Any) -> tuple[str, ...]:
+    """Return the names of the parts that a class keeps in float32 (``_keep_in_fp32_modules``)."""
     strict = getattr(kind, "_keep_in_fp32_modules_strict", None) or ()
-    kept = kind._keep_in_fp32_modules or ()
+    kept = getattr(kind, "_keep_in_fp32_modules", None) or ()
     return (*([kept] if isinstance(kept, str) else kept), *strict)
 
 
-def _is_in(name: str, parts: Collection[str]) -> bool:
+def is_in_part(name: str, parts: Collection[str]) -> bool:
+    """Return whether a tensor is in a part of one of these names, or has it itself."""
     return bool(parts) and not set(name.split(".")).isdisjoint(parts)
 
 
@@ -228,13 +250,9 @@ def _loaded_dtypes(
     from diffusers.models.modeling_utils import ModelMixin
 
     if isinstance(module, ModelMixin):
-        parts = _kept_in_float32(type(module))
+        loading = LoadDtypes.of(type(module), main)
         return {
-            name: held[name].dtype
-            if tensors[source].dtype not in _FLOATS
-            else torch.float32
-            if _is_in(name, parts)
-            else main
+            name: loading.of_tensor(name) if tensors[source].dtype in _FLOATS else held[name].dtype
             for name, source in sources.items()
         }
     from transformers.core_model_loading import build_glob_alternation

@@ -21,6 +21,7 @@ from xditd.gpu_workers.models.entries import (
     half_precision,
 )
 from xditd.gpu_workers.models.family import Family
+from xditd.gpu_workers.models.pretrained import LoadDtypes
 from xditd.gpu_workers.packed.dequantise import can_dequantise
 from xditd.ipc.errors import BadCheckpoint, Internal, Unsupported, UnsupportedDtype
 from xditd.ipc.name_lists import listed
@@ -34,7 +35,8 @@ class Resolution:
 
     ``dtype`` is that of most elements; ``exceptions`` are the parameters of another one. ``sources`` are the
     checkpoint's names by canonical name, and ``skipped`` its names that no job reads. ``packed`` are the packed weights
-    by the checkpoint's names, which count as tensors of ``compute_dtype``.
+    by the checkpoint's names, which count as tensors of ``compute_dtype``. ``dtypes`` are those that all tensors which
+    are read are computed with, and ``converted`` the plain ones that have another one in the checkpoint.
     """
 
     family: Family[Any]
@@ -46,6 +48,8 @@ class Resolution:
     skipped: tuple[str, ...]
     packed: Mapping[str, PackedWeight]
     compute_dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
+    converted: frozenset[str]
 
     @property
     def formats(self) -> frozenset[tuple[str, str]]:
@@ -99,8 +103,12 @@ def resolve(
     tensors: Mapping[str, TensorInfo],
     others: Collection[Family[Any]] = (),
     compute_dtype: torch.dtype | None = None,
+    loading: LoadDtypes | None = None,
 ) -> Resolution:
     """Match a checkpoint to a family: read its configuration, check every name and shape, and make the key map.
+
+    With ``loading`` its tensors get the dtypes in which a class loads them; without it, and in text encoders, which
+    compute in float32 in any case, they keep their own.
 
     All tensors that jobs read have the same prefix. Tensors under another prefix that one of ``others`` claims are of
     another component in the same file, and skipped.
@@ -142,12 +150,29 @@ def resolve(
         raise _mismatch(family, config, missing, unexpected, misshapen)
     read = {name: tensors[name] for name in sources.values()}
     dtypes = dtypes_of(family, read, compute_dtype)
-    main = dtype_of_most((dtypes[name], info.shape) for name, info in read.items())
+    own = dtypes
+    if loading is None or family.kind == "text_encoder":
+        main = dtype_of_most((dtypes[name], info.shape) for name, info in read.items())
+    else:
+        main = loading.main
+        dtypes = {name: loading.of_tensor(name) for name in read}
     exceptions = {target: dtypes[part.source] for target, part in key_map.items() if dtypes[part.source] != main}
     packed = {name: info.packed for name, info in read.items() if info.packed is not None}
     _check_slices(family, key_map, packed)
-    compute = next((dtypes[name] for name in packed), main)
-    return Resolution(family, config, main, exceptions, key_map, sources, tuple(skipped), packed, compute)
+    compute = next((own[name] for name in packed), main)
+    return Resolution(
+        family=family,
+        config=config,
+        dtype=main,
+        exceptions=exceptions,
+        key_map=key_map,
+        sources=sources,
+        skipped=tuple(skipped),
+        packed=packed,
+        compute_dtype=compute,
+        dtypes=dtypes,
+        converted=frozenset(name for name in read if name not in packed and dtypes[name] != own[name]),
+    )
 
 
 def _check_slices(family: Family[Any], key_map: Mapping[str, Slice], packed: Mapping[str, PackedWeight]) -> None:

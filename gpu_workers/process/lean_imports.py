@@ -4,9 +4,7 @@
 than half of what a rank took to start. Workers use its process groups, its attention backends and its USP. So packages
 whose ``__init__`` imports what nobody asks for stay deferred: their submodules can be imported, their own code does not
 run. That of diffusers and of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does.
-
-torch's compiler is three quarters of what diffusers' base takes to import, to mark a few classes for it. Its code runs
-when something else of it is asked for. Meta kernels in Python are a quarter of torch: lends need them, not ranks.
+torch's compiler is one of these packages (:mod:`late_compiler`).
 """
 
 from __future__ import annotations
@@ -15,13 +13,15 @@ import importlib
 import importlib.util
 import logging
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.machinery import ModuleSpec
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, Final
+
+from xditd.gpu_workers.process.deferred_packages import Never, OnDemand, defer
+from xditd.gpu_workers.process.late_compiler import defer_compiler
+from xditd.gpu_workers.process.late_names import LateModule, in_place
 
 XFUSER_PACKAGES: Final = ("xfuser", "xfuser.model_executor", "xfuser.model_executor.layers")
 ON_DEMAND_PACKAGES: Final = (
@@ -31,13 +31,6 @@ ON_DEMAND_PACKAGES: Final = (
     "scipy.integrate",  # of diffusers' schedulers, for the coefficients of LMS alone
     "scipy.stats",  # likewise, for beta sigmas alone
 )
-META_KERNELS: Final = "torch._meta_registrations"
-"""The module that registers torch's meta kernels which are written in Python, with the decompositions they need."""
-COMPILER: Final = "torch._dynamo"
-"""torch's compiler."""
-_OF_FLEX_ATTENTION: Final = f"{COMPILER}._trace_wrapped_higher_order_op"
-"""The module of the compiler that flex attention imports, and with it transformers."""
-_IMPORTLIB: Final = importlib._bootstrap._find_and_load.__code__.co_filename  # type: ignore[attr-defined]
 RING_ATTENTION: Final = "torch.distributed.tensor.experimental._attention"
 _LATE_MODULES: Final = (RING_ATTENTION, "torch.distributed.fsdp", "torch.distributed.fsdp.wrap")
 """Those whose functions xfuser calls for ring attention, and for shards of models. They import the compiler."""
@@ -50,164 +43,25 @@ _XFUSER_PARTS: Final = (
 )
 
 
-class _Deferred(ModuleType):
-    """A package whose own code has not run."""
-
-    _lock: threading.RLock
-    _is_running: bool
-
-
-class _Never(_Deferred):
-    """One whose code does not run at all."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{self.__name__}.{name}: workers import the modules of {self.__name__} one by one")
-
-
-class _OnDemand(_Deferred):
-    """One whose code runs when a name is asked for that is no submodule imported so far."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python itself looks for in any package
-            raise AttributeError(name)
-        self.run()
-        try:
-            return self.__dict__[name]
-        except KeyError:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
-
-    def run(self) -> None:
-        with self._lock:
-            if isinstance(self, _OnDemand) and not self._is_running:  # another thread may have run it meanwhile
-                self._is_running = True
-                self._begin()
-                assert self.__spec__ is not None
-                assert self.__spec__.loader is not None
-                try:
-                    self.__spec__.loader.exec_module(self)
-                    self.__class__ = ModuleType  # type: ignore[assignment]
-                except BaseException:
-                    self._end_failed()
-                    raise
-                finally:
-                    self._is_running = False
-
-    def _begin(self) -> None:
-        """Called before the code runs."""
-
-    def _end_failed(self) -> None:
-        """Called if the code raises. It runs again when a name is asked for, and raises again."""
-
-
-class _Compiler(_OnDemand):
-    """torch's compiler for modules that mark functions and classes for it, which stay as they are.
-
-    The marks change nothing but what ``torch.compile`` does with what is marked; workers record blocks by torch's
-    dispatch instead. The code runs when another name, or one of its modules, is asked for.
-    """
-
-    def add_marks(self) -> None:
-        """Add the names that may be asked for before the code runs."""
-        self.allow_in_graph = self.assume_constant_result = _unmarked
-        self.disable = lambda fn=None, *_, **__: _unmarked if fn is None else fn
-        # init_process_group lets the compiler forget what it knows.
-        self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
-
-    def _begin(self) -> None:
-        for name in ("allow_in_graph", "assume_constant_result", "disable", "trace_rules"):
-            self.__dict__.pop(name, None)
-
-    def _end_failed(self) -> None:
-        self.add_marks()  # what only marks things goes on without the compiler
-
-    def import_alone(self, name: str) -> None:
-        """Import one of its modules, without the package's own code."""
-        self._is_running = True
-        with suppress(ModuleNotFoundError):  # another version without it
-            importlib.import_module(name)
-        self._is_running = False
-
-    @property
-    def __path__(self) -> Any:
-        """Where its modules lie. When one is imported, the package's own code runs before, as ever.
-
-        ``from torch._dynamo import NAME`` looks for a path, too, but not from importlib's own code.
-        """
-        if sys._getframe(1).f_code.co_filename == _IMPORTLIB:
-            try:
-                self.run()
-            except AttributeError as error:  # of a property, Python would take it for no attribute: "is not a package"
-                raise ImportError(f"{self.__name__} cannot be imported: AttributeError: {error}") from error
-        return self.__dict__["__path__"]
-
-    @__path__.setter
-    def __path__(self, found: Any) -> None:
-        self.__dict__["__path__"] = found
-
-
-def _unmarked(fn: Any) -> Any:  # the compiler's name for it: some give it by name
-    return fn
-
-
-class _Late(ModuleType):
-    """A module that is imported when one of its functions is called for the first time."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _LateFunction(self.__name__, name)
-
-
-class _LateFunction:
-    """A function, or a class that is called, of a module that is imported by the first call."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self._module, self._name = module, name
-        self._found: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._found is None:
-            self._found = getattr(importlib.import_module(self._module), self._name)
-        return self._found(*args, **kwargs)
-
-
-def defer_meta_kernels() -> None:
-    """Let torch be imported without :data:`META_KERNELS`, until its code is run or a name in it is asked for.
-
-    Call before torch is imported. Until then models on the meta device have the kernels that are written in C++.
-    """
-    torch = importlib.util.find_spec("torch")
-    if "torch" in sys.modules or torch is None or torch.origin is None:
-        return
-    path = Path(torch.origin).with_name(f"{META_KERNELS.rpartition('.')[2]}.py")
-    if path.exists():
-        _place(importlib.util.spec_from_file_location(META_KERNELS, path), _OnDemand)
-
-
 def defer_packages() -> None:
     """Put the packages in place whose code runs never, or on demand. No package that was imported before is changed."""
-    if COMPILER not in sys.modules:  # before the others, whose parents import it
-        _defer(COMPILER, _Compiler)
-        compiler = sys.modules[COMPILER]
-        assert isinstance(compiler, _Compiler)
-        compiler.import_alone(_OF_FLEX_ATTENTION)
-        compiler.add_marks()
+    defer_compiler()  # before the others, whose parents import it
     for name in XFUSER_PACKAGES:
-        _defer(name, _Never)
+        defer(name, Never)
     for name in ON_DEMAND_PACKAGES:
-        _defer(name, _OnDemand)
+        defer(name, OnDemand)
 
 
 def run_deferred(package: ModuleType) -> None:
     """Run a package's own code, if it was deferred until a name is asked for."""
-    if isinstance(package, _OnDemand):
+    if isinstance(package, OnDemand):
         package.run()
 
 
 def import_xfuser() -> None:
     """Import what workers use of xfuser, and quieten it. Does nothing where all of xfuser is imported already."""
     defer_packages()
-    with _without_pipelines(), _late_modules():
+    with _without_pipelines(), in_place(_late_modules()):
         for name in _XFUSER_PARTS:
             importlib.import_module(name)
     # xfuser logs at DEBUG to stdout.
@@ -243,46 +97,12 @@ class _ScaleUnlessOne:
             self._scale(model, weight)
 
 
-def _defer(name: str, kind: type[_Deferred]) -> None:
-    """Put a package in place without running its code, unless it was imported before."""
-    if name in sys.modules:
-        return
-    try:
-        spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # its parent is not installed
-        return
-    if spec is None or spec.submodule_search_locations is None:
-        return  # another version without this package: its importers say so
-    _place(spec, kind)
-    parent, _, own = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], own, sys.modules[name])
-
-
-def _place(spec: ModuleSpec | None, kind: type[_Deferred]) -> None:
-    """Put a module in place without running its code."""
-    assert spec is not None
-    module = kind(spec.name)
-    module.__spec__, module.__file__, module.__package__ = spec, spec.origin, spec.parent
-    if spec.submodule_search_locations is not None:
-        module.__path__ = list(spec.submodule_search_locations)
-    module._lock, module._is_running = threading.RLock(), False
-    sys.modules[spec.name] = module
-
-
-@contextmanager
-def _late_modules() -> Iterator[None]:
-    """Give modules that are imported within :data:`_LATE_MODULES` without importing them.
+def _late_modules() -> Iterator[LateModule]:
+    """Return what stands for those of :data:`_LATE_MODULES` that are not imported.
 
     One that this version of torch does not have stays out, so that its importer says so at once.
     """
-    placed = {name: _Late(name) for name in _LATE_MODULES if name not in sys.modules and _has_file(name)}
-    sys.modules.update(placed)
-    try:
-        yield
-    finally:
-        for name in placed:
-            del sys.modules[name]
+    return (LateModule(name) for name in _LATE_MODULES if name not in sys.modules and _has_file(name))
 
 
 def _has_file(name: str) -> bool:

@@ -28,6 +28,8 @@ from xditd.gpu_workers.models import registry
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
+from xditd.gpu_workers.process.late_compiler import COMPILER
+from xditd.gpu_workers.process.late_meta_kernels import META_KERNELS
 from xditd.gpu_workers.process.late_transformers import without_transformers
 from xditd.ipc.codec import command_decoder
 from xditd.ipc.errors import WorkersLost
@@ -52,7 +54,7 @@ FOR_RANKS: Final = ("diffusers.utils.torch_utils", "einops", "triton")
 """What every rank needs before it is ready."""
 
 FOR_LENDS: Final = (
-    lean_imports.META_KERNELS,
+    META_KERNELS,
     "diffusers.loaders.peft",
     "diffusers.loaders.single_file_model",
     "diffusers.models.attention_processor",
@@ -68,7 +70,7 @@ AFTER_LENDS: Final = (
     "sympy",
     "torch.distributed.tensor",
     "transformers.modeling_utils",
-    lean_imports.COMPILER,
+    COMPILER,
     lean_imports.RING_ATTENTION,
 )
 """What was left out so far, one part after the other: what text encoders need, what loads compiled blocks, what ring

@@ -73,7 +73,7 @@ def run_rank(rank: int, folder: str) -> None:
     for name, size in ODD.items():
         specs.append(TensorSpec(name, "uint8", (size,), 1, at))
         at += size
-    match = SimpleNamespace(read_names={spec.name for spec in specs}, packed={}, bind=dict)
+    match = SimpleNamespace(read_names={spec.name for spec in specs}, packed={}, needs_conversion=False, bind=dict)
     wrong: list[str] = []
 
     def load(kept: object = None, written: tuple[str, ...] = ()) -> object:

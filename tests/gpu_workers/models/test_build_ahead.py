@@ -68,6 +68,24 @@ def test_a_configuration_is_announced_alone(rank: OneRank, tmp_path: Path) -> No
     assert [each.built for each in caches] == built
 
 
+@pytest.mark.parametrize("is_config", [False, True], ids=["folder", "configuration"])
+def test_a_folder_with_parts_that_its_class_keeps_in_float32_finds_the_model(
+    rank: OneRank, tmp_path: Path, is_config: bool
+) -> None:
+    import wan_models
+
+    state = wan_models.state_dict(0, dtype=torch.bfloat16)
+    wan_models.reference(state).save_pretrained(tmp_path)
+    announced = json.loads((tmp_path / "config.json").read_text()) if is_config else tmp_path
+    rank.components.build_ahead(outline_of(announced))
+    rank.lend("a", tmp_path)
+    match = rank.components.get("a", "transformer").match
+    assert match.is_reused
+    assert match.converted
+    rank.lend("b", state)  # the same tensors, as a program holds them
+    assert not rank.components.get("b", "transformer").match.is_reused
+
+
 def test_few_that_are_never_lent_stay(rank: OneRank) -> None:
     models = rank.components.models
     rank.components.build_ahead(outline_of(on_meta(state_of(1))))

@@ -127,7 +127,7 @@ def test_what_converters_keep_in_float32_does_not_widen_packed_layers(
     state = flux1_state_dict(0, **FLUX1)
     packed = write_model(tmp_path / "x.gguf", state, in_blocks("q8_0"), "flux")
     component = lend(rank, tmp_path / "x.gguf")
-    assert component.match.compute_dtype == torch.bfloat16
+    assert {component.match.dtypes[name] for name in component.match.packed} == {torch.bfloat16}
     given = flux1_given()
     latents = direct.generate(component.model, **given, **SIZE)
     in_halves = {name: each.bfloat16() for name, each in meant(state, packed, torch.bfloat16).items()}

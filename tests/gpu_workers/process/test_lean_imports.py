@@ -2,32 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-
-PROGRAM = """
-import json, os, signal, sys, warnings
-import torch
-from xditd.gpu_workers.process import late_transformers, lean_imports, xfuser_cpu
-lean_imports.leave_out_peft()
-with xfuser_cpu.importable():
-    lean_imports.import_xfuser()
-"""
-IN_A_CHILD = """
-if not (child := os.fork()):
-    found = {{}}
-{body}
-    print(json.dumps([{number}, found]), file=sys.__stdout__, flush=True)
-    os._exit(0)
-os.waitpid(child, 0)
-"""
-Run = Callable[[str], Any]
+from forked_bodies import Run, run_bodies
 
 START = """
 pipelines = ("xfuser.model_executor.pipelines", "diffusers.pipelines.pipeline_utils")
@@ -71,6 +47,32 @@ from scipy import integrate
 found["classes"] = [hasattr(scipy.stats, "norm"), hasattr(integrate, "quad"), type(scipy.stats).__name__]
 """
 
+OPPOSITE = """
+import importlib, pathlib, tempfile, threading
+from xditd.gpu_workers.process import deferred_packages
+folder = pathlib.Path(tempfile.mkdtemp())
+(folder / "late").mkdir()
+(folder / "late" / "__init__.py").write_text("import meet; meet.package.set(); meet.part.wait(); from late import part")
+(folder / "late" / "part.py").write_text("import meet; meet.part.set(); meet.package.wait(); from late import other")
+(folder / "meet.py").write_text("import threading; package, part = threading.Event(), threading.Event()")
+sys.path.insert(0, str(folder))
+deferred_packages.defer("late", deferred_packages.OnDemand)
+faults = []
+def note(use):
+    try:
+        use()
+    except Exception as error:
+        faults.append(type(error).__name__)
+import late
+thread = threading.Thread(target=note, args=[lambda: late.other], daemon=True)
+signal.alarm(60)
+thread.start()
+note(lambda: importlib.import_module("late.part"))
+thread.join()
+signal.alarm(0)
+found["faults"] = len(faults)  # Python's own: one is told, the other lacks a name
+"""
+
 WRAPPERS = """
 import xfuser
 try:
@@ -104,43 +106,6 @@ for scale in (1.0, 0.5):
         model(**given, joint_attention_kwargs={"scale": scale})
 found["scales"] = [each / layer.scaling["default"] for each in scales]
 """
-
-COMPILER = """
-parts = ("sympy", "torch._dynamo.eval_frame", "torch.distributed.fsdp", "torch.distributed.tensor")
-found["before"] = [name for name in parts if name in sys.modules]
-from torch._dynamo import allow_in_graph
-@torch.compiler.disable(recursive=False)
-@torch.compiler.disable
-@torch.compiler.assume_constant_result
-@allow_in_graph
-def double(x):
-    return 2 * x
-found["marked"] = double(4)
-found["after marks"] = [name for name in parts if name in sys.modules]
-{use}
-import torch._dynamo.eval_frame, torch._dynamo.utils
-package = torch._dynamo
-found["package"] = [type(package).__name__, package is sys.modules["torch._dynamo"], package.disable.__module__]
-found["compiled"] = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item()
-from xfuser.model_executor.layers import usp
-from torch.distributed.tensor.experimental import _attention
-wrong = {{}}
-for name, function in (("late", usp._templated_ring_attention), ("own", _attention._templated_ring_attention)):
-    try:
-        function("group")
-    except TypeError as error:
-        wrong[name] = str(error)
-found["ring"] = wrong["late"] == wrong["own"]
-"""
-USES = (
-    "torch.compile(lambda x: x, backend='eager')(torch.ones(1))",
-    "import torch._dynamo.utils",
-    "from torch._dynamo import config",
-    "import torch._inductor.compile_fx",
-    "from torch.nn.attention.flex_attention import flex_attention",
-    "torch._dynamo.reset()",
-    "from xditd.gpu_workers.process import preload; preload.import_all(preload.AFTER_LENDS)",
-)
 
 TRANSFORMERS = """
 import typing
@@ -185,66 +150,20 @@ FIRSTS = (
     "assert imports.wait_s == 0.0; imports.run_next()",
 )
 
-TWO_THREADS = """
-import threading
-from xditd.gpu_workers.models import block_compiler
-other, has_come, faults = [], threading.Event(), []
-def prepare():
-    other.append(threading.get_ident())
-    try:
-        block_compiler.prepare()
-    except Exception as error:
-        faults.append(repr(error))
-run = lean_imports._Compiler.run
-def note(self):
-    if threading.get_ident() in other:
-        has_come.set()
-    run(self)
-class Meanwhile:
-    def find_spec(name, path=None, target=None):
-        if name == "torch._dynamo.guards":  # one of the last
-            thread.start()
-            has_come.wait()  # the other thread asks for the compiler while this one imports it
-lean_imports._Compiler.run = note
-sys.meta_path.insert(0, Meanwhile)
-thread = threading.Thread(target=prepare, daemon=True)
-signal.alarm(60)
-lean_imports.run_deferred(torch._dynamo)
-thread.join()
-signal.alarm(0)
-found["faults"], found["imported"] = faults, "torch._inductor.compile_fx" in sys.modules
-"""
-
-BROKEN = """
-import importlib
-class Broken:
-    def find_spec(name, path=None, target=None):
-        if name == "torch._dynamo.symbolic_convert":
-            raise {error}
-sys.meta_path.insert(0, Broken)
-said = []
-for use in (lambda: torch._dynamo.OptimizedModule, lambda: importlib.import_module("torch._dynamo.utils")) * 2:
-    try:
-        use()
-    except Exception as error:
-        said.append(str(error))
-found["said"] = [each.removeprefix("torch._dynamo cannot be imported: AttributeError: ") for each in said]
-from torch._dynamo import allow_in_graph, disable
-found["marked"] = [allow_in_graph(fn=len) is len, disable(fn=len) is len, disable()(len) is len]
-from torch.distributed import destroy_process_group, init_process_group
-init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-destroy_process_group()
-sys.meta_path.remove(Broken)
-found["later"] = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).item()
-"""
 MISSING = """
 import types
 from importlib import metadata
+from xditd.gpu_workers.process import late_names
 own = lean_imports._LATE_MODULES
 names = ("torch.distributed.no_such_module", "torch.distributed.pipelining", "torch.distributed.fsdp.wrap")
 lean_imports._LATE_MODULES = names
-with lean_imports._late_modules():
+with late_names.in_place(lean_imports._late_modules()):
     found["late"] = [type(sys.modules[name]).__name__ if name in sys.modules else None for name in names]
+    from torch.distributed.fsdp.wrap import enable_wrap
+    try:
+        enable_wrap("called while modules stand in")
+    except TypeError as error:
+        found["called"] = str(error)
 found["ours"] = [lean_imports._has_file(name) for name in own]
 def version(name):
     raise metadata.PackageNotFoundError(name)
@@ -256,38 +175,21 @@ stub = sys.modules["transformers"] = types.ModuleType("transformers")
 with late_transformers.without_transformers():
     found["no spec"] = sys.modules["transformers"] is stub
 """
-FAULTS = ("ImportError('no symbol')", "AttributeError('no symbol')")
-
 BODIES = (
     START,
     DIFFUSERS,
     SCIPY,
+    OPPOSITE,
     WRAPPERS,
     FORWARD,
-    TWO_THREADS,
     MISSING,
-    *(BROKEN.format(error=error) for error in FAULTS),
     *(TRANSFORMERS.format(first=first) for first in FIRSTS),
-    *(COMPILER.format(use=use) for use in USES),
 )
 
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    """Return what a body has found."""
-    children = (
-        IN_A_CHILD.format(number=number, body=textwrap.indent(body, "    ")) for number, body in enumerate(BODIES)
-    )
-    program = PROGRAM + "".join(children)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
-    results = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-
-    def find(body: str) -> Any:
-        number = BODIES.index(body)
-        assert number in results, done.stderr[-4000:]
-        return results[number]
-
-    return find
+    return run_bodies(BODIES)
 
 
 def test_a_rank_starts_without_pipelines_transformers_and_peft(run: Run) -> None:
@@ -312,30 +214,15 @@ def test_lends_need_no_transformers_until_one_of_its_classes_is_asked_for(run: R
     }
 
 
-@pytest.mark.parametrize("use", USES)
-def test_the_compiler_is_imported_when_more_than_its_marks_is_asked_for(run: Run, use: str) -> None:
-    found = run(COMPILER.format(use=use))
-    assert found == {
-        "before": [],
-        "marked": 8,
-        "after marks": [],
-        "package": ["module", True, "torch._dynamo.decorators"],
-        "compiled": 2.0,
-        "ring": True,
-    }
-
-
-@pytest.mark.parametrize("error", FAULTS)
-def test_a_compiler_that_cannot_be_imported_says_why_each_time_and_marks_go_on(run: Run, error: str) -> None:
-    assert run(BROKEN.format(error=error)) == {"said": ["no symbol"] * 4, "marked": [True] * 3, "later": 2.0}
-
-
 def test_what_is_not_installed_has_no_place(run: Run) -> None:
-    assert run(MISSING) == {"late": [None, "_Late", "_Late"], "ours": [True] * 3, "no version": False, "no spec": True}
-
-
-def test_two_threads_that_import_the_compiler_at_once_do_not_wait_for_each_other(run: Run) -> None:
-    assert run(TWO_THREADS) == {"faults": [], "imported": True}
+    found = run(MISSING)
+    assert "enable_wrap() takes 0 positional arguments" in found.pop("called")
+    assert found == {
+        "late": [None, "LateModule", "LateModule"],
+        "ours": [True] * 3,
+        "no version": False,
+        "no spec": True,
+    }
 
 
 def test_all_of_diffusers_is_there_when_it_is_asked_for(run: Run) -> None:
@@ -347,6 +234,10 @@ def test_all_of_diffusers_is_there_when_it_is_asked_for(run: Run) -> None:
         "pipeline": "diffusers.pipelines.pipeline_utils",
         "unknown": False,
     }
+
+
+def test_threads_that_would_wait_for_each_other_in_a_package_fail_as_without_deferral(run: Run) -> None:
+    assert run(OPPOSITE) == {"faults": 2}
 
 
 def test_what_schedulers_use_of_scipy_is_there_when_they_use_it(run: Run) -> None:

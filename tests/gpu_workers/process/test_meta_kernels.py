@@ -16,8 +16,8 @@ found["names"] = sorted(each for each in vars(torch._meta_registrations) if not 
 """
 LATE = """
 import json, sys, threading
-from xditd.gpu_workers.process import lean_imports
-lean_imports.defer_meta_kernels()
+from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
+defer_meta_kernels()
 import torch
 from xditd.gpu_workers.process import leader, preload
 found = {"before": [name for name in ("torch._prims", "torch._refs", "torch._decomp") if name in sys.modules]}
@@ -46,9 +46,9 @@ assert not use()
 LATER = """
 import json, torch
 found = {}
-from xditd.gpu_workers.process import lean_imports
+from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
 place = torch._meta_registrations
-lean_imports.defer_meta_kernels()
+defer_meta_kernels()
 assert torch._meta_registrations is place
 """
 PRINT = """

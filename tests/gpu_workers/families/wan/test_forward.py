@@ -146,6 +146,47 @@ def test_compiled_blocks_are_those_of_the_class(layout: ParallelLayout, plug: Pl
     assert paths[-1] == (type(reference).__name__, "compiled", "")
 
 
+@pytest.mark.parametrize("config", [TEXT, wan_models.TWO_CONTROLS], ids=["text", "VACE"])
+def test_blocks_are_compiled_with_the_parts_that_the_class_keeps_in_float32(
+    layout: ParallelLayout, plug: Plugger, config: Any
+) -> None:
+    """The class casts for them itself, so the blocks have no hooks."""
+    config = dataclasses.replace(config, is_original=False)
+    state = wan_models.state_dict(0, config, dtype=torch.bfloat16)
+    kept = set(wan_models.empty_reference(config)._keep_in_fp32_modules)
+    state = {name: each.float() if kept & set(name.split(".")) else each for name, each in state.items()}
+    reference = wan_models.reference(state, config)
+    model = plug(ModelCache(dataclasses.replace(layout, acceleration="compiled")), state).model
+    model.planned.resources = ProcessResources(lambda: InterpretedGraphs())  # type: ignore[arg-type,return-value]
+    given = {
+        name: each if name == "timestep" else each.bfloat16()
+        for name, each in wan_models.inputs(2, 9, (2, 4, 6), config).items()
+    }
+    expected = expected_of(reference, given)
+    assert model.paths is not None
+    paths = []
+    for number in range(6):
+        found = run(model, given)
+        assert number or torch.equal(found, expected)
+        assert wan_models.relative_error(found, expected) <= 1e-2
+        model.paths.decide()
+        paths += [(each.path, each.detail) for each in model.paths.take_reports()]
+    assert paths[-1] == ("compiled", "")
+
+
+def test_half_of_such_a_part_in_float32_is_computed_with_in_float32(shared_cache: ModelCache, plug: Plugger) -> None:
+    """The class itself, which casts for the first layer of the part alone, cannot run these tensors."""
+    config = dataclasses.replace(TEXT, is_original=False)
+    state = wan_models.state_dict(0, config, dtype=torch.bfloat16)
+    reference = wan_models.reference(state, config)
+    given = {
+        name: each if name == "timestep" else each.bfloat16()
+        for name, each in wan_models.inputs(2, 7, (2, 4, 6), config).items()
+    }
+    state |= {name: each.float() for name, each in state.items() if "time_embedder.linear_2" in name}
+    assert wan_models.relative_error(run(plug(shared_cache, state).model, given), expected_of(reference, given)) < 2e-2
+
+
 @pytest.mark.parametrize("config", [CLIP_IMAGE, wan_models.TWO_IMAGES, wan_models.VACE], ids=["CLIP", "two", "VACE"])
 def test_rows_are_taken_as_views(shared_cache: ModelCache, plug: Plugger, config: Any) -> None:
     model, _ = plugged(shared_cache, plug, config)
