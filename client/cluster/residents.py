@@ -56,7 +56,6 @@ class Residents:
         self._paces = paces
         self._lock = threading.Lock()
         self._held: dict[Wanted, _Resident] = {}
-        self._daemon_pid = 0
 
     def digests(self) -> tuple[str, ...]:
         """Return the contents that the workers hold."""
@@ -69,14 +68,13 @@ class Residents:
         Raises:
             DaemonUnreachable: no daemon runs.
         """
-        status = self._client.status()
-        live = {each.component_id for each in status.components}
         with self._lock:
-            if status.pid != self._daemon_pid:
-                self._daemon_pid = status.pid
-                self._held.clear()  # jobs that still use them fail with the old daemon
+            known = {each.component_id for each in self._held.values()}
+        status = self._client.status()
+        gone = known - {each.component_id for each in status.components}  # not what was lent meanwhile
+        with self._lock:
             for each in self._held.values():
-                if each.component_id not in live and not each.lending.locked():
+                if each.component_id in gone and not each.lending.locked():
                     each.component_id, each.loan = "", None
             for found in status.components:
                 if found.state is LeaseState.ADOPTED and found.label.startswith(PREFIX) and found.kind is not None:

@@ -114,6 +114,25 @@ def test_the_next_agent_finds_what_the_last_one_adopted(agent, daemon, models, h
     assert lent_for_clusters(daemon) == []
 
 
+def test_what_is_lent_while_an_agent_looks_is_kept_and_ends_with_it(daemon, models, hashes, monkeypatch):
+    agent = HostAgent("a", [models[0].parent], daemon.runtime_dir, hashes)
+    until(lambda: len(agent.report().files) == 2, "the files to be hashed")
+    client, residents = agent._attached()
+    status = client.status
+
+    def late_status(*given):
+        found = status(*given)
+        monkeypatch.setattr(client, "status", status)
+        agent.run(make_job(hashes, *models), make_tensors())
+        return found
+
+    monkeypatch.setattr(client, "status", late_status)
+    residents.look()
+    assert len(residents.digests()) == 2
+    agent.leave()
+    assert lent_for_clusters(daemon) == []
+
+
 def test_errors_are_those_of_the_job(agent, models, hashes):
     with pytest.raises(BadRequest, match="height"):
         agent.run(make_job(hashes, *models, height=100), make_tensors())
