@@ -2,7 +2,7 @@
 
 Python locks a module while its code runs, after it locked the modules that import it. It raises where two threads would
 wait for each other so; with a package's code deferred, they would meet more often. So the code runs under Python's lock
-of the package, and one thread at a time imports modules of torch: it holds a lock of ours before any of Python's.
+of the package, and one thread at a time imports modules of torch: it has the turn, before any lock of these modules.
 """
 
 from __future__ import annotations
@@ -19,13 +19,47 @@ from typing import Any, Final
 _BOOTSTRAP: Final[Any] = importlib._bootstrap
 _IN_TURN: Final = ("torch", "functorch")
 """Those whose modules import each other in circles through torch's compiler, which a thread of a rank imports."""
-_TURN: Final = threading.RLock()
+_LOOK_EVERY_S: Final = 0.05
 _ModuleLock: Final[Any] = getattr(_BOOTSTRAP, "_ModuleLockManager", nullcontext)
-"""Python's own; a version without it has the lock above alone, for deferred packages."""
+"""Python's own; a version without it has our lock alone, for deferred packages."""
+
+
+class _Turn:
+    """The lock of the thread that imports modules of torch."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._owner = 0
+
+    def take(self) -> bool:
+        """Wait for the turn. Returns whether this thread has it.
+
+        It goes on without if the one that has it waits for a module that this thread imports, which is none of torch.
+        Python would find no deadlock there, since it knows nothing of the turn, and there was none before.
+        """
+        while not self._lock.acquire(timeout=_LOOK_EVERY_S):
+            if self._waits_for_this_thread():
+                return False
+        self._owner = threading.get_ident()
+        return True
+
+    def end(self) -> None:
+        self._lock.release()
+
+    def _waits_for_this_thread(self) -> bool:
+        lock_type = getattr(_BOOTSTRAP, "_ModuleLock", None)
+        if lock_type is None:
+            return False
+        turn = lock_type("the turn to import modules of torch")  # for Python's own search, as if it were a module's
+        turn.owner = self._owner
+        return bool(turn.has_deadlock())
+
+
+_TURN: Final = _Turn()
 
 
 class _LockInTurn(_ModuleLock):
-    """Python's lock of a module that is imported; for a module of torch, after the lock that one thread has.
+    """Python's lock of a module that is imported; for a module of torch, in the turn of this thread.
 
     Python looks whether the module is there once it has the lock. So a package's code that runs first runs before.
 
@@ -38,8 +72,7 @@ class _LockInTurn(_ModuleLock):
         self._is_in_turn = name.partition(".")[0] in _IN_TURN
 
     def __enter__(self) -> None:
-        if self._is_in_turn:
-            _TURN.acquire()
+        self._has_turn = self._is_in_turn and _TURN.take()
         try:
             package = sys.modules.get(self._parent)
             if isinstance(package, OnDemand) and package.RUNS_FIRST:
@@ -54,8 +87,8 @@ class _LockInTurn(_ModuleLock):
         self._end_turn()
 
     def _end_turn(self) -> None:
-        if self._is_in_turn:
-            _TURN.release()
+        if self._has_turn:
+            _TURN.end()
 
 
 class Deferred(ModuleType):

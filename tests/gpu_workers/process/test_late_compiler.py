@@ -58,12 +58,12 @@ class Meanwhile:
             is_inside.set()
             has_come.wait()  # the main thread asks for the compiler while this one imports it
 class Turn:
-    def acquire(self):
+    def take(self):
         if threading.get_ident() == main:
             has_come.set()
-        turn.acquire()
-    def release(self):
-        turn.release()
+        return turn.take()
+    def end(self):
+        turn.end()
 def note(self):
     if threading.get_ident() == main:
         has_come.set()
