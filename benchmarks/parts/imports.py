@@ -26,7 +26,7 @@ def stage(name):
     began_s = time.process_time()
 began_s = time.process_time()
 gc.disable()  # as the leader does
-from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
+from xditd.gpu_workers.process.lazy_meta_kernels import defer_meta_kernels
 defer_meta_kernels()
 from xditd.gpu_workers.process import leader, preload
 stage("torch, in the leader")

@@ -28,9 +28,9 @@ from xditd.gpu_workers.models import registry
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
-from xditd.gpu_workers.process.late_compiler import COMPILER
-from xditd.gpu_workers.process.late_meta_kernels import META_KERNELS
-from xditd.gpu_workers.process.late_transformers import without_transformers
+from xditd.gpu_workers.process.lazy_compiler import COMPILER
+from xditd.gpu_workers.process.lazy_meta_kernels import META_KERNELS
+from xditd.gpu_workers.process.lazy_transformers import without_transformers
 from xditd.ipc.codec import command_decoder
 from xditd.ipc.errors import WorkersLost
 from xditd.ipc.processes import describe_exit

@@ -49,14 +49,14 @@ found["classes"] = [hasattr(scipy.stats, "norm"), hasattr(integrate, "quad"), ty
 
 OPPOSITE = """
 import importlib, pathlib, tempfile, threading
-from xditd.gpu_workers.process import deferred_packages
+from xditd.gpu_workers.process import lazy_modules
 folder = pathlib.Path(tempfile.mkdtemp())
 (folder / "late").mkdir()
 (folder / "late" / "__init__.py").write_text("import meet; meet.package.set(); meet.part.wait(); from late import part")
 (folder / "late" / "part.py").write_text("import meet; meet.part.set(); meet.package.wait(); from late import other")
 (folder / "meet.py").write_text("import threading; package, part = threading.Event(), threading.Event()")
 sys.path.insert(0, str(folder))
-deferred_packages.defer("late", deferred_packages.OnDemand)
+lazy_modules.defer_package("late", lazy_modules.LazyModule)
 faults = []
 def note(use):
     try:
@@ -136,7 +136,7 @@ found["is subclass"] = [issubclass(CLIPTextModel, late), issubclass(CLIPTextMode
 class Own(late):
     pass
 found["bases"] = Own.__mro__[1] is CLIPTextModel
-with late_transformers.without_transformers():
+with lazy_transformers.without_transformers():
     from diffusers.pipelines.sana import pipeline_sana
     found["late again"] = type(pipeline_sana.Gemma2PreTrainedModel) is type(late)
 found["place"] = [type(sys.modules["transformers"]).__name__, "gemma2" in " ".join(sys.modules)]
@@ -153,26 +153,26 @@ FIRSTS = (
 MISSING = """
 import types
 from importlib import metadata
-from xditd.gpu_workers.process import late_names
-own = lean_imports._LATE_MODULES
+from xditd.gpu_workers.process import lazy_names
+own = lean_imports._LAZY_MODULES
 names = ("torch.distributed.no_such_module", "torch.distributed.pipelining", "torch.distributed.fsdp.wrap")
-lean_imports._LATE_MODULES = names
-with late_names.in_place(lean_imports._late_modules()):
-    found["late"] = [type(sys.modules[name]).__name__ if name in sys.modules else None for name in names]
+lean_imports._LAZY_MODULES = names
+with lazy_names.with_placeholders(lean_imports._placeholders()):
+    found["placeholders"] = [type(sys.modules[name]).__name__ if name in sys.modules else None for name in names]
     from torch.distributed.fsdp.wrap import enable_wrap
     try:
-        enable_wrap("called while modules stand in")
+        enable_wrap("called with placeholders installed")
     except TypeError as error:
         found["called"] = str(error)
 found["ours"] = [lean_imports._has_file(name) for name in own]
 def version(name):
     raise metadata.PackageNotFoundError(name)
 real, metadata.version = metadata.version, version
-with late_transformers.without_transformers():
+with lazy_transformers.without_transformers():
     found["no version"] = "transformers" in sys.modules
 metadata.version = real
 stub = sys.modules["transformers"] = types.ModuleType("transformers")
-with late_transformers.without_transformers():
+with lazy_transformers.without_transformers():
     found["no spec"] = sys.modules["transformers"] is stub
 """
 BODIES = (
@@ -218,7 +218,7 @@ def test_what_is_not_installed_has_no_place(run: Run) -> None:
     found = run(MISSING)
     assert "enable_wrap() takes 0 positional arguments" in found.pop("called")
     assert found == {
-        "late": [None, "LateModule", "LateModule"],
+        "placeholders": [None, "PlaceholderModule", "PlaceholderModule"],
         "ours": [True] * 3,
         "no version": False,
         "no spec": True,

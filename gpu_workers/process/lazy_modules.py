@@ -1,8 +1,9 @@
-"""Packages and modules whose own code runs late or never, while submodules can be imported.
+"""Modules and packages that are in ``sys.modules`` before their own code runs, or without that it ever runs.
 
-Python locks a module while its code runs, after it locked the modules that import it. It raises where two threads would
-wait for each other so; with a package's code deferred, they would meet more often. So the code runs under Python's lock
-of the package, and one thread at a time imports modules of torch: it holds a lock of ours before any of Python's.
+Submodules of such a package can be imported. Python locks a module while its code runs, and raises where two threads
+would wait for each other's modules. A package whose code runs late would make such cases more frequent. So its code
+runs under Python's lock of the package, and one thread at a time imports modules of torch: it holds a lock of ours
+before any of Python's.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from types import ModuleType
 from typing import Any, Final
 
 _BOOTSTRAP: Final[Any] = importlib._bootstrap
-_IN_TURN: Final = ("torch", "functorch")
-"""Those whose modules import each other in circles through torch's compiler, which a thread of a rank imports."""
-_TURN: Final = threading.RLock()
-_ModuleLock: Final[Any] = getattr(_BOOTSTRAP, "_ModuleLockManager", nullcontext)
-"""Python's own; a version without it has the lock above alone, for deferred packages."""
+_TORCH_PACKAGES: Final = ("torch", "functorch")
+"""Packages whose modules import each other in circles through torch's compiler, which a thread of a rank imports."""
+_TORCH_IMPORT_LOCK: Final = threading.RLock()
+_PythonModuleLock: Final[Any] = getattr(_BOOTSTRAP, "_ModuleLockManager", nullcontext)
+"""Python's lock of a module that is imported. In a version of Python without it there is only the lock above."""
 
 
-class _LockInTurn(_ModuleLock):
-    """Python's lock of a module that is imported; for a module of torch, after the lock that one thread has.
+class _ModuleLock(_PythonModuleLock):
+    """Python's lock of a module that is imported, taken after :data:`_TORCH_IMPORT_LOCK` if the module is of torch.
 
-    Python looks whether the module is there once it has the lock. So a package's code that runs first runs before.
+    With Python's lock, Python looks whether the module is in ``sys.modules``. So the code of a package with
+    ``RUNS_BEFORE_SUBMODULES`` runs before Python's lock of the submodule is taken.
 
     Source: CPython, Lib/importlib/_bootstrap.py, "_find_and_load".
     """
@@ -35,45 +37,41 @@ class _LockInTurn(_ModuleLock):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._parent, _, _ = name.rpartition(".")
-        self._is_in_turn = name.partition(".")[0] in _IN_TURN
+        self._is_of_torch = name.partition(".")[0] in _TORCH_PACKAGES
 
     def __enter__(self) -> None:
-        if self._is_in_turn:
-            _TURN.acquire()
+        if self._is_of_torch:
+            _TORCH_IMPORT_LOCK.acquire()
         try:
             package = sys.modules.get(self._parent)
-            if isinstance(package, OnDemand) and package.RUNS_FIRST:
+            if isinstance(package, LazyModule) and package.RUNS_BEFORE_SUBMODULES:
                 package.run()
             super().__enter__()
         except BaseException:
-            self._end_turn()
+            self._release_torch()
             raise
 
     def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)
-        self._end_turn()
+        self._release_torch()
 
-    def _end_turn(self) -> None:
-        if self._is_in_turn:
-            _TURN.release()
-
-
-class Deferred(ModuleType):
-    """A package whose own code has not run."""
+    def _release_torch(self) -> None:
+        if self._is_of_torch:
+            _TORCH_IMPORT_LOCK.release()
 
 
-class Never(Deferred):
-    """One whose code does not run at all."""
+class SubmodulesOnly(ModuleType):
+    """A package whose own code never runs: only its submodules can be imported."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{self.__name__}.{name}: workers import the modules of {self.__name__} one by one")
 
 
-class OnDemand(Deferred):
-    """One whose code runs when a name is asked for that is no submodule imported so far."""
+class LazyModule(ModuleType):
+    """A module whose code runs when a name is asked for that is no submodule imported so far."""
 
-    RUNS_FIRST = False
-    """Whether the code also runs when one of the package's modules is imported, before that, as Python does."""
+    RUNS_BEFORE_SUBMODULES = False
+    """Whether the code of a package also runs before one of its submodules is imported, as in Python's own order."""
 
     _is_running = False
 
@@ -87,9 +85,9 @@ class OnDemand(Deferred):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
 
     def run(self) -> None:
-        """Run the package's own code, once."""
-        with _LockInTurn(self.__name__):
-            if isinstance(self, OnDemand) and not self._is_running:  # another thread may have run it meanwhile
+        """Run the module's own code, once."""
+        with _ModuleLock(self.__name__):
+            if isinstance(self, LazyModule) and not self._is_running:  # another thread may have run it meanwhile
                 self._is_running = True
                 self._begin()
                 assert self.__spec__ is not None
@@ -114,8 +112,11 @@ class OnDemand(Deferred):
         """Called if the code raises. It runs again when a name is asked for, and raises again."""
 
 
-def defer(name: str, kind: type[Deferred]) -> None:
-    """Put a package in place without running its code, unless it was imported before."""
+def defer_package(name: str, kind: type[ModuleType]) -> None:
+    """Put a package into ``sys.modules`` without running its code, unless it was imported before.
+
+    ``kind`` is :class:`LazyModule`, a subclass of it, or :class:`SubmodulesOnly`.
+    """
     if name in sys.modules:
         return
     try:
@@ -124,15 +125,15 @@ def defer(name: str, kind: type[Deferred]) -> None:
         return
     if spec is None or spec.submodule_search_locations is None:
         return  # another version without this package: its importers say so
-    place(spec, kind)
+    defer_module(spec, kind)
     parent, _, own = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], own, sys.modules[name])
 
 
-def place(spec: ModuleSpec, kind: type[Deferred]) -> None:
-    """Put a module in place without running its code."""
-    _BOOTSTRAP._ModuleLockManager = _LockInTurn
+def defer_module(spec: ModuleSpec, kind: type[ModuleType]) -> None:
+    """Put a module into ``sys.modules`` without running its code; ``kind`` as in :func:`defer_package`."""
+    _BOOTSTRAP._ModuleLockManager = _ModuleLock
     module = kind(spec.name)
     module.__spec__, module.__file__, module.__package__ = spec, spec.origin, spec.parent
     if spec.submodule_search_locations is not None:

@@ -45,7 +45,7 @@ USES = (
 TWO_THREADS = """
 import importlib, threading
 from xditd.gpu_workers.models import block_compiler
-from xditd.gpu_workers.process import deferred_packages, late_compiler
+from xditd.gpu_workers.process import lazy_compiler, lazy_modules
 is_inside, has_come, faults, main = threading.Event(), threading.Event(), [], threading.get_ident()
 def prepare():
     try:
@@ -57,19 +57,19 @@ class Meanwhile:
         if name.startswith("torch._dynamo.") and threading.get_ident() != main:
             is_inside.set()
             has_come.wait()  # the main thread asks for the compiler while this one imports it
-class Turn:
+class NotedLock:
     def acquire(self):
         if threading.get_ident() == main:
             has_come.set()
-        turn.acquire()
+        lock.acquire()
     def release(self):
-        turn.release()
+        lock.release()
 def note(self):
     if threading.get_ident() == main:
         has_come.set()
     run(self)
-run, late_compiler._Compiler.run = late_compiler._Compiler.run, note
-turn, deferred_packages._TURN = deferred_packages._TURN, Turn()
+run, lazy_compiler._LazyCompiler.run = lazy_compiler._LazyCompiler.run, note
+lock, lazy_modules._TORCH_IMPORT_LOCK = lazy_modules._TORCH_IMPORT_LOCK, NotedLock()
 sys.meta_path.insert(0, Meanwhile)
 thread = threading.Thread(target=prepare, daemon=True)
 signal.alarm(60)
@@ -131,12 +131,12 @@ from torch._dynamo import convert_frame
 found["same"] = [convert_frame.config is config, torch._dynamo.config is config]
 """
 FAILING_PART = """
-from xditd.gpu_workers.process import late_compiler
-for name in ("torch._dynamo", late_compiler._OF_FLEX_ATTENTION):
+from xditd.gpu_workers.process import lazy_compiler
+for name in ("torch._dynamo", lazy_compiler._FLEX_ATTENTION_PART):
     del sys.modules[name]
 class Broken:
     def find_spec(name, path=None, target=None):
-        if name == late_compiler._OF_FLEX_ATTENTION:
+        if name == lazy_compiler._FLEX_ATTENTION_PART:
             raise RuntimeError("no symbol")
 sys.meta_path.insert(0, Broken)
 lean_imports.leave_out_peft()
