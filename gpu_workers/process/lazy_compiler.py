@@ -100,7 +100,7 @@ class _Marks:
     def _of_compiler(self, name: str) -> Any:
         """Return the compiler's own function of this name; its code runs for that, if it has not."""
         if not self.is_applied:
-            self._compiler.run()
+            self._compiler.run_own_code()
         return getattr(self._compiler, name)
 
     def _mark(self, name: str, fn: Any, **options: Any) -> Any:

@@ -45,7 +45,7 @@ class _ModuleLock(_PythonModuleLock):
         try:
             package = sys.modules.get(self._parent)
             if isinstance(package, LazyModule) and package.RUNS_BEFORE_SUBMODULES:
-                package.run()
+                package.run_own_code()
             super().__enter__()
         except BaseException:
             self._release_torch()
@@ -68,7 +68,10 @@ class SubmodulesOnly(ModuleType):
 
 
 class LazyModule(ModuleType):
-    """A module whose code runs when a name is asked for that is no submodule imported so far."""
+    """A module whose code runs when a name is asked for that is no submodule imported so far.
+
+    Names of this class hide those of the module's own code, until it has run.
+    """
 
     RUNS_BEFORE_SUBMODULES = False
     """Whether the code of a package also runs before one of its submodules is imported, as in Python's own order."""
@@ -78,13 +81,13 @@ class LazyModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what Python itself looks for in any package
             raise AttributeError(name)
-        self.run()
+        self.run_own_code()
         try:
             return self.__dict__[name]
         except KeyError:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
 
-    def run(self) -> None:
+    def run_own_code(self) -> None:
         """Run the module's own code, once."""
         with _ModuleLock(self.__name__):
             if isinstance(self, LazyModule) and not self._is_running:  # another thread may have run it meanwhile

@@ -58,7 +58,7 @@ def defer_packages() -> None:
 def run_deferred(module: ModuleType) -> None:
     """Run a module's own code, if it is a :class:`LazyModule` whose code has not run."""
     if isinstance(module, LazyModule):
-        module.run()
+        module.run_own_code()
 
 
 def import_xfuser() -> None:

@@ -68,7 +68,7 @@ def note(self):
     if threading.get_ident() == main:
         has_come.set()
     run(self)
-run, lazy_compiler._LazyCompiler.run = lazy_compiler._LazyCompiler.run, note
+run, lazy_compiler._LazyCompiler.run_own_code = lazy_compiler._LazyCompiler.run_own_code, note
 lock, lazy_modules._TORCH_IMPORT_LOCK = lazy_modules._TORCH_IMPORT_LOCK, NotedLock()
 sys.meta_path.insert(0, Meanwhile)
 thread = threading.Thread(target=prepare, daemon=True)
@@ -130,6 +130,10 @@ import torch._dynamo.config as config
 from torch._dynamo import convert_frame
 found["same"] = [convert_frame.config is config, torch._dynamo.config is config]
 """
+FIRST_NAME = """
+from torch._dynamo import run
+found["same"] = run is torch._dynamo.decorators.run
+"""
 FAILING_PART = """
 from xditd.gpu_workers.process import lazy_compiler
 for name in ("torch._dynamo", lazy_compiler._FLEX_ATTENTION_PART):
@@ -171,6 +175,7 @@ FAULTS = ("ImportError('no symbol')", "AttributeError('no symbol')")
 BODIES = (
     MARKS,
     FIRST_MODULE,
+    FIRST_NAME,
     FAILING_PART,
     *(TWO_THREADS.format(module=module) for module in OF_COMPILER),
     *(BROKEN.format(error=error) for error in FAULTS),
@@ -221,6 +226,10 @@ def test_marks_that_were_made_before_the_compiler_was_imported_hold_for_it(run: 
 
 def test_a_module_of_the_compiler_that_is_imported_first_is_imported_once(run: Run) -> None:
     assert run(FIRST_MODULE) == {"same": [True, True]}
+
+
+def test_a_name_of_the_compiler_is_its_own_whatever_the_placeholder_has(run: Run) -> None:
+    assert run(FIRST_NAME) == {"same": True}
 
 
 def test_a_compiler_of_which_one_part_failed_is_imported_later(run: Run) -> None:
