@@ -28,7 +28,7 @@ from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
 class Loaded(NamedTuple):
     """The tensors of a component on a rank's device: ``bindings`` of parameters, and what they are views of.
 
-    ``made`` are weights that were dequantised or got another dtype.
+    ``made`` are weights that were dequantised or converted to another dtype.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -98,14 +98,7 @@ class TensorLoader:
             for spec in specs:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
-        made: list[torch.Tensor] = []
-        if match.needs_conversion:
-            with raise_on_all_ranks():
-                made = match.convert(tensors, manifest.label)
-            clock.mark("convert")
-        if match.packed:
-            match.choose_products(self._products, tensors)
-            clock.mark("choose products")
+        made = self._convert(match, tensors, manifest.label, clock)
         bindings = match.bind(tensors)  # after the copies, since it may convert tensors
         clock.mark("bind")
         made_bytes = sum(each.nbytes for each in made)
@@ -116,6 +109,20 @@ class TensorLoader:
             peer += buffer.numel() if parts is None else sum(map(len, parts.get(number, [])))
         copied = CopiedBytes(host_to_device=size, peer=peer, device_to_device=made_bytes)
         return Loaded(tensors, bindings, copies, made, copied)
+
+    def _convert(
+        self, match: LoadedMatch, tensors: dict[str, torch.Tensor], label: str, clock: Clock
+    ) -> list[torch.Tensor]:
+        """Dequantise and convert ``tensors`` as the match needs them; return the new tensors."""
+        made: list[torch.Tensor] = []
+        if match.needs_conversion:
+            with raise_on_all_ranks():
+                made = match.convert(tensors, label)
+            clock.mark("convert")
+        if match.packed:
+            match.choose_products(self._products, tensors)
+            clock.mark("choose products")
+        return made
 
     def _refill(self, own: OwnBuffer, sources: list[torch.Tensor], opened: list[OpenBlock | None], clock: Clock) -> int:
         """Copy the ranges of a buffer on every rank, and return their bytes."""
