@@ -40,7 +40,7 @@ from xditd.gpu_workers.process.lend_imports import LendImports
 stage("own, in each rank")
 imports = LendImports()
 imports.finish_for_lend()
-stage("for lends, in each rank behind readiness")
+stage("for lends, in each rank once it is ready")
 while imports.wait_s is not None:
     imports.run_next()
 stage("for later, in each rank while it is idle")

@@ -116,11 +116,13 @@ def _match_described(
 ) -> CheckpointMatch | ModuleMatch:
     """Return the match of a family, if it runs this module and nothing in it was changed; else that of the class.
 
-    What a checkpoint holds of a module is only known once it is built; a checkpoint is given to families as it is.
+    With a ``kind`` only the families of that kind are asked, not the class. Families see those tensors of a live module
+    that its class saves, which are known once the class is built; they see all tensors of a checkpoint.
 
     Raises:
-        BadRequest: a kind, and the module is to run as its class.
-        UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: neither the family of the kind nor the class fits.
+        BadRequest: a kind is given, but the module was lent to run as its class.
+        UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: no family of the kind fits, or without a kind
+            neither a family nor the class.
     """
     if kind is not None and not described.allows_family:
         raise BadRequest(f"the kind {kind} is of a family, and it is lent as its class: leave one of them out")
