@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from xditd.gpu_workers.process.die_with_parent import OUTPUT, die_with_parent, has_no_reader
-from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
+from xditd.gpu_workers.process.lazy_meta_kernels import defer_meta_kernels
 from xditd.gpu_workers.process.loopback import check_loopback
 from xditd.gpu_workers.process.memory_priority import ended_first
 from xditd.gpu_workers.process.start_faults import explain

@@ -26,7 +26,7 @@ def stage(name):
     began_s = time.process_time()
 began_s = time.process_time()
 gc.disable()  # as the leader does
-from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
+from xditd.gpu_workers.process.lazy_meta_kernels import defer_meta_kernels
 defer_meta_kernels()
 from xditd.gpu_workers.process import leader, preload
 stage("torch, in the leader")
@@ -40,7 +40,7 @@ from xditd.gpu_workers.process.lend_imports import LendImports
 stage("own, in each rank")
 imports = LendImports()
 imports.finish_for_lend()
-stage("for lends, in each rank behind readiness")
+stage("for lends, in each rank once it is ready")
 while imports.wait_s is not None:
     imports.run_next()
 stage("for later, in each rank while it is idle")

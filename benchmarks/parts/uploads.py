@@ -231,7 +231,7 @@ def _read_by_threads(sources: list[tuple[FileStretch | None, int]], tuning: Tuni
 def _measure_lends(
     files: Sequence[_Lent], workers: int, given: argparse.Namespace, log: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lend each file several times to one daemon; give each one's size and shortest times in ms, but for the first."""
+    """Lend each file several times to one daemon; yield its size and the shortest times of all lends but the first."""
     daemon = DaemonProcess(log, workers, given.device, ["--standby", "off"])
     try:
         with daemon.connect() as client:

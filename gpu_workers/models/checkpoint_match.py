@@ -39,9 +39,9 @@ class CheckpointMatch:
     is_reused: bool
     packed: Mapping[str, PackedWeight]
     dtypes: Mapping[str, torch.dtype]
-    """The dtypes that its tensors are computed with, by their names in the manifest; of packed ones dequantised."""
+    """The dtype that each tensor is computed with, by its name in the manifest; packed weights dequantised."""
     converted: frozenset[str] = frozenset()
-    """The plain tensors that have another one in the manifest."""
+    """The names of plain tensors that have another dtype in the manifest."""
     products: dict[str, Decision] = field(default_factory=dict)
     """How packed weights are multiplied, once :meth:`choose_products` has chosen; by their names in the manifest."""
     made: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
@@ -79,10 +79,10 @@ class CheckpointMatch:
         return {*self.sources.values(), *(name for each in self.packed.values() for name in each.names)}
 
     def convert(self, tensors: dict[str, torch.Tensor], label: str) -> list[torch.Tensor]:
-        """Check the scales of packed weights, and dequantise those that no packed layer uses, in ``tensors``.
+        """Give the ``tensors`` the dtypes that they are computed with.
 
-        Plain tensors get there the dtypes in which a class loads them. Returns the new tensors. Errors begin with the
-        ``label``.
+        This checks the scales of packed weights, dequantises those that no packed layer uses, and converts plain
+        tensors to the dtypes in which a class loads them. Returns the new tensors. Errors begin with the ``label``.
 
         Raises:
             BadCheckpoint: a scale is not finite.
@@ -90,10 +90,8 @@ class CheckpointMatch:
         """
         check_scales(self.packed.values(), tensors, label)
         kept = self.kept_packed
-        made: list[torch.Tensor] = []
-        for name, each in self.packed.items():
-            if name not in kept:
-                made += dequantise_once([each], tensors, self.dtypes[name])
+        once = [each for name, each in self.packed.items() if name not in kept]
+        made = dequantise_once(once, tensors, self.dtypes)
         for name in self.converted:
             tensors[name] = tensors[name].to(self.dtypes[name])
             made.append(tensors[name])

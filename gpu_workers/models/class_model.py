@@ -226,10 +226,7 @@ class ClassModel:
         """Replace the layers of packed weights, which have no parameter ``weight`` from here on."""
         targets = packed_targets(self.module, plan, checkpoint)
         self.state = without_weights(self.state, targets)
-        layers: dict[str, PackedLinear] = {}
-        for target in targets:
-            layers |= pack_linears(self.module, [target], plan.dtypes[target], self.packed_memory)
-        return layers
+        return pack_linears(self.module, {target: plan.dtypes[target] for target in targets}, self.packed_memory)
 
     def _made_tensors(self) -> dict[str, torch.Tensor]:
         if self.difference or self.saved_names.issuperset(tensor_names(self.state)):

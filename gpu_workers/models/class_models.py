@@ -38,10 +38,11 @@ MAX_MODELS: Final = 16
 """Modules that stay without weights; each change of an attribute makes another one."""
 
 
-def chosen_dtype(
-    kind: type, tensors: Mapping[str, TensorInfo], compute_dtype: torch.dtype | None = None
-) -> torch.dtype:
-    """Return the ``torch_dtype`` with which a class loads a checkpoint, whose packed weights are :func:`as_loaded`.
+def load_dtype(kind: type, tensors: Mapping[str, TensorInfo], compute_dtype: torch.dtype | None = None) -> torch.dtype:
+    """Return the ``torch_dtype`` with which a class loads a checkpoint: ``compute_dtype`` if weights are packed.
+
+    Without packed weights, or without ``compute_dtype``, it is that of most elements. Packed weights have to be in the
+    compute dtype (``as_loaded``).
 
     Raises:
         UnsupportedDtype: no class computes in it.
@@ -125,7 +126,7 @@ class ClassModels:
         if described.state:
             return self._match_module(described, tensors)
         tensors = as_loaded(tensors, compute_dtype)
-        dtype = chosen_dtype(find_model_class(described.class_name), tensors, compute_dtype)
+        dtype = load_dtype(find_model_class(described.class_name), tensors, compute_dtype)
         key = (described, dtype, frozenset(tensors.items()))
         model = self._models.get(key)
         is_reused = model is not None

@@ -28,7 +28,7 @@ from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
 class Loaded(NamedTuple):
     """The tensors of a component on a rank's device: ``bindings`` of parameters, and what they are views of.
 
-    ``made`` are weights that were dequantised or got another dtype.
+    ``made`` are weights that were dequantised or converted to another dtype.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -63,15 +63,8 @@ class TensorLoader:
         all ranks have or none has; of these only the ``written`` tensors are copied again. What one of the ``others``
         has copied from the same file is shared with it.
         """
-        received: dict[int, torch.Tensor] = {}
         with raise_on_all_ranks():
-            for number, block in enumerate(manifest.blocks):
-                if opened[number] is None:
-                    received[number] = (
-                        torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
-                        if kept is None
-                        else kept.received[number]
-                    )
+            received = self._receiving_buffers(manifest, opened, kept)
             sources = [received[number] if block is None else block.bytes for number, block in enumerate(opened)]
             read = match.read_names
             specs = [spec for spec in manifest.tensors if spec.name in read]
@@ -98,24 +91,44 @@ class TensorLoader:
             for spec in specs:
                 if spec.name not in tensors:
                     tensors[spec.name] = views[spec.block].view(spec)
+        made = self._convert(match, tensors, manifest.label, clock)
+        bindings = match.bind(tensors)  # after the copies, since it may convert tensors
+        clock.mark("bind")
+        for number, buffer in received.items():
+            peer += buffer.numel() if parts is None else sum(map(len, parts.get(number, [])))
+        copied = self._count(size, peer, sum(each.nbytes for each in made))
+        return Loaded(tensors, bindings, LentCopies(own, received, shared), made, copied)
+
+    def _receiving_buffers(
+        self, manifest: Manifest, opened: list[OpenBlock | None], kept: LentCopies | None
+    ) -> dict[int, torch.Tensor]:
+        """Return a buffer for each block that this rank does not open, but copies from another rank's GPU."""
+        return {
+            number: torch.empty(block.size_bytes, dtype=torch.uint8, device=self._device)
+            if kept is None
+            else kept.received[number]
+            for number, block in enumerate(manifest.blocks)
+            if opened[number] is None
+        }
+
+    def _count(self, from_host: int, from_peers: int, made: int) -> CopiedBytes:
+        if self._device.type != "cuda":
+            return CopiedBytes(host_to_host=from_host + made)
+        return CopiedBytes(host_to_device=from_host, peer=from_peers, device_to_device=made)
+
+    def _convert(
+        self, match: LoadedMatch, tensors: dict[str, torch.Tensor], label: str, clock: Clock
+    ) -> list[torch.Tensor]:
+        """Dequantise and convert ``tensors`` as the match needs them; return the new tensors."""
         made: list[torch.Tensor] = []
         if match.needs_conversion:
             with raise_on_all_ranks():
-                made = match.convert(tensors, manifest.label)
+                made = match.convert(tensors, label)
             clock.mark("convert")
         if match.packed:
             match.choose_products(self._products, tensors)
             clock.mark("choose products")
-        bindings = match.bind(tensors)  # after the copies, since it may convert tensors
-        clock.mark("bind")
-        made_bytes = sum(each.nbytes for each in made)
-        copies = LentCopies(own, received, shared)
-        if self._device.type != "cuda":
-            return Loaded(tensors, bindings, copies, made, CopiedBytes(host_to_host=size + made_bytes))
-        for number, buffer in received.items():
-            peer += buffer.numel() if parts is None else sum(map(len, parts.get(number, [])))
-        copied = CopiedBytes(host_to_device=size, peer=peer, device_to_device=made_bytes)
-        return Loaded(tensors, bindings, copies, made, copied)
+        return made
 
     def _refill(self, own: OwnBuffer, sources: list[torch.Tensor], opened: list[OpenBlock | None], clock: Clock) -> int:
         """Copy the ranges of a buffer on every rank, and return their bytes."""

@@ -12,7 +12,7 @@ import torch
 
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_defaults import settings_of
-from xditd.gpu_workers.models.class_models import ClassModels, chosen_dtype
+from xditd.gpu_workers.models.class_models import ClassModels, load_dtype
 from xditd.gpu_workers.models.config_differences import config_differences
 from xditd.gpu_workers.models.configured_classes import HERE, build_module
 from xditd.gpu_workers.models.entries import TensorInfo
@@ -38,7 +38,7 @@ LoadedMatch = CheckpointMatch | ModuleMatch | LoraMatch
 AnyMatch = LoadedMatch | TokenizerMatch
 
 _REASON_CHARS: Final = 2 * SENTENCE_CHARS
-"""What is kept of the reason why no family runs a module."""
+"""Characters that are kept of the reason why no family runs a module."""
 _WITHOUT_KIND: Final = (
     "lend it without a kind to run it as its class, by call(), or a state dict of its tensors to run it with the "
     "family's settings"
@@ -116,11 +116,13 @@ def _match_described(
 ) -> CheckpointMatch | ModuleMatch:
     """Return the match of a family, if it runs this module and nothing in it was changed; else that of the class.
 
-    What a checkpoint holds of a module is only known once it is built; a checkpoint is given to families as it is.
+    With a ``kind`` only the families of that kind are asked, not the class. Families see those tensors of a live module
+    that its class saves, which are known once the class is built; they see all tensors of a checkpoint.
 
     Raises:
-        BadRequest: a kind, and the module is to run as its class.
-        UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: neither the family of the kind nor the class fits.
+        BadRequest: a kind is given, but the module was lent to run as its class.
+        UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: no family of the kind fits, or without a kind
+            neither a family nor the class.
     """
     if kind is not None and not described.allows_family:
         raise BadRequest(f"the kind {kind} is of a family, and it is lent as its class: leave one of them out")
@@ -132,7 +134,7 @@ def _match_described(
         except (UnknownFamily, Unsupported, BadCheckpoint) as error:
             if kind is not None:
                 raise
-            reason = _reason(error)
+            reason = _family_reason(error)
         logger.info("%s runs as its class, since no family runs it: %s", described.class_name, reason)
     return replace(of_class or class_models.match(described, tensors, compute_dtype), family_reason=reason)
 
@@ -146,19 +148,21 @@ def _match_family(
     compute_dtype: torch.dtype | None,
     taken: Collection[int],
 ) -> CheckpointMatch:
-    """Return the match of a family.
+    """Return the match of a family that runs this module.
+
+    ``of_class`` is the match of a live module's class, else ``None``.
 
     Raises:
         UnknownFamily, BadCheckpoint, UnsupportedDtype: as :meth:`ModelCache.match`.
-        Unsupported: so, or the module was changed, or the family computes with other settings than those of the module.
+        Unsupported: likewise; or the module was changed, or the family computes with other settings than the module.
     """
     remedy = "" if kind is None else f"; {_WITHOUT_KIND}"
     if of_class is not None:
         if of_class.model.difference:
             raise Unsupported(f"it is not as its class makes it: {of_class.model.difference}{remedy}")
         tensors = {name: info for name, info in tensors.items() if name in of_class.model.saved_names}
-    loading = _loading(described, tensors, compute_dtype)
-    found = models.match(tensors, kind, compute_dtype, taken, settings_of(described), loading)
+    load_dtypes = _load_dtypes(described, tensors, compute_dtype)
+    found = models.match(tensors, kind, compute_dtype, taken, settings_of(described), load_dtypes)
     if other := config_differences(described, found):
         built = "" if kind is None else " (the family computes with {})"
         differing = listed(each.given + built.format(each.built) for each in other)
@@ -168,12 +172,12 @@ def _match_family(
     return found if of_class is None else replace(found, made=of_class.model.made)
 
 
-def _loading(
+def _load_dtypes(
     described: ModuleDescription, tensors: Mapping[str, TensorInfo], compute_dtype: torch.dtype | None
 ) -> LoadDtypes | None:
     """Return the dtypes in which diffusers loads a checkpoint with this ``config.json``.
 
-    ``None`` of a live module, whose tensors have them already, and of a class that diffusers does not have.
+    Returns ``None`` for a live module, whose tensors keep their dtypes, and for a class that diffusers does not have.
 
     Raises:
         Unsupported, UnsupportedDtype: as ``ClassModels.match``.
@@ -188,11 +192,11 @@ def _loading(
         return None
     if not issubclass(kind, ModelMixin):
         return None
-    return LoadDtypes.of(kind, chosen_dtype(kind, as_loaded(tensors, compute_dtype), compute_dtype))
+    return LoadDtypes.of(kind, load_dtype(kind, as_loaded(tensors, compute_dtype), compute_dtype))
 
 
-def _reason(error: RequestError) -> str:
-    """Return why no family runs a module."""
+def _family_reason(error: RequestError) -> str:
+    """Say why no family runs a module, from the error of its match."""
     if isinstance(error, UnknownFamily) or isinstance(error.__cause__, UnknownFamily):
         return f"its tensor names are of none of {one_of([each.name for each in families()])}{load_faults_note()}"
     return error.detail[:_REASON_CHARS]

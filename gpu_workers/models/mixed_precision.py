@@ -3,8 +3,8 @@
 Lent weights stay as they are. A layer with a weight of another dtype computes in the widest dtype of its weights and
 input, and returns its input's dtype. Norms with float32 weights on the CPU are left to torch, which does the same, for
 the same bits as in the client's process; it refuses most other mixtures. Parts that the module's class keeps in float32
-(``_keep_in_fp32_modules``) are left to the class if they are: it casts their inputs itself, and blocks without hooks
-can be compiled.
+(``_keep_in_fp32_modules``) get no hooks if all of their weights are float32: the class casts their inputs itself, and
+only blocks without hooks can be compiled.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def convolve(x: torch.Tensor, convolution: torch.nn.Conv2d, padding: tuple[int, 
 def _is_kept_part(
     module: torch.nn.Module, path: str, kept: Sequence[str], exceptions: Mapping[str, torch.dtype]
 ) -> bool:
-    """Return whether a layer is in a part of these names, all of whose parameters are float32."""
+    """Return whether a layer is in a part that the class keeps in float32, and all parameters of the part are float32.
+
+    ``kept`` are the names of such parts.
+    """
     names = path.split(".")
     for number, name in enumerate(names, 1):
         if name in kept:

@@ -28,7 +28,7 @@ from xditd.gpu_workers.models.process_resources import ProcessResources
 from xditd.gpu_workers.models.registry import detect, families, load_faults_note, operations_of, titles
 from xditd.gpu_workers.models.resolution import Resolution, check_targets, resolve
 from xditd.gpu_workers.packed.embedding import pack_embeddings
-from xditd.gpu_workers.packed.linear import PackedLinear, PackedMemory, pack_linears
+from xditd.gpu_workers.packed.linear import PackedMemory, pack_linears
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc import limits
@@ -97,61 +97,36 @@ class ModelCache:
         compute_dtype: torch.dtype | None = None,
         taken: Collection[int] = (),
         settings: Mapping[str, Any] | None = None,
-        loading: LoadDtypes | None = None,
+        load_dtypes: LoadDtypes | None = None,
     ) -> CheckpointMatch:
         """Match a checkpoint: find its family, check every tensor, and build or reuse its model.
 
         With a ``kind``, tensors of other components in the same file are skipped. ``compute_dtype`` is that of packed
         weights, if the client gave one. A model is reused for weights in the same formats; a ControlNet gets none of
         those ``taken``, the ids of models of other components, since several run in each step. ``settings`` are those
-        of a ``config.json`` or a live module, some of which no tensor shows. ``loading`` as ``resolution.resolve``
-        takes it.
+        of a ``config.json`` or a live module, some of which no tensor shows. ``load_dtypes`` as
+        ``resolution.resolve`` takes them.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported: see ``registry.detect``,
                 ``resolution.resolve``, ``registry.operations_of``, ``component_layouts.choose``
                 and ``Operations.fuse``.
         """
-        signature = (kind, compute_dtype, loading, frozenset(tensors.items()))
+        signature = (kind, compute_dtype, load_dtypes, frozenset(tensors.items()))
         resolution = self._resolutions.get(signature)
         if resolution is None:
-            resolution = _resolve(tensors, kind, compute_dtype, loading)
-            self._resolutions[signature] = resolution
-            if resolution.skipped and self.layout.rank == 0:
-                logger.info(
-                    "tensors skipped, no job reads them: family=%s count=%d names=%s",
-                    resolution.family.name, len(resolution.skipped), listed(resolution.skipped),
-                )  # fmt: skip
+            resolution = self._resolutions[signature] = _resolve(tensors, kind, compute_dtype, load_dtypes)
+            self._log_skipped(resolution)
         if settings is not None and isinstance(resolution.family, HasSettings):
             resolution = replace(resolution, config=resolution.family.with_settings(resolution.config, settings))
-        exceptions = frozenset(_exceptions(resolution).items())
-        formats = resolution.formats
-        key = (
-            resolution.family.name,
-            resolution.config,
-            resolution.dtype,
-            exceptions,
-            resolution.compute_dtype,
-            formats,
-        )
+        key = _key(resolution)
         self._signatures[key] = signature
         number = 0
         while resolution.family.kind == "controlnet" and id(self._models.get((key, number))) in taken:
             number += 1
-        model = self._models.get((key, number))
-        is_reused = model is not None
-        if model is None:
-            model = self._build(resolution)
-            self._models[key, number] = model
-            self.built += 1
-            if self._is_ahead:
-                self._ahead.append((key, number))
-        elif not self._is_ahead:
-            self.reused += 1
-        if not self._is_ahead and (key, number) in self._ahead:
-            self._ahead.remove((key, number))
+        is_reused = (key, number) in self._models
         return CheckpointMatch(
-            model=model,
+            model=self._find_or_build((key, number), resolution),
             family=resolution.family,
             config=resolution.config,
             dtype=resolution.dtype,
@@ -162,6 +137,27 @@ class ModelCache:
             dtypes=resolution.dtypes,
             converted=resolution.converted,
         )
+
+    def _log_skipped(self, resolution: Resolution) -> None:
+        if resolution.skipped and self.layout.rank == 0:
+            logger.info(
+                "tensors skipped, no job reads them: family=%s count=%d names=%s",
+                resolution.family.name, len(resolution.skipped), listed(resolution.skipped),
+            )  # fmt: skip
+
+    def _find_or_build(self, key: tuple[Key, int], resolution: Resolution) -> CachedModel:
+        """Return the model of this key, and count whether it was built or reused."""
+        model = self._models.get(key)
+        if model is None:
+            model = self._models[key] = self._build(resolution)
+            self.built += 1
+            if self._is_ahead:
+                self._ahead.append(key)
+        elif not self._is_ahead:
+            self.reused += 1
+        if not self._is_ahead and key in self._ahead:
+            self._ahead.remove(key)
+        return model
 
     @contextmanager
     def building_ahead(self) -> Iterator[None]:
@@ -214,10 +210,8 @@ class ModelCache:
         packed = linear_targets(module, resolution.key_map, resolution.packed)
         # As plain weights of a text encoder, packed ones are widened whatever they are dequantised into.
         shown = torch.float32 if family.kind == "text_encoder" else None
-        layers: dict[str, PackedLinear] = {}
-        for target in packed:
-            product_dtype = resolution.dtypes[resolution.key_map[target].source]
-            layers |= pack_linears(module, [target], product_dtype, self.packed, shown)
+        dtypes = {target: resolution.dtypes[resolution.key_map[target].source] for target in packed}
+        layers = pack_linears(module, dtypes, self.packed, shown)
         tables = {}
         if family.kind == "text_encoder":  # its operations look rows up, and do nothing else with a table
             targets = embedding_targets(module, resolution.key_map, resolution.packed)
@@ -234,7 +228,7 @@ def _resolve(
     tensors: Mapping[str, TensorInfo],
     kind: Kind | None,
     compute_dtype: torch.dtype | None,
-    loading: LoadDtypes | None,
+    load_dtypes: LoadDtypes | None,
 ) -> Resolution:
     """Match a checkpoint to its family; in a file with several components, that of the ``kind``.
 
@@ -250,7 +244,7 @@ def _resolve(
         raise type(known)(known.detail + load_faults_note(), names=known.names) from error
     others = [] if kind is None else [each for each in families() if each is not family]
     try:
-        return resolve(family, tensors, others, compute_dtype, loading)
+        return resolve(family, tensors, others, compute_dtype, load_dtypes)
     except RequestError as error:
         known = form_error(_without_others(_as_plain(tensors), others), titles())
         if known is None:
@@ -268,6 +262,18 @@ def _without_others(tensors: Mapping[str, TensorInfo], others: Collection[Family
     groups = by_prefix(tensors)
     kept = [group for group in groups.values() if not any(other.claims(group) for other in others)]
     return {name: tensors[name] for group in kept for spelled in group.values() for name in spelled}
+
+
+def _key(resolution: Resolution) -> Key:
+    """Return what models are kept by: checkpoints with the same key share a model."""
+    return (
+        resolution.family.name,
+        resolution.config,
+        resolution.dtype,
+        frozenset(_exceptions(resolution).items()),
+        resolution.compute_dtype,
+        resolution.formats,
+    )
 
 
 def _exceptions(resolution: Resolution) -> Mapping[str, torch.dtype]:

@@ -9,8 +9,7 @@ import torch
 
 from xditd.gpu_workers.models.class_model import ClassModel
 from xditd.gpu_workers.models.entries import Bindings
-from xditd.gpu_workers.models.packed_modules import dequantise_others
-from xditd.gpu_workers.models.packed_weights import choose_products, packed_view
+from xditd.gpu_workers.models.packed_weights import choose_products, dequantise_once, packed_view
 from xditd.gpu_workers.models.scale_checks import check_scales
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
@@ -92,7 +91,9 @@ class ModuleMatch:
             return []
         check_scales(self.packed.values(), tensors, label)
         kept = {self.sources[name] for name in self.model.packed_layers}
-        return dequantise_others(self.model.plan, self.packed, kept, tensors)
+        dtypes = {source: self.model.plan.dtypes[name] for name, source in self.sources.items()}
+        once = [each for source, each in self.packed.items() if source not in kept]
+        return dequantise_once(once, tensors, dtypes)
 
     def reserve(self) -> int:
         """Allocate the memory of tensors in another dtype, so that :meth:`bind` cannot fail; return its bytes."""

@@ -10,14 +10,12 @@ import msgspec
 import torch
 
 from xditd.gpu_workers.models.entries import TORCH_DTYPES, TensorInfo, half_precision
-from xditd.gpu_workers.models.packed_weights import dequantise_once
 from xditd.gpu_workers.models.pretrained import LoadPlan
 from xditd.gpu_workers.packed.dequantise import can_dequantise
 from xditd.gpu_workers.packed.linear import is_linear_weight
 from xditd.ipc.errors import Unsupported
 from xditd.ipc.module_state import ModuleState
 from xditd.ipc.name_lists import listed
-from xditd.ipc.packed import PackedWeight
 from xditd.ipc.transports.tensor_views import dtype_name
 
 
@@ -60,15 +58,3 @@ def without_weights(state: ModuleState, targets: list[str]) -> ModuleState:
         left = tuple(name for name in submodules[path].parameters if name != "weight")
         submodules[path] = msgspec.structs.replace(submodules[path], parameters=left)
     return msgspec.structs.replace(state, submodules=submodules)
-
-
-def dequantise_others(
-    plan: LoadPlan, packed: Mapping[str, PackedWeight], kept: set[str], tensors: dict[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    """Dequantise packed weights other than ``kept`` into the dtypes that the module has them in, in ``tensors``."""
-    dtypes = {source: plan.dtypes[name] for name, source in plan.sources.items()}
-    made: list[torch.Tensor] = []
-    for source, each in packed.items():
-        if source not in kept:
-            made += dequantise_once([each], tensors, dtypes[source])
-    return made

@@ -47,11 +47,12 @@ def embedding_targets(
 
 
 def dequantise_once(
-    packed: Iterable[PackedWeight], tensors: dict[str, torch.Tensor], dtype: torch.dtype
+    packed: Iterable[PackedWeight], tensors: dict[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]
 ) -> list[torch.Tensor]:
     """Replace these packed weights among ``tensors`` by dequantised ones, and remove their companions.
 
-    Returns the new tensors, whose memory is this rank's own.
+    ``dtypes`` are those of the dequantised weights, by their names among ``tensors``. Returns the new tensors, whose
+    memory is this rank's own.
 
     Raises:
         torch.OutOfMemoryError: the device has too little memory.
@@ -59,7 +60,8 @@ def dequantise_once(
     made = []
     for each in packed:
         found = PackedTensor.of(each, tensors)
-        made.append(dequantise_fastest(found, torch.empty(each.shape, dtype=dtype, device=found.values.device)))
+        out = torch.empty(each.shape, dtype=dtypes[each.weight], device=found.values.device)
+        made.append(dequantise_fastest(found, out))
         for name in each.companions.values():
             del tensors[name]
         tensors[each.weight] = made[-1]

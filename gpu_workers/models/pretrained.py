@@ -43,7 +43,7 @@ class LoadPlan:
 class LoadDtypes:
     """The dtypes in which ``from_pretrained`` of diffusers loads the tensors of a class.
 
-    That is ``main``, the ``torch_dtype``, and float32 in the parts that have one of the names ``kept``.
+    ``main`` is the ``torch_dtype``, and ``kept`` are the names of the parts that the class keeps in float32.
     """
 
     main: torch.dtype
@@ -51,11 +51,11 @@ class LoadDtypes:
 
     @classmethod
     def of(cls, kind: type, main: torch.dtype) -> LoadDtypes:
-        """Return those of a class, a ``ModelMixin``."""
+        """Return those of a class, which is a ``ModelMixin``, with this ``torch_dtype``."""
         return cls(main, kept_in_float32(kind))
 
     def of_tensor(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor in floating point, by its name in the class."""
+        """Return the dtype of a tensor in floating point, by its name in the checkpoint or in the class."""
         return torch.float32 if is_in_part(name, self.kept) else self.main
 
 
@@ -236,7 +236,7 @@ def kept_in_float32(kind: Any) -> tuple[str, ...]:
 
 
 def is_in_part(name: str, parts: Collection[str]) -> bool:
-    """Return whether a tensor is in a part of one of these names, or has it itself."""
+    """Return whether one of the names in a tensor's path is among ``parts``."""
     return bool(parts) and not set(name.split(".")).isdisjoint(parts)
 
 

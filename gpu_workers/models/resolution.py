@@ -35,8 +35,8 @@ class Resolution:
 
     ``dtype`` is that of most elements; ``exceptions`` are the parameters of another one. ``sources`` are the
     checkpoint's names by canonical name, and ``skipped`` its names that no job reads. ``packed`` are the packed weights
-    by the checkpoint's names, which count as tensors of ``compute_dtype``. ``dtypes`` are those that all tensors which
-    are read are computed with, and ``converted`` the plain ones that have another one in the checkpoint.
+    by the checkpoint's names, which count as tensors of ``compute_dtype``. ``dtypes`` has the dtype that each tensor is
+    computed with; ``converted`` are the plain tensors that have another dtype in the checkpoint.
     """
 
     family: Family[Any]
@@ -64,7 +64,7 @@ class Resolution:
 def dtypes_of(
     family: Family[Any], tensors: Mapping[str, TensorInfo], compute_dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Return the dtype in which each tensor is computed with: its own, or of packed weights the compute dtype.
+    """Return the dtype that each tensor is computed with: its own, or of packed weights the compute dtype.
 
     That is ``compute_dtype``; else float32 in text encoders, which compute in it; else the half precision of most
     elements of plain tensors; else bfloat16.
@@ -103,12 +103,12 @@ def resolve(
     tensors: Mapping[str, TensorInfo],
     others: Collection[Family[Any]] = (),
     compute_dtype: torch.dtype | None = None,
-    loading: LoadDtypes | None = None,
+    load_dtypes: LoadDtypes | None = None,
 ) -> Resolution:
     """Match a checkpoint to a family: read its configuration, check every name and shape, and make the key map.
 
-    With ``loading`` its tensors get the dtypes in which a class loads them; without it, and in text encoders, which
-    compute in float32 in any case, they keep their own.
+    With ``load_dtypes`` the tensors get the dtypes in which a class loads them. Without it they keep their own dtypes,
+    as they do in text encoders, which compute in float32 in any case.
 
     All tensors that jobs read have the same prefix. Tensors under another prefix that one of ``others`` claims are of
     another component in the same file, and skipped.
@@ -120,42 +120,15 @@ def resolve(
         UnsupportedDtype: see :func:`dtypes_of`.
     """
     given, skipped, unexpected = _sort_names(family, tensors, others)
-    for copy, original in family.tied.items():
-        if copy in given:
-            name = given.pop(copy)
-            if tensors[name].shape == tensors[given.setdefault(original, name)].shape:
-                skipped += [name] if name != given[original] else []
-            else:
-                unexpected.append(f"{name} (not of the shape of {given[original]}, of which it is a copy)")
+    _drop_tied_copies(family, tensors, given, skipped, unexpected)
     config = family.configure({canonical: tensors[name].shape for canonical, name in given.items()})
-    spelled = dict(given)
-
-    key_map: dict[str, Slice] = {}
-    sources: dict[str, str] = {}
-    missing: list[str] = []
-    misshapen: list[str] = []
-    for entry in list(family.entries(config, given)):
-        found = given.pop(entry.source, None)
-        if found is None:
-            missing.append(_common_prefix(spelled, entry.source) + entry.source)
-            continue
-        shape = tensors[found].shape
-        if not _differ_by_ones_alone(shape, entry.shape) and not _lacks_leading_ones(shape, entry):
-            misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
-            continue
-        key_map.update(_slices(entry, found, shape))
-        sources[entry.source] = found
-    unexpected += given.values()
-    if missing or unexpected or misshapen:
-        raise _mismatch(family, config, missing, unexpected, misshapen)
+    key_map, sources = _map_entries(family, config, tensors, given, unexpected)
     read = {name: tensors[name] for name in sources.values()}
-    dtypes = dtypes_of(family, read, compute_dtype)
-    own = dtypes
-    if loading is None or family.kind == "text_encoder":
-        main = dtype_of_most((dtypes[name], info.shape) for name, info in read.items())
+    own = dtypes_of(family, read, compute_dtype)
+    if load_dtypes is None or family.kind == "text_encoder":
+        main, dtypes = dtype_of_most((own[name], info.shape) for name, info in read.items()), own
     else:
-        main = loading.main
-        dtypes = {name: loading.of_tensor(name) for name in read}
+        main, dtypes = load_dtypes.main, {name: load_dtypes.of_tensor(name) for name in read}
     exceptions = {target: dtypes[part.source] for target, part in key_map.items() if dtypes[part.source] != main}
     packed = {name: info.packed for name, info in read.items() if info.packed is not None}
     _check_slices(family, key_map, packed)
@@ -173,6 +146,60 @@ def resolve(
         dtypes=dtypes,
         converted=frozenset(name for name in read if name not in packed and dtypes[name] != own[name]),
     )
+
+
+def _drop_tied_copies(
+    family: Family[Any],
+    tensors: Mapping[str, TensorInfo],
+    given: dict[str, str],
+    skipped: list[str],
+    unexpected: list[str],
+) -> None:
+    """Move names of tied tensors from ``given`` to the skipped names, or to the unexpected ones if shapes differ.
+
+    Where only the copy is in the checkpoint, it takes the original's place.
+    """
+    for copy, original in family.tied.items():
+        if copy in given:
+            name = given.pop(copy)
+            if tensors[name].shape == tensors[given.setdefault(original, name)].shape:
+                skipped += [name] if name != given[original] else []
+            else:
+                unexpected.append(f"{name} (not of the shape of {given[original]}, of which it is a copy)")
+
+
+def _map_entries(
+    family: Family[Any],
+    config: Hashable,
+    tensors: Mapping[str, TensorInfo],
+    given: Mapping[str, str],
+    unexpected: list[str],
+) -> tuple[dict[str, Slice], dict[str, str]]:
+    """Return the key map, and the checkpoint's names by canonical name.
+
+    Raises:
+        BadCheckpoint: missing, unexpected and wrongly shaped tensors.
+    """
+    key_map: dict[str, Slice] = {}
+    sources: dict[str, str] = {}
+    missing: list[str] = []
+    misshapen: list[str] = []
+    left = dict(given)
+    for entry in family.entries(config, given):
+        found = left.pop(entry.source, None)
+        if found is None:
+            missing.append(_common_prefix(given, entry.source) + entry.source)
+            continue
+        shape = tensors[found].shape
+        if not _differ_by_ones_alone(shape, entry.shape) and not _lacks_leading_ones(shape, entry):
+            misshapen.append(f"{found} is {list(shape)}, expected {list(entry.shape)}")
+            continue
+        key_map.update(_slices(entry, found, shape))
+        sources[entry.source] = found
+    unexpected = [*unexpected, *left.values()]
+    if missing or unexpected or misshapen:
+        raise _mismatch(family, config, missing, unexpected, misshapen)
+    return key_map, sources
 
 
 def _check_slices(family: Family[Any], key_map: Mapping[str, Slice], packed: Mapping[str, PackedWeight]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,17 +144,16 @@ def add_branches_to(module: torch.nn.Module) -> dict[str, Branches]:
 
 def pack_linears(
     module: torch.nn.Module,
-    targets: Iterable[str],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     memory: PackedMemory,
     shown: torch.dtype | None = None,
 ) -> dict[str, PackedLinear]:
     """Replace the linear layers with these weights by packed ones; return them by the weights' names.
 
-    ``dtype`` and ``shown`` are those of :class:`PackedLinear`.
+    ``dtypes`` are the compute dtypes by the weights' names. ``shown`` is that of :class:`PackedLinear`.
     """
     found: dict[str, PackedLinear] = {}
-    for target in targets:
+    for target, dtype in dtypes.items():
         path = target.removesuffix(".weight")
         parent, _, name = path.rpartition(".")
         layer = module.get_submodule(path)

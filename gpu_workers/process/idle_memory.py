@@ -30,7 +30,7 @@ class IdleMemory:
     """Counts a rank's memory twice in each idle time: after :data:`COUNT_AFTER_S`, and once it has been trimmed.
 
     Trimming frees no memory that anything uses: weights, graphs and their memory stay. ``dropped`` says how many models
-    were dropped so far, which may be garbage that no collection visits: imports behind readiness freeze all objects.
+    were dropped so far, which may be garbage that no collection visits: a ready rank's imports freeze all objects.
     """
 
     def __init__(

@@ -2,9 +2,9 @@
 
 ``import xfuser`` imports every pipeline that it wraps, and through them most of diffusers, transformers and scipy: more
 than half of what a rank took to start. Workers use its process groups, its attention backends and its USP. So packages
-whose ``__init__`` imports what nobody asks for stay deferred: their submodules can be imported, their own code does not
-run. That of diffusers and of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does.
-torch's compiler is one of these packages (:mod:`late_compiler`).
+whose ``__init__`` imports what nobody asks for are deferred: their submodules can be imported without their own code.
+That of diffusers and of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does.
+torch's compiler is one of these packages (``lazy_compiler.py``).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from xditd.gpu_workers.process.deferred_packages import Never, OnDemand, defer
-from xditd.gpu_workers.process.late_compiler import defer_compiler
-from xditd.gpu_workers.process.late_names import LateModule, in_place
+from xditd.gpu_workers.process.lazy_compiler import defer_compiler
+from xditd.gpu_workers.process.lazy_modules import LazyModule, SubmodulesOnly, defer_package
+from xditd.gpu_workers.process.lazy_names import PlaceholderModule, with_placeholders
 
 XFUSER_PACKAGES: Final = ("xfuser", "xfuser.model_executor", "xfuser.model_executor.layers")
-ON_DEMAND_PACKAGES: Final = (
+LAZY_PACKAGES: Final = (
     "diffusers.models.autoencoders",
     "diffusers.models.transformers",
     "diffusers.models.unets",
@@ -32,8 +32,8 @@ ON_DEMAND_PACKAGES: Final = (
     "scipy.stats",  # likewise, for beta sigmas alone
 )
 RING_ATTENTION: Final = "torch.distributed.tensor.experimental._attention"
-_LATE_MODULES: Final = (RING_ATTENTION, "torch.distributed.fsdp", "torch.distributed.fsdp.wrap")
-"""Those whose functions xfuser calls for ring attention, and for shards of models. They import the compiler."""
+_LAZY_MODULES: Final = (RING_ATTENTION, "torch.distributed.fsdp", "torch.distributed.fsdp.wrap")
+"""Modules whose functions xfuser calls for ring attention and for sharded models. They import the compiler."""
 _XFUSER_PARTS: Final = (
     "xfuser.core.distributed",
     "xfuser.core.distributed.attention_backend",
@@ -44,24 +44,27 @@ _XFUSER_PARTS: Final = (
 
 
 def defer_packages() -> None:
-    """Put the packages in place whose code runs never, or on demand. No package that was imported before is changed."""
+    """Put the packages into ``sys.modules`` whose code never runs, or only if it is needed.
+
+    No package that was imported before is changed.
+    """
     defer_compiler()  # before the others, whose parents import it
     for name in XFUSER_PACKAGES:
-        defer(name, Never)
-    for name in ON_DEMAND_PACKAGES:
-        defer(name, OnDemand)
+        defer_package(name, SubmodulesOnly)
+    for name in LAZY_PACKAGES:
+        defer_package(name, LazyModule)
 
 
-def run_deferred(package: ModuleType) -> None:
-    """Run a package's own code, if it was deferred until a name is asked for."""
-    if isinstance(package, OnDemand):
-        package.run()
+def run_deferred(module: ModuleType) -> None:
+    """Run a module's own code, if it is a :class:`LazyModule` whose code has not run."""
+    if isinstance(module, LazyModule):
+        module.run_own_code()
 
 
 def import_xfuser() -> None:
     """Import what workers use of xfuser, and quieten it. Does nothing where all of xfuser is imported already."""
     defer_packages()
-    with _without_pipelines(), in_place(_late_modules()):
+    with _without_pipelines(), with_placeholders(_placeholders()):
         for name in _XFUSER_PARTS:
             importlib.import_module(name)
     # xfuser logs at DEBUG to stdout.
@@ -97,12 +100,12 @@ class _ScaleUnlessOne:
             self._scale(model, weight)
 
 
-def _late_modules() -> Iterator[LateModule]:
-    """Return what stands for those of :data:`_LATE_MODULES` that are not imported.
+def _placeholders() -> Iterator[PlaceholderModule]:
+    """Return placeholders for those of :data:`_LAZY_MODULES` that are not imported.
 
-    One that this version of torch does not have stays out, so that its importer says so at once.
+    One that this version of torch does not have gets none, so that its importer says so at once.
     """
-    return (LateModule(name) for name in _LATE_MODULES if name not in sys.modules and _has_file(name))
+    return (PlaceholderModule(name) for name in _LAZY_MODULES if name not in sys.modules and _has_file(name))
 
 
 def _has_file(name: str) -> bool:

@@ -28,9 +28,9 @@ from xditd.gpu_workers.models import registry
 from xditd.gpu_workers.models.family import Family
 from xditd.gpu_workers.process import lean_imports
 from xditd.gpu_workers.process.die_with_parent import die_with_parent
-from xditd.gpu_workers.process.late_compiler import COMPILER
-from xditd.gpu_workers.process.late_meta_kernels import META_KERNELS
-from xditd.gpu_workers.process.late_transformers import without_transformers
+from xditd.gpu_workers.process.lazy_compiler import COMPILER
+from xditd.gpu_workers.process.lazy_meta_kernels import META_KERNELS
+from xditd.gpu_workers.process.lazy_transformers import without_transformers
 from xditd.ipc.codec import command_decoder
 from xditd.ipc.errors import WorkersLost
 from xditd.ipc.processes import describe_exit
@@ -64,7 +64,7 @@ FOR_LENDS: Final = (
     "diffusers.models.modeling_utils",
     "diffusers.pipelines.pipeline_utils",
 )
-"""What the first lend needs: meta kernels, and the modules that all classes of diffusers share, and all pipelines."""
+"""What the first lend needs: meta kernels, and the modules that all models and pipelines of diffusers share."""
 
 AFTER_LENDS: Final = (
     "sympy",
@@ -73,8 +73,8 @@ AFTER_LENDS: Final = (
     COMPILER,
     lean_imports.RING_ATTENTION,
 )
-"""What was left out so far, one part after the other: what text encoders need, what loads compiled blocks, what ring
-attention calls."""
+"""What no lend needs: what text encoders need, what loads compiled blocks, and what ring attention calls. ``sympy`` and
+``torch.distributed.tensor`` are parts of these, imported first so that no single import takes long."""
 
 FOR_STANDBY: Final = FOR_LENDS + AFTER_LENDS
 """What the leader of the next group imports beside :data:`FOR_RANKS`: it has the time."""

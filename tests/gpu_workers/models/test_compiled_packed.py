@@ -64,7 +64,7 @@ class Model(torch.nn.Module):
         self.memory = PackedMemory(device)
         self.memory.scratch.reserve("test", 2 * SIZE * SIZE * 4)
         targets = [f"blocks.{number}.{name}.weight" for number in range(blocks) for name in LAYERS]
-        self.layers = pack_linears(self, targets, dtype, self.memory)
+        self.layers = pack_linears(self, dict.fromkeys(targets, dtype), self.memory)
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:

@@ -131,7 +131,7 @@ def test_only_plain_linear_layers_are_replaced(memory: PackedMemory) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(64, 96), Other(96, 96), torch.nn.LayerNorm(96))
     assert [is_linear_weight(module, f"{number}.weight") for number in range(3)] == [True, False, False]
     assert not is_linear_weight(module, "0.bias")
-    found = pack_linears(module, ["0.weight"], BF16, memory)
+    found = pack_linears(module, {"0.weight": BF16}, memory)
     assert found == {"0.weight": module[0]}
     assert [name for name, _ in module.named_parameters()][:2] == ["0.bias", "1.weight"]
 

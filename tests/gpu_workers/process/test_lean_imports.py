@@ -49,14 +49,14 @@ found["classes"] = [hasattr(scipy.stats, "norm"), hasattr(integrate, "quad"), ty
 
 OPPOSITE = """
 import importlib, pathlib, tempfile, threading
-from xditd.gpu_workers.process import deferred_packages
+from xditd.gpu_workers.process import lazy_modules
 folder = pathlib.Path(tempfile.mkdtemp())
 (folder / "late").mkdir()
 (folder / "late" / "__init__.py").write_text("import meet; meet.package.set(); meet.part.wait(); from late import part")
 (folder / "late" / "part.py").write_text("import meet; meet.part.set(); meet.package.wait(); from late import other")
 (folder / "meet.py").write_text("import threading; package, part = threading.Event(), threading.Event()")
 sys.path.insert(0, str(folder))
-deferred_packages.defer("late", deferred_packages.OnDemand)
+lazy_modules.defer_package("late", lazy_modules.LazyModule)
 faults = []
 def note(use):
     try:
@@ -73,7 +73,7 @@ signal.alarm(0)
 found["faults"] = len(faults)  # Python's own: one is told, the other lacks a name
 """
 
-TURN = """
+TWO_PACKAGES = """
 import importlib, pathlib, tempfile, threading
 folder = pathlib.Path(tempfile.mkdtemp())
 (folder / "torch").mkdir()
@@ -166,7 +166,7 @@ found["is subclass"] = [issubclass(CLIPTextModel, late), issubclass(CLIPTextMode
 class Own(late):
     pass
 found["bases"] = Own.__mro__[1] is CLIPTextModel
-with late_transformers.without_transformers():
+with lazy_transformers.without_transformers():
     from diffusers.pipelines.sana import pipeline_sana
     found["late again"] = type(pipeline_sana.Gemma2PreTrainedModel) is type(late)
 found["place"] = [type(sys.modules["transformers"]).__name__, "gemma2" in " ".join(sys.modules)]
@@ -183,26 +183,26 @@ FIRSTS = (
 MISSING = """
 import types
 from importlib import metadata
-from xditd.gpu_workers.process import late_names
-own = lean_imports._LATE_MODULES
+from xditd.gpu_workers.process import lazy_names
+own = lean_imports._LAZY_MODULES
 names = ("torch.distributed.no_such_module", "torch.distributed.pipelining", "torch.distributed.fsdp.wrap")
-lean_imports._LATE_MODULES = names
-with late_names.in_place(lean_imports._late_modules()):
-    found["late"] = [type(sys.modules[name]).__name__ if name in sys.modules else None for name in names]
+lean_imports._LAZY_MODULES = names
+with lazy_names.with_placeholders(lean_imports._placeholders()):
+    found["placeholders"] = [type(sys.modules[name]).__name__ if name in sys.modules else None for name in names]
     from torch.distributed.fsdp.wrap import enable_wrap
     try:
-        enable_wrap("called while modules stand in")
+        enable_wrap("called with placeholders installed")
     except TypeError as error:
         found["called"] = str(error)
 found["ours"] = [lean_imports._has_file(name) for name in own]
 def version(name):
     raise metadata.PackageNotFoundError(name)
 real, metadata.version = metadata.version, version
-with late_transformers.without_transformers():
+with lazy_transformers.without_transformers():
     found["no version"] = "transformers" in sys.modules
 metadata.version = real
 stub = sys.modules["transformers"] = types.ModuleType("transformers")
-with late_transformers.without_transformers():
+with lazy_transformers.without_transformers():
     found["no spec"] = sys.modules["transformers"] is stub
 """
 BODIES = (
@@ -210,7 +210,7 @@ BODIES = (
     DIFFUSERS,
     SCIPY,
     OPPOSITE,
-    *(TURN.format(first=first) for first in FIRST_TO_WAIT),
+    *(TWO_PACKAGES.format(first=first) for first in FIRST_TO_WAIT),
     WRAPPERS,
     FORWARD,
     MISSING,
@@ -249,7 +249,7 @@ def test_what_is_not_installed_has_no_place(run: Run) -> None:
     found = run(MISSING)
     assert "enable_wrap() takes 0 positional arguments" in found.pop("called")
     assert found == {
-        "late": [None, "LateModule", "LateModule"],
+        "placeholders": [None, "PlaceholderModule", "PlaceholderModule"],
         "ours": [True] * 3,
         "no version": False,
         "no spec": True,
@@ -275,7 +275,7 @@ def test_threads_that_would_wait_for_each_other_in_a_package_fail_as_without_def
 def test_a_module_of_torch_that_imports_one_that_imports_torch_waits_for_no_thread_that_does_so(
     run: Run, first: str
 ) -> None:
-    assert run(TURN.format(first=first)) == {"faults": []}
+    assert run(TWO_PACKAGES.format(first=first)) == {"faults": []}
 
 
 def test_what_schedulers_use_of_scipy_is_there_when_they_use_it(run: Run) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 PROGRAM = """
 import json, os, signal, sys, warnings
 import torch
-from xditd.gpu_workers.process import late_transformers, lean_imports, xfuser_cpu
+from xditd.gpu_workers.process import lazy_transformers, lean_imports, xfuser_cpu
 lean_imports.leave_out_peft()
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()

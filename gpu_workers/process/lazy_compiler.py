@@ -1,7 +1,7 @@
-"""torch's compiler, imported when more of it is asked for than marks: three quarters of what diffusers' base imports.
+"""Import torch's compiler only when it is used: it is three quarters of what diffusers' base imports.
 
 diffusers, xfuser, einops and torch itself mark functions and classes for ``torch.compile`` while they are imported.
-The marks are kept, and hold for a ``torch.compile`` that comes later.
+The marks are kept, and applied once the compiler is imported.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from typing import Any, Final
 
 import torch
 
-from xditd.gpu_workers.process.deferred_packages import OnDemand, defer
+from xditd.gpu_workers.process.lazy_modules import LazyModule, defer_package
 
 COMPILER: Final = "torch._dynamo"
 """torch's compiler."""
-_OF_FLEX_ATTENTION: Final = f"{COMPILER}._trace_wrapped_higher_order_op"
+_FLEX_ATTENTION_PART: Final = f"{COMPILER}._trace_wrapped_higher_order_op"
 """The module of the compiler that flex attention imports, and with it transformers."""
 _MARKS: Final = ("allow_in_graph", "assume_constant_result", "disable")
 
 
-class _Compiler(OnDemand):
-    """The compiler for modules that only mark things for it. The code runs when another name, or one of its modules, is
-    asked for."""
+class _LazyCompiler(LazyModule):
+    """The compiler's package for modules that only mark functions and classes.
 
-    RUNS_FIRST = True
+    Its code runs when any other name, or one of its submodules, is asked for.
+    """
+
+    RUNS_BEFORE_SUBMODULES = True
 
     _marks: _Marks
 
@@ -37,7 +39,7 @@ class _Compiler(OnDemand):
         """Add the names that may be asked for before the code runs."""
         for name in _MARKS:
             setattr(self, name, getattr(self._marks, name))
-        # init_process_group lets the compiler forget what it knows.
+        # init_process_group calls this to clear the compiler's caches.
         self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
 
     def _begin(self) -> None:
@@ -48,12 +50,12 @@ class _Compiler(OnDemand):
         self._marks.apply()
 
     def _end_failed(self) -> None:
-        self._marks.may_apply = False
-        self.add_marks()  # what only marks things goes on without the compiler
+        self._marks.is_applied = False
+        self.add_marks()  # marks still work without the compiler
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let its modules be imported without the package's own code."""
+    def submodules_only(self) -> Iterator[None]:
+        """Let submodules be imported without running the package's own code."""
         self._is_running = True
         try:
             yield
@@ -62,13 +64,16 @@ class _Compiler(OnDemand):
 
 
 class _Marks:
-    """The compiler's functions that mark others. Before its code runs, they keep what they mark; afterwards they are
-    the compiler's own, also for modules that have imported these."""
+    """The functions of the compiler that mark functions and classes.
 
-    def __init__(self, compiler: _Compiler) -> None:
+    Before the compiler's code runs, they keep what they mark. Afterwards they call the compiler's own functions, also
+    for modules that have imported these.
+    """
+
+    def __init__(self, compiler: _LazyCompiler) -> None:
         self._compiler: Any = compiler
         self._kept: list[Callable[[], object]] = []
-        self.may_apply = False
+        self.is_applied = False
 
     def allow_in_graph(self, fn: Any) -> Any:
         return self._mark("allow_in_graph", fn)
@@ -81,42 +86,43 @@ class _Marks:
             return partial(self.disable, recursive=recursive, **options)
         if isinstance(fn, type):
             return self._mark("disable", fn, recursive=recursive, **options)
-        if self.may_apply or not callable(fn) or isinstance(fn, torch.nn.Module):
-            return self.own("disable")(fn, recursive, **options)
+        if self.is_applied or not callable(fn) or isinstance(fn, torch.nn.Module):
+            return self._of_compiler("disable")(fn, recursive, **options)
         return self._disable_later(fn, recursive, options)
 
     def apply(self) -> None:
-        """Mark what was kept. From now on a mark is one of the compiler's at once."""
-        self.may_apply = True
+        """Apply the marks that were kept. Later ones are applied at once."""
+        self.is_applied = True
         for mark in self._kept:
             mark()
         self._kept = []
 
-    def own(self, name: str) -> Any:
-        """Return the compiler's own function of this name, whose code runs for it."""
-        if not self.may_apply:
-            self._compiler.run()
+    def _of_compiler(self, name: str) -> Any:
+        """Return the compiler's own function of this name; its code runs for that, if it has not."""
+        if not self.is_applied:
+            self._compiler.run_own_code()
         return getattr(self._compiler, name)
 
     def _mark(self, name: str, fn: Any, **options: Any) -> Any:
         if not callable(fn):  # a list of functions, or a fault
-            return self.own(name)(fn, **options)
-        if not self.may_apply:
-            self._kept.append(lambda: self.own(name)(fn, **options))
-        if self.may_apply:  # also if that began in another thread meanwhile
-            self.own(name)(fn, **options)
+            return self._of_compiler(name)(fn, **options)
+        if not self.is_applied:
+            self._kept.append(lambda: self._of_compiler(name)(fn, **options))
+        if self.is_applied:  # also if another thread has begun to apply them meanwhile
+            self._of_compiler(name)(fn, **options)
         return fn
 
     def _disable_later(self, fn: Callable[..., Any], recursive: bool, options: dict[str, Any]) -> Callable[..., Any]:
-        own = None
+        """Return a function that calls ``fn``, or once the compiler is imported, what the compiler makes of it."""
+        of_compiler = None
 
         def disabled(*args: Any, **kwargs: Any) -> Any:
-            nonlocal own
-            if own is None and self.may_apply:
-                own = self._compiler.disable(fn, recursive, **options)
-            return (fn if own is None else own)(*args, **kwargs)
+            nonlocal of_compiler
+            if of_compiler is None and self.is_applied:
+                of_compiler = self._compiler.disable(fn, recursive, **options)
+            return (fn if of_compiler is None else of_compiler)(*args, **kwargs)
 
-        # As the compiler's own function has them: what calls this one is traced without it.
+        # The compiler's own disabled function has these attributes: they keep the tracer out of it.
         vars(update_wrapper(disabled, fn)).update(
             _torchdynamo_disable=True,
             _torchdynamo_disable_msg=options.get("reason"),
@@ -128,14 +134,14 @@ class _Marks:
 
 
 def defer_compiler() -> None:
-    """Put what marks things in the compiler's place, unless it was imported before."""
+    """Put the compiler's package into ``sys.modules`` without running its code, unless it was imported before."""
     if COMPILER in sys.modules:
         return
-    defer(COMPILER, _Compiler)
+    defer_package(COMPILER, _LazyCompiler)
     compiler = sys.modules[COMPILER]
-    assert isinstance(compiler, _Compiler)
+    assert isinstance(compiler, _LazyCompiler)
     compiler._marks = _Marks(compiler)
     compiler.add_marks()
-    # Of another version without it, or one that cannot be imported: its importers say so.
-    with suppress(Exception), compiler.alone():
-        importlib.import_module(_OF_FLEX_ATTENTION)
+    # A version of torch may lack this module, or fail to import it: those that need it report that.
+    with suppress(Exception), compiler.submodules_only():
+        importlib.import_module(_FLEX_ATTENTION_PART)

@@ -45,7 +45,7 @@ USES = (
 TWO_THREADS = """
 import importlib, threading
 from xditd.gpu_workers.models import block_compiler
-from xditd.gpu_workers.process import deferred_packages, late_compiler
+from xditd.gpu_workers.process import lazy_compiler, lazy_modules
 is_inside, has_come, faults, main = threading.Event(), threading.Event(), [], threading.get_ident()
 def prepare():
     try:
@@ -57,19 +57,19 @@ class Meanwhile:
         if name.startswith("torch._dynamo.") and threading.get_ident() != main:
             is_inside.set()
             has_come.wait()  # the main thread asks for the compiler while this one imports it
-class Turn:
-    def take(self):
+class NotedLock:
+    def acquire(self):
         if threading.get_ident() == main:
             has_come.set()
-        return turn.take()
-    def end(self):
-        turn.end()
+        return lock.acquire()
+    def release(self):
+        lock.release()
 def note(self):
     if threading.get_ident() == main:
         has_come.set()
     run(self)
-run, late_compiler._Compiler.run = late_compiler._Compiler.run, note
-turn, deferred_packages._TURN = deferred_packages._TURN, Turn()
+run, lazy_compiler._LazyCompiler.run_own_code = lazy_compiler._LazyCompiler.run_own_code, note
+lock, lazy_modules._TORCH_IMPORT_LOCK = lazy_modules._TORCH_IMPORT_LOCK, NotedLock()
 sys.meta_path.insert(0, Meanwhile)
 thread = threading.Thread(target=prepare, daemon=True)
 signal.alarm(60)
@@ -130,13 +130,17 @@ import torch._dynamo.config as config
 from torch._dynamo import convert_frame
 found["same"] = [convert_frame.config is config, torch._dynamo.config is config]
 """
+FIRST_NAME = """
+from torch._dynamo import run
+found["same"] = run is torch._dynamo.decorators.run
+"""
 FAILING_PART = """
-from xditd.gpu_workers.process import late_compiler
-for name in ("torch._dynamo", late_compiler._OF_FLEX_ATTENTION):
+from xditd.gpu_workers.process import lazy_compiler
+for name in ("torch._dynamo", lazy_compiler._FLEX_ATTENTION_PART):
     del sys.modules[name]
 class Broken:
     def find_spec(name, path=None, target=None):
-        if name == late_compiler._OF_FLEX_ATTENTION:
+        if name == lazy_compiler._FLEX_ATTENTION_PART:
             raise RuntimeError("no symbol")
 sys.meta_path.insert(0, Broken)
 lean_imports.leave_out_peft()
@@ -171,6 +175,7 @@ FAULTS = ("ImportError('no symbol')", "AttributeError('no symbol')")
 BODIES = (
     MARKS,
     FIRST_MODULE,
+    FIRST_NAME,
     FAILING_PART,
     *(TWO_THREADS.format(module=module) for module in OF_COMPILER),
     *(BROKEN.format(error=error) for error in FAULTS),
@@ -221,6 +226,10 @@ def test_marks_that_were_made_before_the_compiler_was_imported_hold_for_it(run: 
 
 def test_a_module_of_the_compiler_that_is_imported_first_is_imported_once(run: Run) -> None:
     assert run(FIRST_MODULE) == {"same": [True, True]}
+
+
+def test_a_name_of_the_compiler_is_its_own_whatever_the_placeholder_has(run: Run) -> None:
+    assert run(FIRST_NAME) == {"same": True}
 
 
 def test_a_compiler_of_which_one_part_failed_is_imported_later(run: Run) -> None:

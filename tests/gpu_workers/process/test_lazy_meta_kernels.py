@@ -14,9 +14,9 @@ registered = torch._C._dispatch_get_registrations_for_dispatch_key
 found |= {key: sorted(registered(key)) for key in ("Meta", "CompositeImplicitAutograd", "CPU")}
 found["names"] = sorted(each for each in vars(torch._meta_registrations) if not each.startswith("_"))
 """
-LATE = """
+DEFERRED = """
 import json, sys, threading
-from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
+from xditd.gpu_workers.process.lazy_meta_kernels import defer_meta_kernels
 defer_meta_kernels()
 import torch
 from xditd.gpu_workers.process import leader, preload
@@ -46,10 +46,10 @@ assert not use()
 LATER = """
 import json, torch
 found = {}
-from xditd.gpu_workers.process.late_meta_kernels import defer_meta_kernels
-place = torch._meta_registrations
+from xditd.gpu_workers.process.lazy_meta_kernels import defer_meta_kernels
+module = torch._meta_registrations
 defer_meta_kernels()
-assert torch._meta_registrations is place
+assert torch._meta_registrations is module
 """
 PRINT = """
 print(json.dumps(found))
@@ -70,7 +70,7 @@ def usual() -> Any:
 
 @pytest.mark.parametrize("use", [LEND, NAME, THREADS], ids=["lend", "name", "threads"])
 def test_meta_kernels_are_those_of_a_usual_import_once_they_are_needed(usual: Any, use: str) -> None:
-    found = run(LATE.replace("USE", use) + REPORT + PRINT)
+    found = run(DEFERRED.replace("USE", use) + REPORT + PRINT)
     assert (found.pop("before"), found.pop("c++")) == ([], [4, 3])
     if use == LEND:  # diffusers registers more
         found = {key: sorted(set(names) & set(usual[key])) for key, names in found.items()}

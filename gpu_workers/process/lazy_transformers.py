@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from importlib import metadata
 from typing import Final
 
-from xditd.gpu_workers.process.late_names import LateModule, in_place
+from xditd.gpu_workers.process.lazy_names import PlaceholderModule, with_placeholders
 
 _TRANSFORMERS: Final = "transformers"
 
@@ -19,18 +19,18 @@ _TRANSFORMERS: Final = "transformers"
 def without_transformers() -> AbstractContextManager[None]:
     """Let modules of diffusers be imported without the modules of transformers' models.
 
-    What they import from transformers stands for its classes, which are imported when one is called, subclassed or
-    asked for. For one thread. Where transformers is not installed as a package, they find what there is.
+    What they import from transformers are placeholders, and the class itself is imported when its placeholder is used.
+    Only one thread may do so at a time. Where transformers is not installed as a package, nothing is replaced.
     """
-    return in_place(_stand_in())
+    return with_placeholders(_placeholder())
 
 
-def _stand_in() -> Iterator[LateModule]:
+def _placeholder() -> Iterator[PlaceholderModule]:
     spec, version = None, ""
     with suppress(ValueError, metadata.PackageNotFoundError):  # imported without a spec, or a folder without a version
         spec, version = importlib.util.find_spec(_TRANSFORMERS), metadata.version(_TRANSFORMERS)
     if spec is not None:
-        module = LateModule(_TRANSFORMERS)
+        module = PlaceholderModule(_TRANSFORMERS)
         module.__spec__, module.__path__ = spec, list(spec.submodule_search_locations or ())
         vars(module)["__version__"] = version
         yield module
