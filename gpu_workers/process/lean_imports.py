@@ -76,7 +76,7 @@ def import_xfuser() -> None:
 def leave_out_peft() -> None:
     """Let diffusers' models be imported, and run, without PEFT, which imports those of transformers.
 
-    A rank has its own LoRAs. PEFT's layers in a client's module are scaled by it as before: it is imported for them.
+    A rank has its own LoRAs. If a client's module has layers of PEFT, PEFT is imported to scale them.
     """
     defer_packages()
     vars(importlib.import_module("diffusers.utils.import_utils"))["_peft_available"] = False
@@ -89,8 +89,10 @@ def leave_out_peft() -> None:
 
 
 class _ScaleUnlessOne:
-    """diffusers' functions that scale PEFT's layers, called by every forward: with a scale of 1.0 they do nothing, but
-    import PEFT before, for 0.7 s of the first job."""
+    """Calls diffusers' function that scales PEFT's layers, unless the scale is 1.0.
+
+    Every forward calls that function. It imports PEFT, for 0.7 s of the first job, also where it has nothing to scale.
+    """
 
     def __init__(self, scale: Callable[..., None]) -> None:
         self._scale = scale
@@ -119,8 +121,10 @@ def _has_file(name: str) -> bool:
 
 @contextmanager
 def _without_pipelines() -> Iterator[None]:
-    """Give modules that are imported within a class in place of diffusers' ``DiffusionPipeline``, whose module imports
-    all loaders: xfuser names it in annotations alone."""
+    """Replace diffusers' ``DiffusionPipeline`` by an empty class while other modules are imported.
+
+    Its module imports all loaders, and xfuser names it in annotations alone.
+    """
     diffusers = importlib.import_module("diffusers")
     if "DiffusionPipeline" in vars(diffusers):
         yield

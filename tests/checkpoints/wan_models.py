@@ -100,9 +100,18 @@ def reference(state: State, config: WanConfig = TEXT) -> WanTransformer3DModel:
 
 
 def inputs(
-    rows: int, tokens: int, size: tuple[int, int, int], config: WanConfig = TEXT, *, is_per_token: bool = False
+    rows: int,
+    tokens: int,
+    size: tuple[int, int, int],
+    config: WanConfig = TEXT,
+    *,
+    is_per_token: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Make the arguments of a forward, the same in every process. ``size``: frames, rows and columns of latents."""
+    """Make the arguments of a forward, the same in every process. ``size``: frames, rows and columns of latents.
+
+    All but the timestep have this ``dtype``.
+    """
     generator = torch.Generator().manual_seed(rows * 10_000 + tokens * 100 + sum(size))
     timestep = torch.linspace(712.0, 250.5, rows)
     if is_per_token:
@@ -122,7 +131,7 @@ def inputs(
     if isinstance(config, WanVaceConfig):
         given["control_hidden_states"] = torch.randn(rows, 96, *size, generator=generator)
         given["control_hidden_states_scale"] = torch.linspace(1.0, 0.5, config.control_blocks)
-    return given
+    return {name: each if name == "timestep" else each.to(dtype) for name, each in given.items()}
 
 
 def with_controls(reference: Any, scales: torch.Tensor) -> Any:

@@ -12,7 +12,8 @@ import flux1_variants
 import pytest
 import torch
 import wan_models
-from nested_values import cast, tensors_of
+from nested_values import tensors_of
+from own_memory import move_to_own_memory
 from packed_checkpoints import pack
 from safetensors.torch import load_file, save_file
 
@@ -34,17 +35,15 @@ def wan_folder(folder: Path, dtype: torch.dtype, config: Any = wan_models.TEXT, 
 
 
 def loaded(folder: Path, dtype: torch.dtype) -> Any:
-    """Load a folder as a program does, into memory that begins as the worker's does."""
+    """Load a folder as a program does."""
     kind = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
     module = kind.from_pretrained(folder, torch_dtype=dtype)
-    for each in module.parameters():
-        each.data = each.data.clone()
+    move_to_own_memory(module)
     return module
 
 
 def arguments_of(config: Any, dtype: torch.dtype, rows: int = 1) -> dict[str, Any]:
-    given = wan_models.inputs(rows, 7, SIZE, config)
-    return {name: each if name == "timestep" else cast(each, dtype) for name, each in given.items()}
+    return wan_models.inputs(rows, 7, SIZE, config, dtype=dtype)
 
 
 def bits(client: Client, loan: Loan, arguments: dict[str, Any]) -> torch.Tensor:

@@ -15,6 +15,7 @@ import transformers
 from class_entries import ENTRIES
 from class_entry import ClassEntry, Random, fill
 from nested_values import cast, tensors_of
+from own_memory import move_to_own_memory
 from safetensors.torch import load_file, save_file
 
 from xditd.client import BadCheckpoint, BadRequest, Client, Loan, Unsupported
@@ -54,10 +55,7 @@ def saved(entry: ClassEntry, folder: Path, dtype: torch.dtype, **how: Any) -> to
         shutil.rmtree(folder)
         loaded.save_pretrained(folder, **how)
     result = kind.from_pretrained(folder, torch_dtype=dtype)
-    for each in (*result.parameters(), *result.buffers()):
-        # From the mapped file to memory that begins as the worker's does: some processors add up in another order
-        # where weights do not begin at a multiple of 16 bytes.
-        each.data = each.data.clone()
+    move_to_own_memory(result)
     return result
 
 

@@ -121,10 +121,7 @@ def test_checkpoints_of_two_dtypes_compute_as_the_class_does(shared_cache: Model
     kept = ("modulation", "norm3.weight", "norm3.bias")
     state |= {name: tensor.float() for name, tensor in state.items() if name.endswith(kept)}
     model, reference = plug(shared_cache, state).model, wan_models.reference(state)
-    given = {
-        name: each if name == "timestep" else each.bfloat16()
-        for name, each in wan_models.inputs(2, 7, (2, 4, 6)).items()
-    }
+    given = wan_models.inputs(2, 7, (2, 4, 6), dtype=torch.bfloat16)
     found = run(model, given)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected_of(reference, given))
@@ -158,10 +155,7 @@ def test_blocks_are_compiled_with_the_parts_that_the_class_keeps_in_float32(
     reference = wan_models.reference(state, config)
     model = plug(ModelCache(dataclasses.replace(layout, acceleration="compiled")), state).model
     model.planned.resources = ProcessResources(lambda: InterpretedGraphs())  # type: ignore[arg-type,return-value]
-    given = {
-        name: each if name == "timestep" else each.bfloat16()
-        for name, each in wan_models.inputs(2, 9, (2, 4, 6), config).items()
-    }
+    given = wan_models.inputs(2, 9, (2, 4, 6), config, dtype=torch.bfloat16)
     expected = expected_of(reference, given)
     assert model.paths is not None
     paths = []
@@ -179,10 +173,7 @@ def test_half_of_such_a_part_in_float32_is_computed_with_in_float32(shared_cache
     config = dataclasses.replace(TEXT, is_original=False)
     state = wan_models.state_dict(0, config, dtype=torch.bfloat16)
     reference = wan_models.reference(state, config)
-    given = {
-        name: each if name == "timestep" else each.bfloat16()
-        for name, each in wan_models.inputs(2, 7, (2, 4, 6), config).items()
-    }
+    given = wan_models.inputs(2, 7, (2, 4, 6), config, dtype=torch.bfloat16)
     state |= {name: each.float() for name, each in state.items() if "time_embedder.linear_2" in name}
     assert wan_models.relative_error(run(plug(shared_cache, state).model, given), expected_of(reference, given)) < 2e-2
 
