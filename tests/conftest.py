@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from forked_programs import fork_program
-from running_daemon import RunningDaemon, start_daemon
+from running_daemon import RunningDaemon, start_daemon, until_empty
 
 __all__ = ["fork_program", "start_daemon"]
 
@@ -159,11 +159,13 @@ def other_process() -> Iterator[OtherProcess]:
 
 
 @pytest.fixture(scope="session")
-def one_worker(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
-    """A daemon with one worker on the CPU."""
+def one_worker(start_daemon: Callable[..., RunningDaemon]) -> Iterator[RunningDaemon]:
+    """A daemon with one worker on the CPU, for many tests, each of which leaves it without components."""
     started = start_daemon(1)
     started.wait_ready()
-    return started
+    yield started
+    with started.connect() as client:
+        until_empty(client)
 
 
 @pytest.fixture

@@ -88,6 +88,7 @@ def test_an_index_and_an_adopted_component(client: Client, tmp_path: Path, dtype
         assert torch.equal(bits(client, loan, arguments), expected)
         loan.adopt()
         assert torch.equal(bits(client, loan, arguments), expected)
+        client.revoke(loan)
 
 
 def test_fine_tunes_with_and_without_these_parts_in_float32_take_turns_in_one_model(
