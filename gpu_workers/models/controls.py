@@ -20,6 +20,7 @@ from xditd.gpu_workers.models.operations import (
 from xditd.gpu_workers.parallel import component_layouts
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.name_lists import listed
+from xditd.ipc.transports.tensor_views import dtype_name
 
 if TYPE_CHECKING:
     from xditd.gpu_workers.models.cached_model import CachedModel
@@ -49,8 +50,10 @@ def check_fits(
 ) -> None:
     """Check that a ControlNet is one for this transformer. ``where`` begins errors.
 
+    A generation gives it the transformer's arguments, in the transformer's dtype. A call gives it its own.
+
     Raises:
-        BadRequest: it is for another family, or of other sizes.
+        BadRequest: it is for another family, of other sizes, or in a dtype with which the transformer cannot compute.
         Unsupported: the family takes none, or not with this variant or conditioning.
     """
     family, facts = transformer.match.family.name, control.controlnet_facts
@@ -62,6 +65,12 @@ def check_fits(
         )
     if not hasattr(operations, "with_residuals"):
         raise Unsupported(f"{where}: {family} takes no residuals of ControlNets; leave it out")
+    dtype, of_control = transformer.model.dtype, control.model.dtype
+    if (of_control if generates else torch.promote_types(of_control, dtype)) != dtype:
+        raise BadRequest(
+            f"{where}: the ControlNet is {dtype_name(of_control)}, and the transformer is {dtype_name(dtype)}; lend a "
+            f"ControlNet in {dtype_name(dtype)}"
+        )
     cast(TakesControls[Any], operations).check_control(
         transformer.match.config, control.match.config, generates=generates, names=names
     )

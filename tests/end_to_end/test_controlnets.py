@@ -10,9 +10,11 @@ import pytest
 import torch
 import z_image_models
 from flux1_controlnets import MODES, comfyui_state, diffusers_state, reference_model
+from nested_values import cast
 from safetensors.torch import save_file
 
 from xditd.client import BadRequest, CallControl, Client, Control, LeaseLost, UnknownComponent
+from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.gpu_workers.families.flux1 import reference
 
 BAR = 1e-6
@@ -139,6 +141,48 @@ def test_a_call_gives_what_the_classes_give(
     more = CallControl(lent.unions[0], of_control, blocks={"controlnet_block_samples": [0, 2]})
     with pytest.raises(BadRequest, match="there is no residual 2"):
         client.call(lent.transformer, given, controls=[more])
+
+
+def test_one_of_another_dtype_than_the_transformer_is_refused(
+    client: Client, lent: Any, states: Any, tmp_path: Any
+) -> None:
+    starts = client.status().counters.group_starts
+    for dtype in (torch.bfloat16, torch.float16):
+        reference_model(states[0]).to(dtype).save_pretrained(tmp_path / str(dtype))
+    half, other = (client.lend(tmp_path / str(dtype)) for dtype in (torch.bfloat16, torch.float16))
+    transformer = client.lend({name: each.bfloat16() for name, each in flux1_state_dict(0, heads=2).items()})
+    for of, control, message in (
+        (lent.transformer, half, "the ControlNet is bfloat16, and the transformer is float32; lend a ControlNet in"),
+        (transformer, other, "the ControlNet is float16, and the transformer is bfloat16"),
+        (transformer, lent.unions[0], "the ControlNet is float32, and the transformer is bfloat16"),
+    ):
+        picture = Control(control, latents=drawn(5, 1, 16, HEIGHT // 8, WIDTH // 8), mode=1)
+        with pytest.raises(BadRequest, match=rf"controls\[0\]: {message}"):
+            client.generate(of, TEXT, controls=[picture], height=HEIGHT, width=WIDTH, steps=1, seed=1).result()
+    given = call_arguments(torch.bfloat16)
+    arguments = call_arguments(torch.float32) | {"controlnet_cond": drawn(9, 1, 24, 64)}
+    arguments["controlnet_mode"] = torch.tensor([[2]])
+    with pytest.raises(BadRequest, match=r"controls\[0\]: the ControlNet is float32, and the transformer is bfloat16"):
+        client.call(transformer, given, controls=[CallControl(lent.unions[0], arguments)])
+    (found,) = client.call(  # the residuals become float32, as in the class
+        lent.transformer, call_arguments(torch.float32),
+        controls=[CallControl(half, cast(arguments, torch.bfloat16))],
+    )  # fmt: skip
+    assert found.dtype == torch.float32
+    assert client.status().counters.group_starts == starts
+
+
+def call_arguments(dtype: torch.dtype) -> dict[str, Any]:
+    places = torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(6.0), indexing="ij")
+    return {
+        "hidden_states": drawn(8, 1, 24, 64).to(dtype),
+        "encoder_hidden_states": TEXT["prompt_embeds"].to(dtype),
+        "pooled_projections": TEXT["pooled_prompt_embeds"].to(dtype),
+        "timestep": torch.tensor([0.5], dtype=dtype),
+        "guidance": torch.tensor([3.5], dtype=dtype),
+        "txt_ids": torch.zeros(15, 3),
+        "img_ids": torch.stack(places, -1).view(-1, 3),
+    }
 
 
 def test_what_does_not_fit_is_refused_and_loans_end(client: Client, lent: Any, tmp_path: Any) -> None:
