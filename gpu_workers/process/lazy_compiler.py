@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial, update_wrapper
-from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -39,8 +38,7 @@ class _LazyCompiler(LazyModule):
         """Add the names that may be asked for before the code runs."""
         for name in _MARKS:
             setattr(self, name, getattr(self._marks, name))
-        # init_process_group calls this to clear the compiler's caches.
-        self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
+        self.trace_rules = _TraceRules(self._marks)
 
     def _begin(self) -> None:
         for name in (*_MARKS, "trace_rules"):
@@ -87,7 +85,7 @@ class _Marks:
         if isinstance(fn, type):
             return self._mark("disable", fn, recursive=recursive, **options)
         if self.is_applied or not callable(fn) or isinstance(fn, torch.nn.Module):
-            return self._of_compiler("disable")(fn, recursive, **options)
+            return self.from_compiler("disable")(fn, recursive, **options)
         return self._disable_later(fn, recursive, options)
 
     def apply(self) -> None:
@@ -97,7 +95,7 @@ class _Marks:
             mark()
         self._kept = []
 
-    def _of_compiler(self, name: str) -> Any:
+    def from_compiler(self, name: str) -> Any:
         """Return the compiler's own function of this name; its code runs for that, if it has not."""
         if not self.is_applied:
             self._compiler.run_own_code()
@@ -105,11 +103,11 @@ class _Marks:
 
     def _mark(self, name: str, fn: Any, **options: Any) -> Any:
         if not callable(fn):  # a list of functions, or a fault
-            return self._of_compiler(name)(fn, **options)
+            return self.from_compiler(name)(fn, **options)
         if not self.is_applied:
-            self._kept.append(lambda: self._of_compiler(name)(fn, **options))
+            self._kept.append(lambda: self.from_compiler(name)(fn, **options))
         if self.is_applied:  # also if another thread has begun to apply them meanwhile
-            self._of_compiler(name)(fn, **options)
+            self.from_compiler(name)(fn, **options)
         return fn
 
     def _disable_later(self, fn: Callable[..., Any], recursive: bool, options: dict[str, Any]) -> Callable[..., Any]:
@@ -131,6 +129,23 @@ class _Marks:
             _torchdynamo_wrapper_id=id(disabled),
         )
         return disabled
+
+
+class _TraceRules:
+    """What stands for the compiler's module of this name. ``init_process_group`` calls one of its functions, to clear
+    caches that are empty before the compiler's own code has run; any other name runs that."""
+
+    def __init__(self, marks: _Marks) -> None:
+        self._marks = marks
+
+    def clear_lru_cache(self) -> None:
+        if self._marks.is_applied:
+            self._marks.from_compiler("trace_rules").clear_lru_cache()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._marks.from_compiler("trace_rules"), name)
 
 
 def defer_compiler() -> None:

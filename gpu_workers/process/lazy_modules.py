@@ -112,7 +112,7 @@ class LazyModule(ModuleType):
     _is_running = False
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python itself looks for in any package
+        if name.startswith("__") and name != "__all__":  # what Python itself looks for in any package
             raise AttributeError(name)
         self.run_own_code()
         try:

@@ -39,6 +39,8 @@ USES = (
     "import torch._inductor.compile_fx",
     "from torch.nn.attention.flex_attention import flex_attention",
     "torch._dynamo.reset()",
+    "from torch._dynamo import trace_rules; trace_rules.lookup(torch.sin); trace_rules.clear_lru_cache()",
+    "from torch._dynamo import *; optimize",
     "from xditd.gpu_workers.process import preload; preload.import_all(preload.AFTER_LENDS)",
 )
 
