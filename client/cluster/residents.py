@@ -74,8 +74,10 @@ class Residents:
         gone = known - {each.component_id for each in status.components}  # not what was lent meanwhile
         with self._lock:
             for each in self._held.values():
-                if each.component_id in gone and not each.lending.locked():
-                    each.component_id, each.loan = "", None
+                if each.lending.acquire(blocking=False):  # what is lent right now is not gone
+                    if each.component_id in gone:
+                        each.component_id, each.loan = "", None
+                    each.lending.release()
             for found in status.components:
                 if found.state is LeaseState.ADOPTED and found.label.startswith(PREFIX) and found.kind is not None:
                     digest, _, dtype = found.label.partition(" ")
