@@ -59,7 +59,7 @@ def test_ti2v_gives_frames_that_both_ranks_decode(client: Any, files: SimpleName
 
 def test_a_cancel_takes_effect_between_frames(client: Any, files: SimpleNamespace) -> None:
     transformer, vae = client.lend(files.transformer), client.lend(files.vae)
-    long = {"frames": 33, "height": 128, "width": 128}
+    long = {"frames": 129, "height": 128, "width": 128}  # a busy machine may keep this process waiting meanwhile
     job = client.generate(transformer, texts(), vae=vae, **long, **STEPS)
     seen = []
     events = job.events()
@@ -70,7 +70,7 @@ def test_a_cancel_takes_effect_between_frames(client: Any, files: SimpleNamespac
             job.cancel()
     with pytest.raises(Cancelled):
         seen += [each.frames for each in events]
-    assert 1 <= max(seen) < 33
+    assert 1 <= max(seen) < 129
     small = {"frames": 5, "height": 32, "width": 64}
     result = client.generate(transformer, texts(), vae=vae, **small, **STEPS).result()
     with torch.no_grad():
