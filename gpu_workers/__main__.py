@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import sys
@@ -12,9 +11,11 @@ from typing import Final
 import msgspec
 
 from xditd.gpu_workers.process.die_with_parent import OUTPUT, die_with_parent, has_no_reader
+from xditd.gpu_workers.process.garbage_collection import without_collections
 from xditd.gpu_workers.process.lazy_meta_kernels import defer_meta_kernels
 from xditd.gpu_workers.process.loopback import check_loopback
 from xditd.gpu_workers.process.memory_priority import ended_first
+from xditd.gpu_workers.process.options import parse
 from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import XditdError
 from xditd.ipc.network_watch import OutsideConnections
@@ -41,28 +42,26 @@ def main() -> int:
     logging.basicConfig(level="INFO", format="%(levelname)s leader %(name)s: %(message)s")
     try:
         check_loopback()
-        gc.disable()  # collections would visit all that was imported again and again; preload enables them
-        defer_meta_kernels()
-        # Imported here, since they import torch: if torch is missing, the handler below reports it.
-        from xditd.gpu_workers.process import leader, preload
-        from xditd.gpu_workers.process.options import parse
-
         is_standby = sys.argv[1:] == [STANDBY_FLAG]
-        if is_standby:
-            with ended_first():  # the group that works is worth more
-                preload.preload(preload.FOR_RANKS)
-                preload.preload(preload.FOR_STANDBY)
-                if preload.has_opened_gpu():
-                    print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
-                    return 1
-                line = _wait_for_flags()
+        options = None if is_standby else parse(sys.argv[1:])
+        with ended_first() if is_standby else contextlib.nullcontext():  # the group that works is worth more
+            with without_collections():
+                defer_meta_kernels()
+                # Imported here, since they import torch: if torch is missing, the handler below reports it.
+                from xditd.gpu_workers.process import leader, preload
+
+                gpus = preload.preload(preload.FOR_RANKS)
+                if is_standby:
+                    preload.preload(preload.FOR_STANDBY)
+            if is_standby and preload.has_opened_gpu():
+                print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
+                return 1
+            line = _wait_for_flags() if is_standby else ""
+        if options is None:
             if not line:
                 return 0
             options = parse(msgspec.json.decode(line, type=list[str]))
             gpus = preload.count_gpus()  # again: the group may have ended because one was lost
-        else:
-            options = parse(sys.argv[1:])
-            gpus = preload.preload(preload.FOR_RANKS)
         logging.getLogger().setLevel(options.log_level.upper())
         return leader.lead(options, gpus, outside.attempts)
     except Exception as error:

@@ -19,19 +19,20 @@ from typing import Any, Final
 from measuring import Report, clean_environment, print_table
 
 PROGRAM: Final = """
-import gc, sys, time
+import sys, time
 def stage(name):
     global began_s
     print(f"stage: {name} {time.process_time() - began_s:.3f}", file=sys.stderr, flush=True)
     began_s = time.process_time()
 began_s = time.process_time()
-gc.disable()  # as the leader does
+from xditd.gpu_workers.process.garbage_collection import without_collections
 from xditd.gpu_workers.process.lazy_meta_kernels import defer_meta_kernels
-defer_meta_kernels()
-from xditd.gpu_workers.process import leader, preload
-stage("torch, in the leader")
-preload.preload(preload.FOR_RANKS)
-stage("shared by ranks, in the leader")
+with without_collections():
+    defer_meta_kernels()
+    from xditd.gpu_workers.process import leader, preload
+    stage("torch, in the leader")
+    preload.preload(preload.FOR_RANKS)
+    stage("shared by ranks, in the leader")
 from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()

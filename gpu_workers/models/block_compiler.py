@@ -27,6 +27,9 @@ ARTIFACT: Final = "artifact"
 FAILED: Final = "failed.txt"
 """The files in the folder of a graph: its operations, the compiled code, and the reason why it is not compiled."""
 
+LOADERS: Final = ("torch._inductor.compile_fx", "torch._inductor.standalone_compile")
+"""The modules that ``load`` needs, with those that they import."""
+
 MAX_REASON_CHARS: Final = 300
 
 _NICENESS: Final = 5
@@ -80,9 +83,14 @@ def _compile(folder: Path, encoded: bytes) -> None:
 
 
 def prepare() -> None:
-    """Import what ``load`` needs. This takes seconds, in which forwards of this process are slower."""
-    for name in ("torch._inductor.compile_fx", "torch._inductor.standalone_compile"):
+    """Import what ``load`` needs, which takes seconds. A rank has done so, module by module (``lend_imports``)."""
+    for name in LOADERS:
         import_module(name)
+
+
+def is_prepared() -> bool:
+    """Return whether all is imported that ``load`` needs. For the thread that imports it."""
+    return all(name in sys.modules for name in LOADERS)
 
 
 def load(path: Path) -> Any:

@@ -77,6 +77,11 @@ class ClassModels:
             self._graphs.close()
 
     @property
+    def graphs(self) -> CompiledGraphs | None:
+        """The compiled graphs of this process, if one was asked for."""
+        return self._graphs
+
+    @property
     def resources(self) -> ProcessResources:
         """What models of families share with these."""
         return ProcessResources(self._compiled_graphs, self._peers)

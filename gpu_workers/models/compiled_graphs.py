@@ -2,7 +2,8 @@
 
 The folder is of this user alone, since what is loaded from it is code. In it is a folder for each version of torch and
 Python and each kind of device, so that a restart, another rank, and another model with the same operations find what
-was made before. Nothing here compiles.
+was made before. Nothing here compiles, nor does the thread import torch's compiler: it waits until the thread that runs
+forwards has (docs/starts.md).
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ import torch
 
 from xditd.gpu_workers.kernels.cache_folder import own_folder, remove_unused, write_whole
 from xditd.gpu_workers.models import attention_operator, packed_operator, product_operator
-from xditd.gpu_workers.models.block_compiler import ARTIFACT, FAILED, GRAPH, MAX_REASON_CHARS, load, one_line, prepare
+from xditd.gpu_workers.models.block_compiler import (
+    ARTIFACT,
+    FAILED,
+    GRAPH,
+    MAX_REASON_CHARS,
+    is_prepared,
+    load,
+    one_line,
+    prepare,
+)
 from xditd.gpu_workers.models.block_rewrites import VERSION as REWRITES
 
 logger = logging.getLogger(__name__)
@@ -68,8 +78,8 @@ _MAKING: Final = GraphState("making")
 class CompiledGraphs:
     """The compiled graphs of this process, by name. One for each process: the compiler's cache is set for all of it.
 
-    ``make`` and ``find`` are called by the thread that runs forwards and never wait. ``close`` ends the thread that
-    loads, and the compiler's process.
+    ``make``, ``find`` and ``let_load`` are called by the thread that runs forwards and never wait. ``close`` ends the
+    thread that loads, and the compiler's process.
 
     Raises:
         Unsupported: another user can write to the folder.
@@ -89,7 +99,11 @@ class CompiledGraphs:
         self._changed = threading.Condition()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
+        self._may_load = is_prepared()
+        self._import_error: Exception | None = None
         self._is_closed = False
+        self.waits = False
+        """Whether the thread waits for :meth:`let_load`."""
 
     def make(self, graphs: Mapping[str, bytes]) -> None:
         """Begin to make graphs, given by name and encoded, that are not known yet."""
@@ -116,6 +130,23 @@ class CompiledGraphs:
                 self._thread.start()
             self._changed.notify()
 
+    @property
+    def needs_imports(self) -> bool:
+        """Whether graphs were asked for that are not loaded before :meth:`let_load`."""
+        return self._thread is not None and not self._may_load
+
+    def let_load(self) -> None:
+        """Import what loading needs, and let the thread load. If that cannot be imported, no graph is made."""
+        if self._may_load:
+            return
+        try:
+            prepare()
+        except Exception as error:  # noqa: BLE001  # whatever a compiler raises; the thread reports it
+            self._import_error = error
+        with self._changed:
+            self._may_load = True
+            self._changed.notify()
+
     def find(self, name: str) -> GraphState | None:
         """Return the state of a graph, or ``None`` if it was never asked for."""
         return self._states.get(name)
@@ -136,7 +167,6 @@ class CompiledGraphs:
             self._thread.join()
 
     def _work(self) -> None:
-        is_prepared = False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._is_closed)
@@ -144,9 +174,6 @@ class CompiledGraphs:
                     return
                 names, self._pending = self._pending, []
             try:
-                if not is_prepared:
-                    prepare()
-                    is_prepared = True
                 self._make(names)
             except Exception as error:  # no fault of a compiler may end the thread, or reach a forward
                 logger.exception("compiled graphs")
@@ -156,8 +183,7 @@ class CompiledGraphs:
         """Load graphs; those that are not on disk first have to be compiled."""
         waiting = []
         for name in names:
-            artifact = self.folder / name / ARTIFACT
-            if not artifact.exists() or not self._load(name, time.monotonic(), was_on_disk=True):
+            if not (self.folder / name / ARTIFACT).exists() or not self._load(name):
                 waiting.append(name)
         while waiting:
             waiting = self._compile(waiting)
@@ -207,19 +233,42 @@ class CompiledGraphs:
         self._fail([name], reason)
         return True
 
-    def _load(self, name: str, began: float, *, was_on_disk: bool = False) -> bool:
-        """Load a graph; return whether it is made or has failed. One on disk that cannot be read is compiled again."""
+    def _load(self, name: str, began: float | None = None) -> bool:
+        """Load a graph; return whether it is made or has failed. One on disk that cannot be read is compiled again.
+
+        ``began`` is when it was asked for, ``None`` for one that was on disk.
+        """
+        if not self._await_imports():
+            return True
         artifact = self.folder / name / ARTIFACT
+        loads_since = time.monotonic()
         try:
             function = load(artifact)
         except Exception as error:  # noqa: BLE001  # whatever a compiler raises
-            if was_on_disk:
+            if began is None:
                 logger.warning("graph %s is compiled again: %s", name, one_line(error))
                 artifact.unlink(missing_ok=True)
                 return False
             self._fail([name], f"loading: {one_line(error)}")
             return True
-        self._states[name] = GraphState("made", function, "", time.monotonic() - began, was_on_disk)
+        seconds = time.monotonic() - (loads_since if began is None else began)
+        self._states[name] = GraphState("made", function, "", seconds, was_on_disk=began is None)
+        return True
+
+    def _await_imports(self) -> bool:
+        """Wait for :meth:`let_load`; return False if all is closed.
+
+        Raises:
+            Exception: what the import has raised.
+        """
+        with self._changed:
+            self.waits = not self._may_load
+            self._changed.wait_for(lambda: self._may_load or self._is_closed)
+            self.waits = False
+            if self._is_closed:
+                return False
+        if self._import_error is not None:
+            raise self._import_error
         return True
 
     def _fail(self, names: Sequence[str], reason: str) -> None:

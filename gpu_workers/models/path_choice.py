@@ -108,6 +108,11 @@ class Choice(NamedTuple):
     memory_bytes: int = 0
 
 
+def compiles_blocks(mode: str, device: torch.device) -> bool:
+    """Return whether blocks may be compiled with this setting of ``acceleration``."""
+    return mode == "compiled" or (mode == "auto" and device.type == "cuda")
+
+
 class PathChooser:
     """Compiles, captures and compares the forwards of one module. ``mode`` is the setting ``acceleration``.
 
@@ -132,7 +137,7 @@ class PathChooser:
         self._counts = counts
         self._blocks: CompiledBlocks | str | None = None
         self.captures = device.type == "cuda" and mode in ("auto", "captured")
-        self.compiles = mode == "compiled" or (mode == "auto" and device.type == "cuda")
+        self.compiles = compiles_blocks(mode, device)
 
     def find_blocks(self) -> CompiledBlocks | str:
         """Return the compiled blocks of the module, or the reason why it has none."""

@@ -1,9 +1,7 @@
 """Modules and packages that are in ``sys.modules`` before their own code runs, or without that it ever runs.
 
-Submodules of such a package can be imported. Python locks a module while its code runs, and raises where two threads
-would wait for each other's modules. A package whose code runs late would make such cases more frequent. So its code
-runs under Python's lock of the package, and one thread at a time imports modules of torch: it holds a lock of ours
-before any of Python's.
+Submodules of such a package can be imported. Only the main thread of a rank imports modules late, so that no two
+threads wait for each other's modules (docs/starts.md).
 """
 
 from __future__ import annotations
@@ -12,85 +10,10 @@ import importlib
 import importlib.util
 import sys
 import threading
-from contextlib import nullcontext
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Final
-
-_BOOTSTRAP: Final[Any] = importlib._bootstrap
-_TORCH_PACKAGES: Final = ("torch", "functorch")
-"""Packages whose modules import each other in circles through torch's compiler, which a thread of a rank imports."""
-_CHECK_EVERY_S: Final = 0.05
-_PythonModuleLock: Final[Any] = getattr(_BOOTSTRAP, "_ModuleLockManager", nullcontext)
-"""Python's lock of a module that is imported. In a version of Python without it there is only our lock."""
-
-
-class _TorchImportLock:
-    """The lock of the one thread that imports modules of torch."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._owner = 0
-
-    def acquire(self) -> bool:
-        """Wait for the lock, and return whether this thread holds it.
-
-        It goes on without the lock if the thread that holds it waits for a module that this thread imports, such as a
-        package that imports torch and that torch imports. Python sees no deadlock there, as it does not know this lock.
-        """
-        while not self._lock.acquire(timeout=_CHECK_EVERY_S):
-            if self._is_deadlock():
-                return False
-        self._owner = threading.get_ident()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def _is_deadlock(self) -> bool:
-        lock_class = getattr(_BOOTSTRAP, "_ModuleLock", None)
-        if lock_class is None:
-            return False
-        lock = lock_class("modules of torch")  # for Python's own search, as if it were the lock of a module
-        lock.owner = self._owner
-        return bool(lock.has_deadlock())
-
-
-_TORCH_IMPORT_LOCK: Final = _TorchImportLock()
-
-
-class _ModuleLock(_PythonModuleLock):
-    """Python's lock of a module that is imported, taken after :data:`_TORCH_IMPORT_LOCK` if the module is of torch.
-
-    With Python's lock, Python looks whether the module is in ``sys.modules``. So the code of a package with
-    ``RUNS_BEFORE_SUBMODULES`` runs before Python's lock of the submodule is taken.
-
-    Source: CPython, Lib/importlib/_bootstrap.py, "_find_and_load".
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self._parent, _, _ = name.rpartition(".")
-        self._is_of_torch = name.partition(".")[0] in _TORCH_PACKAGES
-
-    def __enter__(self) -> None:
-        self._holds_torch = self._is_of_torch and _TORCH_IMPORT_LOCK.acquire()
-        try:
-            package = sys.modules.get(self._parent)
-            if isinstance(package, LazyModule) and package.RUNS_BEFORE_SUBMODULES:
-                package.run_own_code()
-            super().__enter__()
-        except BaseException:
-            self._release_torch()
-            raise
-
-    def __exit__(self, *raised: object) -> None:
-        super().__exit__(*raised)
-        self._release_torch()
-
-    def _release_torch(self) -> None:
-        if self._holds_torch:
-            _TORCH_IMPORT_LOCK.release()
 
 
 class SubmodulesOnly(ModuleType):
@@ -111,6 +34,10 @@ class LazyModule(ModuleType):
 
     _is_running = False
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._own_code_lock = threading.RLock()
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__all__":  # what Python itself looks for in any package
             raise AttributeError(name)
@@ -120,9 +47,14 @@ class LazyModule(ModuleType):
         except KeyError:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
 
+    @property
+    def runs_first(self) -> bool:
+        """Whether the code of a package has to run before a submodule is imported now."""
+        return self.RUNS_BEFORE_SUBMODULES and not self._is_running
+
     def run_own_code(self) -> None:
         """Run the module's own code, once."""
-        with _ModuleLock(self.__name__):
+        with self._own_code_lock:
             if isinstance(self, LazyModule) and not self._is_running:  # another thread may have run it meanwhile
                 self._is_running = True
                 self._begin()
@@ -148,6 +80,33 @@ class LazyModule(ModuleType):
         """Called if the code raises. It runs again when a name is asked for, and raises again."""
 
 
+class _PackageFirst(MetaPathFinder, Loader):
+    """Imports a submodule of a package whose code has to run before: runs that, and then imports as Python does.
+
+    The package's code may have imported the submodule by then, so it is imported in place of being made.
+    """
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
+        package = sys.modules.get(fullname.rpartition(".")[0])
+        return ModuleSpec(fullname, self) if isinstance(package, LazyModule) and package.runs_first else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        package = sys.modules[spec.parent or ""]
+        if isinstance(package, LazyModule):
+            package.run_own_code()
+        module = importlib.import_module(spec.name)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None and spec.loader is self:  # a module may refuse the spec that Python sets
+            module.__spec__ = spec.loader_state
+
+
+_PACKAGE_FIRST: Final = _PackageFirst()
+
+
 def defer_package(name: str, kind: type[ModuleType]) -> None:
     """Put a package into ``sys.modules`` without running its code, unless it was imported before.
 
@@ -169,7 +128,8 @@ def defer_package(name: str, kind: type[ModuleType]) -> None:
 
 def defer_module(spec: ModuleSpec, kind: type[ModuleType]) -> None:
     """Put a module into ``sys.modules`` without running its code; ``kind`` as in :func:`defer_package`."""
-    _BOOTSTRAP._ModuleLockManager = _ModuleLock
+    if _PACKAGE_FIRST not in sys.meta_path:
+        sys.meta_path.insert(0, _PACKAGE_FIRST)
     module = kind(spec.name)
     module.__spec__, module.__file__, module.__package__ = spec, spec.origin, spec.parent
     if spec.submodule_search_locations is not None:

@@ -61,6 +61,12 @@ def run_deferred(module: ModuleType) -> None:
         module.run_own_code()
 
 
+def is_imported(name: str) -> bool:
+    """Return whether a module is imported and its own code has run."""
+    module = sys.modules.get(name)
+    return module is not None and not isinstance(module, LazyModule)
+
+
 def import_xfuser() -> None:
     """Import what workers use of xfuser, and quieten it. Does nothing where all of xfuser is imported already."""
     defer_packages()

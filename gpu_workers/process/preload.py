@@ -8,10 +8,8 @@ pthread_atfork), jemalloc locks what its own hold; torch starts none until it co
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
-import gc
 import importlib
 import logging
 import multiprocessing
@@ -87,22 +85,21 @@ def quiet_libraries() -> None:
 
 
 def preload(names: tuple[str, ...]) -> int:
-    """Import modules in the leader, and make their objects permanent, so that ranks share their pages.
+    """Import modules in the leader, before ranks are forked, which share their pages.
 
-    Call before ranks are forked. Nothing of ours opens CUDA here; whether a library has is known from
-    :func:`has_opened_gpu`. Returns the number of GPUs that torch sees, which another process counts meanwhile.
+    Nothing of ours opens CUDA here; whether a library has is known from :func:`has_opened_gpu`. Returns the number of
+    GPUs that torch sees, which another process counts meanwhile.
 
     Raises:
         WorkersLost: the GPUs cannot be counted.
     """
     began_s = time.perf_counter()
     quiet_libraries()
-    with without_collections(), _without_driver() as count:
+    with _without_driver() as count:
         lean_imports.leave_out_peft()
         import_all(names)
         command_decoder.warm_up()
         gpus = count.result()
-    atexit.register(gc.unfreeze)  # else triton's bindings report leaks at exit
     logger.info("leader has imported what ranks share imports_s=%.2f", time.perf_counter() - began_s)
     return gpus
 
@@ -182,17 +179,6 @@ def _without_driver() -> Iterator[_Count]:
             del os.environ[_NVML_CHECK]
         else:
             os.environ[_NVML_CHECK] = before
-
-
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """Leave all objects that are made within out of garbage collections, which would visit them again and again."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.freeze()
 
 
 def count_gpus() -> int:

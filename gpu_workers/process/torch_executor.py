@@ -17,6 +17,7 @@ from xditd.gpu_workers.jobs.runner import JobRunner
 from xditd.gpu_workers.models.components import Components
 from xditd.gpu_workers.models.forward_paths import ForwardPaths
 from xditd.gpu_workers.models.lora_match import LoraMatch
+from xditd.gpu_workers.models.path_choice import compiles_blocks
 from xditd.gpu_workers.models.tokenizer_match import TokenizerMatch
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_peer_rank_failure, out_of_memory
@@ -66,8 +67,10 @@ class TorchExecutor:
         self._components = Components(layout, uuid, gather_uuids(uuid, layout.world_size))
         self._io = JobIo(layout.device)
         self._jobs = JobRunner(self._components, layout.rank, layout.device, group)
-        self._imports = LendImports()
         components = self._components
+        self._imports = LendImports(
+            lambda: components.class_models.graphs, compiles=compiles_blocks(layout.acceleration, layout.device)
+        )
         self._memory = IdleMemory(
             layout.device, partial(count_parts, layout.device, uuid, components), lambda: components.models_dropped
         )

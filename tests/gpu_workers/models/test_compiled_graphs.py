@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -123,7 +124,7 @@ def test_a_graph_on_disk_that_cannot_be_read_is_compiled_again(tmp_path: Path, m
             raise ValueError("truncated")
         return run
 
-    monkeypatch.setattr(compiled_graphs, "prepare", lambda: None)
+    monkeypatch.setattr(compiled_graphs, "is_prepared", lambda: True)
     monkeypatch.setattr(compiled_graphs, "load", load)
     monkeypatch.setattr(CompiledGraphs, "_compile", compile_anew)
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
@@ -135,7 +136,7 @@ def test_a_graph_on_disk_that_cannot_be_read_is_compiled_again(tmp_path: Path, m
 
 def test_what_goes_wrong_beside_graphs_leaves_them_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another daemon removes old graphs, too."""
-    monkeypatch.setattr(compiled_graphs, "prepare", lambda: None)
+    monkeypatch.setattr(compiled_graphs, "is_prepared", lambda: True)
     monkeypatch.setattr(compiled_graphs, "load", lambda _: run)
     monkeypatch.setattr(compiled_graphs, "MAX_ON_DISK", 1)
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
@@ -147,13 +148,59 @@ def test_what_goes_wrong_beside_graphs_leaves_them_made(tmp_path: Path, monkeypa
     assert loaded(graphs, "used") == ["made"]
 
 
-def test_a_compiler_that_cannot_be_imported_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompiledGraphs:
+    """A graph that was asked for and is on disk, in a process that has not imported the compiler."""
+    monkeypatch.setattr(compiled_graphs, "is_prepared", lambda: False)
+    graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
+    assert not graphs.needs_imports
+    (graphs.folder / "any").mkdir()
+    (graphs.folder / "any" / "artifact").touch()
+    graphs.make({"any": b"{}"})
+    end = time.monotonic() + 60
+    while not graphs.waits:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return graphs
+
+
+def test_the_thread_that_runs_forwards_imports_the_compiler_before_another_one_loads(
+    on_disk: CompiledGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+
+    def note(what: str) -> Callable[..., Any]:
+        return lambda *_: done.append((what, threading.current_thread().name))
+
+    monkeypatch.setattr(compiled_graphs, "prepare", note("import"))
+    monkeypatch.setattr(compiled_graphs, "load", note("load"))
+    assert on_disk.needs_imports
+    assert done == []
+    on_disk.let_load()
+    assert not on_disk.needs_imports
+    on_disk.let_load()  # again, as after each command
+    assert loaded(on_disk, "any") == ["made"]
+    assert done == [("import", threading.current_thread().name), ("load", "compiled graphs")]
+    assert not on_disk.waits
+
+
+def test_a_compiler_that_cannot_be_imported_is_a_reason_and_leaves_graphs_on_disk(
+    on_disk: CompiledGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing() -> None:
         raise ImportError("no compiler")
 
     monkeypatch.setattr(compiled_graphs, "prepare", missing)
-    graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
-    assert loaded(graphs, "any") == ["failed"]
+    on_disk.let_load()
+    assert loaded(on_disk, "any") == ["failed"]
+    assert on_disk.find("any").reason == "ImportError: no compiler"
+    assert (on_disk.folder / "any" / "artifact").exists()
+
+
+def test_closing_ends_a_thread_that_waits_for_imports(on_disk: CompiledGraphs) -> None:
+    on_disk.close()
+    assert not on_disk.waits
+    assert on_disk.find("any").phase == "making"
 
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:

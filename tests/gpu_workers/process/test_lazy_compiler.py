@@ -32,6 +32,12 @@ for name, function in (("late", usp._templated_ring_attention), ("own", _attenti
         wrong[name] = str(error)
 found["ring"] = wrong["late"] == wrong["own"]
 """
+IN_PARTS = """
+from xditd.gpu_workers.models import block_compiler
+from xditd.gpu_workers.process import lend_imports, preload
+preload.import_all(lend_imports.FOR_GRAPHS)
+assert block_compiler.is_prepared() and all(map(lean_imports.is_imported, lend_imports.FOR_GRAPHS))
+"""
 USES = (
     "torch.compile(lambda x: x, backend='eager')(torch.ones(1))",
     "import torch._dynamo.utils",
@@ -42,47 +48,8 @@ USES = (
     "from torch._dynamo import trace_rules; trace_rules.lookup(torch.sin); trace_rules.clear_lru_cache()",
     "from torch._dynamo import *; optimize",
     "from xditd.gpu_workers.process import preload; preload.import_all(preload.AFTER_LENDS)",
+    IN_PARTS,
 )
-
-TWO_THREADS = """
-import importlib, threading
-from xditd.gpu_workers.models import block_compiler
-from xditd.gpu_workers.process import lazy_compiler, lazy_modules
-is_inside, has_come, faults, main = threading.Event(), threading.Event(), [], threading.get_ident()
-def prepare():
-    try:
-        block_compiler.prepare()
-    except Exception as error:
-        faults.append(repr(error))
-class Meanwhile:
-    def find_spec(name, path=None, target=None):
-        if name.startswith("torch._dynamo.") and threading.get_ident() != main:
-            is_inside.set()
-            has_come.wait()  # the main thread asks for the compiler while this one imports it
-class NotedLock:
-    def acquire(self):
-        if threading.get_ident() == main:
-            has_come.set()
-        return lock.acquire()
-    def release(self):
-        lock.release()
-def note(self):
-    if threading.get_ident() == main:
-        has_come.set()
-    run(self)
-run, lazy_compiler._LazyCompiler.run_own_code = lazy_compiler._LazyCompiler.run_own_code, note
-lock, lazy_modules._TORCH_IMPORT_LOCK = lazy_modules._TORCH_IMPORT_LOCK, NotedLock()
-sys.meta_path.insert(0, Meanwhile)
-thread = threading.Thread(target=prepare, daemon=True)
-signal.alarm(60)
-thread.start()
-is_inside.wait()
-importlib.import_module("{module}")
-thread.join()
-signal.alarm(0)
-found["faults"], found["imported"] = faults, "torch._inductor.compile_fx" in sys.modules
-"""
-OF_COMPILER = ("torch._dynamo.symbolic_convert", "torch._functorch._aot_autograd.runtime_wrappers")
 
 MARKS = """
 import functools
@@ -128,10 +95,13 @@ except torch._dynamo.exc.Unsupported as error:
 found["many"] = int(compiled(lambda x: functools.reduce(lambda value, use: use(value), many, x)))
 """
 FIRST_MODULE = """
-import torch._dynamo.config as config
+import importlib
+first = importlib.import_module("torch._dynamo.{module}")
 from torch._dynamo import convert_frame
-found["same"] = [convert_frame.config is config, torch._dynamo.config is config]
+found["same"] = [convert_frame.{module} is first, torch._dynamo.{module} is first]
+found["spec"] = [first.__spec__.origin == first.__file__, first.__spec__.loader is first.__loader__]
 """
+FIRST_MODULES = ("config", "exc")  # the first refuses to be given another spec
 FIRST_NAME = """
 from torch._dynamo import run
 found["same"] = run is torch._dynamo.decorators.run
@@ -176,10 +146,9 @@ FAULTS = ("ImportError('no symbol')", "AttributeError('no symbol')")
 
 BODIES = (
     MARKS,
-    FIRST_MODULE,
+    *(FIRST_MODULE.format(module=module) for module in FIRST_MODULES),
     FIRST_NAME,
     FAILING_PART,
-    *(TWO_THREADS.format(module=module) for module in OF_COMPILER),
     *(BROKEN.format(error=error) for error in FAULTS),
     *(COMPILER.format(use=use) for use in USES),
 )
@@ -208,11 +177,6 @@ def test_a_compiler_that_cannot_be_imported_says_why_each_time_and_marks_go_on(r
     assert run(BROKEN.format(error=error)) == {"said": ["no symbol"] * 4, "marked": [True] * 3, "later": 2.0}
 
 
-@pytest.mark.parametrize("module", OF_COMPILER)
-def test_two_threads_that_import_the_compiler_at_once_do_not_wait_for_each_other(run: Run, module: str) -> None:
-    assert run(TWO_THREADS.format(module=module)) == {"faults": [], "imported": True}
-
-
 def test_marks_that_were_made_before_the_compiler_was_imported_hold_for_it(run: Run) -> None:
     left = ("function", "method", "why", "object", "torch", "module")
     assert run(MARKS) == {
@@ -226,8 +190,9 @@ def test_marks_that_were_made_before_the_compiler_was_imported_hold_for_it(run: 
     }
 
 
-def test_a_module_of_the_compiler_that_is_imported_first_is_imported_once(run: Run) -> None:
-    assert run(FIRST_MODULE) == {"same": [True, True]}
+@pytest.mark.parametrize("module", FIRST_MODULES)
+def test_a_module_of_the_compiler_that_is_imported_first_is_imported_once(run: Run, module: str) -> None:
+    assert run(FIRST_MODULE.format(module=module)) == {"same": [True, True], "spec": [True, True]}
 
 
 def test_a_name_of_the_compiler_is_its_own_whatever_the_placeholder_has(run: Run) -> None:

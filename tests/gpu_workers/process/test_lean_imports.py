@@ -47,62 +47,6 @@ from scipy import integrate
 found["classes"] = [hasattr(scipy.stats, "norm"), hasattr(integrate, "quad"), type(scipy.stats).__name__]
 """
 
-OPPOSITE = """
-import importlib, pathlib, tempfile, threading
-from xditd.gpu_workers.process import lazy_modules
-folder = pathlib.Path(tempfile.mkdtemp())
-(folder / "late").mkdir()
-(folder / "late" / "__init__.py").write_text("import meet; meet.package.set(); meet.part.wait(); from late import part")
-(folder / "late" / "part.py").write_text("import meet; meet.part.set(); meet.package.wait(); from late import other")
-(folder / "meet.py").write_text("import threading; package, part = threading.Event(), threading.Event()")
-sys.path.insert(0, str(folder))
-lazy_modules.defer_package("late", lazy_modules.LazyModule)
-faults = []
-def note(use):
-    try:
-        use()
-    except Exception as error:
-        faults.append(type(error).__name__)
-import late
-thread = threading.Thread(target=note, args=[lambda: late.other], daemon=True)
-signal.alarm(60)
-thread.start()
-note(lambda: importlib.import_module("late.part"))
-thread.join()
-signal.alarm(0)
-found["faults"] = len(faults)  # Python's own: one is told, the other lacks a name
-"""
-
-TWO_PACKAGES = """
-import importlib, pathlib, tempfile, threading
-folder = pathlib.Path(tempfile.mkdtemp())
-(folder / "torch").mkdir()
-(folder / "torch" / "part.py").write_text("import meet; meet.torch.set(); meet.wait(meet.other); import other")
-(folder / "torch" / "used.py").write_text("")
-(folder / "other.py").write_text("import meet; meet.other.set(); meet.wait(meet.torch); from torch import used")
-(folder / "meet.py").write_text(
-    "import threading, time; torch, other = threading.Event(), threading.Event(); first = {first}; "
-    "wait = lambda event: event.wait() and event is not first and time.sleep(0.5)"  # so that the other waits before
-)
-sys.path.insert(0, str(folder))
-torch.__path__.append(str(folder / "torch"))
-faults = []
-def note(name):
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        faults.append(repr(error))
-thread = threading.Thread(target=note, args=["other"], daemon=True)
-signal.alarm(60)
-thread.start()
-note("torch.part")
-thread.join()
-signal.alarm(0)
-found["faults"] = faults
-"""
-FIRST_TO_WAIT = ("torch", "other")
-"""Whose thread waits for the other's lock while the other goes on for half a second."""
-
 WRAPPERS = """
 import xfuser
 try:
@@ -209,8 +153,6 @@ BODIES = (
     START,
     DIFFUSERS,
     SCIPY,
-    OPPOSITE,
-    *(TWO_PACKAGES.format(first=first) for first in FIRST_TO_WAIT),
     WRAPPERS,
     FORWARD,
     MISSING,
@@ -265,17 +207,6 @@ def test_all_of_diffusers_is_there_when_it_is_asked_for(run: Run) -> None:
         "pipeline": "diffusers.pipelines.pipeline_utils",
         "unknown": False,
     }
-
-
-def test_threads_that_would_wait_for_each_other_in_a_package_fail_as_without_deferral(run: Run) -> None:
-    assert run(OPPOSITE) == {"faults": 2}
-
-
-@pytest.mark.parametrize("first", FIRST_TO_WAIT)
-def test_a_module_of_torch_that_imports_one_that_imports_torch_waits_for_no_thread_that_does_so(
-    run: Run, first: str
-) -> None:
-    assert run(TWO_PACKAGES.format(first=first)) == {"faults": []}
 
 
 def test_what_schedulers_use_of_scipy_is_there_when_they_use_it(run: Run) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from xditd.gpu_workers.models import registry
-from xditd.gpu_workers.process import lend_imports, preload
+from xditd.gpu_workers.process import lean_imports, lend_imports, preload
 from xditd.gpu_workers.process.lend_imports import QUIET_S, LendImports
 from xditd.ipc.errors import Unsupported
 
@@ -22,10 +22,23 @@ class Cycle:
         self.itself = self
 
 
+class Graphs:
+    """Compiled graphs that were asked for, before or after one of them waits to be loaded."""
+
+    def __init__(self, *, waits: bool) -> None:
+        self.needs_imports, self.waits = True, waits
+
+    def let_load(self) -> None:
+        self.needs_imports = self.waits = False
+
+
 @pytest.fixture
 def imported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     monkeypatch.setattr(preload, "FOR_LENDS", ("first", "second"))
+    monkeypatch.setattr(preload, "AFTER_LENDS", ("later", "part"))
+    monkeypatch.setattr(lend_imports, "FOR_GRAPHS", ("part", "whole"))
+    monkeypatch.setattr(lean_imports, "is_imported", lambda name: name in found)
     monkeypatch.setattr(preload, "import_all", lambda names: found.extend(names))
     monkeypatch.setattr(preload, "import_family", lambda family: found.append(family.name))
     monkeypatch.setattr(preload.registry, "own_families", lambda: [_Family("one"), _Family("two")])
@@ -63,7 +76,7 @@ def test_a_lend_imports_what_all_lends_need_at_once(imported: list[str]) -> None
 
 def test_no_module_is_imported_soon_after_a_command(imported: list[str]) -> None:
     now = [100.0]
-    imports = LendImports(lambda: now[0])
+    imports = LendImports(clock=lambda: now[0])
     imports.note_command()
     assert imports.wait_s == pytest.approx(QUIET_S)
     imports.run_next()
@@ -72,6 +85,46 @@ def test_no_module_is_imported_soon_after_a_command(imported: list[str]) -> None
     assert imports.wait_s == 0.0
     imports.run_next()
     assert imported == ["first"]
+
+
+def finish(imports: LendImports) -> None:
+    while imports.wait_s is not None:
+        imports.run_next()
+
+
+def test_what_compiled_blocks_need_comes_last_where_any_block_may_be_compiled(imported: list[str]) -> None:
+    finish(LendImports(compiles=True))
+    assert imported[-3:] == ["later", "part", "whole"]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_compiled_blocks_need_comes_first_once_they_are_asked_for(imported: list[str], waits: bool) -> None:
+    now, found = [100.0], []
+    imports = LendImports(lambda: found[0] if found else None, clock=lambda: now[0])
+    imports.finish_for_lend()
+    imported.clear()
+    found.append(graphs := Graphs(waits=waits))  # by a job
+    imports.note_command()
+    imports.run_next()
+    assert imported == (["part"] if waits else [])  # commands that never pause do not keep graphs from loading
+    now[0] += QUIET_S
+    while graphs.needs_imports:
+        imports.run_next()
+    assert imported == ["part", "whole"]
+    finish(imports)
+    assert imported == ["part", "whole", "later", "part"]
+
+
+def test_graphs_load_at_once_where_all_is_imported(imported: list[str]) -> None:
+    found: list[Graphs] = []
+    imports = LendImports(lambda: found[0] if found else None, compiles=True)
+    finish(imports)
+    found.append(graphs := Graphs(waits=False))
+    assert imports.wait_s == 0.0  # whether or not its job has an answer
+    imports.note_command()
+    imports.run_next()
+    assert not graphs.needs_imports
+    assert imports.wait_s is None
 
 
 def test_garbage_of_commands_is_not_kept_with_the_modules(imported: list[str]) -> None:

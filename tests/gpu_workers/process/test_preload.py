@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib.util
 import json
 import os
@@ -66,10 +65,7 @@ def test_commands_are_analysed_before_ranks_are_forked(monkeypatch: pytest.Monke
     monkeypatch.setattr(preload.command_decoder, "warm_up", lambda: warmed.append(True))
     monkeypatch.setattr(preload, "lean_imports", MagicMock())  # it changes libraries of this process
     monkeypatch.setattr(preload, "quiet_libraries", lambda: None)
-    try:
-        preload.preload(())
-    finally:
-        gc.unfreeze()
+    preload.preload(())
     assert warmed == [True]
 
 

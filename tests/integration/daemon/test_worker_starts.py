@@ -27,13 +27,13 @@ runpy.run_module("xditd.gpu_workers", run_name="__main__", alter_sys=True)
 SLOW_END = """
 import sys
 from xditd.gpu_workers import __main__ as leader
-from xditd.gpu_workers.process import options, preload
+from xditd.gpu_workers.process import preload
 preload.preload = lambda names: names is preload.FOR_STANDBY and print("waits", flush=True)
 def parse(arguments):
     print("began with", arguments, flush=True)
     sys.stdin.read()
     raise SystemExit(2)
-options.parse = parse
+leader.parse = parse
 leader.main()
 """
 UNTIL_THE_DAEMON_HAS_ENDED = 'while kill -0 "$PPID" 2>/dev/null; do sleep 0.02; done; exec "$@"'
