@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_THREADS: Final = 10
+_MAX_THREADS: Final = 16
 _BUFFERS_PER_THREAD: Final = 2
-"""One is filled while the GPU copies the other. torch keeps their memory for the next upload, at most 80 MiB."""
+"""One is filled while the GPU copies the other. torch keeps their memory for the next upload, at most 96 MiB."""
 _MAX_GAP_BYTES: Final = 4096
 """Between two ranges of a file, such as padding, which are read in one piece."""
 
@@ -39,7 +39,7 @@ class Tuning(NamedTuple):
 
     threads: int = _MAX_THREADS
     """At most; never more than this process has cores."""
-    piece_bytes: int = 4 * 2**20
+    piece_bytes: int = 3 * 2**20
     """All buffers fit into the host's caches, so that bytes pass its memory bus once instead of three times."""
 
 
@@ -84,7 +84,7 @@ def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
             return
         offset_bytes += count
         if not count:
-            raise StaleSource(f"{path}: truncated to {offset_bytes} bytes since it was lent; lend it again")
+            raise StaleSource(f"{path}: truncated to {os.fstat(fd).st_size} bytes since it was lent; lend it again")
         room = room[count:]
 
 
