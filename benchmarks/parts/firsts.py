@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="daemons of each way")
     parser.add_argument("--repeats", type=int, default=4, help="later lends and jobs of a round")
     parser.add_argument("--steps", type=int, default=4, help="of each job")
+    parser.add_argument("--log", type=Path, help="keep the last daemon's log here")
     parser.add_argument("--idle-s", type=float, default=6.0, help="from ready workers to the first lend")
 
 
@@ -45,7 +46,7 @@ def run(given: argparse.Namespace, report: Report) -> None:
         for number in range(given.rounds):
             for way in WAYS:
                 say(f"  round {number + 1}: {way}")
-                found[way].append(_round(given, Path(folder, "daemon.log"), prepares=way == "prepared"))
+                found[way].append(_round(given, given.log or Path(folder, "daemon.log"), prepares=way == "prepared"))
                 report.add(workers=given.workers, rounds=found)
     ratios = {f"{what}_{way}": _ratio(found[way], what) for what in ("lend", "job") for way in WAYS}
     report.add(ratios=ratios)

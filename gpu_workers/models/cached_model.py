@@ -139,6 +139,11 @@ class CachedModel:
         """The paths of the forwards of the fast path, if there is one."""
         return None if self._fast is None else self._fast.paths
 
+    @property
+    def usual_sizes(self) -> Mapping[str, int]:
+        """The sizes of a forward that is worth a rehearsal: those of the fast path, or none."""
+        return {} if self._fast is None else self._fast.usual_sizes
+
     def reserve(self) -> int:
         """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""
         if self.packed_layers:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from xditd.gpu_workers.kernels.cache_folder import cache_folder
+from xditd.gpu_workers.models import rehearsals
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.component import Component
@@ -131,16 +133,19 @@ class Components:
         return component
 
     def build_ahead(self, outline: Outline) -> None:
-        """Build the model that the :meth:`prepare` of a component will find. All ranks fail together.
+        """Build the model that the :meth:`prepare` of a component will find, and rehearse it. All ranks fail together.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
+            OutOfMemory: a GPU had no room for the rehearsal.
         """
         with raise_on_all_ranks():
             if not outline.tensors:
                 outline = outline_of_class(outline)
             with self.models.building_ahead():
-                match_manifest(outline, self.models, self.class_models)
+                match = match_manifest(outline, self.models, self.class_models)
+        if isinstance(match, CheckpointMatch) and rehearsals.is_due(match, outline.tensors):
+            rehearsals.rehearse(match, outline.tensors, match.model.usual_sizes)
 
     def plug(self, component_id: str) -> Component:
         """Assign a prepared component's tensors as its model's parameters, in place of an older one of the same id."""

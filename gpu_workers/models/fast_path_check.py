@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +18,19 @@ from xditd.ipc.protocol import MAX_RELATIVE_ERROR
 from xditd.ipc.status import FusedCheck
 
 logger = logging.getLogger(__name__)
+
+_is_rehearsal = False
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """Let checks run both paths within, and conclude nothing: the weights are no client's."""
+    global _is_rehearsal
+    _is_rehearsal = True
+    try:
+        yield
+    finally:
+        _is_rehearsal = False
 
 
 class FastPathCheck:
@@ -44,6 +58,9 @@ class FastPathCheck:
             return plain()
         if case in self._passed:
             return fast()
+        if _is_rehearsal:
+            fast()
+            return plain()
         clock = Clock()
         result = fast()
         if result.is_cuda:

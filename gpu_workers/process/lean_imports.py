@@ -3,12 +3,14 @@
 ``import xfuser`` imports every pipeline that it wraps, and through them most of diffusers, transformers and scipy: more
 than half of what a rank took to start. Workers use its process groups, its attention backends and its USP. So packages
 whose ``__init__`` imports what nobody asks for are deferred: their submodules can be imported without their own code.
-That of diffusers and of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does.
+That of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does. A class of diffusers'
+packages of models imports the module that defines it.
 torch's compiler is one of these packages (``lazy_compiler.py``).
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import logging
@@ -24,10 +26,14 @@ from xditd.gpu_workers.process.lazy_modules import LazyModule, SubmodulesOnly, d
 from xditd.gpu_workers.process.lazy_names import PlaceholderModule, with_placeholders
 
 XFUSER_PACKAGES: Final = ("xfuser", "xfuser.model_executor", "xfuser.model_executor.layers")
-LAZY_PACKAGES: Final = (
+CLASS_PACKAGES: Final = (
     "diffusers.models.autoencoders",
+    "diffusers.models.controlnets",
     "diffusers.models.transformers",
     "diffusers.models.unets",
+)
+"""Packages whose own code only imports classes. Some of these import torchvision, and with it torch's compiler."""
+LAZY_PACKAGES: Final = (
     "scipy.integrate",  # of diffusers' schedulers, for the coefficients of LMS alone
     "scipy.stats",  # likewise, for beta sigmas alone
 )
@@ -51,8 +57,33 @@ def defer_packages() -> None:
     defer_compiler()  # before the others, whose parents import it
     for name in XFUSER_PACKAGES:
         defer_package(name, SubmodulesOnly)
+    for name in CLASS_PACKAGES:
+        defer_package(name, _ClassPackage)
     for name in LAZY_PACKAGES:
         defer_package(name, LazyModule)
+
+
+class _ClassPackage(LazyModule):
+    """A package that imports only the module of the class that is asked for.
+
+    Its own code runs for any name that it does not import from one of its modules.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        module = self._modules().get(name)
+        if module is None:
+            return super().__getattr__(name)
+        return getattr(importlib.import_module(f"{self.__name__}.{module}"), name)
+
+    def _modules(self) -> dict[str, str]:
+        """Return the module of each name that the package's code imports, as its source says."""
+        found = vars(self).get("_module_by_name")
+        if found is None:
+            tree = ast.parse(Path(str(self.__file__)).read_bytes())
+            imports = [each for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.level == 1]
+            found = {name.name: each.module for each in imports if each.module for name in each.names}
+            vars(self)["_module_by_name"] = found
+        return found
 
 
 def run_deferred(module: ModuleType) -> None:

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_THREADS: Final = 10
+_MAX_THREADS: Final = 16
 _BUFFERS_PER_THREAD: Final = 2
-"""One is filled while the GPU copies the other. torch keeps their memory for the next upload, at most 40 MiB."""
+"""One is filled while the GPU copies the other. torch keeps their memory for the next upload, at most 96 MiB."""
+_MAX_GAP_BYTES: Final = 4096
+"""Between two ranges of a file, such as padding, which are read in one piece."""
 
 _REPORT_EVERY_S: Final = 5.0
 
@@ -37,8 +39,8 @@ class Tuning(NamedTuple):
 
     threads: int = _MAX_THREADS
     """At most; never more than this process has cores."""
-    piece_bytes: int = 2 * 2**20
-    """Fits into a core's cache, so that bytes pass the host's memory bus once instead of three times."""
+    piece_bytes: int = 3 * 2**20
+    """All buffers fit into the host's caches, so that bytes pass its memory bus once instead of three times."""
 
 
 TUNING: Final = Tuning()
@@ -82,7 +84,7 @@ def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
             return
         offset_bytes += count
         if not count:
-            raise StaleSource(f"{path}: truncated to {offset_bytes} bytes since it was lent; lend it again")
+            raise StaleSource(f"{path}: truncated to {os.fstat(fd).st_size} bytes since it was lent; lend it again")
         room = room[count:]
 
 
@@ -117,17 +119,27 @@ def upload(
         threads.stop()
 
 
-class _Piece(NamedTuple):
-    """Bytes of pair ``number`` that are copied through a buffer at once."""
+class _Copy(NamedTuple):
+    """Bytes of pair ``number`` in a piece."""
 
     number: int
-    source: FileStretch | int
-    """A file range, or a host address."""
     at: int
-    """Offset in the source."""
+    """Offset in the piece."""
     target: int
     """A device address."""
     nbytes: int
+
+
+class _Piece(NamedTuple):
+    """Bytes that are read into a buffer at once, and copied from there: of one pair, or of pairs that follow each other
+    in a file or in memory."""
+
+    file: FileStretch | None
+    """Any range of the file that is read."""
+    start: int
+    """Offset in the file, or a host address."""
+    nbytes: int
+    copies: tuple[_Copy, ...]
 
 
 class _UploadThreads:
@@ -143,7 +155,7 @@ class _UploadThreads:
         self._device = pairs[0][1].device
         self._piece_bytes = tuning.piece_bytes
         self._pieces = list(_split(pairs, tuning.piece_bytes))
-        self._counts = Counter(piece.number for piece in self._pieces)
+        self._counts = Counter(copy.number for piece in self._pieces for copy in piece.copies)
         self._turns = count()
         self._taken = 0
         self._copied = [count(1) for _ in pairs]
@@ -206,9 +218,9 @@ class _UploadThreads:
                     self._buffers.append(buffers[-1])
                 buffers.rotate()  # to the least recently used one
                 buffers[0].upload(self._pieces[turn])
-                number = self._pieces[turn].number
-                if next(self._copied[number]) == self._counts[number]:
-                    self._events.put(number)
+                for number, *_ in self._pieces[turn].copies:
+                    if next(self._copied[number]) == self._counts[number]:
+                        self._events.put(number)
         finally:  # no piece is left, or a copy has failed
             self._is_over = True
             self._events.put(None)
@@ -232,16 +244,17 @@ class _Buffer:
 
     def upload(self, piece: _Piece) -> None:
         """Fill the buffer once it is free, and start the copy to the GPU."""
-        _, source, at, target, nbytes = piece
+        file, start, nbytes, copies = piece
         driver = self._driver
         if driver.query(self._event):  # seldom: a thread has two buffers
             _check("cuEventSynchronize", driver.wait(self._event))
-        if isinstance(source, FileStretch):
-            room = self._room if nbytes == self._size_bytes else self._room[:nbytes]
-            read_into(room, source.fd, source.offset_bytes + at, source.path)
+        if file is None:
+            ctypes.memmove(self._address, start, nbytes)
         else:
-            ctypes.memmove(self._address, source + at, nbytes)
-        _check("cuMemcpyHtoDAsync", driver.copy(target, self._address, nbytes, self._stream))
+            room = self._room if nbytes == self._size_bytes else self._room[:nbytes]
+            read_into(room, file.fd, start, file.path)
+        for _, at, target, copied in copies:
+            _check("cuMemcpyHtoDAsync", driver.copy(target, self._address + at, copied, self._stream))
         _check("cuEventRecord", driver.record(self._event, self._stream))
 
 
@@ -281,7 +294,30 @@ def _driver() -> _Driver:
 
 
 def _split(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]], piece_bytes: int) -> Iterator[_Piece]:
+    """Divide the bytes of all pairs into pieces, in order.
+
+    A piece of few bytes costs as much time as a large one, so pairs that follow each other share one.
+    """
+    file: FileStretch | None = None
+    start = end = 0
+    copies: list[_Copy] = []
     for number, (source, target) in enumerate(pairs):
-        first = source if isinstance(source, FileStretch) else source.data_ptr()
-        for at in range(0, source.nbytes, piece_bytes):
-            yield _Piece(number, first, at, target.data_ptr() + at, min(piece_bytes, source.nbytes - at))
+        its_file, first = (
+            (source, source.offset_bytes) if isinstance(source, FileStretch) else (None, source.data_ptr())
+        )
+        at = first
+        while at < first + source.nbytes:
+            gap = at - end if _is_same(file, its_file) else -1
+            if not copies or at - start >= piece_bytes or not 0 <= gap <= (_MAX_GAP_BYTES if file else 0):
+                if copies:
+                    yield _Piece(file, start, end - start, tuple(copies))
+                file, start, copies = its_file, at, []
+            end = min(first + source.nbytes, start + piece_bytes)
+            copies.append(_Copy(number, at - start, target.data_ptr() + at - first, end - at))
+            at = end
+    if copies:
+        yield _Piece(file, start, end - start, tuple(copies))
+
+
+def _is_same(one: FileStretch | None, other: FileStretch | None) -> bool:
+    return one is other or (one is not None and other is not None and (one.fd, one.path) == (other.fd, other.path))

@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 import torch
+from running_daemon import until
 
 from xditd.client import ForeignGpu, LeaseLost, NotFinite, OutOfMemory, WorkersLost
 from xditd.client.arenas import Arena
@@ -63,6 +64,30 @@ def test_torchs_own_memory_is_lent_as_it_is(client, state, make_inputs, run):
         assert loan.copied.total == 0
         assert torch.equal(run(client, loan, inputs), run(client, other, inputs))
     arena.close()
+
+
+def test_an_announced_model_is_rehearsed_and_the_first_job_checks_the_clients_weights(
+    start_daemon, state, make_inputs, run
+):
+    """All GPUs take part: the rehearsal exchanges tokens as a job does."""
+    started = start_daemon(min(2, torch.cuda.device_count()), "cuda")
+    arena = Arena.copy_of(state, "cuda")
+    try:
+        started.wait_ready()
+        with started.connect() as client:
+            client.prepare({name: torch.empty_like(each, device="meta") for name, each in state.items()})
+            until(lambda: "forward rehearsed family=flux1" in started.log_text() or None, "a rehearsal", started.log)
+            assert client.status().fused_checks == ()
+            free = free_bytes()
+            with client.lend(arena.tensors) as loan:
+                first = run(client, loan, make_inputs())
+                assert torch.equal(run(client, loan, make_inputs()), first)
+            assert free - free_bytes() < 512 * MIB  # what jobs keep
+            checks = client.status().fused_checks
+            assert [each.is_used for each in checks] == [True]
+    finally:
+        started.stop()
+        arena.close()
 
 
 def test_no_second_copy_on_the_lending_gpu(client, make_inputs, run):

@@ -266,10 +266,11 @@ def _judge_formats(given: argparse.Namespace, requests: Sequence[Request]) -> No
     with Client(wait_s=60.0) as client, TemporaryDirectory() as scratch:
         add("diffusers", _diffusers(given))
         options = _options(given)
+        batches = {len(requests[at : at + given.batch]) for at in range(0, len(requests), given.batch)}
         for name in formats:
             if name in ACCELERATIONS:
                 pipeline = open_pipeline(given.folder, torch.bfloat16, given.device)
-                drawing = accelerated_sampler(client, pipeline, name, pipeline_sampler(pipeline, **options))
+                drawing = accelerated_sampler(client, pipeline, name, pipeline_sampler(pipeline, **options), batches)
             else:
                 drawing = lent_sampler(client, given.folder, name, Path(scratch), **options)
             with drawing as sampler:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,7 @@ ACCELERATIONS: Final = ("eager", "captured", "compiled")
 PATHS: Final = (STEP_CACHE, *ACCELERATIONS)
 """In bfloat16: with a step cache, and diffusers' pipeline whose transformer runs in the workers as its class."""
 _THRESHOLD: Final = 0.08
-_COMPILED_S: Final = 120.0
+_CHOSEN_S: Final = 120.0
 
 
 def write_folder_as(folder: Path, out: Path, dtype: torch.dtype) -> Path:
@@ -109,19 +109,30 @@ def lent_sampler(
 
 
 @contextmanager
-def accelerated_sampler(client: Any, pipeline: Any, acceleration: Any, sampler: Any) -> Iterator[Any]:
+def accelerated_sampler(
+    client: Any, pipeline: Any, acceleration: Any, sampler: Any, batches: Collection[int]
+) -> Iterator[Any]:
     """Give ``sampler``, that of ``pipeline``, while its transformer runs in the workers with one of ``ACCELERATIONS``.
 
-    The daemon compiles while forwards run: on GPUs, sentences are drawn until it has.
+    The daemon captures and compiles between forwards: on GPUs, sentences are drawn in each of the ``batches``' sizes
+    until their forwards take that path.
+
+    Raises:
+        TimeoutError: they do not, after minutes.
     """
     from xditd.client import accelerate
 
     with accelerate(pipeline, components=("transformer",), client=client, acceleration=acceleration):
-        end_s = time.monotonic() + _COMPILED_S
-        is_compiled = acceleration != "compiled" or client.status().device_kind != "cuda"
-        while not is_compiled and time.monotonic() < end_s:
-            sampler(["a red circle"] * 8, 0)
-            is_compiled = any("compiled" in path for path in paths_of(client))
+        is_waited_for = acceleration != "eager" and client.status().device_kind == "cuda"
+        for batch in batches if is_waited_for else ():
+            end_s = time.monotonic() + _CHOSEN_S
+            while not any(
+                acceleration in each.path and each.shapes.startswith(f"[{batch}, ")
+                for each in client.status().forward_paths
+            ):
+                if time.monotonic() > end_s:
+                    raise TimeoutError(f"a batch of {batch} is not {acceleration} after {_CHOSEN_S:.0f} s")
+                sampler(["a red circle"] * batch, 0)
         yield sampler
 
 

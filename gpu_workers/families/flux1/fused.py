@@ -28,6 +28,7 @@ from xditd.gpu_workers.families.flux1.block_weights import (
 )
 from xditd.gpu_workers.families.flux1.checked_products import CheckedProducts, label_of
 from xditd.gpu_workers.families.flux1.control_residuals import ControlledBlocks, by_block
+from xditd.gpu_workers.families.flux1.facts import USUAL_SIZES
 from xditd.gpu_workers.families.flux1.fused_loras import ActiveLoras, FusedLoras, key_of
 from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
 from xditd.gpu_workers.families.flux1.rotations import Angles, Rotations
@@ -86,6 +87,7 @@ class FusedFlux1:
         else:
             products = SixteenBit()
         self._usual = self._current = CheckedProducts.of(products, module)
+        self.usual_sizes = {} if layout.precision == EIGHT else USUAL_SIZES  # else all weights are made in eight bits
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Weights = {}
@@ -140,8 +142,7 @@ class FusedFlux1:
 
     def take_checks(self) -> tuple[FusedCheck, ...]:
         """Return the fast path checks since the last call."""
-        checks = [check for known in self._all_products for check in known[1:]]
-        return tuple(each for check in checks for each in check.take_checks())
+        return tuple(each for known in self._all_products for check in known[1:] for each in check.take_checks())
 
     @property
     def _all_products(self) -> list[CheckedProducts]:
@@ -248,8 +249,7 @@ class FusedFlux1:
                 done.append(self.paths.run(key, given, sample, sample, on_all_ranks=True, note=note))
             self.loras.count(loras, self.paths.launched - launched)
         module = self._module
-        tokens = module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning))
-        return gather(tokens, shares)
+        return gather(module.proj_out(module.norm_out(torch.stack(done), modulations.conditioning)), shares)
 
     def _products_for(self, checkpoint: Weights) -> CheckedProducts:
         """Return the products of these weights: the quickest that all of them have."""

@@ -22,10 +22,17 @@ pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(7200)]
 
 STARTS, REBUILDS = 100, 50
 WAIT_S = 120.0
+MIB = 2**20
 
 
 def is_alive(pid: int) -> bool:
     return os.path.exists(f"/proc/{pid}")
+
+
+def used_bytes() -> int:
+    """Memory of all GPUs that somebody holds, this process too; 0 without GPUs."""
+    counts = [torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())]
+    return sum(total - free for free, total in counts)
 
 
 def start(log: Path, standby: str) -> tuple[DaemonProcess, Client]:
@@ -59,7 +66,7 @@ def run(client: Client, component_id: str) -> torch.Tensor:
 
 def test_starts_and_stops_leave_nothing(tmp_path: Path, state: Mapping[str, torch.Tensor]) -> None:
     """Every tenth start runs a job; of the others some are stopped while ranks still import."""
-    shared, fds = shared_memory(), 0
+    shared, used, fds = shared_memory(), used_bytes(), 0
     first: torch.Tensor | None = None
     for number in range(STARTS):
         daemon, client = start(tmp_path / "log", "on" if number % 5 == 0 else "off")
@@ -75,6 +82,7 @@ def test_starts_and_stops_leave_nothing(tmp_path: Path, state: Mapping[str, torc
         assert not daemon.runtime_dir.exists()
         assert not [pid for pid in pids if is_alive(pid)]
         assert shared_memory() == shared
+        assert used_bytes() <= used + MIB
         if number == 1:
             fds = count_fds(os.getpid())
     assert count_fds(os.getpid()) <= fds
@@ -88,7 +96,7 @@ def test_rebuilt_groups_leave_nothing(
     loan = client.lend(state)
     first = run(client, loan.component_id)
     ranks = client.status().world_size
-    shared, fds, processes = shared_memory(), 0, 0
+    shared, used, fds, processes = shared_memory(), 0, 0, 0
 
     def is_rebuilt(status: DaemonStatus, starts: int) -> bool:
         return status.counters.group_starts == starts and status.group_state is GroupState.READY
@@ -96,7 +104,7 @@ def test_rebuilt_groups_leave_nothing(
     for number in range(REBUILDS):
         wait_until(lambda: len(children(daemon.pid)) == 2)  # the leader and the standby
         if number == 1:
-            fds, processes = count_fds(daemon.pid), len(descendants(daemon.pid))
+            fds, processes, used = count_fds(daemon.pid), len(descendants(daemon.pid)), used_bytes()
         victim = client.status().workers[number % ranks].pid
         before = descendants(daemon.pid)
         os.kill(victim, signal.SIGKILL)
@@ -106,6 +114,7 @@ def test_rebuilt_groups_leave_nothing(
     wait_until(lambda: len(children(daemon.pid)) == 2)
     wait_until(lambda: len(descendants(daemon.pid)) <= processes)
     wait_until(lambda: count_fds(daemon.pid) <= fds)
+    wait_until(lambda: used_bytes() <= used + 64 * MIB)  # what a rank keeps after a job
     assert shared_memory() == shared
     loan.return_()
 

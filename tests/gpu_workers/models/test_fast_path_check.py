@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xditd.gpu_workers.models.fast_path_check import FastPathCheck
+from xditd.gpu_workers.models.fast_path_check import FastPathCheck, rehearsing
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 pytestmark = pytest.mark.usefixtures("layout")  # verdicts are agreed on in the process group
@@ -45,6 +45,17 @@ def test_a_wrong_result_is_never_given(layout: ParallelLayout, wrong: torch.Tens
     assert check.is_refused
     assert check.run("b", fast, plain) is RIGHT
     assert fast.calls == 1
+
+
+@pytest.mark.parametrize("result", [RIGHT.clone(), torch.zeros(8)], ids=["right", "wrong"])
+def test_a_rehearsal_runs_both_paths_and_concludes_nothing(layout: ParallelLayout, result: torch.Tensor) -> None:
+    check, fast, plain = FastPathCheck("path", TOLERANCE), Path(result), Path(RIGHT)
+    with rehearsing():
+        assert check.run("a", fast, plain) is RIGHT
+    assert (fast.calls, plain.calls) == (1, 1)
+    assert (check.is_refused, check.take_checks()) == (False, ())
+    assert check.run("a", Path(RIGHT.clone()), plain) is not RIGHT  # judged now
+    assert len(check.take_checks()) == 1
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from forked_bodies import Run, run_bodies
 
+from xditd.gpu_workers.process.lean_imports import CLASS_PACKAGES
+
 START = """
 pipelines = ("xfuser.model_executor.pipelines", "diffusers.pipelines.pipeline_utils")
 heavy = (*pipelines, "transformers", "peft", "scipy.special")
@@ -22,6 +24,8 @@ import diffusers
 import diffusers.models.transformers as package
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 names = ["SanaTransformer2DModel", "WanTransformer3DModel", "FluxTransformer2DModel"] * 4
+from diffusers.models.controlnets import FluxControlNetModel
+found["others"] = [name for name in sys.modules if "sana" in name or "cosmos" in name]
 classes = []
 threads = [threading.Thread(target=lambda name=name: classes.append(getattr(package, name))) for name in names]
 [each.start() for each in threads], [each.join() for each in threads]
@@ -29,7 +33,12 @@ found["classes"] = sorted({each.__name__ for each in classes})
 found["count"] = len(classes)
 found["same"] = package.FluxTransformer2DModel is FluxTransformer2DModel is diffusers.FluxTransformer2DModel
 found["pipeline"] = diffusers.DiffusionPipeline.__module__
-found["unknown"] = hasattr(package, "NoSuchModel")
+found["differ"] = []
+for name in lean_imports.CLASS_PACKAGES:
+    each = sys.modules[name]
+    alone = {known: getattr(each, known) for known in each._modules()}
+    found[name] = len(alone) > 5 and not hasattr(each, "NoSuchModel")  # which the package's own code would know
+    found["differ"] += [known for known, value in alone.items() if vars(each)[known] is not value]
 """
 
 SCIPY = """
@@ -89,7 +98,8 @@ from xditd.gpu_workers.process.lend_imports import LendImports
 imports = LendImports()
 imports.finish_for_lend()
 heavy = ("transformers.modeling_utils", "transformers.models.clip.modeling_clip", "torch._dynamo.eval_frame")
-found["before"] = [name for name in heavy if name in sys.modules]
+torchvision = ("torchvision", "diffusers.models.transformers.transformer_cosmos")  # whose import needs the compiler
+found["before"] = [name for name in (*heavy, *torchvision) if name in sys.modules]
 found["pipelines"] = "diffusers.pipelines.flux.pipeline_flux" in sys.modules
 from diffusers.loaders import lora_base
 from diffusers.pipelines.flux import pipeline_flux
@@ -205,7 +215,9 @@ def test_all_of_diffusers_is_there_when_it_is_asked_for(run: Run) -> None:
         "count": 12,
         "same": True,
         "pipeline": "diffusers.pipelines.pipeline_utils",
-        "unknown": False,
+        "others": [],
+        "differ": [],
+        **dict.fromkeys(CLASS_PACKAGES, True),
     }
 
 

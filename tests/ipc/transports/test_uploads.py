@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from xditd.client.arenas import Arena
 from xditd.ipc.errors import StaleSource
+from xditd.ipc.transports import uploads
 from xditd.ipc.transports.uploads import FileStretch, can_upload, read_into, upload
 
 gpu = pytest.mark.gpu
@@ -140,6 +141,62 @@ def test_stretches_of_a_file_arrive(whole, tmp_path: Path):
     for (at, size), target in zip(places, targets, strict=True):
         assert torch.equal(target.cpu(), whole[at : at + size])
     assert torch.equal(memory.cpu(), whole[: 33 * MIB])
+
+
+@gpu
+def test_many_small_ranges_of_a_file_share_pieces(whole, tmp_path: Path):
+    """Side by side, with padding between them, and far apart; their order in the upload is any."""
+    path = tmp_path / "x"
+    path.write_bytes(bytes_of(whole))
+    places = [(at, 4000 + at % 97) for at in range(0, 20 * MIB, 4096)] + [(60 * MIB, 9), (5 * MIB, 9 * MIB), (1, 3)]
+    targets = [torch.zeros(size, dtype=torch.uint8, device="cuda:0") for _, size in places]
+    with path.open("rb") as file:
+        pairs = [
+            (FileStretch(file.fileno(), at, size, "x"), to) for (at, size), to in zip(places, targets, strict=True)
+        ]
+        assert list(upload(pairs)) == list(range(len(places)))
+    for (at, size), target in zip(places, targets, strict=True):
+        assert torch.equal(target.cpu(), whole[at : at + size])
+
+
+@pytest.mark.parametrize(
+    ("places", "pieces", "piece_bytes"),
+    [
+        pytest.param([(0, 10), (10, 5), (15, 1)], [(0, 16)], 100, id="side by side"),
+        pytest.param([(0, 10), (4106, 6), (8209, 1)], [(0, 4112), (8209, 1)], 9000, id="padding, and a gap"),
+        pytest.param([(0, 150), (150, 100)], [(0, 100), (100, 100), (200, 50)], 100, id="longer than a piece"),
+        pytest.param([(0, 150), (90, 5), (200, 0), (95, 9)], [(0, 100), (100, 50), (90, 14)], 100, id="any order"),
+        pytest.param([(0, 90), (95, 20)], [(0, 100), (100, 15)], 100, id="over the end of a piece"),
+        pytest.param([(0, 90), (110, 20)], [(0, 90), (110, 20)], 100, id="beyond the end of a piece"),
+        pytest.param([(0, 0)], [], 100, id="nothing"),
+    ],
+)
+def test_pieces_have_every_byte_once(places, pieces, piece_bytes: int):
+    target = torch.zeros(sum(size for _, size in places), dtype=torch.uint8)
+    parts = target.split([size for _, size in places])
+    pairs = [(FileStretch(3, at, size, "x"), part) for (at, size), part in zip(places, parts, strict=True)]
+    found = list(uploads._split(pairs, piece_bytes))
+    assert [(piece.start, piece.nbytes) for piece in found] == pieces
+    source = torch.arange(10_000) % 251
+    for piece in found:
+        room = source[piece.start :][: piece.nbytes]
+        for copy in piece.copies:
+            assert 0 <= copy.at <= copy.at + copy.nbytes <= piece.nbytes
+            begin = copy.target - target.data_ptr()
+            target[begin : begin + copy.nbytes] += room[copy.at :][: copy.nbytes] + 1
+    assert torch.equal(target.long(), torch.cat([source[at : at + size] + 1 for at, size in places]))
+
+
+def test_memory_between_two_tensors_is_not_read():
+    host, target = torch.zeros(100, dtype=torch.uint8), torch.zeros(20, dtype=torch.uint8)
+    pairs = [(host[:10], target[:10]), (host[11:21], target[10:])]
+    assert [piece.nbytes for piece in uploads._split(pairs, 4096)] == [10, 10]
+
+
+def test_ranges_of_two_files_share_no_piece():
+    target = torch.zeros(20, dtype=torch.uint8)
+    pairs = [(FileStretch(3, 0, 10, "x"), target[:10]), (FileStretch(4, 10, 10, "y"), target[10:])]
+    assert [piece.file and piece.file.fd for piece in uploads._split(pairs, 4096)] == [3, 4]
 
 
 @gpu

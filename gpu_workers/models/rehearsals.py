@@ -1,0 +1,99 @@
+"""Rehearsals: a forward of an announced model on made weights, while its client still prepares.
+
+The first forward of a process loads libraries' kernels, makes their plans of attention, connects the ranks, and shares
+memory between GPUs. That takes longer than the forward itself, and needs nobody's weights: those that are made here are
+one tensor for each shape, a fraction of the model's memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+import torch
+
+from xditd.gpu_workers.models.calls import run_parts
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
+from xditd.gpu_workers.models.entries import Bindings
+from xditd.gpu_workers.models.fast_path_check import rehearsing
+from xditd.gpu_workers.models.operations import CallOptions, Inputs
+from xditd.gpu_workers.parallel.rank_sync import agree, raise_on_all_ranks
+from xditd.ipc.facts import ArgumentFacts
+from xditd.ipc.outlines import OutlinedTensor
+from xditd.ipc.transports.tensor_views import torch_dtype
+
+logger = logging.getLogger(__name__)
+
+ROOM_BYTES: Final = 8 * 2**30
+"""Of a GPU, beyond what is announced: with less free memory nothing is rehearsed, since the client needs it soon."""
+
+
+def is_due(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
+    """Return whether a model that was built ahead is rehearsed. All ranks call this together.
+
+    It is if it is new, has a fast path that names the sizes of a usual forward, and every rank's GPU has the room.
+    """
+    if match.is_reused or match.needs_conversion or not match.model.usual_sizes:
+        return False
+    announced = sum(torch_dtype(each.dtype).itemsize * torch.Size(each.shape).numel() for each in tensors)
+    return agree(torch.cuda.mem_get_info(match.model.device)[0] >= announced + ROOM_BYTES)
+
+
+def rehearse(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes: Mapping[str, int]) -> None:
+    """Run a forward with arguments of these ``sizes``, by their names in the facts. All ranks call this together.
+
+    Afterwards the model has no weights, as before, and nothing was concluded from the result. What forwards keep for
+    further ones (memory between GPUs, connections) stays.
+
+    Raises:
+        OutOfMemory, OtherRankFailed: a rank had no room for the weights.
+    """
+    began_s = time.perf_counter()
+    model, bindings, checkpoint = match.model, Bindings(), Bindings()
+    operations = model.operations_for("transformer")
+    try:
+        with raise_on_all_ranks():
+            made = _make(tensors, match.read_names, model.device)
+            bindings |= match.bind(made)
+            checkpoint |= match.by_canonical_name(made)
+            del made
+            model.plug(bindings, "", checkpoint)
+            inputs = Inputs(
+                {
+                    each.name: _random(_sized(each, sizes), match.dtype, model.device)
+                    for each in operations.facts(match.config, model.layout).arguments
+                }
+            )
+            operations.check(model, inputs)
+        with torch.inference_mode(), rehearsing():
+            run_parts(model, operations, [inputs], CallOptions())
+    finally:
+        if model.paths is not None:
+            model.paths.drop_runs()
+        model.unplug()
+        bindings.clear()
+        checkpoint.clear()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+            torch.cuda.empty_cache()  # the client needs it
+    if model.layout.rank == 0:
+        logger.info("forward rehearsed family=%s took_s=%.2f", match.family.name, time.perf_counter() - began_s)
+
+
+def _make(tensors: Collection[OutlinedTensor], read: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
+    """Make weights; those of one shape and dtype are one tensor."""
+    by_shape = {(each.dtype, each.shape): torch.empty(0) for each in tensors if each.name in read}
+    for dtype, shape in by_shape:
+        by_shape[dtype, shape] = _random(shape, torch_dtype(dtype), device)
+    return {each.name: by_shape[each.dtype, each.shape] for each in tensors if each.name in read}
+
+
+def _sized(argument: ArgumentFacts, sizes: Mapping[str, int]) -> list[int]:
+    return [side if isinstance(side, int) else sizes[side] for side in argument.shape]
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
+    return torch.empty(tuple(shape), dtype=dtype, device=device).normal_(0.0, scale)
