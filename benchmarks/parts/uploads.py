@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_ranks(parser)
     parser.add_argument("--gib", type=float, default=8.0, help="size of the file, about")
-    parser.add_argument("--threads", type=int, nargs="+", default=[6, 10, 14, 16])
+    parser.add_argument("--threads", type=int, nargs="+", default=[6, 10, 12, 14])
     parser.add_argument("--piece-mib", type=float, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--formats", nargs="*", default=PACKED, choices=FORMATS[1:], help="of lends, beside bfloat16")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from xditd.gpu_workers.kernels.cache_folder import cache_folder
-from xditd.gpu_workers.models import rehearsals
+from xditd.gpu_workers.models import model_warm_up
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
@@ -133,19 +133,19 @@ class Components:
         return component
 
     def build_ahead(self, outline: Outline) -> None:
-        """Build the model that the :meth:`prepare` of a component will find, and rehearse it. All ranks fail together.
+        """Build the model that the :meth:`prepare` of a component will find, and warm it up. All ranks fail together.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
-            OutOfMemory: a GPU had no room for the rehearsal.
+            OutOfMemory: a GPU has no room for the weights of the warm-up.
         """
         with raise_on_all_ranks():
             if not outline.tensors:
                 outline = outline_of_class(outline)
             with self.models.building_ahead():
                 match = match_manifest(outline, self.models, self.class_models)
-        if isinstance(match, CheckpointMatch) and rehearsals.is_due(match, outline.tensors):
-            rehearsals.rehearse(match, outline.tensors, match.model.usual_sizes)
+        if isinstance(match, CheckpointMatch) and model_warm_up.is_due(match, outline.tensors):
+            model_warm_up.warm_up(match, outline.tensors, match.model.warm_up_sizes)
 
     def plug(self, component_id: str) -> Component:
         """Assign a prepared component's tensors as its model's parameters, in place of an older one of the same id."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_THREADS: Final = 16
+_MAX_THREADS: Final = 12
 _BUFFERS_PER_THREAD: Final = 2
 """One is filled while the GPU copies the other. torch keeps their memory for the next upload, at most 96 MiB."""
 _MAX_GAP_BYTES: Final = 4096
@@ -39,7 +39,7 @@ class Tuning(NamedTuple):
 
     threads: int = _MAX_THREADS
     """At most; never more than this process has cores."""
-    piece_bytes: int = 3 * 2**20
+    piece_bytes: int = 4 * 2**20
     """All buffers fit into the host's caches, so that bytes pass its memory bus once instead of three times."""
 
 
