@@ -3,9 +3,9 @@
 ``import xfuser`` imports every pipeline that it wraps, and through them most of diffusers, transformers and scipy: more
 than half of what a rank took to start. Workers use its process groups, its attention backends and its USP. So packages
 whose ``__init__`` imports what nobody asks for are deferred: their submodules can be imported without their own code.
-That of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does. A class of diffusers'
-packages of models imports the module that defines it.
-torch's compiler is one of these packages (``lazy_compiler.py``).
+The code of xfuser's packages never runs. That of scipy's runs when something asks for a name in them. Where something
+asks for a class in diffusers' packages of models, only the module that defines it is imported. torch's compiler is
+deferred, too (``lazy_compiler.py``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLASS_PACKAGES: Final = (
     "diffusers.models.transformers",
     "diffusers.models.unets",
 )
-"""Packages whose own code only imports classes. Some of these import torchvision, and with it torch's compiler."""
+"""Packages whose own code only imports classes. Modules of two classes import torchvision, and with it the compiler."""
 LAZY_PACKAGES: Final = (
     "scipy.integrate",  # of diffusers' schedulers, for the coefficients of LMS alone
     "scipy.stats",  # likewise, for beta sigmas alone
@@ -66,8 +66,10 @@ def defer_packages() -> None:
 class _ClassPackage(LazyModule):
     """A package that imports only the module of the class that is asked for.
 
-    Its own code runs for any name that it does not import from one of its modules.
+    Its own code runs if a name is asked for that it does not import from one of its modules.
     """
+
+    _module_by_name: dict[str, str] | None = None
 
     def __getattr__(self, name: str) -> Any:
         module = self._modules().get(name)
@@ -77,13 +79,11 @@ class _ClassPackage(LazyModule):
 
     def _modules(self) -> dict[str, str]:
         """Return the module of each name that the package's code imports, as its source says."""
-        found = vars(self).get("_module_by_name")
-        if found is None:
+        if self._module_by_name is None:
             tree = ast.parse(Path(str(self.__file__)).read_bytes())
             imports = [each for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.level == 1]
-            found = {name.name: each.module for each in imports if each.module for name in each.names}
-            vars(self)["_module_by_name"] = found
-        return found
+            self._module_by_name = {name.name: each.module for each in imports if each.module for name in each.names}
+        return self._module_by_name
 
 
 def run_deferred(module: ModuleType) -> None:
