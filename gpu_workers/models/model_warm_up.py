@@ -33,12 +33,16 @@ ROOM_BYTES: Final = 8 * 2**30
 def is_due(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
     """Return whether a model that was built ahead is warmed up. All ranks call this together.
 
-    It is if it is new, its fast path has sizes for a warm-up, and the GPU of every rank has enough free memory.
+    It is if its fast path has sizes for a warm-up, and if it is new on every rank and every GPU has enough free memory.
     """
+    return agree(_is_due_here(match, tensors))  # one rank alone may lack the model, because its GPU was full
+
+
+def _is_due_here(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
     if match.is_reused or match.needs_conversion or not match.model.warm_up_sizes:
         return False
     announced = sum(torch_dtype(each.dtype).itemsize * torch.Size(each.shape).numel() for each in tensors)
-    return agree(torch.cuda.mem_get_info(match.model.device)[0] >= announced + ROOM_BYTES)
+    return torch.cuda.mem_get_info(match.model.device)[0] >= announced + ROOM_BYTES
 
 
 def warm_up(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes: Mapping[str, int]) -> None:

@@ -10,7 +10,6 @@ deferred, too (``lazy_compiler.py``).
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from xditd.gpu_workers.process.class_packages import ClassPackage
 from xditd.gpu_workers.process.lazy_compiler import defer_compiler
 from xditd.gpu_workers.process.lazy_modules import LazyModule, SubmodulesOnly, defer_package
 from xditd.gpu_workers.process.lazy_names import PlaceholderModule, with_placeholders
@@ -32,7 +32,7 @@ CLASS_PACKAGES: Final = (
     "diffusers.models.transformers",
     "diffusers.models.unets",
 )
-"""Packages whose own code only imports classes. Modules of two classes import torchvision, and with it the compiler."""
+"""Packages whose own code only imports classes. Two of their modules import torchvision, and with it the compiler."""
 LAZY_PACKAGES: Final = (
     "scipy.integrate",  # of diffusers' schedulers, for the coefficients of LMS alone
     "scipy.stats",  # likewise, for beta sigmas alone
@@ -58,32 +58,9 @@ def defer_packages() -> None:
     for name in XFUSER_PACKAGES:
         defer_package(name, SubmodulesOnly)
     for name in CLASS_PACKAGES:
-        defer_package(name, _ClassPackage)
+        defer_package(name, ClassPackage)
     for name in LAZY_PACKAGES:
         defer_package(name, LazyModule)
-
-
-class _ClassPackage(LazyModule):
-    """A package that imports only the module of the class that is asked for.
-
-    Its own code runs if a name is asked for that it does not import from one of its modules.
-    """
-
-    _module_by_name: dict[str, str] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        module = self._modules().get(name)
-        if module is None:
-            return super().__getattr__(name)
-        return getattr(importlib.import_module(f"{self.__name__}.{module}"), name)
-
-    def _modules(self) -> dict[str, str]:
-        """Return the module of each name that the package's code imports, as its source says."""
-        if self._module_by_name is None:
-            tree = ast.parse(Path(str(self.__file__)).read_bytes())
-            imports = [each for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.level == 1]
-            self._module_by_name = {name.name: each.module for each in imports if each.module for name in each.names}
-        return self._module_by_name
 
 
 def run_deferred(module: ModuleType) -> None:
