@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final
+from typing import Final, TypeGuard
 
 import torch
 
@@ -30,13 +30,18 @@ ROOM_BYTES: Final = 8 * 2**30
 """Of a GPU, beyond what is announced: with less free memory nothing is rehearsed, since the client needs it soon."""
 
 
-def is_due(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
-    """Return whether a model that was built ahead is rehearsed. All ranks call this together.
+def can_rehearse(match: object) -> TypeGuard[CheckpointMatch]:
+    """Return whether a model that was built ahead can be rehearsed, the same on all ranks.
 
-    It is if it is new, has a fast path that names the sizes of a usual forward, and every rank's GPU has the room.
+    It can if it has had no weights, and has a fast path that names the sizes of a usual forward.
     """
-    if match.is_reused or match.needs_conversion or not match.model.usual_sizes:
+    if not isinstance(match, CheckpointMatch) or match.needs_conversion:
         return False
+    return bool(match.model.usual_sizes) and not match.model.had_weights
+
+
+def has_room(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
+    """Return whether every rank's GPU has room for a rehearsal. All ranks call this together."""
     announced = sum(torch_dtype(each.dtype).itemsize * torch.Size(each.shape).numel() for each in tensors)
     return agree(torch.cuda.mem_get_info(match.model.device)[0] >= announced + ROOM_BYTES)
 

@@ -31,12 +31,14 @@ from xditd.ipc.worker_messages import (
     FramesReached,
     IoDigested,
     MemoryCounted,
+    ModelBuilt,
     Plug,
     Plugged,
     Prepare,
     Prepared,
     RankFailed,
     RankReady,
+    RehearseModel,
     Run,
     Shutdown,
     StepReached,
@@ -134,7 +136,12 @@ class CommandLoop:
         if isinstance(command, Prepare):
             channel.send(Prepared(**common, **executor.prepare(command)._asdict()))
         elif isinstance(command, BuildModel):
-            timings_ms = executor.build_model(command.outline)
+            timings_ms, has_rehearsal = executor.build_model(command.outline)
+            channel.send(
+                ModelBuilt(**common, timings_ms=timings_ms, tally=executor.tally(), has_rehearsal=has_rehearsal)
+            )
+        elif isinstance(command, RehearseModel):
+            timings_ms = executor.rehearse_model(command.outline)
             channel.send(Done(**common, timings_ms=timings_ms, tally=executor.tally()))
         elif isinstance(command, Plug):
             timings_ms = executor.plug(command.component_id)

@@ -13,6 +13,7 @@ import torch
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.outlines import outline_of
+from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
@@ -133,8 +134,21 @@ def test_weights_that_have_no_room_leave_nothing_plugged(
     assert cache.match(describe(state)).model.owner is None
 
 
+def test_models_that_have_had_weights_are_not_rehearsed(
+    rehearsals: Any,
+    rehearse: Any,
+    cache: ModelCache,
+    describe: Describer,
+    state: State,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CachedModel, "usual_sizes", SIZES)
+    assert rehearsals.can_rehearse(cache.match(describe(state)))
+    rehearse()
+    assert not rehearsals.can_rehearse(cache.match(describe(state)))
+
+
 def test_models_without_a_fast_path_that_names_sizes_are_not_rehearsed(
     rehearsals: Any, cache: ModelCache, describe: Describer, state: State
 ) -> None:
-    match = cache.match(describe(state))
-    assert not rehearsals.is_due(match, outline_of(state).tensors)
+    assert not rehearsals.can_rehearse(cache.match(describe(state)))
