@@ -77,7 +77,7 @@ class BuildModel(Command, tag="build_model", frozen=True, kw_only=True):
     outline: Outline
 
 
-class RehearseModel(Command, tag="rehearse_model", frozen=True, kw_only=True):
+class WarmUpModel(Command, tag="warm_up_model", frozen=True, kw_only=True):
     """Run a forward of a model that was built, on made weights, unless it has had weights. Answered by ``Done``."""
 
     outline: Outline
@@ -144,7 +144,7 @@ class Shutdown(Command, tag="shutdown", frozen=True, kw_only=True):
 
 AnyCommand = (
     BuildModel
-    | RehearseModel
+    | WarmUpModel
     | Prepare
     | Plug
     | CopyComponent
@@ -239,11 +239,11 @@ class Done(Answer, tag="done", frozen=True, kw_only=True):
 
 
 class ModelBuilt(Answer, tag="model_built", frozen=True, kw_only=True):
-    """``has_rehearsal``: the first forward of this model takes much longer than later ones, and can be rehearsed."""
+    """``has_warm_up``: the first forward of this model takes much longer than later ones, and can be warmed up."""
 
     timings_ms: TimingsMs
     tally: RankTally
-    has_rehearsal: bool = False
+    has_warm_up: bool = False
 
 
 class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):

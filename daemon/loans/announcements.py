@@ -1,6 +1,6 @@
 """Announced components: workers build their models while they have nothing else to do, before the bytes are lent.
 
-A model whose first forward takes much longer than later ones is rehearsed once no lend has come for a while.
+A model whose first forward takes much longer than later ones is warmed up once no lend has come for a while.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from xditd.daemon.queue.commands import Script, Task, expect
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import XditdError
 from xditd.ipc.outlines import Outline
-from xditd.ipc.worker_messages import BuildModel, Done, ModelBuilt, RehearseModel
+from xditd.ipc.worker_messages import BuildModel, Done, ModelBuilt, WarmUpModel
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 8
 """Announcements that wait, of all clients; a further one replaces the oldest. A pipeline has about five models."""
 QUIET_S: Final = 0.5
-"""From a built model to its rehearsal, for which a lend that comes meanwhile would wait longer than it gains."""
+"""From a built model to its warm-up, for which a lend that comes meanwhile would wait longer than it gains."""
 
 
 class _Announcement(NamedTuple):
@@ -39,7 +39,7 @@ class Announcements:
         self._call_later = call_later
         self._waiting: list[_Announcement] = []
         self._built: list[_Announcement] = []
-        """Those whose models can be rehearsed."""
+        """Those whose models can be warmed up."""
         self._quiet: list[_Announcement] = []
         """Of these, those for which :data:`QUIET_S` have passed."""
 
@@ -60,19 +60,19 @@ class Announcements:
     def take(self) -> Task[Any] | None:
         """Return the task of the oldest announcement, which then waits no more; ``None`` if there is none.
 
-        Models are built before others are rehearsed.
+        Models are built before others are warmed up.
         """
         if self._waiting:
             announcement = self._waiting.pop(0)
             outline, what = announcement.outline, "model not built ahead"
             return Task(_build(outline), partial(self._note_built, announcement), partial(_log_failed, outline, what))
         if self._quiet:
-            outline, what = self._quiet.pop(0).outline, "model not rehearsed"
-            return Task(_rehearse(outline), lambda _: None, partial(_log_failed, outline, what))
+            outline, what = self._quiet.pop(0).outline, "model not warmed up"
+            return Task(_warm_up(outline), lambda _: None, partial(_log_failed, outline, what))
         return None
 
-    def _note_built(self, announcement: _Announcement, has_rehearsal: bool) -> None:
-        if has_rehearsal:
+    def _note_built(self, announcement: _Announcement, has_warm_up: bool) -> None:
+        if has_warm_up:
             self._built = [*self._built, announcement][-MAX_WAITING:]
             self._call_later(QUIET_S, partial(self._note_quiet, announcement))
 
@@ -86,11 +86,11 @@ def _build(outline: Outline) -> Script[bool]:
     answers = expect((yield lambda number: BuildModel(op_number=number, outline=outline)), ModelBuilt)
     slowest_ms = max(answer.timings_ms.get("build", 0.0) for answer in answers)
     logger.info("model built ahead of its lend label=%s build_ms=%.1f", outline.label, slowest_ms)
-    return all(answer.has_rehearsal for answer in answers)
+    return all(answer.has_warm_up for answer in answers)
 
 
-def _rehearse(outline: Outline) -> Script[None]:
-    expect((yield lambda number: RehearseModel(op_number=number, outline=outline)), Done)
+def _warm_up(outline: Outline) -> Script[None]:
+    expect((yield lambda number: WarmUpModel(op_number=number, outline=outline)), Done)
 
 
 def _log_failed(outline: Outline, what: str, error: XditdError) -> None:

@@ -141,9 +141,9 @@ class CachedModel:
         return None if self._fast is None else self._fast.paths
 
     @property
-    def usual_sizes(self) -> Mapping[str, int]:
-        """The sizes of a forward that is worth a rehearsal: those of the fast path, or none."""
-        return {} if self._fast is None else self._fast.usual_sizes
+    def warm_up_sizes(self) -> Mapping[str, int]:
+        """The sizes of the forward that warms up the fast path; empty if there is none."""
+        return {} if self._fast is None else self._fast.warm_up_sizes
 
     def reserve(self) -> int:
         """Allocate the memory that a plug needs besides the lent tensors, so that it cannot fail; return its bytes."""

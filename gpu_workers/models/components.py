@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from xditd.gpu_workers.kernels.cache_folder import cache_folder
-from xditd.gpu_workers.models import rehearsals
+from xditd.gpu_workers.models import model_warm_up
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.component import Component
@@ -132,27 +132,27 @@ class Components:
         return component
 
     def build_ahead(self, outline: Outline) -> bool:
-        """Build the model that the :meth:`prepare` of a component will find; return whether it can be rehearsed.
+        """Build the model that the :meth:`prepare` of a component will find; return whether it can be warmed up.
 
         All ranks fail together.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
         """
-        return rehearsals.can_rehearse(self._match_ahead(outline))
+        return model_warm_up.can_warm_up(self._match_ahead(outline))
 
-    def rehearse(self, outline: Outline) -> None:
-        """Rehearse a model that was built ahead, unless it is lent or has had weights. All ranks fail together.
+    def warm_up(self, outline: Outline) -> None:
+        """Warm up a model that was built ahead, unless it is lent or has had weights. All ranks fail together.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
-            OutOfMemory: a GPU had no room for it.
+            OutOfMemory: a GPU has no room for the weights of the warm-up.
         """
         match = self._match_ahead(outline)
-        if id(match.model) in self._lent_models() or not rehearsals.can_rehearse(match):
+        if id(match.model) in self._lent_models() or not model_warm_up.can_warm_up(match):
             return
-        if rehearsals.has_room(match, outline.tensors):
-            rehearsals.rehearse(match, outline.tensors, match.model.usual_sizes)
+        if model_warm_up.has_room(match, outline.tensors):
+            model_warm_up.warm_up(match, outline.tensors, match.model.warm_up_sizes)
 
     def _match_ahead(self, outline: Outline) -> LoadedMatch:
         with raise_on_all_ranks():

@@ -19,18 +19,18 @@ from xditd.ipc.status import FusedCheck
 
 logger = logging.getLogger(__name__)
 
-_is_rehearsal = False
+_is_warm_up = False
 
 
 @contextmanager
-def rehearsing() -> Iterator[None]:
-    """Let checks run both paths within, and conclude nothing: the weights are no client's."""
-    global _is_rehearsal
-    _is_rehearsal = True
+def warming_up() -> Iterator[None]:
+    """Within, checks run both paths and do not compare the results: the weights are random."""
+    global _is_warm_up
+    _is_warm_up = True
     try:
         yield
     finally:
-        _is_rehearsal = False
+        _is_warm_up = False
 
 
 class FastPathCheck:
@@ -58,7 +58,7 @@ class FastPathCheck:
             return plain()
         if case in self._passed:
             return fast()
-        if _is_rehearsal:
+        if _is_warm_up:
             fast()
             return plain()
         clock = Clock()

@@ -377,8 +377,8 @@ class FastPath(Protocol):
     takes_loras: bool
     """Whether its forward has the branches of :meth:`branch_slots`; else the module's own runs with LoRAs."""
 
-    usual_sizes: Mapping[str, int]
-    """The sizes of a usual forward, by their names in the facts, if its first one takes much longer than later ones."""
+    warm_up_sizes: Mapping[str, int]
+    """The sizes of the forward that warms up an announced model, by their names in the facts; empty for no warm-up."""
 
     def branch_slots(self, by_layer: Mapping[str, Sequence[Branch]]) -> list[tuple[Branches, tuple[Branch, ...]]]:
         """Return the places of a LoRA's branches in this forward, from those of the module's layers."""

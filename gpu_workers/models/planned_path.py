@@ -44,7 +44,7 @@ class PlannedPath:
 
     takes_loras: Final = True
     """They are in the module's own layers."""
-    usual_sizes: Final[Mapping[str, int]] = {}
+    warm_up_sizes: Final[Mapping[str, int]] = {}
 
     def __init__(self, module: torch.nn.Module, class_name: str, layout: ParallelLayout) -> None:
         plan = find_plan(class_name)

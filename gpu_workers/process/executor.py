@@ -81,9 +81,9 @@ class Executor(Protocol):
         """Do all parts of a lend that may fail. Running components are not changed."""
 
     def build_model(self, outline: Outline) -> tuple[TimingsMs, bool]:
-        """Build the model of a component that will be lent, without weights; return whether it can be rehearsed."""
+        """Build the model of a component that will be lent, without weights; return whether it can be warmed up."""
 
-    def rehearse_model(self, outline: Outline) -> TimingsMs:
+    def warm_up_model(self, outline: Outline) -> TimingsMs:
         """Run a forward of a model that was built, on made weights, unless it has had weights."""
 
     def plug(self, component_id: str) -> TimingsMs:

@@ -112,13 +112,13 @@ class TorchExecutor:
     def build_model(self, outline: Outline) -> tuple[TimingsMs, bool]:
         began_s = time.perf_counter()
         self._imports.finish_for_lend()
-        has_rehearsal = self._components.build_ahead(outline)
-        return {"build": (time.perf_counter() - began_s) * 1e3}, has_rehearsal
+        has_warm_up = self._components.build_ahead(outline)
+        return {"build": (time.perf_counter() - began_s) * 1e3}, has_warm_up
 
-    def rehearse_model(self, outline: Outline) -> TimingsMs:
+    def warm_up_model(self, outline: Outline) -> TimingsMs:
         began_s = time.perf_counter()
-        self._components.rehearse(outline)
-        return {"rehearsal": (time.perf_counter() - began_s) * 1e3}
+        self._components.warm_up(outline)
+        return {"warm_up": (time.perf_counter() - began_s) * 1e3}
 
     def plug(self, component_id: str) -> TimingsMs:
         return self._components.plug(component_id).timings_ms

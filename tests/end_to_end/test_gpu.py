@@ -66,17 +66,17 @@ def test_torchs_own_memory_is_lent_as_it_is(client, state, make_inputs, run):
     arena.close()
 
 
-def test_an_announced_model_is_rehearsed_and_the_first_job_checks_the_clients_weights(
+def test_an_announced_model_is_warmed_up_and_the_first_job_checks_the_clients_weights(
     start_daemon, state, make_inputs, run
 ):
-    """All GPUs take part: the rehearsal exchanges tokens as a job does."""
+    """All GPUs take part: the warm-up exchanges tokens as a job does."""
     started = start_daemon(min(2, torch.cuda.device_count()), "cuda")
     arena = Arena.copy_of(state, "cuda")
     try:
         started.wait_ready()
         with started.connect() as client:
             client.prepare({name: torch.empty_like(each, device="meta") for name, each in state.items()})
-            until(lambda: "forward rehearsed family=flux1" in started.log_text() or None, "a rehearsal", started.log)
+            until(lambda: "model warmed up family=flux1" in started.log_text() or None, "a warm-up", started.log)
             assert client.status().fused_checks == ()
             free = free_bytes()
             with client.lend(arena.tensors) as loan:

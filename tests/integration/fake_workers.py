@@ -51,7 +51,7 @@ from xditd.ipc.worker_messages import (
 )
 
 REFUSED_LABEL = "refused-by-the-last-rank"
-REHEARSED_LABEL = "has-a-rehearsal"
+WARM_LABEL = "has-a-warm-up"
 STUCK_LABEL = "cannot-be-unmapped"
 DEADLY_LABEL = "deadly"
 """Component labels that cause a fault."""
@@ -157,11 +157,11 @@ class FakeExecutor:
             raise BadCheckpoint("no such model")
         self.built.append(outline.label)
         time.sleep(self.options.step_s)
-        return {"build": 1.0}, outline.label == REHEARSED_LABEL
+        return {"build": 1.0}, outline.label == WARM_LABEL
 
-    def rehearse_model(self, outline: Outline) -> dict[str, float]:
-        print(f"rehearsed {outline.label}", file=sys.stderr, flush=True)
-        return {"rehearsal": 1.0}
+    def warm_up_model(self, outline: Outline) -> dict[str, float]:
+        print(f"warmed up {outline.label}", file=sys.stderr, flush=True)
+        return {"warm_up": 1.0}
 
     def take_memory(self) -> MemoryParts | None:
         counted, self.counted = self.counted, None

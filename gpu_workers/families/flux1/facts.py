@@ -21,8 +21,8 @@ FLOAT32_TIME: Final = "float32_time"
 """ComfyUI's variant: see :mod:`~xditd.gpu_workers.families.flux1.timesteps`."""
 
 VARIANTS: Final = ("class", FLOAT32_TIME)
-USUAL_SIZES: Final = {"rows": 1, "text_tokens": 512, "image_tokens": 4096}
-"""Those of an image of 1024x1024 pixels, as the pipeline makes it by default."""
+WARM_UP_SIZES: Final = {"rows": 1, "text_tokens": 512, "image_tokens": 4096}
+"""Those of an image of 1024x1024 pixels, the default of the pipeline."""
 LATENTS: Final = LatentFacts(
     channels=LATENT_CHANNELS,
     pixels=PIXELS_PER_LATENT,

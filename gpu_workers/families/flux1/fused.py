@@ -28,7 +28,7 @@ from xditd.gpu_workers.families.flux1.block_weights import (
 )
 from xditd.gpu_workers.families.flux1.checked_products import CheckedProducts, label_of
 from xditd.gpu_workers.families.flux1.control_residuals import ControlledBlocks, by_block
-from xditd.gpu_workers.families.flux1.facts import USUAL_SIZES
+from xditd.gpu_workers.families.flux1.facts import WARM_UP_SIZES
 from xditd.gpu_workers.families.flux1.fused_loras import ActiveLoras, FusedLoras, key_of
 from xditd.gpu_workers.families.flux1.modulations import Matrices, Modulator, Times
 from xditd.gpu_workers.families.flux1.rotations import Angles, Rotations
@@ -87,7 +87,7 @@ class FusedFlux1:
         else:
             products = SixteenBit()
         self._usual = self._current = CheckedProducts.of(products, module)
-        self.usual_sizes = {} if layout.precision == EIGHT else USUAL_SIZES  # else all weights are made in eight bits
+        self.warm_up_sizes = {} if layout.precision == EIGHT else WARM_UP_SIZES  # eight bits need a copy of all weights
         self._attend_with = attention.function(attention_backend)
         self._exchange = Exchange(layout, get_sp_group().cpu_group) if layout.degrees.sequence > 1 else None
         self._checkpoint: Weights = {}

@@ -11,7 +11,7 @@ import pytest
 from xditd.daemon.loans.announcements import MAX_WAITING, QUIET_S, Announcements
 from xditd.ipc.errors import BadCheckpoint, OutOfMemory
 from xditd.ipc.outlines import Outline, OutlinedTensor
-from xditd.ipc.worker_messages import BuildModel, Done, ModelBuilt, RankTally, RehearseModel
+from xditd.ipc.worker_messages import BuildModel, Done, ModelBuilt, RankTally, WarmUpModel
 
 ONE: Any = object()
 OTHER: Any = object()
@@ -45,12 +45,12 @@ def labels(announcements: Announcements) -> list[str]:
     return found
 
 
-def run(task: Any, *, has_rehearsal: bool = False) -> Any:
+def run(task: Any, *, has_warm_up: bool = False) -> Any:
     """Answer a task's command; return the command."""
     command = next(task.script)(3)
     common: dict[str, Any] = {"group_token": "token123", "rank": 0, "op_number": 3, "tally": RankTally()}
     if isinstance(command, BuildModel):
-        answer: Any = ModelBuilt(**common, timings_ms={"build": 5.0}, has_rehearsal=has_rehearsal)
+        answer: Any = ModelBuilt(**common, timings_ms={"build": 5.0}, has_warm_up=has_warm_up)
     else:
         answer = Done(**common, timings_ms={})
     with pytest.raises(StopIteration) as end:
@@ -82,10 +82,10 @@ def test_those_of_an_ended_session_are_dropped(announcements: Announcements) -> 
     assert labels(announcements) == ["b"]
 
 
-def test_a_model_is_rehearsed_once_nothing_was_asked_for_a_while(announcements: Announcements, later: Later) -> None:
+def test_a_model_is_warm_upd_once_nothing_was_asked_for_a_while(announcements: Announcements, later: Later) -> None:
     for label in ("a", "b", "c"):
         announcements.add(ONE, outline(label))
-        run(announcements.take(), has_rehearsal=label != "b")
+        run(announcements.take(), has_warm_up=label != "b")
     assert announcements.take() is None
     assert [seconds for seconds, _ in later] == [QUIET_S] * 2
     for _, call in later:
@@ -94,16 +94,16 @@ def test_a_model_is_rehearsed_once_nothing_was_asked_for_a_while(announcements: 
     commands = [run(announcements.take()) for _ in range(3)]
     assert [(type(each), each.outline.label) for each in commands] == [
         (BuildModel, "d"),
-        (RehearseModel, "a"),
-        (RehearseModel, "c"),
+        (WarmUpModel, "a"),
+        (WarmUpModel, "c"),
     ]
     assert announcements.take() is None
 
 
-def test_no_model_is_rehearsed_for_an_ended_session(announcements: Announcements, later: Later) -> None:
+def test_no_model_is_warm_upd_for_an_ended_session(announcements: Announcements, later: Later) -> None:
     for label in ("a", "b"):
         announcements.add(ONE, outline(label))
-        run(announcements.take(), has_rehearsal=True)
+        run(announcements.take(), has_warm_up=True)
     later[0][1]()
     announcements.forget(ONE)
     later[1][1]()
@@ -117,12 +117,12 @@ def test_it_ends_with_the_answers_and_a_refusal_is_logged(
     announcements.add(ONE, outline("a"))
     task = announcements.take()
     assert task is not None
-    run(task, has_rehearsal=True)
+    run(task, has_warm_up=True)
     assert "build_ms=5.0" in caplog.text
     task.on_failed(BadCheckpoint("nothing fits"))
     assert "model not built ahead label=a code=bad_checkpoint: nothing fits" in caplog.text
     later[0][1]()
-    rehearsal = announcements.take()
-    assert rehearsal is not None
-    rehearsal.on_failed(OutOfMemory("no room"))
-    assert "model not rehearsed label=a code=out_of_memory: no room" in caplog.text
+    task = announcements.take()
+    assert task is not None
+    task.on_failed(OutOfMemory("no room"))
+    assert "model not warmed up label=a code=out_of_memory: no room" in caplog.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xditd.gpu_workers.models.fast_path_check import FastPathCheck, rehearsing
+from xditd.gpu_workers.models.fast_path_check import FastPathCheck, warming_up
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
 
 pytestmark = pytest.mark.usefixtures("layout")  # verdicts are agreed on in the process group
@@ -48,9 +48,9 @@ def test_a_wrong_result_is_never_given(layout: ParallelLayout, wrong: torch.Tens
 
 
 @pytest.mark.parametrize("result", [RIGHT.clone(), torch.zeros(8)], ids=["right", "wrong"])
-def test_a_rehearsal_runs_both_paths_and_concludes_nothing(layout: ParallelLayout, result: torch.Tensor) -> None:
+def test_a_warm_up_runs_both_paths_and_compares_nothing(layout: ParallelLayout, result: torch.Tensor) -> None:
     check, fast, plain = FastPathCheck("path", TOLERANCE), Path(result), Path(RIGHT)
-    with rehearsing():
+    with warming_up():
         assert check.run("a", fast, plain) is RIGHT
     assert (fast.calls, plain.calls) == (1, 1)
     assert (check.is_refused, check.take_checks()) == (False, ())

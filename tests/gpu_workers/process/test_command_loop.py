@@ -40,9 +40,9 @@ from xditd.ipc.worker_messages import (
     RankFailed,
     RankReady,
     RankTally,
-    RehearseModel,
     Shutdown,
     Unmap,
+    WarmUpModel,
 )
 
 TOKEN = "token-of-a-group"
@@ -90,9 +90,9 @@ class RecordingExecutor:
         self._record("build", outline.label)
         return {"build": 3.0}, True
 
-    def rehearse_model(self, outline: Outline) -> dict[str, float]:
-        self._record("rehearse", outline.label)
-        return {"rehearsal": 4.0}
+    def warm_up_model(self, outline: Outline) -> dict[str, float]:
+        self._record("warm_up", outline.label)
+        return {"warm_up": 4.0}
 
     def plug(self, component_id: str) -> dict[str, float]:
         self._record("plug", component_id)
@@ -182,10 +182,10 @@ def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor
     outline = Outline(label="x", tensors=(OutlinedTensor("a", "bfloat16", (2,)),))
     built = loop.ask(BuildModel(op_number=7, outline=outline))
     assert isinstance(built, ModelBuilt)
-    assert (built.timings_ms, built.has_rehearsal) == ({"build": 3.0}, True)
-    rehearsed = loop.ask(RehearseModel(op_number=8, outline=outline))
-    assert isinstance(rehearsed, Done)
-    assert rehearsed.timings_ms == {"rehearsal": 4.0}
+    assert (built.timings_ms, built.has_warm_up) == ({"build": 3.0}, True)
+    warmed = loop.ask(WarmUpModel(op_number=8, outline=outline))
+    assert isinstance(warmed, Done)
+    assert warmed.timings_ms == {"warm_up": 4.0}
     kept = loop.ask(CopyComponent(op_number=2, component_id="c1"))
     assert isinstance(kept, ComponentCopied)
     assert kept.copied == CopiedBytes(host_to_host=7)
@@ -195,7 +195,7 @@ def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor
     assert asked == [
         ("plug", "c1"),
         ("build", "x"),
-        ("rehearse", "x"),
+        ("warm_up", "x"),
         ("keep", "c1"),
         ("unmap", "c1"),
         ("forget", CLIENT),

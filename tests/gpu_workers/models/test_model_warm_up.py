@@ -1,4 +1,4 @@
-"""Rehearsals of announced models: nothing of them is left, in memory, in checks or in results."""
+"""Warm-ups of announced models: nothing of them is left, in memory, in checks or in results."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SIZES = {"rows": 1, "text_tokens": 6, "image_tokens": 16}
 
 
 @pytest.fixture
-def rehearsals(layout: ParallelLayout) -> ModuleType:
-    from xditd.gpu_workers.models import rehearsals  # imports xfuser, which works only once it has started
+def model_warm_up(layout: ParallelLayout) -> ModuleType:
+    from xditd.gpu_workers.models import model_warm_up  # imports xfuser, which works only once it has started
 
-    return rehearsals
+    return model_warm_up
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def state() -> State:
 
 
 @pytest.fixture
-def rehearse(rehearsals: ModuleType, cache: ModelCache, describe: Describer, state: State) -> Callable[[], None]:
-    return lambda: rehearsals.rehearse(cache.match(describe(state)), outline_of(state).tensors, SIZES)
+def warm_up(model_warm_up: ModuleType, cache: ModelCache, describe: Describer, state: State) -> Callable[[], None]:
+    return lambda: model_warm_up.warm_up(cache.match(describe(state)), outline_of(state).tensors, SIZES)
 
 
 def test_afterwards_the_model_is_as_it_was(
-    rehearsals: Any,
-    rehearse: Any,
+    model_warm_up: Any,
+    warm_up: Any,
     cache: ModelCache,
     describe: Describer,
     state: State,
@@ -53,7 +53,7 @@ def test_afterwards_the_model_is_as_it_was(
 
     made: list[weakref.ref[torch.UntypedStorage]] = []
     forwards: list[torch.Tensor] = []
-    make, run = rehearsals._random, rehearsals.run_parts
+    make, run = model_warm_up._random, model_warm_up.run_parts
 
     def note_made(*given: object) -> torch.Tensor:
         tensor = make(*given)  # type: ignore[arg-type]
@@ -65,9 +65,9 @@ def test_afterwards_the_model_is_as_it_was(
         forwards.append(torch.stack(list(rows)))
         return [rows]
 
-    monkeypatch.setattr(rehearsals, "_random", note_made)
-    monkeypatch.setattr(rehearsals, "run_parts", note_forward)
-    rehearse()
+    monkeypatch.setattr(model_warm_up, "_random", note_made)
+    monkeypatch.setattr(model_warm_up, "run_parts", note_forward)
+    warm_up()
     match = cache.match(describe(state))
     assert match.is_reused
     assert match.model.owner is None
@@ -98,8 +98,8 @@ def test_afterwards_the_model_is_as_it_was(
 
 @pytest.mark.parametrize("error", [BadRequest("a size that does not fit"), OutOfMemory("no room")], ids=str)
 def test_one_that_fails_leaves_nothing_plugged(
-    rehearsals: Any,
-    rehearse: Any,
+    model_warm_up: Any,
+    warm_up: Any,
     cache: ModelCache,
     describe: Describer,
     state: State,
@@ -109,17 +109,17 @@ def test_one_that_fails_leaves_nothing_plugged(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(rehearsals, "run_parts", fail)
+    monkeypatch.setattr(model_warm_up, "run_parts", fail)
     with pytest.raises(type(error)):
-        rehearse()
+        warm_up()
     model = cache.match(describe(state)).model
     assert model.owner is None
     assert all(parameter.is_meta for parameter in model.module.parameters())
 
 
 def test_weights_that_have_no_room_leave_nothing_plugged(
-    rehearsals: Any,
-    rehearse: Any,
+    model_warm_up: Any,
+    warm_up: Any,
     cache: ModelCache,
     describe: Describer,
     state: State,
@@ -128,27 +128,27 @@ def test_weights_that_have_no_room_leave_nothing_plugged(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(rehearsals, "_random", fail)
+    monkeypatch.setattr(model_warm_up, "_random", fail)
     with pytest.raises(OutOfMemory, match="the GPU has no room"):
-        rehearse()
+        warm_up()
     assert cache.match(describe(state)).model.owner is None
 
 
-def test_models_that_have_had_weights_are_not_rehearsed(
-    rehearsals: Any,
-    rehearse: Any,
+def test_models_that_have_had_weights_are_not_warmed_up(
+    model_warm_up: Any,
+    warm_up: Any,
     cache: ModelCache,
     describe: Describer,
     state: State,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(CachedModel, "usual_sizes", SIZES)
-    assert rehearsals.can_rehearse(cache.match(describe(state)))
-    rehearse()
-    assert not rehearsals.can_rehearse(cache.match(describe(state)))
+    monkeypatch.setattr(CachedModel, "warm_up_sizes", SIZES)
+    assert model_warm_up.can_warm_up(cache.match(describe(state)))
+    warm_up()
+    assert not model_warm_up.can_warm_up(cache.match(describe(state)))
 
 
-def test_models_without_a_fast_path_that_names_sizes_are_not_rehearsed(
-    rehearsals: Any, cache: ModelCache, describe: Describer, state: State
+def test_models_without_a_fast_path_that_names_sizes_are_not_warmed_up(
+    model_warm_up: Any, cache: ModelCache, describe: Describer, state: State
 ) -> None:
-    assert not rehearsals.can_rehearse(cache.match(describe(state)))
+    assert not model_warm_up.can_warm_up(cache.match(describe(state)))

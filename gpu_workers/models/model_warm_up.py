@@ -1,8 +1,8 @@
-"""Rehearsals: a forward of an announced model on made weights, while its client still prepares.
+"""Warm up an announced model: run one forward on random weights before its client lends it.
 
-The first forward of a process loads libraries' kernels, makes their plans of attention, connects the ranks, and shares
-memory between GPUs. That takes longer than the forward itself, and needs nobody's weights: those that are made here are
-one tensor for each shape, a fraction of the model's memory.
+The first forward of a process loads kernels of libraries, plans attention, connects the ranks, and shares memory
+between GPUs. That takes longer than the forward itself, and does not need the client's weights. Weights of the same
+shape and dtype are one tensor, so that all of them take a fraction of the model's memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import Bindings
-from xditd.gpu_workers.models.fast_path_check import rehearsing
+from xditd.gpu_workers.models.fast_path_check import warming_up
 from xditd.gpu_workers.models.operations import CallOptions, Inputs
 from xditd.gpu_workers.parallel.rank_sync import agree, raise_on_all_ranks
 from xditd.ipc.facts import ArgumentFacts
@@ -27,33 +27,33 @@ from xditd.ipc.transports.tensor_views import torch_dtype
 logger = logging.getLogger(__name__)
 
 ROOM_BYTES: Final = 8 * 2**30
-"""Of a GPU, beyond what is announced: with less free memory nothing is rehearsed, since the client needs it soon."""
+"""Free memory of a GPU, beyond the announced weights, without which no model is warmed up: the client needs it soon."""
 
 
-def can_rehearse(match: object) -> TypeGuard[CheckpointMatch]:
-    """Return whether a model that was built ahead can be rehearsed, the same on all ranks.
+def can_warm_up(match: object) -> TypeGuard[CheckpointMatch]:
+    """Return whether a model that was built ahead can be warmed up, the same on all ranks.
 
-    It can if it has had no weights, and has a fast path that names the sizes of a usual forward.
+    It can if it has had no weights, and has a fast path with sizes for a warm-up.
     """
     if not isinstance(match, CheckpointMatch) or match.needs_conversion:
         return False
-    return bool(match.model.usual_sizes) and not match.model.had_weights
+    return bool(match.model.warm_up_sizes) and not match.model.had_weights
 
 
 def has_room(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
-    """Return whether every rank's GPU has room for a rehearsal. All ranks call this together."""
+    """Return whether every rank's GPU has room for a warm-up. All ranks call this together."""
     announced = sum(torch_dtype(each.dtype).itemsize * torch.Size(each.shape).numel() for each in tensors)
     return agree(torch.cuda.mem_get_info(match.model.device)[0] >= announced + ROOM_BYTES)
 
 
-def rehearse(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes: Mapping[str, int]) -> None:
+def warm_up(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes: Mapping[str, int]) -> None:
     """Run a forward with arguments of these ``sizes``, by their names in the facts. All ranks call this together.
 
-    Afterwards the model has no weights, as before, and nothing was concluded from the result. What forwards keep for
-    further ones (memory between GPUs, connections) stays.
+    Afterwards the model has no weights, as before. The result is dropped, and the fast path check does not use it. What
+    forwards keep for later ones (connections, memory between GPUs) stays.
 
     Raises:
-        OutOfMemory, OtherRankFailed: a rank had no room for the weights.
+        OutOfMemory, OtherRankFailed: a rank has no room for the weights.
     """
     began_s = time.perf_counter()
     model, bindings, checkpoint = match.model, Bindings(), Bindings()
@@ -72,7 +72,7 @@ def rehearse(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes:
                 }
             )
             operations.check(model, inputs)
-        with torch.inference_mode(), rehearsing():
+        with torch.inference_mode(), warming_up():
             run_parts(model, operations, [inputs], CallOptions())
     finally:
         if model.paths is not None:
@@ -84,15 +84,17 @@ def rehearse(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes:
             torch.cuda.synchronize(model.device)
             torch.cuda.empty_cache()  # the client needs it
     if model.layout.rank == 0:
-        logger.info("forward rehearsed family=%s took_s=%.2f", match.family.name, time.perf_counter() - began_s)
+        logger.info("model warmed up family=%s took_s=%.2f", match.family.name, time.perf_counter() - began_s)
 
 
 def _make(tensors: Collection[OutlinedTensor], read: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
-    """Make weights; those of one shape and dtype are one tensor."""
-    by_shape = {(each.dtype, each.shape): torch.empty(0) for each in tensors if each.name in read}
-    for dtype, shape in by_shape:
-        by_shape[dtype, shape] = _random(shape, torch_dtype(dtype), device)
-    return {each.name: by_shape[each.dtype, each.shape] for each in tensors if each.name in read}
+    """Make random weights by name; those of one shape and dtype are one tensor."""
+    needed = [each for each in tensors if each.name in read]
+    by_shape = {
+        (dtype, shape): _random(shape, torch_dtype(dtype), device)
+        for dtype, shape in dict.fromkeys((each.dtype, each.shape) for each in needed)
+    }
+    return {each.name: by_shape[each.dtype, each.shape] for each in needed}
 
 
 def _sized(argument: ArgumentFacts, sizes: Mapping[str, int]) -> list[int]:
@@ -100,5 +102,6 @@ def _sized(argument: ArgumentFacts, sizes: Mapping[str, int]) -> list[int]:
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return normal random numbers, scaled so that the values of a forward stay finite."""
     scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
     return torch.empty(tuple(shape), dtype=dtype, device=device).normal_(0.0, scale)
