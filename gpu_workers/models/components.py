@@ -10,6 +10,7 @@ import torch
 
 from xditd.gpu_workers.kernels.cache_folder import cache_folder
 from xditd.gpu_workers.models import model_warm_up
+from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.class_models import ClassModels
 from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.component import Component
@@ -139,7 +140,8 @@ class Components:
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
         """
-        return model_warm_up.can_warm_up(self._match_ahead(outline))
+        match = self._match_ahead(outline)
+        return isinstance(match, CheckpointMatch) and model_warm_up.can_warm_up(match)
 
     def warm_up(self, outline: Outline) -> None:
         """Warm up a model that was built ahead, unless it is lent or has had weights. All ranks fail together.
@@ -149,9 +151,8 @@ class Components:
             OutOfMemory: a GPU has no room for the weights of the warm-up.
         """
         match = self._match_ahead(outline)
-        if id(match.model) in self._lent_models() or not model_warm_up.can_warm_up(match):
-            return
-        if model_warm_up.has_room(match, outline.tensors):
+        is_lent = id(match.model) in self._lent_models()
+        if isinstance(match, CheckpointMatch) and model_warm_up.is_due(match, outline.tensors, is_lent=is_lent):
             model_warm_up.warm_up(match, outline.tensors, match.model.warm_up_sizes)
 
     def _match_ahead(self, outline: Outline) -> LoadedMatch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final, TypeGuard
+from typing import Final
 
 import torch
 
@@ -30,20 +30,26 @@ ROOM_BYTES: Final = 8 * 2**30
 """Free memory of a GPU, beyond the announced weights, without which no model is warmed up: the client needs it soon."""
 
 
-def can_warm_up(match: object) -> TypeGuard[CheckpointMatch]:
-    """Return whether a model that was built ahead can be warmed up, the same on all ranks.
+def can_warm_up(match: CheckpointMatch) -> bool:
+    """Return whether a model that was built ahead can be warmed up on this rank.
 
-    It can if it has had no weights, and has a fast path with sizes for a warm-up.
+    It can if it has had no weights, and its fast path has sizes for a warm-up.
     """
-    if not isinstance(match, CheckpointMatch) or match.needs_conversion:
-        return False
-    return bool(match.model.warm_up_sizes) and not match.model.had_weights
+    return bool(match.model.warm_up_sizes) and not (match.needs_conversion or match.model.had_weights)
 
 
-def has_room(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
-    """Return whether every rank's GPU has room for a warm-up. All ranks call this together."""
+def is_due(match: CheckpointMatch, tensors: Collection[OutlinedTensor], *, is_lent: bool) -> bool:
+    """Return whether a model is warmed up. All ranks call this together.
+
+    It is if it can be on every rank, is not lent, and every GPU has enough free memory. Ranks may differ: one alone may
+    have made the model anew, because its GPU was full.
+    """
+    return agree(can_warm_up(match) and not is_lent and _has_room(match, tensors))
+
+
+def _has_room(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
     announced = sum(torch_dtype(each.dtype).itemsize * torch.Size(each.shape).numel() for each in tensors)
-    return agree(torch.cuda.mem_get_info(match.model.device)[0] >= announced + ROOM_BYTES)
+    return torch.cuda.mem_get_info(match.model.device)[0] >= announced + ROOM_BYTES
 
 
 def warm_up(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes: Mapping[str, int]) -> None:

@@ -48,7 +48,7 @@ def test_a_model_is_warm_upd_until_it_is_lent(rank: OneRank, monkeypatch: pytest
     state, warmed = state_of(), []
     assert not rank.components.build_ahead(outline_of(state))  # on a CPU
     monkeypatch.setattr(CachedModel, "warm_up_sizes", {"rows": 1})
-    monkeypatch.setattr(model_warm_up, "has_room", lambda *_: True)
+    monkeypatch.setattr(model_warm_up, "_has_room", lambda *_: True)
     monkeypatch.setattr(model_warm_up, "warm_up", lambda match, *_: warmed.append(match.model))
     assert rank.components.build_ahead(outline_of(state))
     rank.components.warm_up(outline_of(state))

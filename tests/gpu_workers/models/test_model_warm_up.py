@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from forked_programs import ProgramServer
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.outlines import outline_of
@@ -152,3 +154,10 @@ def test_models_without_a_fast_path_that_names_sizes_are_not_warmed_up(
     model_warm_up: Any, cache: ModelCache, describe: Describer, state: State
 ) -> None:
     assert not model_warm_up.can_warm_up(cache.match(describe(state)))
+
+
+def test_ranks_decide_together_though_one_of_them_had_the_model(tmp_path: Path, fork_program: ProgramServer) -> None:
+    done = fork_program(Path(__file__).with_name("warming_ranks.py"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    decisions = [False] * 4 + [True]
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank}: {decisions}" for rank in range(2)]
