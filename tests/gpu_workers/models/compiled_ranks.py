@@ -24,7 +24,6 @@ from plan_cases import Case, cases_of, tensors_of
 from planned_ranks import fork_ranks
 from rounding import SEEDS, disturbed
 
-from xditd.gpu_workers.models.block_compiler import prepare
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.planned_forward import PlannedModule
@@ -41,9 +40,9 @@ def run_rank(rank: int, ranks: int, out: str, folder: str, cases: dict[str, list
     if ranks > 1:
         store = dist.FileStore(f"{out}.store", ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
-    if folder != "-":
-        prepare()
     graphs: Any = InterpretedGraphs() if folder == "-" else CompiledGraphs(Path(folder), torch.device("cpu"))
+    if isinstance(graphs, CompiledGraphs):
+        graphs.let_load()  # as a rank does between commands
     found: dict[str, dict[str, Any]] = {}
     for key, calls in cases.items():
         plan = find(ENTRIES[key].name)
