@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 import threading
+from collections.abc import Iterable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -42,10 +43,13 @@ class LazyModule(ModuleType):
         if name.startswith("__") and name != "__all__":  # what Python itself looks for in any package
             raise AttributeError(name)
         self.run_own_code()
-        try:
-            return self.__dict__[name]
-        except KeyError:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+        if name not in self.__dict__ and isinstance(self, LazyModule):  # its code runs in this very moment
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(self, name)  # the code may have a function of this name, as modules can
+
+    def __dir__(self) -> Iterable[str]:
+        self.run_own_code()
+        return ModuleType.__dir__(self)  # it is no LazyModule any more
 
     @property
     def runs_first(self) -> bool:

@@ -10,7 +10,6 @@ torch's compiler is one of these packages (``lazy_compiler.py``).
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from xditd.gpu_workers.process.class_packages import ClassPackage
 from xditd.gpu_workers.process.lazy_compiler import defer_compiler
 from xditd.gpu_workers.process.lazy_modules import LazyModule, SubmodulesOnly, defer_package
 from xditd.gpu_workers.process.lazy_names import PlaceholderModule, with_placeholders
@@ -58,32 +58,9 @@ def defer_packages() -> None:
     for name in XFUSER_PACKAGES:
         defer_package(name, SubmodulesOnly)
     for name in CLASS_PACKAGES:
-        defer_package(name, _ClassPackage)
+        defer_package(name, ClassPackage)
     for name in LAZY_PACKAGES:
         defer_package(name, LazyModule)
-
-
-class _ClassPackage(LazyModule):
-    """A package that imports only the module of the class that is asked for.
-
-    Its own code runs for any name that it does not import from one of its modules.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        module = self._modules().get(name)
-        if module is None:
-            return super().__getattr__(name)
-        return getattr(importlib.import_module(f"{self.__name__}.{module}"), name)
-
-    def _modules(self) -> dict[str, str]:
-        """Return the module of each name that the package's code imports, as its source says."""
-        found = vars(self).get("_module_by_name")
-        if found is None:
-            tree = ast.parse(Path(str(self.__file__)).read_bytes())
-            imports = [each for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.level == 1]
-            found = {name.name: each.module for each in imports if each.module for name in each.names}
-            vars(self)["_module_by_name"] = found
-        return found
 
 
 def run_deferred(module: ModuleType) -> None:

@@ -36,7 +36,7 @@ found["pipeline"] = diffusers.DiffusionPipeline.__module__
 found["differ"] = []
 for name in lean_imports.CLASS_PACKAGES:
     each = sys.modules[name]
-    alone = {known: getattr(each, known) for known in each._modules()}
+    alone = {known: getattr(each, known) for known in each.modules()}
     found[name] = len(alone) > 5 and not hasattr(each, "NoSuchModel")  # which the package's own code would know
     found["differ"] += [known for known, value in alone.items() if vars(each)[known] is not value]
 """
