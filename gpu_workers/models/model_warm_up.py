@@ -14,7 +14,6 @@ from typing import Final
 
 import torch
 
-from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.fast_path_check import warming_up
@@ -61,6 +60,9 @@ def warm_up(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes: 
     Raises:
         OutOfMemory, OtherRankFailed: a rank has no room for the weights.
     """
+    # Imported here: it imports xfuser, which works only once it has started.
+    from xditd.gpu_workers.models.calls import run_parts
+
     began_s = time.perf_counter()
     model, bindings, checkpoint = match.model, Bindings(), Bindings()
     operations = model.operations_for("transformer")

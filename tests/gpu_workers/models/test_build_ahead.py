@@ -41,8 +41,8 @@ def test_a_lend_finds_the_model(rank: OneRank, announced: Callable[[State], Stat
     assert rank.components.get("a", "transformer").match.is_reused
 
 
-def test_a_model_is_warm_upd_until_it_is_lent(rank: OneRank, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xditd.gpu_workers.models import model_warm_up  # imports xfuser, which works only once it has started
+def test_a_model_is_warmed_up_until_it_is_lent(rank: OneRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xditd.gpu_workers.models import model_warm_up
     from xditd.gpu_workers.models.cached_model import CachedModel
 
     state, warmed = state_of(), []
