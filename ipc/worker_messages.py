@@ -72,7 +72,13 @@ class Prepare(Command, tag="prepare", frozen=True, kw_only=True):
 
 
 class BuildModel(Command, tag="build_model", frozen=True, kw_only=True):
-    """Build the model of a component that will be lent, and keep it without weights. Answered by ``Done``."""
+    """Build the model of a component that will be lent, and keep it without weights. Answered by ``ModelBuilt``."""
+
+    outline: Outline
+
+
+class WarmUpModel(Command, tag="warm_up_model", frozen=True, kw_only=True):
+    """Run a forward of a model that was built, on made weights, unless it has had weights. Answered by ``Done``."""
 
     outline: Outline
 
@@ -136,7 +142,19 @@ class Shutdown(Command, tag="shutdown", frozen=True, kw_only=True):
     """Unmap everything and exit. Not answered; the leader's exit is the answer."""
 
 
-AnyCommand = BuildModel | Prepare | Plug | CopyComponent | Unmap | ForgetClient | DigestIo | Run | CancelRun | Shutdown
+AnyCommand = (
+    BuildModel
+    | WarmUpModel
+    | Prepare
+    | Plug
+    | CopyComponent
+    | Unmap
+    | ForgetClient
+    | DigestIo
+    | Run
+    | CancelRun
+    | Shutdown
+)
 
 
 class Report(Message, frozen=True, kw_only=True):
@@ -220,6 +238,14 @@ class Done(Answer, tag="done", frozen=True, kw_only=True):
     """Of ``Call`` and ``EncodePrompt``, from rank 0."""
 
 
+class ModelBuilt(Answer, tag="model_built", frozen=True, kw_only=True):
+    """``has_warm_up``: the first forward of this model takes much longer than later ones, and can be warmed up."""
+
+    timings_ms: TimingsMs
+    tally: RankTally
+    has_warm_up: bool = False
+
+
 class RankFailed(Answer, tag="rank_failed", frozen=True, kw_only=True):
     """The command failed on this rank. ``is_fatal``: its state may differ from other ranks', so the group must end."""
 
@@ -275,6 +301,7 @@ AnyReport = (
     | Prepared
     | Plugged
     | ComponentCopied
+    | ModelBuilt
     | IoDigested
     | Done
     | RankFailed

@@ -88,7 +88,7 @@ class Service:
         queue = FairQueue(configuration.queue_limit, configuration.client_queue_limit)
         self.scheduler = Scheduler(self.loop, self.group, self.replies, self.counters, queue)
         self.lending = Lending(self.group, self.scheduler, self.counters)
-        self.announcements = Announcements()
+        self.announcements = Announcements(self.loop.call_later)
         self.scheduler.when_idle = self.announcements.take
         self._service_manager = service_manager
         self._folder_watch = FolderWatch(self.loop, folder, self.fail)

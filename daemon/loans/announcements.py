@@ -1,20 +1,27 @@
-"""Announced components: workers build their models while they have nothing else to do, before the bytes are lent."""
+"""Announced components: workers build their models while they have nothing else to do, before the bytes are lent.
+
+A model whose first forward takes much longer than later ones is warmed up once no lend has come for a while.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from xditd.daemon.queue.commands import Script, Task, expect
 from xditd.daemon.sockets.sessions import Session
 from xditd.ipc.errors import XditdError
 from xditd.ipc.outlines import Outline
-from xditd.ipc.worker_messages import BuildModel, Done
+from xditd.ipc.worker_messages import BuildModel, Done, ModelBuilt, WarmUpModel
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 8
 """Announcements that wait, of all clients; a further one replaces the oldest. A pipeline has about five models."""
+QUIET_S: Final = 0.5
+"""From a built model to its warm-up, for which a lend that comes meanwhile would wait longer than it gains."""
 
 
 class _Announcement(NamedTuple):
@@ -23,10 +30,18 @@ class _Announcement(NamedTuple):
 
 
 class Announcements:
-    """Those that wait, oldest first. Jobs, lends and returns go before them; what they build no one has to use."""
+    """Those that wait, oldest first. Jobs, lends and returns go before them; what they build no one has to use.
 
-    def __init__(self) -> None:
+    ``call_later`` calls a function after seconds, and then asks for :meth:`take`.
+    """
+
+    def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
+        self._call_later = call_later
         self._waiting: list[_Announcement] = []
+        self._built: list[_Announcement] = []
+        """Those whose models can be warmed up."""
+        self._quiet: list[_Announcement] = []
+        """Of these, those for which :data:`QUIET_S` have passed."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -39,21 +54,44 @@ class Announcements:
 
     def forget(self, session: Session) -> None:
         """Drop the announcements of a client that has ended its session."""
-        self._waiting = [each for each in self._waiting if each.session is not session]
+        for each in (self._waiting, self._built, self._quiet):
+            each[:] = [announcement for announcement in each if announcement.session is not session]
 
-    def take(self) -> Task[None] | None:
-        """Return the task of the oldest announcement, which then waits no more; ``None`` if there is none."""
-        if not self._waiting:
-            return None
-        outline = self._waiting.pop(0).outline
+    def take(self) -> Task[Any] | None:
+        """Return the task of the oldest announcement, which then waits no more; ``None`` if there is none.
 
-        def failed(error: XditdError) -> None:
-            logger.info("model not built ahead label=%s code=%s: %s", outline.label, error.code, error.detail[:500])
+        Models are built before others are warmed up.
+        """
+        if self._waiting:
+            announcement = self._waiting.pop(0)
+            outline, what = announcement.outline, "model not built ahead"
+            return Task(_build(outline), partial(self._note_built, announcement), partial(_log_failed, outline, what))
+        if self._quiet:
+            outline, what = self._quiet.pop(0).outline, "model not warmed up"
+            return Task(_warm_up(outline), lambda _: None, partial(_log_failed, outline, what))
+        return None
 
-        return Task(_build(outline), on_done=lambda _: None, on_failed=failed)
+    def _note_built(self, announcement: _Announcement, has_warm_up: bool) -> None:
+        if has_warm_up:
+            self._built = [*self._built, announcement][-MAX_WAITING:]
+            self._call_later(QUIET_S, partial(self._note_quiet, announcement))
+
+    def _note_quiet(self, announcement: _Announcement) -> None:
+        if announcement in self._built:
+            self._built.remove(announcement)
+            self._quiet.append(announcement)
 
 
-def _build(outline: Outline) -> Script[None]:
-    answers = expect((yield lambda number: BuildModel(op_number=number, outline=outline)), Done)
+def _build(outline: Outline) -> Script[bool]:
+    answers = expect((yield lambda number: BuildModel(op_number=number, outline=outline)), ModelBuilt)
     slowest_ms = max(answer.timings_ms.get("build", 0.0) for answer in answers)
     logger.info("model built ahead of its lend label=%s build_ms=%.1f", outline.label, slowest_ms)
+    return all(answer.has_warm_up for answer in answers)
+
+
+def _warm_up(outline: Outline) -> Script[None]:
+    expect((yield lambda number: WarmUpModel(op_number=number, outline=outline)), Done)
+
+
+def _log_failed(outline: Outline, what: str, error: XditdError) -> None:
+    logger.info("%s label=%s code=%s: %s", what, outline.label, error.code, error.detail[:500])

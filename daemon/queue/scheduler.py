@@ -58,7 +58,7 @@ class Scheduler:
         self.queue = queue
         self.running: Job | None = None
         self.last_job_ms: TimingsMs = {}
-        self.when_idle: Callable[[], Task[None] | None] = lambda: None
+        self.when_idle: Callable[[], Task[Any] | None] = lambda: None
         """Returns a task for workers without any other, if there is one. A job that comes meanwhile waits for it."""
         self._loop = loop
         self._group = group

@@ -45,8 +45,9 @@ class Tiles(NamedTuple):
 
 TILES: Final = Tiles()
 """For an H200, tried with others of 128 and 256, 2 to 4 stages, with and without a loop over tiles."""
-_GROUP: Final = 18
-"""Tiles of rows that are computed with the same columns: 2,304 rows. Tried with others of 4 to 36: 1 % of a product."""
+_ROWS_OF_TILES: Final = 18
+"""How many rows of tiles (2,304 rows) the programs compute together, column by column, so that they share a weight's
+columns in L2. Tried with others of 4 to 36 on an H200 (docs/lora.md)."""
 
 
 @triton.jit
@@ -210,6 +211,6 @@ def multiply_with_branch(
     programs = _programs(rows.device) if rows.is_cuda else 2
     _multiply[(min(programs, tile_count),)](
         *described, bias, count, out.shape[1], rows.shape[1],
-        ROWS=tiles.rows, COLUMNS=tiles.columns, INPUTS=tiles.inputs, GROUP=_GROUP, PROGRAMS=programs,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, INPUTS=tiles.inputs, GROUP=_ROWS_OF_TILES, PROGRAMS=programs,
         HAS_GELU=gelu, IS_EXACT=triton.knobs.runtime.interpret, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

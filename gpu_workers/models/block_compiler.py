@@ -28,7 +28,7 @@ FAILED: Final = "failed.txt"
 """The files in the folder of a graph: its operations, the compiled code, and the reason why it is not compiled."""
 
 LOADERS: Final = ("torch._inductor.compile_fx", "torch._inductor.standalone_compile")
-"""The modules that ``load`` needs, with those that they import."""
+"""The modules that ``load`` needs. They import many others."""
 
 MAX_REASON_CHARS: Final = 300
 
@@ -82,20 +82,23 @@ def _compile(folder: Path, encoded: bytes) -> None:
         (folder / FAILED).write_text(one_line(error))
 
 
-def prepare() -> None:
-    """Import what ``load`` needs, which takes seconds. A rank has done so, module by module (``lend_imports``)."""
+def import_loaders() -> None:
+    """Import :data:`LOADERS`. This takes seconds, unless the modules were imported one by one (``lend_imports``)."""
     for name in LOADERS:
         import_module(name)
 
 
-def is_prepared() -> bool:
-    """Return whether all is imported that ``load`` needs. For the thread that imports it."""
+def has_loaders() -> bool:
+    """Return whether :data:`LOADERS` are imported. Only the thread that imports them may ask.
+
+    Another thread would see a module whose code still runs.
+    """
     return all(name in sys.modules for name in LOADERS)
 
 
 def load(path: Path) -> Any:
     """Load compiled code: a function that takes the inputs of a graph, and returns its results."""
-    # Imported here: it takes seconds (see prepare).
+    # Imported here: it takes seconds (see import_loaders).
     from torch._inductor.standalone_compile import CompiledArtifact
 
     return CompiledArtifact.load(path=str(path), format="binary")

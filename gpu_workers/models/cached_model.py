@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class CachedModel:
-    """One model. ``owner`` is the component id of the plugged weights, or ``None``.
+    """One model. ``owner`` is the component id of the plugged weights, or ``None``; ``had_weights``: of any so far.
 
     ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
     ``packed_layers`` are the layers that multiply packed weights or look up their rows, by the names of these.
@@ -60,6 +60,7 @@ class CachedModel:
         self.device = layout.device
         self.module = module
         self.owner: str | None = None
+        self.had_weights = False
         self.operations = operations
         self.packed_layers = packed_layers
         self.scratch_bytes = largest_bytes(packed_layers.values())
@@ -184,7 +185,7 @@ class CachedModel:
         if self._fast is not None:
             self._fast.plug(checkpoint or {})
             self._fast.paths.use_weights(owner, bindings)
-        self.owner = owner
+        self.owner, self.had_weights = owner, True
 
     def unplug(self) -> None:
         """Restore the meta parameters; the model then holds no reference to lent memory."""

@@ -2,8 +2,8 @@
 
 The folder is of this user alone, since what is loaded from it is code. In it is a folder for each version of torch and
 Python and each kind of device, so that a restart, another rank, and another model with the same operations find what
-was made before. Nothing here compiles, nor does the thread import torch's compiler: it waits until the thread that runs
-forwards has (docs/starts.md).
+was made before. Nothing here compiles. The thread does not import torch's compiler, but waits until the thread that
+runs forwards has imported it (docs/starts.md).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from xditd.gpu_workers.models.block_compiler import (
     FAILED,
     GRAPH,
     MAX_REASON_CHARS,
-    is_prepared,
+    has_loaders,
+    import_loaders,
     load,
     one_line,
-    prepare,
 )
 from xditd.gpu_workers.models.block_rewrites import VERSION as REWRITES
 
@@ -78,8 +78,8 @@ _MAKING: Final = GraphState("making")
 class CompiledGraphs:
     """The compiled graphs of this process, by name. One for each process: the compiler's cache is set for all of it.
 
-    ``make``, ``find`` and ``let_load`` are called by the thread that runs forwards and never wait. ``close`` ends the
-    thread that loads, and the compiler's process.
+    The thread that runs forwards calls ``make``, ``find`` and ``let_load``, which wait for no other thread. ``close``
+    ends the thread that loads, and the compiler's process.
 
     Raises:
         Unsupported: another user can write to the folder.
@@ -99,7 +99,7 @@ class CompiledGraphs:
         self._changed = threading.Condition()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
-        self._may_load = is_prepared()
+        self._may_load = has_loaders()
         self._import_error: Exception | None = None
         self._is_closed = False
         self.waits = False
@@ -136,11 +136,11 @@ class CompiledGraphs:
         return self._thread is not None and not self._may_load
 
     def let_load(self) -> None:
-        """Import what loading needs, and let the thread load. If that cannot be imported, no graph is made."""
+        """Import what loading needs, and let the thread load. If the import fails, all graphs fail with its error."""
         if self._may_load:
             return
         try:
-            prepare()
+            import_loaders()
         except Exception as error:  # noqa: BLE001  # whatever a compiler raises; the thread reports it
             self._import_error = error
         with self._changed:
@@ -192,7 +192,7 @@ class CompiledGraphs:
 
     def _compile(self, names: list[str]) -> list[str]:
         """Compile graphs in another process, and load each when it is done; return those that are left when it ends."""
-        began = time.monotonic()
+        began_s = time.monotonic()
         with self._changed:
             if self._is_closed:
                 return []
@@ -206,10 +206,10 @@ class CompiledGraphs:
         try:
             while left:
                 has_ended = process.poll() is not None
-                if self._finish(left[0], began):
+                if self._finish(left[0], began_s):
                     left.pop(0)
-                    began = time.monotonic()
-                elif has_ended or time.monotonic() - began > LIMIT_S:
+                    began_s = time.monotonic()
+                elif has_ended or time.monotonic() - began_s > LIMIT_S:
                     why = f"ended with status {process.returncode}" if has_ended else f"took over {LIMIT_S:.0f} s"
                     self._fail(left[:1], f"the compiler's process {why}")
                     return [] if self._is_closed else left[1:]
@@ -221,10 +221,10 @@ class CompiledGraphs:
             self._process = None
         return left
 
-    def _finish(self, name: str, began: float) -> bool:
+    def _finish(self, name: str, began_s: float) -> bool:
         """Load the graph, or note its reason, once the compiler's process has left one; return whether it has."""
         if (self.folder / name / ARTIFACT).exists():
-            self._load(name, began)
+            self._load(name, began_s)
             return True
         try:
             reason = (self.folder / name / FAILED).read_text(errors="replace")
@@ -233,33 +233,33 @@ class CompiledGraphs:
         self._fail([name], reason)
         return True
 
-    def _load(self, name: str, began: float | None = None) -> bool:
-        """Load a graph; return whether it is made or has failed. One on disk that cannot be read is compiled again.
+    def _load(self, name: str, began_s: float | None = None) -> bool:
+        """Load a graph; return False if it was on disk and cannot be read: then it is compiled again.
 
-        ``began`` is when it was asked for, ``None`` for one that was on disk.
+        ``began_s`` is when its compilation began, ``None`` for a graph that was on disk.
         """
         if not self._await_imports():
             return True
         artifact = self.folder / name / ARTIFACT
-        loads_since = time.monotonic()
+        load_began_s = time.monotonic()
         try:
             function = load(artifact)
         except Exception as error:  # noqa: BLE001  # whatever a compiler raises
-            if began is None:
+            if began_s is None:
                 logger.warning("graph %s is compiled again: %s", name, one_line(error))
                 artifact.unlink(missing_ok=True)
                 return False
             self._fail([name], f"loading: {one_line(error)}")
             return True
-        seconds = time.monotonic() - (loads_since if began is None else began)
-        self._states[name] = GraphState("made", function, "", seconds, was_on_disk=began is None)
+        seconds = time.monotonic() - (load_began_s if began_s is None else began_s)
+        self._states[name] = GraphState("made", function, "", seconds, was_on_disk=began_s is None)
         return True
 
     def _await_imports(self) -> bool:
-        """Wait for :meth:`let_load`; return False if all is closed.
+        """Wait for :meth:`let_load` or :meth:`close`; return False after a close.
 
         Raises:
-            Exception: what the import has raised.
+            Exception: the error of the import.
         """
         with self._changed:
             self.waits = not self._may_load

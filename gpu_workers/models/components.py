@@ -20,7 +20,7 @@ from xditd.gpu_workers.models.file_watch import FileWatch, stale_file_error
 from xditd.gpu_workers.models.lent_copies import LentCopies
 from xditd.gpu_workers.models.lora_binding import LentLora
 from xditd.gpu_workers.models.lora_variants import LoraCounters, LoraVariant, prepare_variant, strengths_of
-from xditd.gpu_workers.models.matching import match_manifest, outline_of_class
+from xditd.gpu_workers.models.matching import LoadedMatch, match_manifest, outline_of_class
 from xditd.gpu_workers.models.model_cache import ModelCache
 from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.models.tokenizer_building import TokenizerCache
@@ -132,20 +132,35 @@ class Components:
         self._prepared[component_id] = component
         return component
 
-    def build_ahead(self, outline: Outline) -> None:
-        """Build the model that the :meth:`prepare` of a component will find, and warm it up. All ranks fail together.
+    def build_ahead(self, outline: Outline) -> bool:
+        """Build the model that the :meth:`prepare` of a component will find; return whether it can be warmed up.
+
+        All ranks fail together.
+
+        Raises:
+            UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
+        """
+        match = self._match_ahead(outline)
+        return isinstance(match, CheckpointMatch) and model_warm_up.can_warm_up(match)
+
+    def warm_up(self, outline: Outline) -> None:
+        """Warm up a model that was built ahead, unless it is lent or has had weights. All ranks fail together.
 
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
             OutOfMemory: a GPU has no room for the weights of the warm-up.
         """
+        match = self._match_ahead(outline)
+        is_lent = id(match.model) in self._lent_models()
+        if isinstance(match, CheckpointMatch) and model_warm_up.is_due(match, outline.tensors, is_lent=is_lent):
+            model_warm_up.warm_up(match, outline.tensors, match.model.warm_up_sizes)
+
+    def _match_ahead(self, outline: Outline) -> LoadedMatch:
         with raise_on_all_ranks():
             if not outline.tensors:
                 outline = outline_of_class(outline)
             with self.models.building_ahead():
-                match = match_manifest(outline, self.models, self.class_models)
-        if isinstance(match, CheckpointMatch) and model_warm_up.is_due(match, outline.tensors):
-            model_warm_up.warm_up(match, outline.tensors, match.model.warm_up_sizes)
+                return match_manifest(outline, self.models, self.class_models)
 
     def plug(self, component_id: str) -> Component:
         """Assign a prepared component's tensors as its model's parameters, in place of an older one of the same id."""
@@ -329,9 +344,13 @@ class Components:
 
     def _release_idle(self) -> None:
         """Free the reserved memory of all models without plugged weights, but not what lent ones need for a plug."""
-        lent = {id(each.match.model) for each in (*self._prepared.values(), *self._plugged.values())}
+        lent = self._lent_models()
         self.models.release_idle(lent)
         self.class_models.release_idle(lent)
+
+    def _lent_models(self) -> set[int]:
+        """Return the ids of the models of all components, prepared or plugged."""
+        return {id(each.match.model) for each in (*self._prepared.values(), *self._plugged.values())}
 
     def _plug(self, component: Component) -> None:
         component.match.model.plug(component.bindings, component.component_id, component.checkpoint)

@@ -14,7 +14,6 @@ from typing import Final
 
 import torch
 
-from xditd.gpu_workers.models.calls import run_parts
 from xditd.gpu_workers.models.checkpoint_match import CheckpointMatch
 from xditd.gpu_workers.models.entries import Bindings
 from xditd.gpu_workers.models.fast_path_check import warming_up
@@ -30,17 +29,24 @@ ROOM_BYTES: Final = 8 * 2**30
 """Free memory of a GPU, beyond the announced weights, without which no model is warmed up: the client needs it soon."""
 
 
-def is_due(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
-    """Return whether a model that was built ahead is warmed up. All ranks call this together.
+def can_warm_up(match: CheckpointMatch) -> bool:
+    """Return whether a model that was built ahead can be warmed up on this rank.
 
-    It is if its fast path has sizes for a warm-up, and if it is new on every rank and every GPU has enough free memory.
+    It can if it has had no weights, and its fast path has sizes for a warm-up.
     """
-    return agree(_is_due_here(match, tensors))  # one rank alone may lack the model, because its GPU was full
+    return bool(match.model.warm_up_sizes) and not (match.needs_conversion or match.model.had_weights)
 
 
-def _is_due_here(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
-    if match.is_reused or match.needs_conversion or not match.model.warm_up_sizes:
-        return False
+def is_due(match: CheckpointMatch, tensors: Collection[OutlinedTensor], *, is_lent: bool) -> bool:
+    """Return whether a model is warmed up. All ranks call this together.
+
+    It is if it can be on every rank, is not lent, and every GPU has enough free memory. Ranks may differ: one alone may
+    have made the model anew, because its GPU was full.
+    """
+    return agree(can_warm_up(match) and not is_lent and _has_room(match, tensors))
+
+
+def _has_room(match: CheckpointMatch, tensors: Collection[OutlinedTensor]) -> bool:
     announced = sum(torch_dtype(each.dtype).itemsize * torch.Size(each.shape).numel() for each in tensors)
     return torch.cuda.mem_get_info(match.model.device)[0] >= announced + ROOM_BYTES
 
@@ -54,6 +60,9 @@ def warm_up(match: CheckpointMatch, tensors: Collection[OutlinedTensor], sizes: 
     Raises:
         OutOfMemory, OtherRankFailed: a rank has no room for the weights.
     """
+    # Imported here: it imports xfuser, which works only once it has started.
+    from xditd.gpu_workers.models.calls import run_parts
+
     began_s = time.perf_counter()
     model, bindings, checkpoint = match.model, Bindings(), Bindings()
     operations = model.operations_for("transformer")

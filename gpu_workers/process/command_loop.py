@@ -31,6 +31,7 @@ from xditd.ipc.worker_messages import (
     FramesReached,
     IoDigested,
     MemoryCounted,
+    ModelBuilt,
     Plug,
     Plugged,
     Prepare,
@@ -41,6 +42,7 @@ from xditd.ipc.worker_messages import (
     Shutdown,
     StepReached,
     Unmap,
+    WarmUpModel,
 )
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,10 @@ class CommandLoop:
         if isinstance(command, Prepare):
             channel.send(Prepared(**common, **executor.prepare(command)._asdict()))
         elif isinstance(command, BuildModel):
-            timings_ms = executor.build_model(command.outline)
+            timings_ms, has_warm_up = executor.build_model(command.outline)
+            channel.send(ModelBuilt(**common, timings_ms=timings_ms, tally=executor.tally(), has_warm_up=has_warm_up))
+        elif isinstance(command, WarmUpModel):
+            timings_ms = executor.warm_up_model(command.outline)
             channel.send(Done(**common, timings_ms=timings_ms, tally=executor.tally()))
         elif isinstance(command, Plug):
             timings_ms = executor.plug(command.component_id)

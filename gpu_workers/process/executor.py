@@ -80,8 +80,11 @@ class Executor(Protocol):
     def prepare(self, command: Prepare) -> PreparedFacts:
         """Do all parts of a lend that may fail. Running components are not changed."""
 
-    def build_model(self, outline: Outline) -> TimingsMs:
-        """Build the model of a component that will be lent, without weights."""
+    def build_model(self, outline: Outline) -> tuple[TimingsMs, bool]:
+        """Build the model of a component that will be lent, without weights; return whether it can be warmed up."""
+
+    def warm_up_model(self, outline: Outline) -> TimingsMs:
+        """Run a forward of a model that was built, on made weights, unless it has had weights."""
 
     def plug(self, component_id: str) -> TimingsMs:
         """Assign the tensors of a prepared component as its model's parameters."""

@@ -1,4 +1,4 @@
-"""Imports without garbage collections. This module imports no torch: the leader uses it around torch's own import."""
+"""Imports without garbage collections. This module imports no torch: the leader needs it before it imports torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Leave all objects that are made within out of garbage collections, then and later.
+    """Run no garbage collection within, and leave all objects that exist at the end out of later ones.
 
-    Collections would visit what was imported again and again, and write to pages that ranks share.
+    Collections would visit the imported objects again and again, and write to pages that ranks share.
     """
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Modules and packages that are in ``sys.modules`` before their own code runs, or without that it ever runs.
+"""Modules and packages that are in ``sys.modules`` before their own code runs, or whose own code never runs.
 
 Submodules of such a package can be imported. Only the main thread of a rank imports modules late, so that no two
 threads wait for each other's modules (docs/starts.md).
@@ -85,9 +85,9 @@ class LazyModule(ModuleType):
 
 
 class _PackageFirst(MetaPathFinder, Loader):
-    """Imports a submodule of a package whose code has to run before: runs that, and then imports as Python does.
+    """Finds submodules of a package whose own code has to run first; runs that code, then imports as Python does.
 
-    The package's code may have imported the submodule by then, so it is imported in place of being made.
+    The package's code may import the submodule, too. So ``create_module`` imports it, and makes no other one.
     """
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:  # noqa: ARG002

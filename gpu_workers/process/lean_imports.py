@@ -3,9 +3,9 @@
 ``import xfuser`` imports every pipeline that it wraps, and through them most of diffusers, transformers and scipy: more
 than half of what a rank took to start. Workers use its process groups, its attention backends and its USP. So packages
 whose ``__init__`` imports what nobody asks for are deferred: their submodules can be imported without their own code.
-That of ``scipy.stats`` runs when something asks for a name in it; that of xfuser never does. A class of diffusers'
-packages of models imports the module that defines it.
-torch's compiler is one of these packages (``lazy_compiler.py``).
+The code of xfuser's packages never runs. That of scipy's runs when something asks for a name in them. Where something
+asks for a class in diffusers' packages of models, only the module that defines it is imported. torch's compiler is
+deferred, too (``lazy_compiler.py``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLASS_PACKAGES: Final = (
     "diffusers.models.transformers",
     "diffusers.models.unets",
 )
-"""Packages whose own code only imports classes. Some of these import torchvision, and with it torch's compiler."""
+"""Packages whose own code only imports classes. Two of their modules import torchvision, and with it the compiler."""
 LAZY_PACKAGES: Final = (
     "scipy.integrate",  # of diffusers' schedulers, for the coefficients of LMS alone
     "scipy.stats",  # likewise, for beta sigmas alone

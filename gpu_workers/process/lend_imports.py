@@ -36,18 +36,19 @@ FOR_GRAPHS: Final = (
     "torch._inductor.lowering",
     *block_compiler.LOADERS,
 )
-"""What compiled blocks are loaded with. The others are parts of the last two, imported first so that no single import
-takes long."""
+"""The modules that load compiled blocks, which are the last two. They import the others, each of which is imported by
+itself first, so that no single import takes long."""
 
 
 class LendImports:
     """The imports that are left, in their order: what lends need, then what comes later.
 
-    A command waits for one module, not for all of them, and a stop is obeyed. A lend waits for what all lends need, as
-    that comes without transformers: less than it would import itself.
+    A command waits for one module, not for all of them, and a stop is obeyed. A lend waits for what all lends need,
+    without transformers: that takes less time than the imports that the lend would make itself.
 
-    ``graphs`` returns the compiled graphs of this process, if there are any. They load once what they need is imported:
-    next after one was asked for, and last of all with ``compiles``, where blocks of any model may be compiled.
+    ``graphs`` returns the compiled graphs of this process, if there are any. They load once :data:`FOR_GRAPHS` are
+    imported: next after a graph was asked for, or last of all with ``compiles``, where blocks of any model may be
+    compiled.
     """
 
     def __init__(
@@ -73,13 +74,13 @@ class LendImports:
     def note_command(self) -> None:
         """Wait for :data:`QUIET_S` from now: commands often come one after the other.
 
-        Not while blocks that are compiled wait to be loaded: commands that never pause would let them wait for ever.
+        Do not wait while a graph waits to be loaded: where commands never pause, it would never be loaded.
         """
         graphs = self._graphs()
         self._not_before_s = self._clock() + (0.0 if graphs is not None and graphs.waits else QUIET_S)
 
     def run_next(self) -> None:
-        """Import the next module, if there is one and it is time. Let graphs load if they need none any more."""
+        """Import the next module, if there is one and it is time. Let graphs load once they need no further module."""
         if self._clock() >= self._not_before_s:
             self._import_next()
         graphs = self._graphs()
@@ -97,7 +98,7 @@ class LendImports:
             self._for_graphs.popleft()
 
     def _later(self) -> deque[str]:
-        """Return the names of which the first one is to be imported next, once lends have theirs."""
+        """Return the modules that come after those for lends; the first one is next."""
         if self._is_asked and self._for_graphs:
             return self._for_graphs
         return self._after or (self._for_graphs if self._compiles else deque())

@@ -88,7 +88,7 @@ def quiet_libraries() -> None:
 
 
 def preload(names: tuple[str, ...]) -> int:
-    """Import modules in the leader, before ranks are forked, which share their pages.
+    """Import modules in the leader, before it forks the ranks, which share their pages.
 
     Nothing of ours opens CUDA here; whether a library has is known from :func:`has_opened_gpu`. Returns the number of
     GPUs that torch sees, which another process counts meanwhile.

@@ -109,11 +109,16 @@ class TorchExecutor:
             )  # fmt: skip
         return PreparedFacts(component.facts, component.copied, match.is_reused, component.timings_ms)
 
-    def build_model(self, outline: Outline) -> TimingsMs:
+    def build_model(self, outline: Outline) -> tuple[TimingsMs, bool]:
         began_s = time.perf_counter()
         self._imports.finish_for_lend()
-        self._components.build_ahead(outline)
-        return {"build": (time.perf_counter() - began_s) * 1e3}
+        has_warm_up = self._components.build_ahead(outline)
+        return {"build": (time.perf_counter() - began_s) * 1e3}, has_warm_up
+
+    def warm_up_model(self, outline: Outline) -> TimingsMs:
+        began_s = time.perf_counter()
+        self._components.warm_up(outline)
+        return {"warm_up": (time.perf_counter() - began_s) * 1e3}
 
     def plug(self, component_id: str) -> TimingsMs:
         return self._components.plug(component_id).timings_ms

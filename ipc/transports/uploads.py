@@ -1,4 +1,4 @@
-"""Upload host memory or files to a GPU through pinned buffers, at the speed of the bus.
+"""Upload host memory or files to a GPU through pinned buffers, at nearly the speed of the bus.
 
 torch copies pageable memory with one thread. Here several threads fill pinned buffers, from which the GPU copies: with
 bytes of memory, or of a file that is read. Reading avoids the page faults of a mapping, and raises for a truncated
@@ -29,7 +29,7 @@ _MAX_THREADS: Final = 12
 _BUFFERS_PER_THREAD: Final = 2
 """One is filled while the GPU copies the other. torch keeps their memory for the next upload, at most 96 MiB."""
 _MAX_GAP_BYTES: Final = 4096
-"""Between two ranges of a file, such as padding, which are read in one piece."""
+"""The most bytes between two ranges of a file, such as padding, that are read with them in one piece."""
 
 _REPORT_EVERY_S: Final = 5.0
 
@@ -40,7 +40,8 @@ class Tuning(NamedTuple):
     threads: int = _MAX_THREADS
     """At most; never more than this process has cores."""
     piece_bytes: int = 4 * 2**20
-    """All buffers fit into the host's caches, so that bytes pass its memory bus once instead of three times."""
+    """Measured on hosts of H200s (docs/performance.md). Where all buffers fit into the host's last-level cache, bytes
+    pass its memory bus once instead of three times."""
 
 
 TUNING: Final = Tuning()
@@ -120,22 +121,24 @@ def upload(
 
 
 class _Copy(NamedTuple):
-    """Bytes of pair ``number`` in a piece."""
+    """The bytes of pair ``number`` that are in a piece."""
 
     number: int
-    at: int
-    """Offset in the piece."""
+    offset_bytes: int
+    """Where they begin in the piece."""
     target: int
     """A device address."""
     nbytes: int
 
 
 class _Piece(NamedTuple):
-    """Bytes that are read into a buffer at once, and copied from there: of one pair, or of pairs that follow each other
-    in a file or in memory."""
+    """Bytes that are read into a buffer at once, and copied from there.
+
+    They are of one pair, or of several that follow each other in a file or in memory.
+    """
 
     file: FileStretch | None
-    """Any range of the file that is read."""
+    """A range of the file that is read, or ``None`` for memory. Its descriptor and path are used, not its bounds."""
     start: int
     """Offset in the file, or a host address."""
     nbytes: int
@@ -253,8 +256,8 @@ class _Buffer:
         else:
             room = self._room if nbytes == self._size_bytes else self._room[:nbytes]
             read_into(room, file.fd, start, file.path)
-        for _, at, target, copied in copies:
-            _check("cuMemcpyHtoDAsync", driver.copy(target, self._address + at, copied, self._stream))
+        for _, offset_bytes, target, copied in copies:
+            _check("cuMemcpyHtoDAsync", driver.copy(target, self._address + offset_bytes, copied, self._stream))
         _check("cuEventRecord", driver.record(self._event, self._stream))
 
 
@@ -296,28 +299,28 @@ def _driver() -> _Driver:
 def _split(pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]], piece_bytes: int) -> Iterator[_Piece]:
     """Divide the bytes of all pairs into pieces, in order.
 
-    A piece of few bytes costs as much time as a large one, so pairs that follow each other share one.
+    Each piece costs a read and calls of the driver, however small it is. So pairs that follow each other share one.
     """
     file: FileStretch | None = None
-    start = end = 0
+    start = end = 0  # of the piece, in the file or in memory
     copies: list[_Copy] = []
     for number, (source, target) in enumerate(pairs):
-        its_file, first = (
-            (source, source.offset_bytes) if isinstance(source, FileStretch) else (None, source.data_ptr())
-        )
-        at = first
-        while at < first + source.nbytes:
-            gap = at - end if _is_same(file, its_file) else -1
-            if not copies or at - start >= piece_bytes or not 0 <= gap <= (_MAX_GAP_BYTES if file else 0):
+        source_file = source if isinstance(source, FileStretch) else None
+        source_start = source.offset_bytes if isinstance(source, FileStretch) else source.data_ptr()
+        source_end = source_start + source.nbytes
+        at = source_start
+        while at < source_end:
+            follows = _is_same_file(file, source_file) and 0 <= at - end <= (_MAX_GAP_BYTES if file else 0)
+            if not copies or not follows or at - start >= piece_bytes:
                 if copies:
                     yield _Piece(file, start, end - start, tuple(copies))
-                file, start, copies = its_file, at, []
-            end = min(first + source.nbytes, start + piece_bytes)
-            copies.append(_Copy(number, at - start, target.data_ptr() + at - first, end - at))
+                file, start, copies = source_file, at, []
+            end = min(source_end, start + piece_bytes)
+            copies.append(_Copy(number, at - start, target.data_ptr() + at - source_start, end - at))
             at = end
     if copies:
         yield _Piece(file, start, end - start, tuple(copies))
 
 
-def _is_same(one: FileStretch | None, other: FileStretch | None) -> bool:
+def _is_same_file(one: FileStretch | None, other: FileStretch | None) -> bool:
     return one is other or (one is not None and other is not None and (one.fd, one.path) == (other.fd, other.path))

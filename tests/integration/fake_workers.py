@@ -51,6 +51,7 @@ from xditd.ipc.worker_messages import (
 )
 
 REFUSED_LABEL = "refused-by-the-last-rank"
+WARM_LABEL = "has-a-warm-up"
 STUCK_LABEL = "cannot-be-unmapped"
 DEADLY_LABEL = "deadly"
 """Component labels that cause a fault."""
@@ -151,12 +152,16 @@ class FakeExecutor:
     def take_digests(self) -> dict[str, tuple[FileDigest, ...]]:
         return {}
 
-    def build_model(self, outline: Outline) -> dict[str, float]:
+    def build_model(self, outline: Outline) -> tuple[dict[str, float], bool]:
         if outline.label == REFUSED_LABEL and self.is_last:
             raise BadCheckpoint("no such model")
         self.built.append(outline.label)
         time.sleep(self.options.step_s)
-        return {"build": 1.0}
+        return {"build": 1.0}, outline.label == WARM_LABEL
+
+    def warm_up_model(self, outline: Outline) -> dict[str, float]:
+        print(f"warmed up {outline.label}", file=sys.stderr, flush=True)
+        return {"warm_up": 1.0}
 
     def take_memory(self) -> MemoryParts | None:
         counted, self.counted = self.counted, None

@@ -122,6 +122,7 @@ def _judge(runs: Sequence[Mapping[str, Any]], judged: Mapping[str, Any], repeate
 
 
 def _formats(formats: Mapping[str, Any]) -> str:
+    names = " ".join(name for name in formats if name != "diffusers")
     groups = [group for group in _GROUPS if "object" in group or group == "all"]
     rows = [
         (
@@ -134,8 +135,8 @@ def _formats(formats: Mapping[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "In the formats in which people share FLUX.1, the rows below the first in the workers of xditd "
-            "(`python -m shapes.judge --formats`):",
+            "The judge also compares the formats in which people share FLUX.1, and paths of forwards. The workers of "
+            f"xditd draw all rows but the first (`python -m shapes.judge models/shapes --formats {names}`):",
             "",
             _table(("transformer", *groups, "same reading as the first row", "error of pictures"), rows),
         ]

@@ -28,7 +28,8 @@ ACCELERATIONS: Final = ("eager", "captured", "compiled")
 PATHS: Final = (STEP_CACHE, *ACCELERATIONS)
 """In bfloat16: with a step cache, and diffusers' pipeline whose transformer runs in the workers as its class."""
 _THRESHOLD: Final = 0.08
-_CHOSEN_S: Final = 120.0
+_PATH_DEADLINE_S: Final = 120.0
+"""How long sentences of a batch size are drawn until their forwards take the path of a row."""
 
 
 def write_folder_as(folder: Path, out: Path, dtype: torch.dtype) -> Path:
@@ -114,26 +115,30 @@ def accelerated_sampler(
 ) -> Iterator[Any]:
     """Give ``sampler``, that of ``pipeline``, while its transformer runs in the workers with one of ``ACCELERATIONS``.
 
-    The daemon captures and compiles between forwards: on GPUs, sentences are drawn in each of the ``batches``' sizes
-    until their forwards take that path.
+    The workers capture and compile between forwards. So on GPUs sentences are drawn first, for each size of
+    ``batches``, until forwards of that size take the path.
 
     Raises:
-        TimeoutError: they do not, after minutes.
+        TimeoutError: the forwards of a batch do not take the path within :data:`_PATH_DEADLINE_S`.
     """
     from xditd.client import accelerate
 
     with accelerate(pipeline, components=("transformer",), client=client, acceleration=acceleration):
-        is_waited_for = acceleration != "eager" and client.status().device_kind == "cuda"
-        for batch in batches if is_waited_for else ():
-            end_s = time.monotonic() + _CHOSEN_S
-            while not any(
-                acceleration in each.path and each.shapes.startswith(f"[{batch}, ")
-                for each in client.status().forward_paths
-            ):
-                if time.monotonic() > end_s:
-                    raise TimeoutError(f"a batch of {batch} is not {acceleration} after {_CHOSEN_S:.0f} s")
-                sampler(["a red circle"] * batch, 0)
+        if acceleration != "eager" and client.status().device_kind == "cuda":
+            for batch in batches:
+                _draw_until(client, acceleration, batch, sampler)
         yield sampler
+
+
+def _draw_until(client: Any, acceleration: str, batch: int, sampler: Any) -> None:
+    end_s = time.monotonic() + _PATH_DEADLINE_S
+    while not any(
+        acceleration in each.path and each.shapes.startswith(f"[{batch}, ")  # the first one is of the latents
+        for each in client.status().forward_paths
+    ):
+        if time.monotonic() > end_s:
+            raise TimeoutError(f"a batch of {batch} is not {acceleration} after {_PATH_DEADLINE_S:.0f} s")
+        sampler(["a red circle"] * batch, 0)
 
 
 def paths_of(client: Any) -> list[str]:

@@ -41,6 +41,22 @@ def test_a_lend_finds_the_model(rank: OneRank, announced: Callable[[State], Stat
     assert rank.components.get("a", "transformer").match.is_reused
 
 
+def test_a_model_is_warmed_up_until_it_is_lent(rank: OneRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xditd.gpu_workers.models import model_warm_up
+    from xditd.gpu_workers.models.cached_model import CachedModel
+
+    state, warmed = state_of(), []
+    assert not rank.components.build_ahead(outline_of(state))  # on a CPU
+    monkeypatch.setattr(CachedModel, "warm_up_sizes", {"rows": 1})
+    monkeypatch.setattr(model_warm_up, "_has_room", lambda *_: True)
+    monkeypatch.setattr(model_warm_up, "warm_up", lambda match, *_: warmed.append(match.model))
+    assert rank.components.build_ahead(outline_of(state))
+    rank.components.warm_up(outline_of(state))
+    rank.lend("a", state)
+    rank.components.warm_up(outline_of(state))
+    assert warmed == [rank.components.get("a", "transformer").match.model]
+
+
 def test_a_file_is_announced_by_its_header(rank: OneRank, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -14,7 +14,7 @@ import torch
 from attending_blocks import Model, arguments, made, swap
 
 from xditd.gpu_workers.models import compiled_graphs
-from xditd.gpu_workers.models.block_compiler import prepare
+from xditd.gpu_workers.models.block_compiler import import_loaders
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.ipc.errors import Unsupported
@@ -36,7 +36,7 @@ def wait(blocks: CompiledBlocks, key: object, limit_s: float = 250.0) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 def test_another_process_compiles_and_this_one_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare()
+    import_loaders()
     torch._dynamo.utils.counters["frames"].clear()  # other tests of this process compile, too
     traced: list[object] = []
     monkeypatch.setattr(torch.fx.Tracer, "trace", lambda *given, **_: traced.append(given))
@@ -124,7 +124,7 @@ def test_a_graph_on_disk_that_cannot_be_read_is_compiled_again(tmp_path: Path, m
             raise ValueError("truncated")
         return run
 
-    monkeypatch.setattr(compiled_graphs, "is_prepared", lambda: True)
+    monkeypatch.setattr(compiled_graphs, "has_loaders", lambda: True)
     monkeypatch.setattr(compiled_graphs, "load", load)
     monkeypatch.setattr(CompiledGraphs, "_compile", compile_anew)
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
@@ -136,7 +136,7 @@ def test_a_graph_on_disk_that_cannot_be_read_is_compiled_again(tmp_path: Path, m
 
 def test_what_goes_wrong_beside_graphs_leaves_them_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another daemon removes old graphs, too."""
-    monkeypatch.setattr(compiled_graphs, "is_prepared", lambda: True)
+    monkeypatch.setattr(compiled_graphs, "has_loaders", lambda: True)
     monkeypatch.setattr(compiled_graphs, "load", lambda _: run)
     monkeypatch.setattr(compiled_graphs, "MAX_ON_DISK", 1)
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
@@ -151,7 +151,7 @@ def test_what_goes_wrong_beside_graphs_leaves_them_made(tmp_path: Path, monkeypa
 @pytest.fixture
 def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompiledGraphs:
     """A graph that was asked for and is on disk, in a process that has not imported the compiler."""
-    monkeypatch.setattr(compiled_graphs, "is_prepared", lambda: False)
+    monkeypatch.setattr(compiled_graphs, "has_loaders", lambda: False)
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
     assert not graphs.needs_imports
     (graphs.folder / "any").mkdir()
@@ -172,7 +172,7 @@ def test_the_thread_that_runs_forwards_imports_the_compiler_before_another_one_l
     def note(what: str) -> Callable[..., Any]:
         return lambda *_: done.append((what, threading.current_thread().name))
 
-    monkeypatch.setattr(compiled_graphs, "prepare", note("import"))
+    monkeypatch.setattr(compiled_graphs, "import_loaders", note("import"))
     monkeypatch.setattr(compiled_graphs, "load", note("load"))
     assert on_disk.needs_imports
     assert done == []
@@ -190,7 +190,7 @@ def test_a_compiler_that_cannot_be_imported_is_a_reason_and_leaves_graphs_on_dis
     def missing() -> None:
         raise ImportError("no compiler")
 
-    monkeypatch.setattr(compiled_graphs, "prepare", missing)
+    monkeypatch.setattr(compiled_graphs, "import_loaders", missing)
     on_disk.let_load()
     assert loaded(on_disk, "any") == ["failed"]
     assert on_disk.find("any").reason == "ImportError: no compiler"

@@ -16,7 +16,7 @@ from packed_checkpoints import pack
 from torch.nn import functional
 
 from xditd.client.packed_weights import packing_of_tensors
-from xditd.gpu_workers.models.block_compiler import prepare
+from xditd.gpu_workers.models.block_compiler import import_loaders
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
 from xditd.gpu_workers.models.split_checks import computes_in_halves
@@ -201,7 +201,7 @@ def test_packed_weights_count_as_parameters_of_blocks_and_for_their_precision() 
 @pytest.mark.long
 @pytest.mark.slow
 def test_compiled_blocks_with_packed_layers_give_what_eager_ones_give(tmp_path: Path) -> None:
-    prepare()
+    import_loaders()
     graphs, model = CompiledGraphs(tmp_path / "graphs", torch.device("cpu")), Model()
     model.plug("int8", is_native=False, seed=0)
     blocks, call = made(model, graphs), partial(model, **arguments())
@@ -220,7 +220,7 @@ def test_compiled_blocks_with_packed_layers_give_what_eager_ones_give(tmp_path: 
 
 @pytest.mark.gpu
 def test_compiled_blocks_with_packed_layers_on_a_gpu(tmp_path: Path) -> None:
-    prepare()
+    import_loaders()
     device = torch.device("cuda:0")
     graphs = CompiledGraphs(tmp_path / "graphs", device)
     model = Model(device=device, dtype=torch.bfloat16)

@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ from forked_programs import ProgramServer
 
 from xditd.client.demo.checkpoints import flux1_state_dict
 from xditd.client.outlines import outline_of
+from xditd.gpu_workers.models import model_warm_up
+from xditd.gpu_workers.models.cached_model import CachedModel
 from xditd.gpu_workers.models.entries import TensorInfo
 from xditd.gpu_workers.models.model_cache import ModelCache
-from xditd.gpu_workers.parallel.layouts import ParallelLayout
 from xditd.ipc.errors import BadRequest, OutOfMemory
 
 State = dict[str, torch.Tensor]
@@ -26,24 +26,16 @@ SIZES = {"rows": 1, "text_tokens": 6, "image_tokens": 16}
 
 
 @pytest.fixture
-def model_warm_up(layout: ParallelLayout) -> ModuleType:
-    from xditd.gpu_workers.models import model_warm_up  # imports xfuser, which works only once it has started
-
-    return model_warm_up
-
-
-@pytest.fixture
 def state() -> State:
     return flux1_state_dict(0, heads=1, double_blocks=2, single_blocks=3, context_dim=64, pooled_dim=32)
 
 
 @pytest.fixture
-def warm_up(model_warm_up: ModuleType, cache: ModelCache, describe: Describer, state: State) -> Callable[[], None]:
+def warm_up(cache: ModelCache, describe: Describer, state: State) -> Callable[[], None]:
     return lambda: model_warm_up.warm_up(cache.match(describe(state)), outline_of(state).tensors, SIZES)
 
 
 def test_afterwards_the_model_is_as_it_was(
-    model_warm_up: Any,
     warm_up: Any,
     cache: ModelCache,
     describe: Describer,
@@ -52,9 +44,11 @@ def test_afterwards_the_model_is_as_it_was(
 ) -> None:
     import direct_jobs
 
+    from xditd.gpu_workers.models import calls
+
     made: list[weakref.ref[torch.UntypedStorage]] = []
     forwards: list[torch.Tensor] = []
-    make, run = model_warm_up._random, model_warm_up.run_parts
+    make, run = model_warm_up._random, calls.run_parts
 
     def note_made(*given: object) -> torch.Tensor:
         tensor = make(*given)  # type: ignore[arg-type]
@@ -67,7 +61,7 @@ def test_afterwards_the_model_is_as_it_was(
         return [rows]
 
     monkeypatch.setattr(model_warm_up, "_random", note_made)
-    monkeypatch.setattr(model_warm_up, "run_parts", note_forward)
+    monkeypatch.setattr(calls, "run_parts", note_forward)
     warm_up()
     match = cache.match(describe(state))
     assert match.is_reused
@@ -99,7 +93,6 @@ def test_afterwards_the_model_is_as_it_was(
 
 @pytest.mark.parametrize("error", [BadRequest("a size that does not fit"), OutOfMemory("no room")], ids=str)
 def test_one_that_fails_leaves_nothing_plugged(
-    model_warm_up: Any,
     warm_up: Any,
     cache: ModelCache,
     describe: Describer,
@@ -107,10 +100,12 @@ def test_one_that_fails_leaves_nothing_plugged(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
+    from xditd.gpu_workers.models import calls
+
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(model_warm_up, "run_parts", fail)
+    monkeypatch.setattr(calls, "run_parts", fail)
     with pytest.raises(type(error)):
         warm_up()
     model = cache.match(describe(state)).model
@@ -119,7 +114,6 @@ def test_one_that_fails_leaves_nothing_plugged(
 
 
 def test_weights_that_have_no_room_leave_nothing_plugged(
-    model_warm_up: Any,
     warm_up: Any,
     cache: ModelCache,
     describe: Describer,
@@ -135,11 +129,23 @@ def test_weights_that_have_no_room_leave_nothing_plugged(
     assert cache.match(describe(state)).model.owner is None
 
 
-def test_models_without_a_fast_path_that_names_sizes_are_not_warmed_up(
-    model_warm_up: Any, cache: ModelCache, describe: Describer, state: State
+def test_models_that_have_had_weights_are_not_warmed_up(
+    warm_up: Any,
+    cache: ModelCache,
+    describe: Describer,
+    state: State,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    match = cache.match(describe(state))
-    assert not model_warm_up.is_due(match, outline_of(state).tensors)
+    monkeypatch.setattr(CachedModel, "warm_up_sizes", SIZES)
+    assert model_warm_up.can_warm_up(cache.match(describe(state)))
+    warm_up()
+    assert not model_warm_up.can_warm_up(cache.match(describe(state)))
+
+
+def test_models_without_a_fast_path_that_names_sizes_are_not_warmed_up(
+    cache: ModelCache, describe: Describer, state: State
+) -> None:
+    assert not model_warm_up.can_warm_up(cache.match(describe(state)))
 
 
 def test_ranks_decide_together_though_one_of_them_had_the_model(tmp_path: Path, fork_program: ProgramServer) -> None:

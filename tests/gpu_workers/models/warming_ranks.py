@@ -1,4 +1,4 @@
-"""A program, not a test: two gloo ranks ask whether a model is warmed up, which one of them had before.
+"""A program, not a test: two gloo ranks ask whether a model is warmed up, which had weights on one of them.
 
     python warming_ranks.py FOLDER
 
@@ -31,10 +31,9 @@ def run_rank(rank: int, folder: str) -> None:
     rank_sync.share_page(store, "flags", rank, RANKS)
     free: dict[str, int] = {}
     torch.cuda.mem_get_info = lambda device: (free["bytes"], free["bytes"])
-    model = SimpleNamespace(warm_up_sizes={"rows": 1}, device=None)
     found = []
-    # Whether each rank has the model already, and has room. One may lack a model, because its GPU was full.
-    for has_it, has_room in (
+    # Whether the model of each rank has had weights, and there is room. One may be new, because its GPU was full.
+    for had_weights, has_room in (
         ((False, True), (True, True)),
         ((True, False), (True, True)),
         ((False, False), (True, False)),
@@ -42,8 +41,9 @@ def run_rank(rank: int, folder: str) -> None:
         ((False, False), (True, True)),
     ):
         free["bytes"] = ROOM_BYTES - (not has_room[rank])
-        match: Any = SimpleNamespace(is_reused=has_it[rank], needs_conversion=False, model=model)
-        due = is_due(match, ())
+        model = SimpleNamespace(warm_up_sizes={"rows": 1}, had_weights=had_weights[rank], device=None)
+        match: Any = SimpleNamespace(needs_conversion=False, model=model)
+        due = is_due(match, (), is_lent=False)
         in_step = rank_sync.share_value(len(found)) == [len(found)] * RANKS
         found.append(due if in_step else "out of step")
     print(f"rank {rank}: {found}\n", end="", flush=True)  # one write: ranks share the pipe

@@ -34,6 +34,7 @@ from xditd.ipc.worker_messages import (
     FilesDigested,
     ForgetClient,
     MemoryCounted,
+    ModelBuilt,
     Plug,
     Plugged,
     RankFailed,
@@ -41,6 +42,7 @@ from xditd.ipc.worker_messages import (
     RankTally,
     Shutdown,
     Unmap,
+    WarmUpModel,
 )
 
 TOKEN = "token-of-a-group"
@@ -84,9 +86,13 @@ class RecordingExecutor:
     def prepare(self, command: Any) -> PreparedFacts:
         raise AssertionError("not asked for here")
 
-    def build_model(self, outline: Outline) -> dict[str, float]:
+    def build_model(self, outline: Outline) -> tuple[dict[str, float], bool]:
         self._record("build", outline.label)
-        return {"build": 3.0}
+        return {"build": 3.0}, True
+
+    def warm_up_model(self, outline: Outline) -> dict[str, float]:
+        self._record("warm_up", outline.label)
+        return {"warm_up": 4.0}
 
     def plug(self, component_id: str) -> dict[str, float]:
         self._record("plug", component_id)
@@ -175,15 +181,25 @@ def test_each_command_is_one_call_and_one_report(loop: SimpleNamespace, executor
     assert (plugged.op_number, plugged.timings_ms, plugged.tally) == (1, {"plug": 1.0}, executor.tally())
     outline = Outline(label="x", tensors=(OutlinedTensor("a", "bfloat16", (2,)),))
     built = loop.ask(BuildModel(op_number=7, outline=outline))
-    assert isinstance(built, Done)
-    assert built.timings_ms == {"build": 3.0}
+    assert isinstance(built, ModelBuilt)
+    assert (built.timings_ms, built.has_warm_up) == ({"build": 3.0}, True)
+    warmed = loop.ask(WarmUpModel(op_number=8, outline=outline))
+    assert isinstance(warmed, Done)
+    assert warmed.timings_ms == {"warm_up": 4.0}
     kept = loop.ask(CopyComponent(op_number=2, component_id="c1"))
     assert isinstance(kept, ComponentCopied)
     assert kept.copied == CopiedBytes(host_to_host=7)
     assert isinstance(loop.ask(Unmap(op_number=3, component_id="c1")), Done)
     assert isinstance(loop.ask(ForgetClient(op_number=4, exporter=CLIENT)), Done)
     asked = [call for call in executor.calls if call != "after_answer"]
-    assert asked == [("plug", "c1"), ("build", "x"), ("keep", "c1"), ("unmap", "c1"), ("forget", CLIENT)]
+    assert asked == [
+        ("plug", "c1"),
+        ("build", "x"),
+        ("warm_up", "x"),
+        ("keep", "c1"),
+        ("unmap", "c1"),
+        ("forget", CLIENT),
+    ]
 
 
 def test_a_refusal_is_answered_and_the_next_command_served(loop: SimpleNamespace, executor: RecordingExecutor) -> None:

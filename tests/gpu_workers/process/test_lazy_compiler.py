@@ -36,7 +36,7 @@ IN_PARTS = """
 from xditd.gpu_workers.models import block_compiler
 from xditd.gpu_workers.process import lend_imports, preload
 preload.import_all(lend_imports.FOR_GRAPHS)
-assert block_compiler.is_prepared() and all(map(lean_imports.is_imported, lend_imports.FOR_GRAPHS))
+assert block_compiler.has_loaders() and all(map(lean_imports.is_imported, lend_imports.FOR_GRAPHS))
 """
 USES = (
     "torch.compile(lambda x: x, backend='eager')(torch.ones(1))",

@@ -41,6 +41,18 @@ def test_what_workers_refuse_harms_nothing(start_daemon: Any, memory: Any, wait_
     assert client.status().counters.group_starts == 1
 
 
+def test_a_model_is_warm_upd_after_it_was_built(
+    start_daemon: Any, memory: Any, wait_until: Any, fake: ModuleType
+) -> None:
+    daemon = start_daemon()
+    client = daemon.ready_client()
+    announce(client, fake.WARM_LABEL)
+    wait_until(lambda: f"warmed up {fake.WARM_LABEL}" in daemon.log)
+    lent = client.lend(memory.manifest())
+    client.ask(memory.generate(lent.component_id), Generated)
+    assert client.status().counters.group_starts == 1
+
+
 def test_jobs_go_before_announcements(start_daemon: Any, memory: Any, wait_until: Any) -> None:
     daemon = start_daemon(worker_flags=["--step-s", "0.2"])
     client = daemon.ready_client()

@@ -181,9 +181,9 @@ def test_pieces_have_every_byte_once(places, pieces, piece_bytes: int):
     for piece in found:
         room = source[piece.start :][: piece.nbytes]
         for copy in piece.copies:
-            assert 0 <= copy.at <= copy.at + copy.nbytes <= piece.nbytes
+            assert 0 <= copy.offset_bytes <= copy.offset_bytes + copy.nbytes <= piece.nbytes
             begin = copy.target - target.data_ptr()
-            target[begin : begin + copy.nbytes] += room[copy.at :][: copy.nbytes] + 1
+            target[begin : begin + copy.nbytes] += room[copy.offset_bytes :][: copy.nbytes] + 1
     assert torch.equal(target.long(), torch.cat([source[at : at + size] + 1 for at, size in places]))
 
 

@@ -76,6 +76,7 @@ def test_a_card_gets_what_the_files_hold(tmp_path: Path) -> None:
         "| these weights, in float32 on a CPU, 20 steps | 93.5 % |",
         "| at the end of training | 92.5 % |",
         "| those of a second training from the same seeds | 90.5 % |",
+        "but the first (`python -m shapes.judge models/shapes --formats fp8`):",
         "| fp8 | 94.5 % | 94.5 % |  | 94.5 % | 99.0 % | 0.012 |",
         "| 0.5 | 64 | 31 | 29 |",
         "Of 64 drawn pictures that the VAE alone encodes and decodes, 63 are right.",
