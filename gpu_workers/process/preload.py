@@ -67,12 +67,15 @@ FOR_LENDS: Final = (
 AFTER_LENDS: Final = (
     "sympy",
     "torch.distributed.tensor",
+    "transformers",
+    "transformers.models",
+    "transformers.loss.loss_utils",
     "transformers.modeling_utils",
     COMPILER,
     lean_imports.RING_ATTENTION,
 )
-"""What no lend needs: what text encoders need, what loads compiled blocks, and what ring attention calls. ``sympy`` and
-``torch.distributed.tensor`` are parts of these, imported first so that no single import takes long."""
+"""What no lend needs: what text encoders need, what loads compiled blocks, and what ring attention calls. Before each
+come parts of it, so that no single import takes long: a command may wait for one."""
 
 FOR_STANDBY: Final = FOR_LENDS + AFTER_LENDS
 """What the leader of the next group imports beside :data:`FOR_RANKS`: it has the time."""

@@ -134,6 +134,16 @@ FIRSTS = (
     "assert imports.wait_s == 0.0; imports.run_next()",
 )
 
+STEPS = """
+from xditd.gpu_workers.process import preload
+from xditd.gpu_workers.process.lend_imports import FOR_GRAPHS, LendImports
+LendImports().finish_for_lend()
+for name in (*preload.AFTER_LENDS, *FOR_GRAPHS):
+    before = len(sys.modules)
+    preload.import_all((name,))
+    found[name] = max(found.get(name, 0), len(sys.modules) - before)
+"""
+
 MISSING = """
 import types
 from importlib import metadata
@@ -165,6 +175,7 @@ BODIES = (
     SCIPY,
     WRAPPERS,
     FORWARD,
+    STEPS,
     MISSING,
     *(TRANSFORMERS.format(first=first) for first in FIRSTS),
 )
@@ -195,6 +206,11 @@ def test_lends_need_no_transformers_until_one_of_its_classes_is_asked_for(run: R
         "late again": True,
         "place": ["_LazyModule", False],
     }
+
+
+def test_no_late_import_brings_most_of_the_modules_while_a_command_may_wait_for_it(run: Run) -> None:
+    steps = run(STEPS)
+    assert max(steps.values()) < 0.3 * sum(steps.values()), steps
 
 
 def test_what_is_not_installed_has_no_place(run: Run) -> None:
