@@ -103,6 +103,6 @@ def _outlined(tensors: Mapping[str, torch.Tensor]) -> tuple[OutlinedTensor, ...]
 def _state_of(source: Any) -> dict[str, Any]:
     if not isinstance(source, Mapping) and not hasattr(source, "state_dict"):
         raise BadRequest(
-            f"a {type(source).__name__} cannot be prepared: give a path, a state dict, a module or a configuration"
+            f"{type(source).__name__} cannot be prepared: give a path, a state dict, a module or a configuration"
         )
     return read_tensors(source)

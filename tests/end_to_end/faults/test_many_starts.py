@@ -30,7 +30,7 @@ def is_alive(pid: int) -> bool:
 
 
 def used_bytes() -> int:
-    """Memory of all GPUs that somebody holds, this process too; 0 without GPUs."""
+    """Return the bytes of all GPUs that any process uses, this one too; 0 without GPUs."""
     counts = [torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())]
     return sum(total - free for free, total in counts)
 
