@@ -61,9 +61,8 @@ def _set(
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = bf16_reduction
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = fp16_reduction
-    if (
-        exact != torch.are_deterministic_algorithms_enabled()
-    ):  # it imports torch's compiler, for which a call would wait
+    # Setting it imports torch's compiler, for which a first call would wait.
+    if exact != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(exact)
 
 
