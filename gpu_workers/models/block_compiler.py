@@ -32,6 +32,7 @@ LOADERS: Final = ("torch._inductor.compile_fx", "torch._inductor.standalone_comp
 
 MAX_REASON_CHARS: Final = 300
 
+_STDIN: Final = 0
 _NICENESS: Final = 5
 """The compiler runs at a lower priority than processes that serve forwards, and still gets time on busy processors."""
 
@@ -47,7 +48,8 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # the parent writes nothing and holds the other end
+    # The parent writes nothing and holds the other end. Not by sys.stdin: while a thread reads that, Python cannot end.
+    os.read(_STDIN, 1)
     os._exit(1)
 
 

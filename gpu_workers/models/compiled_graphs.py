@@ -209,10 +209,12 @@ class CompiledGraphs:
                 if self._finish(left[0], began_s):
                     left.pop(0)
                     began_s = time.monotonic()
+                elif self._is_closed:
+                    return []
                 elif has_ended or time.monotonic() - began_s > LIMIT_S:
                     why = f"ended with status {process.returncode}" if has_ended else f"took over {LIMIT_S:.0f} s"
                     self._fail(left[:1], f"the compiler's process {why}")
-                    return [] if self._is_closed else left[1:]
+                    return left[1:]
                 else:
                     time.sleep(_POLL_S)
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 import torch
 from attending_blocks import Model, arguments, made, swap
 
-from xditd.gpu_workers.models import compiled_graphs
+from xditd.gpu_workers.models import block_compiler, compiled_graphs
 from xditd.gpu_workers.models.block_compiler import import_loaders
 from xditd.gpu_workers.models.compiled_blocks import CompiledBlocks
 from xditd.gpu_workers.models.compiled_graphs import CompiledGraphs
@@ -88,12 +90,25 @@ def test_what_the_compiler_refuses_is_a_reason(tmp_path: Path, monkeypatch: pyte
     graphs.close()
 
 
-def test_closing_ends_the_compiler(tmp_path: Path) -> None:
+def test_closing_ends_the_compiler_and_warns_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     graphs = CompiledGraphs(tmp_path, torch.device("cpu"))
     graphs.make({"any": b"{}"})
+    end = time.monotonic() + 60
+    while graphs._process is None:
+        assert time.monotonic() < end
+        time.sleep(0.001)
     graphs.close()
     graphs.make({"later": b"{}"})
     assert graphs.find("later") is None
+    assert not caplog.records
+
+
+def test_the_compiler_ends_by_itself_while_its_parent_lives(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", block_compiler.__name__, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert (process.wait(60), said) == (0, b"")
 
 
 def run(*_: torch.Tensor) -> Any:
