@@ -61,7 +61,10 @@ def _set(
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = bf16_reduction
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = fp16_reduction
-    torch.use_deterministic_algorithms(exact)
+    if (
+        exact != torch.are_deterministic_algorithms_enabled()
+    ):  # it imports torch's compiler, for which a call would wait
+        torch.use_deterministic_algorithms(exact)
 
 
 def _use_attention_backend(stack: ExitStack, name: str) -> None:

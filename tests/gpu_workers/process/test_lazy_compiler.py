@@ -144,8 +144,21 @@ found["later"] = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)).
 """
 FAULTS = ("ImportError('no symbol')", "AttributeError('no symbol')")
 
+NUMERICS = """
+from xditd.gpu_workers.jobs.numerics import use_numerics
+from xditd.ipc.job_parts import Numerics
+with use_numerics(Numerics(), torch.device("cpu")):
+    found["compiler"] = lean_imports.is_imported("torch._dynamo")
+found["deterministic"] = []
+for wanted in (True, False):
+    with use_numerics(Numerics(is_deterministic=wanted), torch.device("cpu")):
+        found["deterministic"].append(torch.are_deterministic_algorithms_enabled())
+    found["deterministic"].append(torch.are_deterministic_algorithms_enabled())
+"""
+
 BODIES = (
     MARKS,
+    NUMERICS,
     *(FIRST_MODULE.format(module=module) for module in FIRST_MODULES),
     FIRST_NAME,
     FAILING_PART,
@@ -197,6 +210,10 @@ def test_a_module_of_the_compiler_that_is_imported_first_is_imported_once(run: R
 
 def test_a_name_of_the_compiler_is_its_own_whatever_the_placeholder_has(run: Run) -> None:
     assert run(FIRST_NAME) == {"same": True}
+
+
+def test_the_usual_numerics_of_a_call_import_no_compiler(run: Run) -> None:
+    assert run(NUMERICS) == {"compiler": False, "deterministic": [True, False, False, False]}
 
 
 def test_a_compiler_of_which_one_part_failed_is_imported_later(run: Run) -> None:
