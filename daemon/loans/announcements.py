@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 MAX_WAITING: Final = 8
 """Announcements that wait, of all clients; a further one replaces the oldest. A pipeline has about five models."""
 QUIET_S: Final = 0.5
-"""From a built model to its warm-up, for which a lend that comes meanwhile would wait longer than it gains."""
+"""Seconds between the build of a model and its warm-up. A lend that comes during a warm-up waits longer than the
+warm-up saves. So a model that is lent at once is not warmed up."""
 
 
 class _Announcement(NamedTuple):
@@ -30,7 +31,7 @@ class _Announcement(NamedTuple):
 
 
 class Announcements:
-    """Those that wait, oldest first. Jobs, lends and returns go before them; what they build no one has to use.
+    """Announcements that wait, oldest first. Jobs, lends and returns go first. Nobody has to use the built models.
 
     ``call_later`` calls a function after seconds, and then asks for :meth:`take`.
     """
@@ -39,9 +40,9 @@ class Announcements:
         self._call_later = call_later
         self._waiting: list[_Announcement] = []
         self._built: list[_Announcement] = []
-        """Those whose models can be warmed up."""
+        """Announcements whose models are built and can be warmed up, before :data:`QUIET_S` have passed."""
         self._quiet: list[_Announcement] = []
-        """Of these, those for which :data:`QUIET_S` have passed."""
+        """Those that come next: :data:`QUIET_S` have passed since the build."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -79,7 +80,7 @@ class Announcements:
     def _note_quiet(self, announcement: _Announcement) -> None:
         if announcement in self._built:
             self._built.remove(announcement)
-            self._quiet.append(announcement)
+            self._quiet = [*self._quiet, announcement][-MAX_WAITING:]
 
 
 def _build(outline: Outline) -> Script[bool]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class CachedModel:
-    """One model. ``owner`` is the component id of the plugged weights, or ``None``; ``had_weights``: of any so far.
+    """One model. ``owner`` is the component id of the plugged weights, or ``None``.
 
     ``layout`` is the group's, with the degrees that its heads allow and an attention backend for its dtype.
     ``packed_layers`` are the layers that multiply packed weights or look up their rows, by the names of these.
@@ -61,6 +61,7 @@ class CachedModel:
         self.module = module
         self.owner: str | None = None
         self.had_weights = False
+        """Whether weights were plugged so far, those of a warm-up included."""
         self.operations = operations
         self.packed_layers = packed_layers
         self.scratch_bytes = largest_bytes(packed_layers.values())

@@ -21,6 +21,8 @@ class ClassPackage(LazyModule):
     Its own code runs for any other name, and for one that it does not import in every case.
     """
 
+    _module_by_name: dict[str, str] | None = None
+
     def __getattr__(self, name: str) -> Any:
         module = None if name.startswith("__") else self.modules().get(name)
         if module is None:
@@ -29,10 +31,9 @@ class ClassPackage(LazyModule):
 
     def modules(self) -> dict[str, str]:
         """Return the module of each name that the package's code imports in any case, as its source says."""
-        found = vars(self).get("_module_by_name")
-        if found is None:
-            found = vars(self)["_module_by_name"] = _modules_in(ast.parse(Path(str(self.__file__)).read_bytes()))
-        return found
+        if self._module_by_name is None:
+            self._module_by_name = _modules_in(ast.parse(Path(str(self.__file__)).read_bytes()))
+        return self._module_by_name
 
 
 def _modules_in(code: ast.Module) -> dict[str, str]:

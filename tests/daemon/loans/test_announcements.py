@@ -82,7 +82,7 @@ def test_those_of_an_ended_session_are_dropped(announcements: Announcements) -> 
     assert labels(announcements) == ["b"]
 
 
-def test_a_model_is_warm_upd_once_nothing_was_asked_for_a_while(announcements: Announcements, later: Later) -> None:
+def test_a_model_is_warmed_up_once_nothing_was_asked_for_a_while(announcements: Announcements, later: Later) -> None:
     for label in ("a", "b", "c"):
         announcements.add(ONE, outline(label))
         run(announcements.take(), has_warm_up=label != "b")
@@ -100,7 +100,17 @@ def test_a_model_is_warm_upd_once_nothing_was_asked_for_a_while(announcements: A
     assert announcements.take() is None
 
 
-def test_no_model_is_warm_upd_for_an_ended_session(announcements: Announcements, later: Later) -> None:
+def test_few_models_wait_for_their_warm_up(announcements: Announcements, later: Later) -> None:
+    """A client that announces all the time keeps any from being warmed up."""
+    for number in range(3 * MAX_WAITING):
+        announcements.add(ONE, outline(str(number)))
+        run(announcements.take(), has_warm_up=True)
+        later[-1][1]()
+    commands = [run(task) for task in iter(announcements.take, None)]
+    assert [each.outline.label for each in commands] == [str(at) for at in range(2 * MAX_WAITING, 3 * MAX_WAITING)]
+
+
+def test_no_model_is_warmed_up_for_an_ended_session(announcements: Announcements, later: Later) -> None:
     for label in ("a", "b"):
         announcements.add(ONE, outline(label))
         run(announcements.take(), has_warm_up=True)

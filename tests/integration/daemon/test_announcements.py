@@ -41,7 +41,7 @@ def test_what_workers_refuse_harms_nothing(start_daemon: Any, memory: Any, wait_
     assert client.status().counters.group_starts == 1
 
 
-def test_a_model_is_warm_upd_after_it_was_built(
+def test_a_model_is_warmed_up_after_it_was_built(
     start_daemon: Any, memory: Any, wait_until: Any, fake: ModuleType
 ) -> None:
     daemon = start_daemon()
