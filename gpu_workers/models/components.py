@@ -37,7 +37,7 @@ from xditd.ipc.errors import (
     UnknownComponent,
 )
 from xditd.ipc.job_parts import LoraUse
-from xditd.ipc.outlines import Outline
+from xditd.ipc.outlines import Outline, OutlinedTensor
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.status import LoraCounts
 from xditd.ipc.tensors import (
@@ -140,7 +140,7 @@ class Components:
         Raises:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
         """
-        match = self._match_ahead(outline)
+        match, _ = self._match_ahead(outline)
         return isinstance(match, CheckpointMatch) and model_warm_up.can_warm_up(match)
 
     def warm_up(self, outline: Outline) -> None:
@@ -150,17 +150,18 @@ class Components:
             UnknownFamily, BadCheckpoint, UnsupportedDtype, Unsupported, BadRequest: as :meth:`prepare`.
             OutOfMemory: a GPU has no room for the weights of the warm-up.
         """
-        match = self._match_ahead(outline)
+        match, tensors = self._match_ahead(outline)
         is_lent = id(match.model) in self._lent_models()
-        if isinstance(match, CheckpointMatch) and model_warm_up.is_due(match, outline.tensors, is_lent=is_lent):
-            model_warm_up.warm_up(match, outline.tensors, match.model.warm_up_sizes)
+        if isinstance(match, CheckpointMatch) and model_warm_up.is_due(match, tensors, is_lent=is_lent):
+            model_warm_up.warm_up(match, tensors, match.model.warm_up_sizes)
 
-    def _match_ahead(self, outline: Outline) -> LoadedMatch:
+    def _match_ahead(self, outline: Outline) -> tuple[LoadedMatch, Sequence[OutlinedTensor]]:
+        """Return the match of an outline, and its tensors: those that its class makes, if it has none."""
         with raise_on_all_ranks():
             if not outline.tensors:
                 outline = outline_of_class(outline)
             with self.models.building_ahead():
-                return match_manifest(outline, self.models, self.class_models)
+                return match_manifest(outline, self.models, self.class_models), outline.tensors
 
     def plug(self, component_id: str) -> Component:
         """Assign a prepared component's tensors as its model's parameters, in place of an older one of the same id."""

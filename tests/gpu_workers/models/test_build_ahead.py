@@ -67,21 +67,40 @@ def test_a_file_is_announced_by_its_header(rank: OneRank, tmp_path: Path) -> Non
     assert rank.components.models.built == 1
 
 
-def test_a_configuration_is_announced_alone(rank: OneRank, tmp_path: Path) -> None:
+def make_folder(folder: Path) -> dict[str, object]:
+    """Save a small transformer; return its configuration."""
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     module = FluxTransformer2DModel(
         num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=32,
         pooled_projection_dim=16, axes_dims_rope=(16, 56, 56), guidance_embeds=True,
     )  # fmt: skip
-    module.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    module.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_a_configuration_is_announced_alone(rank: OneRank, tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
     rank.components.build_ahead(outline_of(config, compute_dtype="float32"))
     caches = (rank.components.models, rank.components.class_models)
     built = [each.built for each in caches]
     assert sum(built) > 0
     rank.lend("a", tmp_path)
     assert [each.built for each in caches] == built
+
+
+def test_a_model_of_a_configuration_is_warmed_up_with_the_weights_of_its_class(
+    rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xditd.gpu_workers.models import model_warm_up
+    from xditd.gpu_workers.models.cached_model import CachedModel
+
+    monkeypatch.setattr(CachedModel, "warm_up_sizes", {"rows": 1, "text_tokens": 6, "image_tokens": 16})
+    monkeypatch.setattr(model_warm_up, "_has_room", lambda *_: True)
+    outline = outline_of(make_folder(tmp_path), compute_dtype="float32")
+    assert rank.components.build_ahead(outline)
+    rank.components.warm_up(outline)
+    assert not rank.components.build_ahead(outline)  # it has had weights
 
 
 @pytest.mark.parametrize("is_config", [False, True], ids=["folder", "configuration"])
