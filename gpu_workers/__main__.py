@@ -15,7 +15,7 @@ from xditd.gpu_workers.process.garbage_collection import without_collections
 from xditd.gpu_workers.process.lazy_meta_kernels import defer_meta_kernels
 from xditd.gpu_workers.process.loopback import check_loopback
 from xditd.gpu_workers.process.memory_priority import ended_first
-from xditd.gpu_workers.process.options import parse
+from xditd.gpu_workers.process.options import Options, parse
 from xditd.gpu_workers.process.start_faults import explain
 from xditd.ipc.errors import XditdError
 from xditd.ipc.network_watch import OutsideConnections
@@ -42,28 +42,10 @@ def main() -> int:
     logging.basicConfig(level="INFO", format="%(levelname)s leader %(name)s: %(message)s")
     try:
         check_loopback()
-        is_standby = sys.argv[1:] == [STANDBY_FLAG]
-        options = None if is_standby else parse(sys.argv[1:])
-        with ended_first() if is_standby else contextlib.nullcontext():  # the group that works is worth more
-            with without_collections():
-                defer_meta_kernels()
-                # Imported here, since they import torch: if torch is missing, the handler below reports it.
-                from xditd.gpu_workers.process import leader, preload
-
-                gpus = preload.preload(preload.FOR_RANKS)
-                if is_standby:
-                    preload.preload(preload.FOR_STANDBY)
-            if is_standby and preload.has_opened_gpu():
-                print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
-                return 1
-            line = _wait_for_flags() if is_standby else ""
-        if options is None:
-            if not line:
-                return 0
-            options = parse(msgspec.json.decode(line, type=list[str]))
-            gpus = preload.count_gpus()  # again: the group may have ended because one was lost
-        logging.getLogger().setLevel(options.log_level.upper())
-        return leader.lead(options, gpus, outside.attempts)
+        if sys.argv[1:] == [STANDBY_FLAG]:
+            return _lead_later(outside)
+        options = parse(sys.argv[1:])
+        return _lead(options, _import_shared(is_standby=False), outside)
     except Exception as error:
         if not isinstance(error, XditdError):
             logger.exception("the leader failed")
@@ -71,6 +53,42 @@ def main() -> int:
         with contextlib.suppress(BrokenPipeError):  # the daemon has ended
             print(f"{VERDICT_PREFIX}{why}", file=sys.stderr, flush=True)
         return CONFIGURATION_STATUS if is_final else 1
+
+
+def _lead_later(outside: OutsideConnections) -> int:
+    """Import everything, wait for the flags of a group, and run it; return the exit status."""
+    with ended_first():  # the group that works is worth more
+        _import_shared(is_standby=True)
+        from xditd.gpu_workers.process import preload
+
+        if preload.has_opened_gpu():
+            print("an import has opened a GPU, whose memory a waiting leader must not hold", file=sys.stderr)
+            return 1
+        line = _wait_for_flags()
+    if not line:
+        return 0
+    # Counted again: the group may have ended because a GPU was lost.
+    return _lead(parse(msgspec.json.decode(line, type=list[str])), preload.count_gpus(), outside)
+
+
+def _import_shared(*, is_standby: bool) -> int:
+    """Import what ranks share; return the number of GPUs."""
+    with without_collections():
+        defer_meta_kernels()
+        # Imported here, since they import torch: if torch is missing, the caller reports it.
+        from xditd.gpu_workers.process import leader, preload  # noqa: F401
+
+        gpus = preload.preload(preload.FOR_RANKS)
+        if is_standby:
+            preload.preload(preload.FOR_STANDBY)
+        return gpus
+
+
+def _lead(options: Options, gpus: int, outside: OutsideConnections) -> int:
+    from xditd.gpu_workers.process import leader
+
+    logging.getLogger().setLevel(options.log_level.upper())
+    return leader.lead(options, gpus, outside.attempts)
 
 
 def _wait_for_flags() -> str:

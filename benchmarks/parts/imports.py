@@ -37,9 +37,9 @@ from xditd.gpu_workers.process import lean_imports, xfuser_cpu
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
 from xditd.gpu_workers.process.torch_executor import TorchExecutor
-from xditd.gpu_workers.process.lend_imports import LendImports
+from xditd.gpu_workers.process.late_imports import LateImports
 stage("own, in each rank")
-imports = LendImports()
+imports = LateImports()
 imports.finish_for_lend()
 stage("for lends, in each rank once it is ready")
 while imports.wait_s is not None:

@@ -85,7 +85,7 @@ def _compile(folder: Path, encoded: bytes) -> None:
 
 
 def import_loaders() -> None:
-    """Import :data:`LOADERS`. This takes seconds, unless the modules were imported one by one (``lend_imports``)."""
+    """Import :data:`LOADERS`. This takes seconds, unless the modules were imported one by one (``late_imports``)."""
     for name in LOADERS:
         import_module(name)
 

@@ -24,7 +24,7 @@ from xditd.gpu_workers.parallel.rank_errors import is_host_out_of_memory, is_pee
 from xditd.gpu_workers.parallel.rank_sync import gather_uuids
 from xditd.gpu_workers.process.executor import JobChannel, PreparedFacts, RankFacts, TimingsMs
 from xditd.gpu_workers.process.idle_memory import IdleMemory, count_parts
-from xditd.gpu_workers.process.lend_imports import LendImports
+from xditd.gpu_workers.process.late_imports import LateImports
 from xditd.ipc import limits
 from xditd.ipc.errors import Internal, WorkersLost, XditdError
 from xditd.ipc.network_watch import OutsideConnections
@@ -68,7 +68,7 @@ class TorchExecutor:
         self._io = JobIo(layout.device)
         self._jobs = JobRunner(self._components, layout.rank, layout.device, group)
         components = self._components
-        self._imports = LendImports(
+        self._imports = LateImports(
             lambda: components.class_models.graphs, compiles=compiles_blocks(layout.acceleration, layout.device)
         )
         self._memory = IdleMemory(

@@ -34,9 +34,9 @@ found["ring"] = wrong["late"] == wrong["own"]
 """
 IN_PARTS = """
 from xditd.gpu_workers.models import block_compiler
-from xditd.gpu_workers.process import lend_imports, preload
-preload.import_all(lend_imports.FOR_GRAPHS)
-assert block_compiler.has_loaders() and all(map(lean_imports.is_imported, lend_imports.FOR_GRAPHS))
+from xditd.gpu_workers.process import late_imports, preload
+preload.import_all(late_imports.FOR_GRAPHS)
+assert block_compiler.has_loaders() and all(map(lean_imports.is_imported, late_imports.FOR_GRAPHS))
 """
 USES = (
     "torch.compile(lambda x: x, backend='eager')(torch.ones(1))",

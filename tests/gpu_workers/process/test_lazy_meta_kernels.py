@@ -26,8 +26,8 @@ with torch.device("meta"):
 USE
 """
 LEND = """
-from xditd.gpu_workers.process.lend_imports import LendImports
-LendImports().finish_for_lend()
+from xditd.gpu_workers.process.late_imports import LateImports
+LateImports().finish_for_lend()
 """
 NAME = """
 from torch._meta_registrations import meta_index_Tensor

@@ -94,8 +94,8 @@ TRANSFORMERS = """
 import typing
 from xditd.gpu_workers.models import registry
 from xditd.gpu_workers.process import preload
-from xditd.gpu_workers.process.lend_imports import LendImports
-imports = LendImports()
+from xditd.gpu_workers.process.late_imports import LateImports
+imports = LateImports()
 imports.finish_for_lend()
 heavy = ("transformers.modeling_utils", "transformers.models.clip.modeling_clip", "torch._dynamo.eval_frame")
 torchvision = ("torchvision", "diffusers.models.transformers.transformer_cosmos")  # whose import needs the compiler
@@ -136,8 +136,8 @@ FIRSTS = (
 
 STEPS = """
 from xditd.gpu_workers.process import preload
-from xditd.gpu_workers.process.lend_imports import FOR_GRAPHS, LendImports
-LendImports().finish_for_lend()
+from xditd.gpu_workers.process.late_imports import FOR_GRAPHS, LateImports
+LateImports().finish_for_lend()
 for name in (*preload.AFTER_LENDS, *FOR_GRAPHS):
     before = len(sys.modules)
     preload.import_all((name,))

@@ -90,9 +90,9 @@ before = set(sys.modules)
 with xfuser_cpu.importable():
     lean_imports.import_xfuser()
 from xditd.gpu_workers.process.torch_executor import TorchExecutor
-from xditd.gpu_workers.process import lend_imports
+from xditd.gpu_workers.process import late_imports
 found = {"rank": [n for n in sys.modules if n not in before and not n.startswith(("xditd.", "xfuser", "yunchang"))]}
-imports = lend_imports.LendImports()
+imports = late_imports.LateImports()
 while imports.wait_s is not None:
     imports.run_next()
 before = set(sys.modules)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from xditd.gpu_workers.models import registry
-from xditd.gpu_workers.process import lean_imports, lend_imports, preload
-from xditd.gpu_workers.process.lend_imports import QUIET_S, LendImports
+from xditd.gpu_workers.process import late_imports, lean_imports, preload
+from xditd.gpu_workers.process.late_imports import QUIET_S, LateImports
 from xditd.ipc.errors import Unsupported
 
 
@@ -37,7 +37,7 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     monkeypatch.setattr(preload, "FOR_LENDS", ("first", "second"))
     monkeypatch.setattr(preload, "AFTER_LENDS", ("later", "part"))
-    monkeypatch.setattr(lend_imports, "FOR_GRAPHS", ("part", "whole"))
+    monkeypatch.setattr(late_imports, "FOR_GRAPHS", ("part", "whole"))
     monkeypatch.setattr(lean_imports, "is_imported", lambda name: name in found)
     monkeypatch.setattr(preload, "import_all", lambda names: found.extend(names))
     monkeypatch.setattr(preload, "import_family", lambda family: found.append(family.name))
@@ -51,7 +51,7 @@ class _Family:
 
 
 def test_each_step_imports_one_module_until_none_is_left(imported: list[str]) -> None:
-    imports = LendImports()
+    imports = LateImports()
     seen = []
     while imports.wait_s is not None:
         assert imports.wait_s == 0.0
@@ -65,7 +65,7 @@ def test_each_step_imports_one_module_until_none_is_left(imported: list[str]) ->
 
 
 def test_a_lend_imports_what_all_lends_need_at_once(imported: list[str]) -> None:
-    imports = LendImports()
+    imports = LateImports()
     imports.note_command()
     imports.finish_for_lend()
     assert imported == ["first", "second", "one", "two", *registry.DESCRIBED]
@@ -76,7 +76,7 @@ def test_a_lend_imports_what_all_lends_need_at_once(imported: list[str]) -> None
 
 def test_no_module_is_imported_soon_after_a_command(imported: list[str]) -> None:
     now = [100.0]
-    imports = LendImports(clock=lambda: now[0])
+    imports = LateImports(clock=lambda: now[0])
     imports.note_command()
     assert imports.wait_s == pytest.approx(QUIET_S)
     imports.run_next()
@@ -87,20 +87,20 @@ def test_no_module_is_imported_soon_after_a_command(imported: list[str]) -> None
     assert imported == ["first"]
 
 
-def finish(imports: LendImports) -> None:
+def finish(imports: LateImports) -> None:
     while imports.wait_s is not None:
         imports.run_next()
 
 
 def test_what_compiled_blocks_need_comes_last_where_any_block_may_be_compiled(imported: list[str]) -> None:
-    finish(LendImports(compiles=True))
+    finish(LateImports(compiles=True))
     assert imported[-3:] == ["later", "part", "whole"]
 
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_what_compiled_blocks_need_comes_first_once_they_are_asked_for(imported: list[str], waits: bool) -> None:
     now, found = [100.0], []
-    imports = LendImports(lambda: found[0] if found else None, clock=lambda: now[0])
+    imports = LateImports(lambda: found[0] if found else None, clock=lambda: now[0])
     imports.finish_for_lend()
     imported.clear()
     found.append(graphs := Graphs(waits=waits))  # by a job
@@ -117,7 +117,7 @@ def test_what_compiled_blocks_need_comes_first_once_they_are_asked_for(imported:
 
 def test_graphs_load_at_once_where_all_is_imported(imported: list[str]) -> None:
     found: list[Graphs] = []
-    imports = LendImports(lambda: found[0] if found else None, compiles=True)
+    imports = LateImports(lambda: found[0] if found else None, compiles=True)
     finish(imports)
     found.append(graphs := Graphs(waits=False))
     assert imports.wait_s == 0.0  # whether or not its job has an answer
@@ -130,7 +130,7 @@ def test_graphs_load_at_once_where_all_is_imported(imported: list[str]) -> None:
 def test_garbage_of_commands_is_not_kept_with_the_modules(imported: list[str]) -> None:
     garbage = weakref.ref(Cycle())
     try:
-        LendImports().run_next()
+        LateImports().run_next()
         assert garbage() is None
         assert gc.isenabled()
     finally:
@@ -148,8 +148,8 @@ def test_what_cannot_be_imported_is_left_to_whoever_needs_it(
         raise Unsupported(f"{family.name} is broken")
 
     monkeypatch.setattr(preload, "FOR_LENDS", ("diffusers.no_such_module", "unfit_module"))
-    monkeypatch.setattr(lend_imports.registry, "operations_of", refuse)
-    imports = LendImports()
+    monkeypatch.setattr(late_imports.registry, "operations_of", refuse)
+    imports = LateImports()
     try:
         while imports.wait_s is not None:
             imports.run_next()

@@ -40,7 +40,7 @@ FOR_GRAPHS: Final = (
 itself first, so that no single import takes long."""
 
 
-class LendImports:
+class LateImports:
     """The imports that are left, in their order: what lends need, then what comes later.
 
     A command waits for one module, not for all of them, and a stop is obeyed. A lend waits for what all lends need,
