@@ -36,6 +36,8 @@ BAR_GIB: Final = 3.0
 """Of memory beyond weights on each GPU, once the workers are idle."""
 LATE_S: Final = 1.5
 """How long after a count is due it has arrived."""
+IMPORTS_S: Final = 30.0
+"""How long new workers may still import."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +103,7 @@ def _measure(client: Client, lent: _Lent, given: argparse.Namespace) -> dict[str
     say(f"  {given.jobs} jobs")
     jobs = [job() for _ in range(given.jobs)]
     time.sleep(COUNT_AFTER_S + LATE_S)
-    after_jobs = counted(client.status().workers)
+    after_jobs = counted(_once_counted(client))
     late = []
     for _ in range(given.idles):
         jobs += [job(), job()]  # as they follow one another
@@ -121,6 +123,14 @@ def _measure(client: Client, lent: _Lent, given: argparse.Namespace) -> dict[str
         "job_after_idle_ms": late,
         "job_after_idle_ratio": statistics.median(late) / usual_ms,
     }
+
+
+def _once_counted(client: Client) -> Sequence[WorkerStatus]:
+    """Return the workers once each has counted its memory. One that still imports between the jobs counts later."""
+    give_up_s = time.monotonic() + IMPORTS_S
+    while any(each.memory is None for each in client.status().workers) and time.monotonic() < give_up_s:
+        time.sleep(0.2)
+    return client.status().workers
 
 
 def counted(workers: Sequence[WorkerStatus]) -> list[dict[str, float]]:
