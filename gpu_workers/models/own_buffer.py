@@ -57,11 +57,12 @@ class OwnBuffer(NamedTuple):
         for part in parts:
             before = len(uploads)
             for number, start, to, size in clip_ranges(self.ranges, part):
-                source, target = sources[number].narrow(0, start, size), self.buffer.narrow(0, to, size)
-                block = opened[number]
+                target, block = self.buffer.narrow(0, to, size), opened[number]
                 if target.is_cuda and block is not None and isinstance(block.mapping, FileMapping):
                     uploads.append((block.mapping.stretch(start, size), target))
-                elif can_upload(source, target):
+                    continue
+                source = sources[number].narrow(0, start, size)
+                if can_upload(source, target):
                     uploads.append((source, target))
                 else:
                     target.copy_(source)
