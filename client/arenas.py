@@ -125,8 +125,9 @@ class Arena:
         for name, tensor in tensors.items():
             self._check_place(name, tensor)
         uploads = [name for name, tensor in tensors.items() if can_upload(tensor, self.tensors[name])]
-        for number in upload([(tensors[name].detach(), self.tensors[name]) for name in uploads]):
-            yield uploads[number]
+        with upload([(tensors[name].detach(), self.tensors[name]) for name in uploads]) as copied:
+            for number in copied:
+                yield uploads[number]
         uploaded = set(uploads)
         for name in [name for name in tensors if name not in uploaded]:
             with torch.no_grad():

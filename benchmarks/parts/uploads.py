@@ -6,8 +6,11 @@
 A FLUX.1 file of ``--gib`` is written once and stays in the page cache. First the uploader alone, in this process, with
 each number of threads and size of pieces, also for as many bytes in many small ranges. Then one daemon for each number
 of workers lends the file, as one and in shards; its rate is that of the phase in which workers copy. The same weights
-follow in ``--formats``, packed as ComfyUI's files are, or in GGUF: their rate is of their own, fewer bytes. Without a
-GPU the uploader's reads are compared with copies of memory by the same threads; lends then copy only what is not
+follow in ``--formats``, packed as ComfyUI's files are, or in GGUF: their rate is of their own, fewer bytes.
+
+A GPU clears memory that was freed, and all copies are slower meanwhile. So lends are ``--rest-s`` after the return of
+the last one; the rate of pinned memory is printed for memory that was freed at once before, too. Without a GPU the
+uploader's reads are compared with copies of memory by the same threads; lends then copy only what is not
 aligned in the file.
 
 Needs: as many GPUs as workers; --device cpu --small is a dry run
@@ -26,7 +29,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -39,7 +41,8 @@ from parts.packed_steps import FORMATS, pack
 
 from xditd.client import Client
 from xditd.client.demo.daemon_process import DaemonProcess
-from xditd.ipc.transports.uploads import FileStretch, Tuning, read_into, upload
+from xditd.ipc.transports.upload_pieces import FileStretch
+from xditd.ipc.transports.uploads import Tuning, read_into, upload
 
 MIB: Final = 2**20
 BAR: Final = 0.9
@@ -57,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[6, 10, 12, 14])
     parser.add_argument("--piece-mib", type=float, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rest-s", type=float, default=0.5, help="from the return of a loan to the next lend")
     parser.add_argument("--formats", nargs="*", default=PACKED, choices=FORMATS[1:], help="of lends, beside bfloat16")
     parser.add_argument("--folder", type=Path, help="for the file; by default in memory, if there is room for it")
 
@@ -72,8 +76,9 @@ def run(given: argparse.Namespace, report: Report) -> None:
         say(f"  writing {wanted / GIB:.1f} GiB")
         one, shards = _write(Path(folder), size, given)
         table, pinned_rate = _measure_uploader(one, given)
-        report.add(bytes=wanted, pinned_gib_s=pinned_rate, uploader=table)
-        _show_uploader(table, pinned_rate, given.device)
+        freed_rate = _pinned_into_freed(wanted, given) if given.device == "cuda" else None
+        report.add(bytes=wanted, pinned_gib_s=pinned_rate, pinned_into_freed_gib_s=freed_rate, uploader=table)
+        _show_uploader(table, pinned_rate, freed_rate, given.device)
         compute_dtype = _name_of(flux.dtype_on(given.device))
         files = [_Lent(f"{PLAIN}, one file", one, wanted), _Lent(f"{PLAIN}, {SHARDS} shards", shards, wanted)]
         for name in given.formats:
@@ -154,6 +159,17 @@ def _measure_uploader(path: Path, given: argparse.Namespace) -> tuple[list[dict[
     return rows, statistics.median(pinned)
 
 
+def _pinned_into_freed(size_bytes: int, given: argparse.Namespace) -> float:
+    """Return the rate of copies from pinned memory into memory that was freed at once before."""
+    device = flux.device_of(given)
+
+    def copy() -> None:
+        torch.cuda.empty_cache()
+        _copy_pinned(torch.empty(size_bytes, dtype=torch.uint8, device=device))
+
+    return _best(copy, given.repeats, size_bytes)
+
+
 def _best(do: Callable[[], None], repeats: int, moved_bytes: int) -> float:
     do()
     took = []
@@ -192,8 +208,8 @@ def _upload(sources: list[FileStretch], target: torch.Tensor, tuning: Tuning) ->
     for each in sources:
         ends.append(ends[-1] + each.nbytes)
     pairs = [(each, target[start : start + each.nbytes]) for each, start in zip(sources, ends, strict=False)]
-    with closing(upload(pairs, tuning)) as uploaded:
-        deque(uploaded, maxlen=0)
+    with upload(pairs, tuning) as copied:
+        deque(copied, maxlen=0)
     torch.cuda.synchronize()
 
 
@@ -239,7 +255,7 @@ def _measure_lends(
                 say(f"  lends of {file.path.name} to {workers} workers")
                 client.prepare(file.path, compute_dtype=file.compute_dtype)
                 daemon.wait_ready(client, lambda _: None)
-                lends = [_lend(client, file) for _ in range(given.repeats + 1)][1:]
+                lends = [_lend(client, file, given.rest_s) for _ in range(given.repeats + 1)][1:]
                 names = dict.fromkeys(name for each in lends for name in each)
                 shortest = {name: min(each.get(name, 0.0) for each in lends) for name in names}
                 yield file.way, {"bytes": file.size_bytes, **shortest}
@@ -247,13 +263,14 @@ def _measure_lends(
         daemon.stop(None)
 
 
-def _lend(client: Client, file: _Lent) -> dict[str, float]:
+def _lend(client: Client, file: _Lent, rest_s: float) -> dict[str, float]:
+    time.sleep(rest_s)
     began_s = time.perf_counter()
     with client.lend(file.path, compute_dtype=file.compute_dtype) as loan:
         return {**loan.timings_ms, "whole": (time.perf_counter() - began_s) * 1e3}
 
 
-def _show_uploader(rows: list[dict[str, Any]], pinned_rate: float, device: str) -> None:
+def _show_uploader(rows: list[dict[str, Any]], pinned_rate: float, freed_rate: float | None, device: str) -> None:
     whats = list(dict.fromkeys(row["what"] for row in rows))
     by_tuning: dict[tuple[int, float], dict[str, float]] = {}
     for row in rows:
@@ -263,7 +280,8 @@ def _show_uploader(rows: list[dict[str, Any]], pinned_rate: float, device: str) 
         (str(key[0]), f"{key[1]:g}", *(f"{found[what]:.2f}" for what in whats)) for key, found in by_tuning.items()
     ]
     base = "pinned memory" if device == "cuda" else "copies of memory"
-    print_table(f"uploader: ratio to {base}, {pinned_rate:.1f} GiB/s; in use {Tuning()}", table)
+    freed = "" if freed_rate is None else f" ({freed_rate:.1f} into memory that was just freed)"
+    print_table(f"uploader: ratio to {base}, {pinned_rate:.1f} GiB/s{freed}; in use {Tuning()}", table)
 
 
 def _show_lends(lends: dict[str, dict[str, Any]], pinned_rate: float, *, is_upload: bool) -> None:

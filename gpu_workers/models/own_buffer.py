@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Generator, Iterable, Sequence
-from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 
@@ -16,15 +16,21 @@ from xditd.gpu_workers.weights.blocks import OpenBlock
 from xditd.ipc.tensors import TensorSpec
 from xditd.ipc.transports.file import FileMapping
 from xditd.ipc.transports.tensor_views import BlockViews, place
-from xditd.ipc.transports.uploads import FileStretch, can_upload, upload
+from xditd.ipc.transports.upload_pieces import FileStretch
+from xditd.ipc.transports.uploads import can_upload, upload
 
 
-class OwnBuffer(NamedTuple):
-    """A buffer of this rank, the tensors in it, and which bytes of the lent blocks fill it."""
+@dataclass(frozen=True, eq=False)
+class OwnBuffer:
+    """A buffer of this rank (1-D uint8), and which bytes of the lent blocks fill it.
 
-    tensors: dict[str, torch.Tensor]
+    ``specs`` are those of the tensors in it, each with its offset in the buffer, among the ``offsets``.
+    """
+
     buffer: torch.Tensor
     ranges: list[CopyRange]
+    specs: list[TensorSpec]
+    offsets: list[int]
 
     @staticmethod
     def allocate(specs: list[TensorSpec], device: torch.device) -> OwnBuffer | None:
@@ -34,16 +40,22 @@ class OwnBuffer(NamedTuple):
         specs = _in_order(specs)
         offsets, total = place([spec.extent_bytes for spec in specs])
         buffer = torch.empty(total, dtype=torch.uint8, device=device)
-        views = BlockViews(buffer)
-        tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
-        return OwnBuffer(tensors, buffer, join_ranges(specs, offsets))
+        return OwnBuffer(buffer, join_ranges(specs, offsets), specs, offsets)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, views of the buffer."""
+        views = BlockViews(self.buffer)
+        return {spec.name: views.view(spec, offset) for spec, offset in zip(self.specs, self.offsets, strict=True)}
 
     def some(self, specs: list[TensorSpec], names: Collection[str]) -> OwnBuffer:
-        """Return the same buffer with the ranges of ``names`` alone; ``specs`` are those of all its tensors."""
+        """Return the same buffer with the ranges of ``names`` alone; ``specs`` are those of all its tensors.
+
+        They have the places of this buffer's tensors, but may be of other blocks.
+        """
         specs = _in_order(specs)
-        offsets, _ = place([spec.extent_bytes for spec in specs])
-        chosen = [(spec, at) for spec, at in zip(specs, offsets, strict=True) if spec.name in names]
-        return self._replace(ranges=join_ranges([spec for spec, _ in chosen], [at for _, at in chosen]))
+        chosen = [(spec, at) for spec, at in zip(specs, self.offsets, strict=True) if spec.name in names]
+        return replace(self, ranges=join_ranges([spec for spec, _ in chosen], [at for _, at in chosen]))
 
     def fill(
         self, sources: Sequence[torch.Tensor], opened: Sequence[OpenBlock | None], parts: Sequence[range]
@@ -67,9 +79,10 @@ class OwnBuffer(NamedTuple):
                 else:
                     target.copy_(source)
             counts.append(len(uploads) - before)
-        with closing(upload(uploads)) as uploaded:
+        with upload(uploads) as copied:
+            _ = self.tensors  # hundreds of views take milliseconds: made while the copies run
             for count in counts:
-                deque(islice(uploaded, count), maxlen=0)
+                deque(islice(copied, count), maxlen=0)
                 yield
         check_files_unchanged(opened)  # all reads are done
 

@@ -16,7 +16,7 @@ from xditd.ipc.transports.descriptors import NO_ROOM, open_descriptor, refusal
 from xditd.ipc.transports.file_state import SMALL_BYTES, DigestThread, FileState, digest_file, settled_stat
 from xditd.ipc.transports.fingerprints import SAMPLE_BYTES, digest_bytes
 from xditd.ipc.transports.host_shm import HostMapping
-from xditd.ipc.transports.uploads import FileStretch
+from xditd.ipc.transports.upload_pieces import FileStretch
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,16 @@ import ctypes
 import logging
 import os
 import queue
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xditd.ipc.errors import Internal, StaleSource
+from xditd.ipc.transports.upload_pieces import FileStretch, Piece, Pieces
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 _MAX_THREADS: Final = 12
 _BUFFERS_PER_THREAD: Final = 2
 """One is filled while the GPU copies the other. They are kept for the next upload: at most 96 MiB for each GPU."""
-_MAX_GAP_BYTES: Final = 4096
-"""The most bytes between two ranges of a file, such as padding, that are read with them in one piece."""
 
 _REPORT_EVERY_S: Final = 5.0
 
@@ -46,15 +45,6 @@ class Tuning(NamedTuple):
 
 
 TUNING: Final = Tuning()
-
-
-class FileStretch(NamedTuple):
-    """A range of bytes in an open file, to be uploaded; ``path`` is for messages."""
-
-    fd: int
-    offset_bytes: int
-    nbytes: int
-    path: str
 
 
 def can_upload(source: torch.Tensor, target: torch.Tensor) -> bool:
@@ -90,19 +80,21 @@ def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
         room = room[count:]
 
 
+@contextmanager
 def upload(
     pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]], tuning: Tuning = TUNING
-) -> Generator[int, None, None]:
-    """Copy each source into its target; all targets are on one GPU.
+) -> Iterator[Iterator[int]]:
+    """Copy each source into its target while the ``with`` block runs; all targets are on one GPU.
 
-    Pairs of tensors pass :func:`can_upload`; the target of a file range is contiguous and has as many bytes. Yields the
-    number of each pair, in order, once work that is then queued on the current stream runs after its copy. Later pairs
-    are copied meanwhile. When the iterator ends or is closed, no copy is running.
+    Pairs of tensors pass :func:`can_upload`; the target of a file range is contiguous and has as many bytes. The block
+    gets an iterator, which yields the number of each pair, in order, once work that is then queued on the current
+    stream runs after its copy. Later pairs are copied meanwhile. When the block is left, no copy is running.
 
     Raises:
-        StaleSource: a file is truncated, or cannot be read.
+        StaleSource: from the iterator: a file is truncated, or cannot be read.
     """
     if not pairs:
+        yield iter(())
         return
     for source, target in pairs:  # threads read the sources by address, so device memory cannot be one
         if isinstance(source, FileStretch):
@@ -114,36 +106,9 @@ def upload(
     threads = _UploadThreads(pairs, tuning)
     try:
         threads.start()
-        for number in range(len(pairs)):
-            threads.wait_for(number)
-            yield number
+        yield threads.copied()
     finally:
         threads.stop()
-
-
-class _Copy(NamedTuple):
-    """The bytes of pair ``number`` that are in a piece."""
-
-    number: int
-    offset_bytes: int
-    """Where they begin in the piece."""
-    target: int
-    """A device address."""
-    nbytes: int
-
-
-class _Piece(NamedTuple):
-    """Bytes that are read into a buffer at once, and copied from there.
-
-    They are of one pair, or of several that follow each other in a file or in memory.
-    """
-
-    file: FileStretch | None
-    """A range of the file that is read, or ``None`` for memory. Its descriptor and path are used, not its bounds."""
-    start: int
-    """Offset in the file, or a host address."""
-    nbytes: int
-    copies: tuple[_Copy, ...]
 
 
 class _UploadThreads:
@@ -158,7 +123,7 @@ class _UploadThreads:
 
         self._device = pairs[0][1].device
         self._piece_bytes = tuning.piece_bytes
-        self._pieces = _Pieces(pairs, tuning.piece_bytes)
+        self._pieces = Pieces(pairs, tuning.piece_bytes)
         self._turns = count()
         self._taken = 0
         self._copied = [count(1) for _ in pairs]
@@ -178,7 +143,13 @@ class _UploadThreads:
         """Start the threads. Call :meth:`stop` afterwards, even if this fails."""
         self._running += [self._pool.submit(self._run) for _ in range(self._size)]
 
-    def wait_for(self, number: int) -> None:
+    def copied(self) -> Iterator[int]:
+        """Yield the number of each pair once it is copied, in order, as :func:`upload` says."""
+        for number in range(len(self._copied)):
+            self._wait_for(number)
+            yield number
+
+    def _wait_for(self, number: int) -> None:
         """Make work that is queued on the current stream from now on run after this pair's copy."""
         import torch
 
@@ -269,7 +240,7 @@ class _Buffer:
         self._event = self._copied.cuda_event
         self._stream = stream.cuda_stream
 
-    def upload(self, piece: _Piece) -> None:
+    def upload(self, piece: Piece) -> None:
         """Fill the buffer once it is free, and start the copy to the GPU."""
         file, start, nbytes, copies = piece
         driver = self._driver
@@ -318,77 +289,3 @@ def _driver() -> _Driver:
     record.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     query.argtypes = wait.argtypes = (ctypes.c_void_p,)
     return _Driver(copy, record, query, wait)
-
-
-class _Neighbours(NamedTuple):
-    """Pairs whose bytes follow each other in a file or in memory."""
-
-    file: FileStretch | None
-    start: int
-    first_piece: int
-    starts: list[int]
-    """Where the bytes of each pair begin."""
-    pairs: list[tuple[int, int, int]]
-    """The number of each pair, its device address and its bytes."""
-
-    @property
-    def end(self) -> int:
-        return self.starts[-1] + self.pairs[-1][2]
-
-
-class _Pieces:
-    """The bytes of all pairs, divided into pieces, in order.
-
-    Each piece costs a read and calls of the driver, however small it is. So pairs that follow each other share one.
-    A piece is described when a thread takes it: to describe all of them first took 8 of the 300 ms of 14 GiB.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[torch.Tensor | FileStretch, torch.Tensor]], piece_bytes: int) -> None:
-        self._piece_bytes = piece_bytes
-        self.of_pairs: list[int] = []
-        """In how many pieces each pair is."""
-        self.nbytes = 0
-        self._all: list[_Neighbours] = []
-        last: _Neighbours | None = None
-        for number, (source, target) in enumerate(pairs):
-            file = source if isinstance(source, FileStretch) else None
-            start = source.offset_bytes if isinstance(source, FileStretch) else source.data_ptr()
-            nbytes = source.nbytes
-            if not nbytes:
-                self.of_pairs.append(0)
-                continue
-            follows = last is not None and _is_same_file(last.file, file)
-            if last is None or not follows or not 0 <= start - last.end <= (_MAX_GAP_BYTES if file else 0):
-                last = _Neighbours(file, start, len(self), [], [])
-                self._all.append(last)
-            last.starts.append(start)
-            last.pairs.append((number, target.data_ptr(), nbytes))
-            first, past = start - last.start, start - last.start + nbytes
-            self.of_pairs.append((past - 1) // piece_bytes - first // piece_bytes + 1)
-            self.nbytes += nbytes
-        self._first_pieces = [each.first_piece for each in self._all]
-
-    def __len__(self) -> int:
-        if not self._all:
-            return 0
-        last = self._all[-1]
-        return last.first_piece + -(-(last.end - last.start) // self._piece_bytes)
-
-    def make(self, number: int) -> _Piece:
-        """Describe a piece, by its number. Safe in any thread."""
-        found = self._all[bisect_right(self._first_pieces, number) - 1]
-        start = found.start + (number - found.first_piece) * self._piece_bytes
-        end = min(start + self._piece_bytes, found.end)
-        copies: list[_Copy] = []
-        at = bisect_right(found.starts, start) - 1
-        while at < len(found.starts) and found.starts[at] < end:
-            pair, target, nbytes = found.pairs[at]
-            from_, to = max(start, found.starts[at]), min(end, found.starts[at] + nbytes)
-            if from_ < to:
-                copies.append(_Copy(pair, from_ - start, target + from_ - found.starts[at], to - from_))
-            at += 1
-        return _Piece(found.file, start, end - start, tuple(copies))
-
-
-def _is_same_file(one: FileStretch | None, other: FileStretch | None) -> bool:
-    return one is other or (one is not None and other is not None and (one.fd, one.path) == (other.fd, other.path))

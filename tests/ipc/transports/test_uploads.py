@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from xditd.client.arenas import Arena
 from xditd.ipc.errors import StaleSource
-from xditd.ipc.transports import uploads
-from xditd.ipc.transports.uploads import FileStretch, can_upload, read_into, upload
+from xditd.ipc.transports.upload_pieces import FileStretch, Piece, Pieces
+from xditd.ipc.transports.uploads import can_upload, read_into, upload
 
 gpu = pytest.mark.gpu
 MIB = 2**20
@@ -48,8 +48,13 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
-def pieces_of(pairs, piece_bytes: int) -> list[uploads._Piece]:
-    pieces = uploads._Pieces(pairs, piece_bytes)
+def copy_all(pairs) -> list[int]:
+    with upload(pairs) as copied:
+        return list(copied)
+
+
+def pieces_of(pairs, piece_bytes: int) -> list[Piece]:
+    pieces = Pieces(pairs, piece_bytes)
     found = [pieces.make(number) for number in range(len(pieces))]
     numbers = [copy.number for piece in found for copy in piece.copies]
     assert pieces.of_pairs == [numbers.count(number) for number in range(len(pairs))]
@@ -60,7 +65,7 @@ def pieces_of(pairs, piece_bytes: int) -> list[uploads._Piece]:
 @gpu
 def test_every_byte_arrives(sources):
     targets = [torch.full_like(source, 7, device="cuda:0") for source in sources]
-    assert list(upload(list(zip(sources, targets, strict=True)))) == list(range(len(sources)))
+    assert copy_all(list(zip(sources, targets, strict=True))) == list(range(len(sources)))
     assert all(torch.equal(target.cpu(), source) for source, target in zip(sources, targets, strict=True))
 
 
@@ -68,7 +73,7 @@ def test_every_byte_arrives(sources):
 def test_memory_made_in_inference_mode_is_filled(sources):
     with torch.inference_mode():
         targets = [torch.zeros_like(source, device="cuda:0") for source in sources]
-        list(upload(list(zip(sources, targets, strict=True))))
+        copy_all(list(zip(sources, targets, strict=True)))
     assert all(torch.equal(target.cpu(), source) for source, target in zip(sources, targets, strict=True))
 
 
@@ -76,8 +81,9 @@ def test_memory_made_in_inference_mode_is_filled(sources):
 def test_work_issued_after_a_pair_sees_it(sources):
     targets = [torch.zeros_like(source, device="cuda:0") for source in sources]
     sums = {}
-    for number in upload(list(zip(sources, targets, strict=True))):
-        sums[number] = targets[number].sum(dtype=torch.int64)
+    with upload(list(zip(sources, targets, strict=True))) as copied:
+        for number in copied:
+            sums[number] = targets[number].sum(dtype=torch.int64)
     assert {number: int(total) for number, total in sums.items()} == {
         number: int(source.sum(dtype=torch.int64)) for number, source in enumerate(sources)
     }
@@ -89,18 +95,17 @@ def test_earlier_work_on_the_targets_comes_first():
     target = torch.zeros_like(source, device="cuda:0")
     for _ in range(200):
         target.add_(3)
-    (_,) = upload([(source, target)])
+    assert copy_all([(source, target)]) == [0]
     assert int(target.max()) == int(target.min()) == 1
 
 
 @gpu
-def test_an_iterator_that_is_left_early_reads_no_more():
+def test_an_upload_that_is_left_early_reads_no_more():
     source = torch.ones(200 * MIB, dtype=torch.uint8)
     first, second = torch.zeros(1, dtype=torch.uint8), source
     pairs = [(each, torch.zeros_like(each, device="cuda:0")) for each in (first, second)]
-    copies = upload(pairs)
-    assert next(copies) == 0
-    copies.close()
+    with upload(pairs) as copied:
+        assert next(copied) == 0
     left = pairs[1][1].clone()
     source.fill_(2)
     torch.cuda.synchronize()
@@ -116,7 +121,7 @@ def test_one_upload_after_another_and_two_at_a_time(whole):
 
     def run(numbers: range) -> None:
         for number in numbers:
-            assert list(upload([(whole[starts[number] :][:size], targets[number])])) == [0]
+            assert copy_all([(whole[starts[number] :][:size], targets[number])]) == [0]
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, [range(0, len(starts), 2), range(1, len(starts), 2)]))
@@ -146,7 +151,7 @@ def test_stretches_of_a_file_arrive(whole, tmp_path: Path):
     with path.open("rb") as file:
         stretches = [FileStretch(file.fileno(), at, size, "x") for at, size in places]
         pairs = [*zip(stretches, targets, strict=True), (whole[: 33 * MIB], memory)]
-        assert list(upload(pairs)) == list(range(6))
+        assert copy_all(pairs) == list(range(6))
     for (at, size), target in zip(places, targets, strict=True):
         assert torch.equal(target.cpu(), whole[at : at + size])
     assert torch.equal(memory.cpu(), whole[: 33 * MIB])
@@ -163,7 +168,7 @@ def test_many_small_ranges_of_a_file_share_pieces(whole, tmp_path: Path):
         pairs = [
             (FileStretch(file.fileno(), at, size, "x"), to) for (at, size), to in zip(places, targets, strict=True)
         ]
-        assert list(upload(pairs)) == list(range(len(places)))
+        assert copy_all(pairs) == list(range(len(places)))
     for (at, size), target in zip(places, targets, strict=True):
         assert torch.equal(target.cpu(), whole[at : at + size])
 
@@ -217,8 +222,8 @@ def test_a_file_that_was_cut_short_ends_the_upload(whole, tmp_path: Path):
         stretch = FileStretch(file.fileno(), 0, len(whole), "x")
         os.truncate(path, 50 * MIB)
         with pytest.raises(StaleSource, match=f"x: truncated to {50 * MIB} bytes"):
-            list(upload([(stretch, target)]))
-    assert list(upload([(whole, target)])) == [0]  # buffers and threads are as they were
+            copy_all([(stretch, target)])
+    assert copy_all([(whole, target)]) == [0]  # buffers and threads are as they were
     assert torch.equal(target.cpu(), whole)
 
 
@@ -230,9 +235,9 @@ def test_no_copy_of_a_file_is_kept_in_memory(tmp_path: Path):
         file.truncate(size)
     target = torch.ones(size, dtype=torch.uint8, device="cuda:0")
     with path.open("rb") as file:
-        list(upload([(FileStretch(file.fileno(), 0, 600 * MIB, "x"), target[: 600 * MIB])]))  # makes the buffers
+        copy_all([(FileStretch(file.fileno(), 0, 600 * MIB, "x"), target[: 600 * MIB])])  # makes the buffers
         before = anonymous_bytes()
-        list(upload([(FileStretch(file.fileno(), 0, size, "x"), target)]))
+        copy_all([(FileStretch(file.fileno(), 0, size, "x"), target)])
         assert anonymous_bytes() - before < 64 * MIB
     assert int(target.max()) == 0
 
@@ -277,7 +282,7 @@ def test_a_descriptor_that_cannot_be_read_is_an_error(tmp_path: Path):
 
 
 def test_nothing_to_upload():
-    assert list(upload([])) == []
+    assert copy_all([]) == []
 
 
 def test_only_plain_bytes_onto_a_gpu_can_be_uploaded():
