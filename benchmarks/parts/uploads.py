@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[6, 10, 12, 14])
     parser.add_argument("--piece-mib", type=float, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rest-s", type=float, default=0.5, help="from the return of a loan to the next lend")
+    parser.add_argument("--rest-s", type=float, default=0.3, help="from the return of a loan to the next lend")
     parser.add_argument("--formats", nargs="*", default=PACKED, choices=FORMATS[1:], help="of lends, beside bfloat16")
     parser.add_argument("--folder", type=Path, help="for the file; by default in memory, if there is room for it")
 

@@ -78,13 +78,13 @@ class TensorLoader:
         tensors = dict(shared)
         size = peer = 0
         if own is not None:
+            tensors |= own.tensors
             if is_kept:
                 size = self._refill(own.some(apart, written), sources, opened, clock)
             else:
                 share = self._gpu_copies.fill(own.buffer, partial(own.fill, sources, opened), clock.mark)
                 size = sum(each.nbytes for each in clip_ranges(own.ranges, share))
                 peer = sum(spec.extent_bytes for spec in apart) - size
-            tensors |= own.tensors
         parts = None if kept is None else written_ranges(manifest.tensors, written)
         with self._gpu_copies.copy_blocks(manifest.blocks, sources, received, clock.mark, parts):
             views = [BlockViews(source) for source in sources]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 
@@ -20,17 +19,12 @@ from xditd.ipc.transports.upload_pieces import FileStretch
 from xditd.ipc.transports.uploads import can_upload, upload
 
 
-@dataclass(frozen=True, eq=False)
-class OwnBuffer:
-    """A buffer of this rank (1-D uint8), and which bytes of the lent blocks fill it.
+class OwnBuffer(NamedTuple):
+    """A buffer of this rank, the tensors in it, and which bytes of the lent blocks fill it."""
 
-    ``specs`` are those of the tensors in it, each with its offset in the buffer, among the ``offsets``.
-    """
-
+    tensors: dict[str, torch.Tensor]
     buffer: torch.Tensor
     ranges: list[CopyRange]
-    specs: list[TensorSpec]
-    offsets: list[int]
 
     @staticmethod
     def allocate(specs: list[TensorSpec], device: torch.device) -> OwnBuffer | None:
@@ -40,22 +34,16 @@ class OwnBuffer:
         specs = _in_order(specs)
         offsets, total = place([spec.extent_bytes for spec in specs])
         buffer = torch.empty(total, dtype=torch.uint8, device=device)
-        return OwnBuffer(buffer, join_ranges(specs, offsets), specs, offsets)
-
-    @cached_property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by name, views of the buffer."""
-        views = BlockViews(self.buffer)
-        return {spec.name: views.view(spec, offset) for spec, offset in zip(self.specs, self.offsets, strict=True)}
+        views = BlockViews(buffer)
+        tensors = {spec.name: views.view(spec, offset) for spec, offset in zip(specs, offsets, strict=True)}
+        return OwnBuffer(tensors, buffer, join_ranges(specs, offsets))
 
     def some(self, specs: list[TensorSpec], names: Collection[str]) -> OwnBuffer:
-        """Return the same buffer with the ranges of ``names`` alone; ``specs`` are those of all its tensors.
-
-        They have the places of this buffer's tensors, but may be of other blocks.
-        """
+        """Return the same buffer with the ranges of ``names`` alone; ``specs`` are those of all its tensors."""
         specs = _in_order(specs)
-        chosen = [(spec, at) for spec, at in zip(specs, self.offsets, strict=True) if spec.name in names]
-        return replace(self, ranges=join_ranges([spec for spec, _ in chosen], [at for _, at in chosen]))
+        offsets, _ = place([spec.extent_bytes for spec in specs])
+        chosen = [(spec, at) for spec, at in zip(specs, offsets, strict=True) if spec.name in names]
+        return self._replace(ranges=join_ranges([spec for spec, _ in chosen], [at for _, at in chosen]))
 
     def fill(
         self, sources: Sequence[torch.Tensor], opened: Sequence[OpenBlock | None], parts: Sequence[range]
@@ -80,7 +68,6 @@ class OwnBuffer:
                     target.copy_(source)
             counts.append(len(uploads) - before)
         with upload(uploads) as copied:
-            _ = self.tensors  # hundreds of views take milliseconds: made while the copies run
             for count in counts:
                 deque(islice(copied, count), maxlen=0)
                 yield
