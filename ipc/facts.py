@@ -163,6 +163,9 @@ class TransformerFacts(Described, frozen=True, kw_only=True):
     stages: Count = 1
     """With 2, ``Generate`` may run a second transformer, which predicts at low noise."""
     latents: LatentFacts
+    float32_latents: Names = ()
+    """The variants whose latents are float32, whatever the dtype of weights and conditioning; those of others have the
+    dtype of the noise, or of the conditioning."""
     guidance: Guidance
     default_guidance_scale: Finite
     default_steps: Count

@@ -251,6 +251,8 @@ def generate_request(
     strength: float = 1.0,
 ) -> GenerationRequest:
     """Build the request for a generation. Exactly one of ``seed`` and ``noise`` is given."""
+    import torch
+
     facts = transformer.transformer
     batch = checks.check_conditioning(conditioning, facts.conditioning)
     checks.check_size(height, width, facts.latents)
@@ -297,7 +299,8 @@ def generate_request(
     guides = write_controls(controls, places, inputs)
     first = ordered[names[0]]
     like = noise if noise is not None else first[0] if isinstance(first, (list, tuple)) else first
-    outputs = _place_outputs(places, previews, facts.latents, vae, like.dtype, (batch, height, width, frames))
+    dtype = torch.float32 if sampling.variant in facts.float32_latents else like.dtype
+    outputs = _place_outputs(places, previews, facts.latents, vae, dtype, (batch, height, width, frames))
 
     def write(request_id: str, io: HostShmBlock) -> Generate:
         return Generate(

@@ -139,7 +139,14 @@ class CheckpointMatch:
         )
         transformer = vae = text_encoder = controlnet = None
         if kind == "transformer":
-            transformer = model.operations_for(kind).facts(self.config, model.layout)
+            operations = model.operations_for(kind)
+            transformer = operations.facts(self.config, model.layout)
+            in_float32 = [
+                variant
+                for variant in transformer.variants
+                if operations.recipe.noise_dtype(torch.bfloat16, variant) == torch.float32
+            ]
+            transformer = msgspec.structs.replace(transformer, float32_latents=tuple(in_float32))
         elif kind == "vae":
             vae = model.operations_for(kind).facts(self.config)
         elif kind == "controlnet":

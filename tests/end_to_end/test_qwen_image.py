@@ -47,6 +47,7 @@ def test_facts_say_what_it_takes(loan):
     assert (facts.family, facts.class_name) == ("qwen_image", "QwenImageTransformer2DModel")
     assert [each.name for each in facts.transformer.conditioning if each.is_shared] == ["reference_latents"]
     assert facts.transformer.variants == ("class", "zero_cond_t", "comfyui")
+    assert facts.transformer.float32_latents == ("comfyui",)
 
 
 @pytest.mark.parametrize("zero_cond_t", [True, False])

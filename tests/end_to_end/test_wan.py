@@ -167,6 +167,8 @@ def test_the_seed_draws_the_same_video_twice(client, files):
     first, second = (client.generate(loan, given, vae=vae, seed=5, **SIDES, **STEPS).result() for _ in range(2))
     assert torch.equal(first.latents, second.latents)
     assert torch.equal(first.image, second.image)
+    halves = {name: tensor.bfloat16() for name, tensor in given.items()}
+    assert client.generate(loan, halves, vae=vae, seed=5, **SIDES, **STEPS).result().latents.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_facts_say_what_it_takes(loan):
     assert [each.name for each in facts.transformer.arguments] == ["x", "t", "cap_feats"]
     assert facts.transformer.guidance == "classifier_free"
     assert facts.transformer.options == ("shift", "cfg_normalization", "cfg_truncation")
+    assert facts.transformer.float32_latents == facts.transformer.variants == ("class", "comfyui")
 
 
 def test_a_call_returns_what_the_class_returns(client, loan, reference, relative_error):
@@ -86,6 +87,26 @@ def test_defaults_are_turbos_and_a_seed_stands_for_the_pipelines_noise(client, l
         reference, shift=3.0, noise=drawn, steps=8, conditioning=conditioning, guidance_scale=0.0
     )
     assert relative_error(result.latents, expected) <= BAR
+
+
+def test_latents_are_float32_whatever_the_dtype_of_weights_and_texts(client, state, tmp_path, relative_error):
+    save_file({name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "half.safetensors")
+    loan = client.lend(tmp_path / "half.safetensors")
+    conditioning = {"prompt_embeds": [text.bfloat16() for text in texts(20)]}
+    expected = z_image_models.pipeline_latents(
+        z_image_models.reference(state).bfloat16(),
+        shift=3.0,
+        noise=noise(1),
+        steps=SIZE["steps"],
+        conditioning=conditioning,
+        guidance_scale=0.0,
+    )
+    assert expected.dtype == torch.float32
+    for given in (noise(1), noise(1).bfloat16()):
+        found = client.generate(loan, conditioning, noise=given, **SIZE).result().latents
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16().float())
+        assert relative_error(found, expected) <= 1e-2
 
 
 def test_options_reach_it_and_others_are_refused(client, loan, relative_error):
