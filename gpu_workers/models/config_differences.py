@@ -23,6 +23,7 @@ _COMPUTED: Final = (
     "rms_norm_eps",
     "rope_theta",
     "rope_type",
+    "mrope_section",
     "num_attention_heads",
     "num_heads",
     "num_key_value_heads",
@@ -31,6 +32,19 @@ _COMPUTED: Final = (
 )
 """Settings of transformers' classes that show in results and in no tensor. Most of the others are of training, of
 sampling or of the tokenizer."""
+
+_COMPUTED_OF_PICTURES: Final = (
+    "hidden_act",
+    "num_heads",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "window_size",
+    "fullatt_block_indexes",
+)
+"""The same of the part of a model of texts and pictures that reads pictures."""
+_PICTURES: Final = "vision_config"
+"""The settings of that part in those of the model, and the key of their class."""
 
 
 class Difference(NamedTuple):
@@ -51,7 +65,9 @@ def config_differences(described: ModuleDescription, match: CheckpointMatch) -> 
     given = settings_of(described)
     if hasattr(built, "to_dict"):  # of transformers
         found = [*_class_difference(described, match, _is_of_one_model)]
-        built, given = _computed(built.to_dict()), _computed(given)
+        pictures = _config_of_pictures(match.model.module)
+        built = _computed(built.to_dict()) | _computed_of_pictures({_PICTURES: pictures})
+        given = _computed(given) | _computed_of_pictures(given)
         given = {name: value for name, value in given.items() if value is not None}
     elif isinstance(built, Mapping):
         found = [*_class_difference(described, match, _is_one_of_diffusers)]
@@ -98,6 +114,20 @@ def _computed(config: Mapping[str, object]) -> dict[str, object]:
         nested = every.get(name)
         every |= nested if isinstance(nested, Mapping) else {}
     return {name: every[name] for name in _COMPUTED if name in every}
+
+
+def _config_of_pictures(module: Any) -> Mapping[str, object]:
+    """Return the settings of the part of a module of transformers that reads pictures; none if it has none."""
+    configs = (getattr(each, "config", None) for each in getattr(module, "modules", list)())
+    found: Any = next((each for each in configs if getattr(each, "base_config_key", "") == _PICTURES), None)
+    return {} if found is None else found.to_dict()
+
+
+def _computed_of_pictures(config: Mapping[str, object]) -> dict[str, object]:
+    nested = config.get(_PICTURES)
+    if not isinstance(nested, Mapping):
+        return {}
+    return {f"{_PICTURES}.{name}": nested[name] for name in _COMPUTED_OF_PICTURES if name in nested}
 
 
 def _plain(value: object) -> object:

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import CLIPTextConfig, CLIPTextModel, MistralConfig, MistralModel, Qwen3Config
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 
 from xditd.gpu_workers.families.wan_vae.checkpoint import WanVae
 from xditd.gpu_workers.models.config_differences import config_differences
@@ -43,6 +45,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ),
         (Qwen3Config(rope_parameters=ROPE), {"rope_scaling": None, "rope_parameters": ROPE}, []),
         (Qwen3Config(rope_parameters=ROPE), {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, []),
+        (
+            Qwen2_5_VLTextConfig(rope_parameters=ROPE | {"mrope_section": [16, 24, 24]}),
+            {"rope_scaling": {"type": "mrope", "mrope_section": [24, 20, 20]}},
+            ["mrope_section=[24, 20, 20]"],
+        ),
         (MistralConfig(rope_parameters=ROPE), {"text_config": {"rope_scaling": YARN}}, ["rope_type='yarn'"]),
         (SimpleNamespace(hidden=3), {"hidden": 4}, []),  # of a family's own module
         (None, {"hidden": 4}, []),
@@ -54,9 +61,30 @@ def test_what_would_be_computed_differently_is_named(built: Any, given: dict[str
     assert [each.given for each in config_differences(described, match)] == differing
 
 
+@pytest.mark.parametrize(
+    ("given", "differing"),
+    [
+        ({"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "depth": 3, "tokens_per_second": 9}, []),
+        ({"window_size": 56, "num_heads": None}, ["vision_config.window_size=56"]),
+        ({"fullatt_block_indexes": [0]}, ["vision_config.fullatt_block_indexes=[0]"]),
+        (None, []),
+    ],
+)
+def test_settings_of_the_part_that_reads_pictures_are_compared(given: Any, differing: list[str]) -> None:
+    tower = torch.nn.Module()
+    tower.config = Qwen2_5_VLVisionConfig()
+    module: Any = torch.nn.Sequential(torch.nn.Linear(1, 1), tower)
+    module.config = Qwen2_5_VLTextConfig()
+    described = ModuleDescription(class_name="diffusers:X", config=json.dumps({"vision_config": given}))
+    match: Any = SimpleNamespace(model=SimpleNamespace(module=module), family=SimpleNamespace())
+    assert [each.given for each in config_differences(described, match)] == differing
+    match.model.module = SimpleNamespace(config=Qwen2_5_VLTextConfig())  # without that part it does not matter
+    assert config_differences(described, match) == []
+
+
 def made(kind: type, config: Any) -> Any:
     """A module of a class of its own, as those of families are, without weights."""
-    return type("Module", (kind,), {"__init__": lambda self: None, "config": config})()
+    return type("Module", (kind,), {"__init__": torch.nn.Module.__init__, "config": config})()
 
 
 @pytest.mark.parametrize(
