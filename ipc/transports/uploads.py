@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_THREADS: Final = 12
 _BUFFERS_PER_THREAD: Final = 2
-"""One is filled while the GPU copies the other. They are kept for the next upload: with :data:`TUNING` at most 96 MiB for
-each GPU."""
+"""One is filled while the GPU copies the other. They are kept for the next upload: by default, at most 96 MiB
+for each GPU."""
 
 _REPORT_EVERY_S: Final = 5.0
 
