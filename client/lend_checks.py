@@ -80,6 +80,18 @@ def state_of(source: Any) -> Mapping[str, torch.Tensor]:
             "one model at a time, such as pipe.transformer, or run all of it by accelerate(pipe)"
         )
     tensors = read_tensors(source)
+    check_tensors(tensors)
+    for name, tensor in tensors.items():
+        _check_memory(name, tensor)
+    return tensors
+
+
+def check_tensors(tensors: Mapping[Any, Any]) -> None:
+    """Check the tensors of a component and their names, but not where their memory is.
+
+    Raises:
+        BadRequest: there are none or too many, or one of them, or its name, cannot be sent to the workers.
+    """
     if not tensors:
         raise BadRequest("component without tensors: nothing to lend")
     if len(tensors) > limits.MAX_TENSORS:
@@ -87,7 +99,6 @@ def state_of(source: Any) -> Mapping[str, torch.Tensor]:
     for name, tensor in tensors.items():
         _check_name(name)
         _check_tensor(name, tensor)
-    return tensors
 
 
 _FAILED_READS: Final = (OSError, EOFError, LookupError, AttributeError, RuntimeError, TypeError, ValueError)
@@ -130,8 +141,33 @@ def check_manifest(manifest: Manifest) -> None:
             f"component {manifest.label!r} is in {len(manifest.blocks)} allocations: at most {limits.MAX_BLOCKS} "
             "can be lent; copy it into an Arena first"
         )
-    if not _is_name(manifest.label):
-        raise BadRequest(f"label {manifest.label!r:.200}: 1 to {limits.MAX_NAME_CHARS} Unicode characters are needed")
+    check_label(manifest.label)
+
+
+def check_label(label: str) -> None:
+    """Refuse a label that the daemon could not decode.
+
+    Raises:
+        BadRequest: it is empty, too long, or no Unicode text.
+    """
+    if not _is_name(label):
+        raise BadRequest(f"label {label!r:.200}: 1 to {limits.MAX_NAME_CHARS} Unicode characters are needed")
+
+
+def check_parts_of_files(source: object, *, prefix: Any, variant: Any) -> None:
+    """Check the arguments that select files of a folder, or tensors of a file.
+
+    Raises:
+        BadRequest: one is of another type, or the source is no path.
+    """
+    if not isinstance(prefix, str):
+        raise BadRequest(f"prefix: {prefix!r:.100} is of type {type(prefix).__name__}, use a text")
+    if isinstance(source, (str, bytes, os.PathLike)):
+        return
+    if prefix:
+        raise BadRequest(f"prefix {prefix!r} selects the tensors of a file: give its path")
+    if variant is not None:
+        raise BadRequest(f"variant {variant!r} selects one of the files of a folder: give the folder's path")
 
 
 def check_shards(files: ModelFiles, headers: Sequence[Header]) -> None:
@@ -188,6 +224,9 @@ def _check_tensor(name: str, tensor: object) -> None:
         raise BadRequest(f"tensor {name} has the layout {tensor.layout}: lend its to_dense()")
     if tensor.ndim > limits.MAX_RANK:
         raise BadRequest(f"tensor {name} has {tensor.ndim} dimensions: at most {limits.MAX_RANK} can be lent")
+
+
+def _check_memory(name: str, tensor: torch.Tensor) -> None:
     try:
         address = tensor.data_ptr()
     except RuntimeError:  # tensor subclasses raise it if they have no accessible memory

@@ -24,7 +24,15 @@ import msgspec
 
 from xditd.client.file_headers import read_header
 from xditd.client.file_loading import load_into_arena
-from xditd.client.lend_checks import check_given, check_manifest, check_shards, path_of, reads_config, state_of
+from xditd.client.lend_checks import (
+    check_given,
+    check_manifest,
+    check_parts_of_files,
+    check_shards,
+    path_of,
+    reads_config,
+    state_of,
+)
 from xditd.client.lent_memory import LentMemory
 from xditd.client.lent_tensors import describe_tensors
 from xditd.client.model_folders import ModelFiles, find_model, label_of
@@ -127,8 +135,7 @@ def describe(
     started = time.perf_counter()
     try:
         check_given(label=label, device=device, generation=generation, as_class=as_class, kind=kind)
-        if not isinstance(prefix, str):
-            raise BadRequest(f"prefix: {prefix!r:.100} is of type {type(prefix).__name__}, use a text")
+        check_parts_of_files(source, prefix=prefix, variant=variant)
         if isinstance(source, (str, bytes, os.PathLike)):
             path = path_of(source)
             label = label or os.fsencode(label_of(path)).decode("utf-8", "replace")  # names need not be Unicode
@@ -139,10 +146,6 @@ def describe(
             specs, packing = describe_files(files, label, device, memory, kind)
             if prefix:
                 specs, packing = with_prefix(specs, packing, prefix, label)
-        elif prefix:
-            raise BadRequest(f"prefix {prefix!r} selects the tensors of a file: give its path")
-        elif variant is not None:
-            raise BadRequest(f"variant {variant!r} selects one of the files of a folder: give the folder's path")
         elif as_class or (is_described(source) and reads_config(kind, prefix)):
             label = label or type(source).__name__
             memory.keeps_order = True

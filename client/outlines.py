@@ -6,7 +6,15 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from xditd.client.lend_checks import check_kind, path_of, read_tensors, reads_config
+from xditd.client.lend_checks import (
+    check_given,
+    check_label,
+    check_parts_of_files,
+    check_tensors,
+    path_of,
+    read_tensors,
+    reads_config,
+)
 from xditd.client.lending import checked_compute_dtype, describe_files, with_prefix, without
 from xditd.client.lent_memory import LentMemory
 from xditd.client.model_folders import find_model, label_of
@@ -14,7 +22,6 @@ from xditd.client.model_json import description_of
 from xditd.client.module_descriptions import describe_module, is_described
 from xditd.client.packed_weights import NO_PACKING, packing_of_tensors
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.name_lists import listed
 from xditd.ipc.outlines import Outline, OutlinedTensor
 from xditd.ipc.tensors import ComponentKind
 from xditd.ipc.transports.tensor_views import dtype_name
@@ -42,7 +49,10 @@ def outline_of(
         BadCheckpoint, Unsupported, BadRequest: as :func:`~xditd.client.lending.describe`.
     """
     dtype = checked_compute_dtype(compute_dtype)
-    check_kind(kind, as_class=as_class)
+    check_given(label=label, device=None, generation=0, as_class=as_class, kind=kind)
+    check_parts_of_files(source, prefix=prefix, variant=variant)
+    if label:  # an empty one is as none
+        check_label(label)
     if isinstance(source, (str, bytes, os.PathLike)):
         return _of_path(path_of(source), kind, label, dtype, as_class=as_class, variant=variant, prefix=prefix)
     if isinstance(source, Mapping):
@@ -55,9 +65,7 @@ def outline_of(
         module, tensors = describe_module(cast("torch.nn.Module", source), label, allows_family=not as_class)
         return Outline(module=module, label=label, tensors=_outlined(tensors), compute_dtype=dtype)
     state = cast("Mapping[str, torch.Tensor]", _state_of(source))
-    others = [name for name, each in state.items() if not hasattr(each, "is_meta")]
-    if others:
-        raise BadRequest(f"{listed(others)}: {type(state[others[0]]).__name__}, not a tensor", names=others)
+    check_tensors(state)
     packing = NO_PACKING if any(each.is_meta for each in state.values()) else packing_of_tensors(state)
     return Outline(
         kind=kind,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xditd.client.results import GenerationResult
 
 _LATENT_ITEM_BYTES: Final = 4
-"""Latents are written in the dtype of the conditioning, which rarely has larger elements."""
+"""Latents are in float32 or in the dtype of the conditioning, which rarely has larger elements."""
 
 DEFAULT_FPS: Final = 16
 """Frames a second of an .mp4: those of Wan 2.1 and of Wan 2.2 A14B."""

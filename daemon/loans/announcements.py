@@ -39,6 +39,8 @@ class Announcements:
     def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
         self._call_later = call_later
         self._waiting: list[_Announcement] = []
+        self._building: _Announcement | None = None
+        """The one whose build was last begun; ``None`` once its client has ended its session."""
         self._built: list[_Announcement] = []
         """Announcements whose models are built and can be warmed up, before :data:`QUIET_S` have passed."""
         self._quiet: list[_Announcement] = []
@@ -48,15 +50,17 @@ class Announcements:
         return len(self._waiting)
 
     def add(self, session: Session, outline: Outline) -> None:
-        """Note an announcement, unless one like it waits already."""
-        if any(each.outline == outline for each in self._waiting):
-            return
-        self._waiting = [*self._waiting, _Announcement(session, outline)][-MAX_WAITING:]
+        """Note an announcement, unless the same one of this client waits already."""
+        announcement = _Announcement(session, outline)
+        if announcement not in self._waiting:
+            self._waiting = [*self._waiting, announcement][-MAX_WAITING:]
 
     def forget(self, session: Session) -> None:
         """Drop the announcements of a client that has ended its session."""
         for each in (self._waiting, self._built, self._quiet):
             each[:] = [announcement for announcement in each if announcement.session is not session]
+        if self._building is not None and self._building.session is session:
+            self._building = None
 
     def take(self) -> Task[Any] | None:
         """Return the task of the oldest announcement, which then waits no more; ``None`` if there is none.
@@ -64,7 +68,7 @@ class Announcements:
         Models are built before others are warmed up.
         """
         if self._waiting:
-            announcement = self._waiting.pop(0)
+            announcement = self._building = self._waiting.pop(0)
             outline, what = announcement.outline, "model not built ahead"
             return Task(_build(outline), partial(self._note_built, announcement), partial(_log_failed, outline, what))
         if self._quiet:
@@ -73,7 +77,7 @@ class Announcements:
         return None
 
     def _note_built(self, announcement: _Announcement, has_warm_up: bool) -> None:
-        if has_warm_up:
+        if has_warm_up and self._building is announcement:
             self._built = [*self._built, announcement][-MAX_WAITING:]
             self._call_later(QUIET_S, partial(self._note_quiet, announcement))
 

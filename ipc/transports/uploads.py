@@ -14,7 +14,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_THREADS: Final = 12
 _BUFFERS_PER_THREAD: Final = 2
-"""One is filled while the GPU copies the other. They are kept for the next upload: at most 96 MiB for each GPU."""
+"""One is filled while the GPU copies the other. They are kept for the next upload: by default, at most 96 MiB
+for each GPU."""
 
 _REPORT_EVERY_S: Final = 5.0
 
@@ -69,15 +70,15 @@ def read_into(room: memoryview, fd: int, offset_bytes: int, path: str) -> None:
     """
     while True:
         try:
-            count = os.preadv(fd, (room,), offset_bytes)
+            nbytes = os.preadv(fd, (room,), offset_bytes)
         except OSError as error:
             raise StaleSource(f"{path}: reading byte {offset_bytes}: {error.strerror}") from error
-        if count == len(room):
+        if nbytes == len(room):
             return
-        offset_bytes += count
-        if not count:
+        offset_bytes += nbytes
+        if not nbytes:
             raise StaleSource(f"{path}: truncated to {os.fstat(fd).st_size} bytes since it was lent; lend it again")
-        room = room[count:]
+        room = room[nbytes:]
 
 
 @contextmanager
@@ -122,7 +123,7 @@ class _UploadThreads:
         import torch
 
         self._device = pairs[0][1].device
-        self._piece_bytes = tuning.piece_bytes
+        self._tuning = tuning
         self._pieces = Pieces(pairs, tuning.piece_bytes)
         self._turns = count()
         self._taken = 0
@@ -171,7 +172,7 @@ class _UploadThreads:
         self._is_over = True
         self._pool.shutdown()
         self._stream.synchronize()
-        _Buffer.keep(self._buffers, self._stream)
+        _Buffer.keep(self._buffers, self._stream, self._tuning.threads * _BUFFERS_PER_THREAD)
         self._buffers.clear()
 
     def _raise_failure(self) -> None:
@@ -189,7 +190,7 @@ class _UploadThreads:
             while not self._is_over and (turn := next(self._turns)) < len(self._pieces):
                 self._taken = turn
                 if len(buffers) < _BUFFERS_PER_THREAD:
-                    buffers.append(_Buffer.take(self._stream, self._piece_bytes))
+                    buffers.append(_Buffer.take(self._stream, self._tuning.piece_bytes))
                     self._buffers.append(buffers[-1])
                 buffers.rotate()  # to the least recently used one
                 piece = self._pieces.make(turn)
@@ -219,11 +220,14 @@ class _Buffer:
         return buffer
 
     @classmethod
-    def keep(cls, buffers: Sequence[_Buffer], stream: torch.cuda.Stream) -> None:
-        """Keep buffers for later uploads, once no copy from them is running."""
+    def keep(cls, buffers: Sequence[_Buffer], stream: torch.cuda.Stream, most: int) -> None:
+        """Keep buffers for later uploads, once no copy from them is running: the last ``most`` of a size."""
         for buffer in buffers:
-            key = stream.device, buffer.size_bytes
-            cls._kept.setdefault(key, deque(maxlen=_MAX_THREADS * _BUFFERS_PER_THREAD)).append(buffer)
+            kept = cls._kept.setdefault((stream.device, buffer.size_bytes), deque())
+            kept.append(buffer)
+            with suppress(IndexError):  # other threads take and keep buffers meanwhile
+                if len(kept) > most:
+                    kept.popleft()
 
     def __init__(self, size_bytes: int) -> None:
         import torch

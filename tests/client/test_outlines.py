@@ -79,7 +79,13 @@ def test_of_a_configuration() -> None:
     ("source", "error", "message"),
     [
         ("/no/such/file.safetensors", BadRequest, "/no/such/file.safetensors"),
-        ({"a": 1}, BadRequest, "a: int, not a tensor"),
+        ({"a": 1}, BadRequest, "a is a int, not a tensor"),
+        ({3: torch.ones(1)}, BadRequest, "^tensor name 3: "),
+        ({"a\udc80": torch.ones(1)}, BadRequest, "^tensor name 'a.udc80': "),
+        ({"a": torch.eye(2).to_sparse()}, BadRequest, "^tensor a has the layout"),
+        ({"a": torch.empty((1,) * 9, device="meta")}, BadRequest, "^tensor a has 9 dimensions"),
+        (dict.fromkeys(map(str, range(20_000)), torch.ones(1)), BadRequest, "^component of 20000 tensors: at most"),
+        ({}, BadRequest, "^component without tensors"),
         (3, BadRequest, "^int cannot be prepared"),
         ({"_class_name": "a b"}, Unsupported, "'a b' is no class of diffusers"),
         ({"_class_name": "A", "x": object()}, BadCheckpoint, "the configuration"),
@@ -88,3 +94,22 @@ def test_of_a_configuration() -> None:
 def test_what_cannot_be_outlined_is_refused_by_name(source: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         outline_of(source)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label": 3}, "^label: 3 is of type int"),
+        ({"label": "x" * 1000}, "^label 'xxx"),
+        ({"as_class": 1}, "^as_class: 1 is of type int"),
+        ({"prefix": 3}, "^prefix: 3 is of type int"),
+        ({"prefix": "x."}, "^prefix 'x.' selects the tensors of a file"),
+        ({"variant": "fp16"}, "^variant 'fp16' selects one of the files"),
+        ({"compute_dtype": "float8"}, "^compute_dtype: 'float8'"),
+    ],
+)
+def test_arguments_are_refused_as_those_of_a_lend(given: Any, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        outline_of(STATE, **given)
+    with pytest.raises(BadRequest, match=message):
+        describe(STATE, **given)

@@ -120,6 +120,26 @@ def test_no_model_is_warmed_up_for_an_ended_session(announcements: Announcements
     assert announcements.take() is None
 
 
+def test_no_model_is_warmed_up_for_a_session_that_ended_during_its_build(
+    announcements: Announcements, later: Later
+) -> None:
+    announcements.add(ONE, outline("a"))
+    task = announcements.take()
+    announcements.forget(ONE)
+    run(task, has_warm_up=True)
+    assert later == []
+    announcements.add(ONE, outline("a"))
+    run(announcements.take(), has_warm_up=True)
+    assert len(later) == 1
+
+
+def test_what_two_clients_announce_is_built_if_the_first_one_ends(announcements: Announcements) -> None:
+    announcements.add(ONE, outline("a"))
+    announcements.add(OTHER, outline("a"))
+    announcements.forget(ONE)
+    assert labels(announcements) == ["a"]
+
+
 def test_it_ends_with_the_answers_and_a_refusal_is_logged(
     announcements: Announcements, later: Later, caplog: pytest.LogCaptureFixture
 ) -> None:

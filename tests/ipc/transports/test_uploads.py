@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from xditd.client.arenas import Arena
 from xditd.ipc.errors import StaleSource
+from xditd.ipc.transports import uploads
 from xditd.ipc.transports.upload_pieces import FileStretch, Piece, Pieces
-from xditd.ipc.transports.uploads import can_upload, read_into, upload
+from xditd.ipc.transports.uploads import Tuning, can_upload, read_into, upload
 
 gpu = pytest.mark.gpu
 MIB = 2**20
@@ -128,6 +129,27 @@ def test_one_upload_after_another_and_two_at_a_time(whole):
     torch.cuda.synchronize()
     for start, target in zip(starts, targets, strict=True):
         assert torch.equal(target.cpu(), whole[start : start + size])
+
+
+@gpu
+@pytest.mark.parametrize("threads", [3, 14])
+def test_no_more_buffers_are_made_than_one_upload_uses(whole, monkeypatch, threads: int):
+    made: list[int] = []
+    make = uploads._Buffer.__init__
+
+    def note(buffer: uploads._Buffer, size_bytes: int) -> None:
+        made.append(size_bytes)
+        make(buffer, size_bytes)
+
+    monkeypatch.setattr(uploads._Buffer, "__init__", note)
+    monkeypatch.setattr(uploads._Buffer, "_kept", {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(threads)))
+    target = torch.zeros(len(whole), dtype=torch.uint8, device="cuda:0")
+    for _ in range(8):
+        with upload([(whole, target)], Tuning(threads, MIB // 4)) as copied:
+            assert list(copied) == [0]
+    assert 2 <= len(made) <= 2 * threads
+    assert torch.equal(target.cpu(), whole)
 
 
 @gpu
