@@ -100,10 +100,15 @@ def _encode(image: Image.Image, format_name: str, **more: Any) -> bytes:
 
 
 def levels_of(image: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1], of any shape, as levels from 0 to 255 on the CPU. Values outside are clamped."""
+    """Return images in [-1, 1], of any shape, as levels from 0 to 255 on the CPU. Values outside are clamped.
+
+    They are moved to [0, 1] in their own dtype, and rounded from float32, as diffusers does.
+
+    Source: diffusers, ``VaeImageProcessor.postprocess``; tests compare the levels.
+    """
     import torch
 
-    return ((image.detach().to("cpu", torch.float32) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return ((image.detach().cpu() * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
 
 
 def image_to_pil(image: torch.Tensor) -> Image.Image:

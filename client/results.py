@@ -37,6 +37,8 @@ class GenerationResult:
     reused_steps: int = 0
     record: Record | None = field(default=None, kw_only=True)
     """How it was made, as its files say it; ``index`` and ``num_images`` of it are set for each file."""
+    image_dtype: torch.dtype | None = field(default=None, kw_only=True)
+    """That of the VAE. Pictures and frames of 8 bits are made from the image in this dtype, as diffusers makes them."""
 
     @property
     def is_video(self) -> bool:
@@ -66,11 +68,20 @@ class GenerationResult:
         video = self._of(index)
         return [image_to_pil(each) for each in (video.unbind(1) if video.ndim == 4 else (video,))]
 
-    def _of(self, index: int) -> torch.Tensor:
+    def as_decoded(self) -> torch.Tensor:
+        """Return ``image`` in the dtype of the VAE, of which pictures are made.
+
+        Raises:
+            BadRequest: the job had no VAE.
+        """
         if self.image is None:
             raise BadRequest("image: the job had no VAE; give vae= to generate or Pipeline.open, or decode the latents")
+        return self.image if self.image_dtype is None else self.image.to(self.image_dtype)
+
+    def _of(self, index: int) -> torch.Tensor:
+        decoded = self.as_decoded()
         self.check_index(index)
-        return self.image[index]
+        return decoded[index]
 
     def check_index(self, index: int) -> None:
         """Check the number of an image or video of the batch, from 0, or from the last one at -1.

@@ -299,10 +299,10 @@ class Outputs:
                 print_error(f"xditd: warning: {path}: written without {error.detail}")
                 data = encode_image(image, format_name)
             return [(path, "image", [data])]
-        assert result.image is not None
+        video = result.as_decoded()[number]
         from xditd.client.video_files import encode_video, write_or_keep_frames
 
         if path.suffix:
-            return [(path, "video", [encode_video(path, result.image[number], self._fps, record)])]
-        write_or_keep_frames(path, result.image[number], record)
+            return [(path, "video", [encode_video(path, video, self._fps, record)])]
+        write_or_keep_frames(path, video, record)
         return []

@@ -19,6 +19,7 @@ from xditd.client.results import GenerationResult
 from xditd.ipc.addresses import user_path
 from xditd.ipc.errors import BadRequest, Closed, Unsupported
 from xditd.ipc.tensors import ComputeDType
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -196,6 +197,7 @@ class ClusterClient:
                 result = ClusterResult(
                     loaded["latents"], loaded.get("image"), done.timings_ms, done.seed, done.reused_steps, done.host,
                     done.runs, record=record,
+                    image_dtype=None if done.image_dtype is None else torch_dtype(done.image_dtype),
                 )  # fmt: skip
             except BaseException as error:  # noqa: BLE001 - the waiting thread raises it
                 future.set_exception(error)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from xditd.client.client import Client
 from xditd.client.cluster.content_hashes import ContentHashes, check_content_id
@@ -33,7 +33,8 @@ from xditd.client.results import GenerationResult
 from xditd.client.waiting import why_not_serving
 from xditd.ipc.errors import BadRequest, DaemonUnreachable, LeaseLost, UnknownComponent, XditdError
 from xditd.ipc.status import GroupState
-from xditd.ipc.tensors import ComponentKind
+from xditd.ipc.tensors import ComponentKind, ComputeDType
+from xditd.ipc.transports.tensor_views import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -206,6 +207,7 @@ class HostAgent:
             timings_ms=result.timings_ms,
             reused_steps=result.reused_steps,
             record=None if result.record is None else encode(result.record),
+            image_dtype=None if result.image_dtype is None else cast(ComputeDType, dtype_name(result.image_dtype)),
             was_resident=was_resident,
             is_free=len(self._running()) == 1 and time.monotonic() - self._found_free_s <= _FREE_S,
         )

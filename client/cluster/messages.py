@@ -18,7 +18,7 @@ from xditd.ipc.transports.tensor_views import dtype_name, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-CLUSTER_VERSION: Final = 6
+CLUSTER_VERSION: Final = 7
 """Raised with every change of a struct here."""
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -124,6 +124,8 @@ class Done(_Message, frozen=True, kw_only=True, tag="done"):
     runs: int = 1
     record: Annotated[str, msgspec.Meta(max_length=2**20)] | None = None
     """How it was made, as JSON of :class:`~xditd.client.metadata.record.Record`."""
+    image_dtype: ComputeDType | None = None
+    """Of the result, that of the VAE."""
 
 
 class Refused(_Message, frozen=True, kw_only=True, tag="failed"):

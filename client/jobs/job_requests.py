@@ -22,6 +22,7 @@ from xditd.ipc.field_types import ITEM_BYTES
 from xditd.ipc.job_parts import Part, Sampling
 from xditd.ipc.requests import Call, Generate, InferenceRequest, Role
 from xditd.ipc.tensors import HostShmBlock, IoTensor
+from xditd.ipc.transports.tensor_views import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,8 @@ class GenerationRequest(JobRequest):
     """A generation: its outputs are ``latents``, ``image`` with a VAE, ``denoised`` or ``preview`` with previews."""
 
     sampling: Sampling
+    image_dtype: torch.dtype | None
+    """In which the VAE computes the image; ``None`` without one, or of eight bits."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -318,7 +321,8 @@ def generate_request(
             **placed,
         )
 
-    return GenerationRequest(places, inputs, outputs, like.device, write, sampling)
+    image_dtype = None if vae is None or ITEM_BYTES[vae.facts.dtype] < 2 else torch_dtype(vae.facts.dtype)
+    return GenerationRequest(places, inputs, outputs, like.device, write, sampling, image_dtype)
 
 
 def _place_outputs(

@@ -125,6 +125,7 @@ class Runner:
                 seed=job.sampling.seed,
                 reused_steps=generated.reused_steps,
                 record=record,
+                image_dtype=job.image_dtype,
             )
 
         def read_denoised() -> torch.Tensor:

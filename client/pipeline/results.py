@@ -70,10 +70,9 @@ class PipelineResult:
         """
         from xditd.client.image_files import levels_of
 
-        image = self.generation.image
-        if image is None:
+        if self.generation.image is None:
             raise BadRequest("to_numpy: the pipeline has no VAE, so there is no image")
-        levels = levels_of(image)
+        levels = levels_of(self.generation.as_decoded())
         if levels.ndim == 5 and not self.is_video:
             levels = levels[:, :, 0]
         found: numpy.ndarray[Any, Any] = levels.movedim(1, -1).contiguous().numpy()

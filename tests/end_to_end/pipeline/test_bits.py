@@ -151,6 +151,36 @@ def test_image_to_image_and_inpaint(opened: Open, family: str, has_mask: bool, s
     assert torch.equal(found, right)
 
 
+@pytest.mark.parametrize("family", ["z_image", "wan"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_pictures_of_a_vae_in_half_precision_have_the_same_levels(
+    opened: Open, tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    """Diffusers moves pictures to [0, 1] in the VAE's dtype, which rounds many of them to another of 255 levels."""
+    from PIL import Image
+
+    make, texts = folders.FAMILIES[family]
+    pipeline, given, of_video = make(), texts(1), family == "wan"
+    pipeline.vae.to(dtype)
+    more: dict[str, Any] = {"frames": 5, "guidance": 1.0} if of_video else {}
+    if of_video:
+        given.pop("negative_prompt_embeds")
+    pipe = opened(pipeline)
+    found = pipe(conditioning=given, seed=SEED, steps=1, **SIZE, **more)
+    assert found.generation.image is not None
+    assert found.generation.image.dtype == torch.float32
+    kind = pipeline.video_processor if of_video else pipeline.image_processor
+    decoded = found.generation.image.to(dtype)
+    right = kind.postprocess_video(decoded, output_type="pil")[0] if of_video else kind.postprocess(decoded)
+    mine = found.videos[0] if of_video else found.images
+    assert [each.tobytes() for each in mine] == [each.tobytes() for each in right]
+    numbers = found.to_numpy()
+    assert [each.tobytes() for each in (numbers[0] if of_video else numbers)] == [each.tobytes() for each in right]
+    paths = found.save(tmp_path / "frames" if of_video else tmp_path / "one.png")
+    files = sorted(paths[0].iterdir()) if of_video else paths
+    assert [Image.open(path).tobytes() for path in files] == [each.tobytes() for each in right]
+
+
 @pytest.mark.parametrize("has_mask", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_starts_of_z_image_in_half_precision(opened: Open, dtype: torch.dtype, has_mask: bool) -> None:
