@@ -20,6 +20,7 @@ from xditd.gpu_workers.models.component import Component
 from xditd.gpu_workers.models.finite import check_finite
 from xditd.gpu_workers.models.job_checks import check_batch, check_output, check_schedule, check_sides, check_tensor
 from xditd.gpu_workers.models.operations import Wanted
+from xditd.gpu_workers.models.picture_recipes import StartRecipe
 from xditd.ipc.errors import BadRequest, Unsupported
 from xditd.ipc.facts import TransformerFacts
 from xditd.ipc.job_parts import Sampling
@@ -90,6 +91,8 @@ class Given:
         frames = noise_frames(recipe, wanted, conditioning)
         of_noise = facts.latents.shape(wanted.batch, wanted.height, wanted.width, frames)
         dtype = recipe.noise_dtype(transformer.match.dtype, sampling.variant)
+        if job.start_image is not None and wanted.vae_dtype is not None and isinstance(recipe, StartRecipe):
+            dtype = recipe.start_dtype(wanted.vae_dtype, sampling.variant)
         draw = None if sampling.seed is None or job.noise is not None else SeededNoise(sampling.seed)
         controls = read_controls(transformer, vae, job.controls, wanted, sorted(conditioning), context, io, draw)
         sampled = sampled_of(recipe, config, wanted, conditioning)

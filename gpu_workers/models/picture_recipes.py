@@ -61,6 +61,14 @@ class SampledRecipe(Protocol[ConfigT_contra]):
 
 
 @runtime_checkable
+class StartRecipe(Protocol):
+    """What a ``Recipe`` adds whose pipelines draw another noise where steps start from an image."""
+
+    def start_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
+        """Return the dtype of the noise and of the image's latents, for a VAE of ``dtype``."""
+
+
+@runtime_checkable
 class StartedRun(Protocol):
     """What a ``DenoisingRun`` adds that may start from an image."""
 

@@ -58,6 +58,13 @@ class ZImageRecipe:
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
         return torch.float32
 
+    def start_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
+        """As pipelines that start from an image: in the dtype of texts, which their VAE has, too; float32 from step 1.
+
+        Source: diffusers, ``prepare_latents`` of ``pipeline_z_image_img2img.py`` and ``pipeline_z_image_inpaint.py``.
+        """
+        return torch.float32 if variant == COMFYUI else dtype
+
     def start(
         self, model: Model[ZImageConfig], wanted: Wanted, conditioning: Mapping[str, Any], noise: torch.Tensor
     ) -> ZImageRun:
@@ -83,7 +90,7 @@ class ZImageRecipe:
             times = (TRAINED_TIMESTEPS - scheduler.timesteps) / TRAINED_TIMESTEPS
         return ZImageRun(
             scheduler=scheduler,
-            latents=noise.float(),
+            latents=noise,
             prompts=tuple(texts[PROMPT]),
             negatives=tuple(texts.get(NEGATIVE, ())),
             times=times,
@@ -97,7 +104,7 @@ class ZImageRecipe:
 class ZImageRun:
     """See :class:`~xditd.gpu_workers.models.operations.DenoisingRun`.
 
-    Latents are (batch, 16, height, width), in float32.
+    Latents are (batch, 16, height, width), in float32; before the first step in the dtype of the noise.
     """
 
     scheduler: FlowMatchEulerDiscreteScheduler

@@ -151,6 +151,23 @@ def test_image_to_image_and_inpaint(opened: Open, family: str, has_mask: bool, s
     assert torch.equal(found, right)
 
 
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_starts_of_z_image_in_half_precision(opened: Open, dtype: torch.dtype, has_mask: bool) -> None:
+    """Noise and the image's latents are of that dtype, as in its pipelines, and steps give float32."""
+    pipeline = folders.z_image(STARTS["z_image"][has_mask]).to(dtype)
+    given = {"prompt_embeds": [each.to(dtype) for each in folders.z_image_texts(1)["prompt_embeds"]]}
+    picture, where = image(WIDTH, HEIGHT), mask(WIDTH, HEIGHT)
+    more = {"mask_image": where} if has_mask else {}
+    right = theirs(
+        pipeline, "z_image", image=picture, strength=0.7, num_inference_steps=4, guidance_scale=0.0, **given, **more
+    )
+    more = {"mask": where} if has_mask else {}
+    found = ours(opened(pipeline), given, image=picture, strength=0.7, steps=4, **more)
+    assert found.dtype == right.dtype == torch.float32
+    assert torch.equal(found, right)
+
+
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_fill(opened: Open, count: int) -> None:
     pipeline, given = folders.flux1("FluxFillPipeline", 384), folders.flux1_texts()
