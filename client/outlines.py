@@ -51,6 +51,8 @@ def outline_of(
     dtype = checked_compute_dtype(compute_dtype)
     check_given(label=label, device=None, generation=0, as_class=as_class, kind=kind)
     check_parts_of_files(source, prefix=prefix, variant=variant)
+    if kind in (ComponentKind.LORA, ComponentKind.TOKENIZER):
+        raise BadRequest(f"kind {kind.value!r}: no model is built for it, so there is nothing to prepare: lend it")
     if label:  # an empty one is as none
         check_label(label)
     if isinstance(source, (str, bytes, os.PathLike)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Final, Generic, TypeVar, get_args
+from typing import Any, Final, Generic, NamedTuple, TypeVar, get_args
 
 import msgpack
 import msgspec
@@ -33,6 +33,14 @@ _SMALL_BYTES: Final = min(limits.MAX_MAPS, limits.MAX_ARRAYS)
 """A message up to this size cannot hold too many maps or arrays: each takes a byte."""
 
 
+class SizeLimits(NamedTuple):
+    """The most bytes, and maps and arrays at any depth, of one message."""
+
+    nbytes: int = limits.MAX_MESSAGE_BYTES
+    maps: int = limits.MAX_MAPS
+    arrays: int = limits.MAX_ARRAYS
+
+
 class _Builder:
     """Build the maps and arrays of one message, and count them.
 
@@ -40,22 +48,23 @@ class _Builder:
     2.4 s. Scalars need no limit: the worst of them, short texts, take 20 bytes in memory for each on the wire.
     """
 
-    __slots__ = ("_arrays", "_maps")
+    __slots__ = ("_arrays", "_maps", "_most")
 
-    def __init__(self) -> None:
-        self._maps = limits.MAX_MAPS
-        self._arrays = limits.MAX_ARRAYS
+    def __init__(self, most: SizeLimits) -> None:
+        self._most = most
+        self._maps = most.maps
+        self._arrays = most.arrays
 
     def map(self, pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
         self._maps -= 1
         if self._maps < 0:
-            raise BadMessage(f"more than {limits.MAX_MAPS} maps in one message")
+            raise BadMessage(f"more than {self._most.maps} maps in one message")
         return _map_of(pairs)
 
     def array(self, items: list[Any]) -> list[Any]:
         self._arrays -= 1
         if self._arrays < 0:
-            raise BadMessage(f"more than {limits.MAX_ARRAYS} arrays in one message")
+            raise BadMessage(f"more than {self._most.arrays} arrays in one message")
         return items
 
 
@@ -98,8 +107,9 @@ def encode(message: Message) -> bytes:
 class Decoder(Generic[T]):
     """Decode the messages of one closed union; any other, such as a reply sent as a request, is refused."""
 
-    def __init__(self, union: Any) -> None:
+    def __init__(self, union: Any, most: SizeLimits = SizeLimits()) -> None:  # noqa: B008 - it is immutable
         self._union = union
+        self._most = most
         self._by_op = {kind.__struct_config__.tag: kind for kind in get_args(union)}
 
     def decode(self, payload: bytes | memoryview) -> T:
@@ -109,10 +119,10 @@ class Decoder(Generic[T]):
             BadMessage: not MessagePack, beyond a limit, trailing bytes, a duplicate key, an unknown
                 ``op`` or field, a value out of range, NaN.
         """
-        if len(payload) > limits.MAX_MESSAGE_BYTES:
-            raise BadMessage(f"message of {len(payload)} bytes; at most {limits.MAX_MESSAGE_BYTES} are read")
+        if len(payload) > self._most.nbytes:
+            raise BadMessage(f"message of {len(payload)} bytes; at most {self._most.nbytes} are read")
         if len(payload) > _SMALL_BYTES:
-            builder = _Builder()
+            builder = _Builder(self._most)
             build_map, build_array = builder.map, builder.array
         else:
             build_map, build_array = _map_of, None
@@ -162,5 +172,7 @@ class Decoder(Generic[T]):
 
 request_decoder: Decoder[AnyRequest] = Decoder(AnyRequest)
 reply_decoder: Decoder[AnyReply] = Decoder(AnyReply)
-command_decoder: Decoder[AnyCommand] = Decoder(AnyCommand)
+command_decoder: Decoder[AnyCommand] = Decoder(
+    AnyCommand, SizeLimits(limits.MAX_COMMAND_BYTES, limits.MAX_COMMAND_MAPS, limits.MAX_COMMAND_ARRAYS)
+)
 report_decoder: Decoder[AnyReport] = Decoder(AnyReport)

@@ -22,6 +22,12 @@ MAX_MODULE_STATE_BYTES: Final = 2**20
 MAX_PLAIN_MODULE_STATE_BYTES: Final = 32 * 2**20
 """The attributes of a module's submodules, compressed and plain. Those of FLUX.1 take 12 KiB and 0.5 MiB."""
 
+MAX_COMMAND_BYTES: Final = MAX_MESSAGE_BYTES + 2**20
+MAX_COMMAND_MAPS: Final = MAX_MAPS + 2 * MAX_BLOCKS
+MAX_COMMAND_ARRAYS: Final = MAX_ARRAYS + 2 * MAX_BLOCKS
+"""The same of a command to a worker: it has what a client's request has, and what the daemon adds, such as digests of
+files. With the limits of a request, a client could end the workers by a request of just that size."""
+
 MAX_RANK: Final = 8
 """Dimensions of one tensor."""
 

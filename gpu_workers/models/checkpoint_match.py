@@ -20,7 +20,7 @@ from xditd.gpu_workers.models.packed_weights import (
 from xditd.gpu_workers.models.scale_checks import check_scales
 from xditd.gpu_workers.packed.product_choice import Decision, ProductChoice
 from xditd.gpu_workers.packed.tensors import PackedTensor
-from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.facts import ComponentFacts, TransformerFacts
 from xditd.ipc.packed import PackedWeight
 from xditd.ipc.tensors import ComponentKind, Manifest
 from xditd.ipc.transports.tensor_views import dtype_name
@@ -139,14 +139,7 @@ class CheckpointMatch:
         )
         transformer = vae = text_encoder = controlnet = None
         if kind == "transformer":
-            operations = model.operations_for(kind)
-            transformer = operations.facts(self.config, model.layout)
-            in_float32 = [
-                variant
-                for variant in transformer.variants
-                if operations.recipe.noise_dtype(torch.bfloat16, variant) == torch.float32
-            ]
-            transformer = msgspec.structs.replace(transformer, float32_latents=tuple(in_float32))
+            transformer = self._transformer_facts()
         elif kind == "vae":
             vae = model.operations_for(kind).facts(self.config)
         elif kind == "controlnet":
@@ -166,6 +159,16 @@ class CheckpointMatch:
             text_encoder=text_encoder,
             controlnet=controlnet,
         )
+
+    def _transformer_facts(self) -> TransformerFacts:
+        operations = self.model.operations_for("transformer")
+        facts = operations.facts(self.config, self.model.layout)
+        in_float32 = [
+            variant
+            for variant in facts.variants
+            if operations.recipe.noise_dtype(torch.bfloat16, variant) == torch.float32
+        ]
+        return msgspec.structs.replace(facts, float32_latents=tuple(in_float32))
 
 
 def class_of(module: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from xditd.gpu_workers.models.configured_classes import find_model_class
@@ -31,7 +32,18 @@ def settings_of(described: ModuleDescription) -> dict[str, Any]:
         parameters = inspect.signature(kind.__init__).parameters.values()
         return {each.name: each.default for each in parameters if each.default is not each.empty} | given
     try:
-        return {**config_class.from_dict(given).to_dict(), **given}
+        made = config_class.from_dict(json.loads(described.config))  # it changes parts of what it is given
+        return _merged(made.to_dict(), given)
     except Exception as error:  # noqa: BLE001  # whatever the class raises
         logger.info("%s takes no configuration as it is lent: %s", described.class_name, error)
         return given
+
+
+def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Add defaults to settings, also to those of each part that models of texts and pictures nest."""
+    nested = {
+        name: _merged(defaults[name], value)
+        for name, value in given.items()
+        if isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping)
+    }
+    return {**defaults, **given, **nested}

@@ -170,7 +170,11 @@ class Recipe(Protocol[ConfigT_contra]):
         """
 
     def noise_dtype(self, dtype: torch.dtype, variant: str) -> torch.dtype:
-        """Return the dtype in which the family's own pipeline draws noise, for weights of ``dtype``."""
+        """Return the dtype in which the family's own pipeline draws noise, for weights of ``dtype``.
+
+        Variants for which it is float32 whatever the weights have give clients float32 latents (``float32_latents`` of
+        the facts).
+        """
 
 
 class DenoisingRun(Protocol):

@@ -55,7 +55,7 @@ class DaemonChannel:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 1_000)  # time to send the last report, if the daemon still runs
-        self._socket.setsockopt(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, limits.MAX_COMMAND_BYTES)
         self._socket.connect(endpoint(runtime_dir.worker_socket))
         self._waiting: deque[AnyCommand] = deque()
 

@@ -113,3 +113,10 @@ def test_arguments_are_refused_as_those_of_a_lend(given: Any, message: str) -> N
         outline_of(STATE, **given)
     with pytest.raises(BadRequest, match=message):
         describe(STATE, **given)
+
+
+@pytest.mark.parametrize("kind", [ComponentKind.LORA, ComponentKind.TOKENIZER])
+def test_what_has_no_model_cannot_be_prepared(tmp_path: Path, kind: ComponentKind) -> None:
+    for source in (STATE, tmp_path):
+        with pytest.raises(BadRequest, match=f"^kind '{kind.value}': no model is built for it"):
+            outline_of(source, kind=kind)

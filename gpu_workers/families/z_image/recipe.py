@@ -1,8 +1,9 @@
 """Sampling with Z-Image as diffusers' ``ZImagePipeline`` does it, with the same bits.
 
-Latents are float32 between steps, and rounded for the transformer. Its time runs from 0 (noise) to 1 (image), and its
-prediction points from noise to image, so the scheduler gets it negated. With a guidance scale above 0, one forward of
-twice the rows predicts prompts and negative prompts: ``pos + scale * (pos - neg)``.
+Latents are float32 between steps, and rounded for the transformer; those of an image have the VAE's dtype at first. Its
+time runs from 0 (noise) to 1 (image), and its prediction points from noise to image, so the scheduler gets it negated.
+With a guidance scale above 0, one forward of twice the rows predicts prompts and negative prompts:
+``pos + scale * (pos - neg)``.
 
 The tensors of Turbo and Base have the same names and shapes. Turbo runs without guidance and with a schedule shift of
 3, Base with guidance and a shift of 6: so the guidance scale decides the shift, unless the option ``shift`` is given.

@@ -57,7 +57,7 @@ def test_a_job_by_content_has_the_bits_of_a_lone_client(agent, daemon, models, h
     with daemon.connect() as client:
         (expected,) = direct_bits(client, *models, [5])
     done, tensors = agent.run(make_job(hashes, *models), make_tensors())
-    assert (done.host, done.seed, done.was_resident) == ("a", 5, False)
+    assert (done.host, done.seed, done.was_resident, done.image_dtype) == ("a", 5, False, "float32")
     assert bits(tensors) == expected
     record = decode(done.record.encode(), "host a")
     assert (record.seed, record.steps, record.width, record.model.family) == (5, 2, 128, "flux1")

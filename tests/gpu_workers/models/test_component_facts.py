@@ -56,6 +56,7 @@ def test_a_transformer(told: Callable[[State], ComponentFacts], has_guidance: bo
     assert found.latents.shape(2, 64, 96) == (2, 16, 8, 12)
     assert found.latents.pixels * found.latents.multiple == 16
     assert found.variants == ("class", "float32_time")
+    assert found.float32_latents == ("float32_time",)
     assert found.guidance == ("embedded" if has_guidance else "none")
     assert found.has_step_cache
     needed = [each.name for each in found.conditioning if each.is_needed]

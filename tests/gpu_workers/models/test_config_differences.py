@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import CLIPTextConfig, CLIPTextModel, MistralConfig, MistralModel, Qwen3Config
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from xditd.gpu_workers.families.wan_vae.checkpoint import WanVae
 from xditd.gpu_workers.models.config_differences import config_differences
@@ -80,6 +81,30 @@ def test_settings_of_the_part_that_reads_pictures_are_compared(given: Any, diffe
     assert [each.given for each in config_differences(described, match)] == differing
     match.model.module = SimpleNamespace(config=Qwen2_5_VLTextConfig())  # without that part it does not matter
     assert config_differences(described, match) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "differing"),
+    [
+        ({"text_config": {"rms_norm_eps": 1e-6}, "vision_config": {"window_size": 112}}, []),
+        ({"rms_norm_eps": 1e-6}, []),
+        ({"text_config": {}}, ["rms_norm_eps=1e-05"]),
+        ({"text_config": {"rms_norm_eps": 1e-6}, "vision_config": {"depth": 32}}, []),
+        (
+            {"text_config": {"rms_norm_eps": 1e-6, "rope_scaling": {"type": "linear", "factor": 2.0}}},
+            ["rope_type='linear'"],
+        ),
+    ],
+)
+def test_what_a_part_leaves_to_its_class_is_compared(given: dict[str, Any], differing: list[str]) -> None:
+    built = Qwen2_5_VLTextConfig(rms_norm_eps=1e-6)
+    described = ModuleDescription(
+        class_name="transformers:Qwen2_5_VLForConditionalGeneration", config=json.dumps(given)
+    )
+    match: Any = SimpleNamespace(
+        model=SimpleNamespace(module=made(Qwen2_5_VLTextModel, built)), family=SimpleNamespace()
+    )
+    assert [each.given for each in config_differences(described, match)] == differing
 
 
 def made(kind: type, config: Any) -> Any:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 import zmq
 
 from xditd.ipc import limits
 from xditd.ipc.codec import encode, reply_decoder
-from xditd.ipc.requests import GetStatus
+from xditd.ipc.replies import Lent
+from xditd.ipc.requests import GetStatus, Lend
+from xditd.ipc.tensors import TensorSpec
 
 GARBAGE = {
     "empty": b"",
@@ -74,3 +77,20 @@ def test_garbage_on_the_workers_socket_is_ignored(client: Any, shared_daemon: An
     intruder.close()
     context.term()
     assert "ignored a message on the workers' socket" in shared_daemon.log
+
+
+def test_a_lend_of_the_largest_size_reaches_the_workers(client: Any, memory: Any) -> None:
+    """The command to the workers is larger: it has the manifest, and what the daemon adds."""
+
+    def lend(names: list[str]) -> Lend:
+        tensors = tuple(TensorSpec(name, "float32", (4, 4), 0, 0) for name in names)
+        return Lend(request_id="largest", manifest=msgspec.structs.replace(memory.manifest(), tensors=tensors))
+
+    names = [f"{number:0300}" for number in range(10_000)]
+    each, rest = divmod(limits.MAX_MESSAGE_BYTES - len(encode(lend(names))), len(names))
+    largest = lend([name + "x" * (each + (at < rest)) for at, name in enumerate(names)])
+    assert len(encode(largest)) == limits.MAX_MESSAGE_BYTES
+    starts = client.status().counters.group_starts
+    client.socket.send(encode(largest))
+    assert isinstance(client.wait("largest"), Lent)
+    assert client.status().counters.group_starts == starts
