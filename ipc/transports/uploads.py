@@ -125,7 +125,7 @@ class _UploadThreads:
         self._device = pairs[0][1].device
         self._tuning = tuning
         self._pieces = Pieces(pairs, tuning.piece_bytes)
-        self._turns = count()
+        self._turns, self._end = count(), len(self._pieces)
         self._taken = 0
         self._copied = [count(1) for _ in pairs]
         self._ready = {number for number, pieces in enumerate(self._pieces.of_pairs) if not pieces}
@@ -136,7 +136,7 @@ class _UploadThreads:
         self._is_over = False
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # what still reads or writes the targets
-        self._size = max(1, min(tuning.threads, len(os.sched_getaffinity(0)), len(self._pieces)))
+        self._size = max(1, min(tuning.threads, len(os.sched_getaffinity(0)), self._end))
         self._pool = ThreadPoolExecutor(self._size, "xditd-upload")
         self._running: list[Future[None]] = []
 
@@ -159,7 +159,7 @@ class _UploadThreads:
                 event = self._events.get(timeout=_REPORT_EVERY_S)
             except queue.Empty:
                 of_gib = self._pieces.nbytes / 2**30
-                logger.info("uploading done_gib=%.1f of_gib=%.1f", of_gib * self._taken / len(self._pieces), of_gib)
+                logger.info("uploading done_gib=%.1f of_gib=%.1f", of_gib * self._taken / self._end, of_gib)
                 continue
             if event is None:
                 self._raise_failure()
@@ -187,7 +187,7 @@ class _UploadThreads:
         try:
             # A new thread's device is the first GPU, on which it would create a context.
             torch.cuda.set_device(self._device)
-            while not self._is_over and (turn := next(self._turns)) < len(self._pieces):
+            while not self._is_over and (turn := next(self._turns)) < self._end:
                 self._taken = turn
                 if len(buffers) < _BUFFERS_PER_THREAD:
                     buffers.append(_Buffer.take(self._stream, self._tuning.piece_bytes))
