@@ -190,7 +190,11 @@ def test_a_close_that_is_interrupted_leaves_no_session(daemon: Any, folder: Path
 def test_a_client_that_is_interrupted_while_its_thread_starts_leaves_none(
     daemon: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Any, open_fds: Callable[[], int]
 ) -> None:
+    def have_ended() -> bool:
+        return not any(each.name == "xditd-connection" for each in threading.enumerate())
+
     Client(folder).close()
+    wait_until(have_ended)  # clients that earlier tests left to the garbage collector close theirs in these threads
     before, begin = open_fds(), threading.Thread.start
 
     def interrupted(thread: threading.Thread) -> None:
@@ -202,5 +206,5 @@ def test_a_client_that_is_interrupted_while_its_thread_starts_leaves_none(
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             Client(folder)
-    wait_until(lambda: not [each for each in threading.enumerate() if each.name == "xditd-connection"])
+    wait_until(have_ended)
     wait_until(lambda: open_fds() == before)
