@@ -19,7 +19,7 @@ from xditd.gpu_workers.models.own_buffer import OwnBuffer
 from xditd.gpu_workers.packed.product_choice import ProductChoice
 from xditd.gpu_workers.parallel.gpu_copies import GpuCopies
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks
-from xditd.gpu_workers.parallel.upload_partition import clip_ranges
+from xditd.gpu_workers.parallel.upload_partition import CopyRange, clip_ranges
 from xditd.gpu_workers.weights.blocks import OpenBlock
 from xditd.ipc.tensors import CopiedBytes, Manifest, TensorSpec
 from xditd.ipc.transports.tensor_views import VIEW_ALIGNMENT_BYTES, BlockViews
@@ -78,13 +78,13 @@ class TensorLoader:
         tensors = dict(shared)
         size = peer = 0
         if own is not None:
-            tensors |= own.tensors
             if is_kept:
-                size = self._refill(own.some(apart, written), sources, opened, clock)
+                size = self._refill(own, own.ranges_of(apart, written), sources, opened, clock)
             else:
                 share = self._gpu_copies.fill(own.buffer, partial(own.fill, sources, opened), clock.mark)
                 size = sum(each.nbytes for each in clip_ranges(own.ranges, share))
                 peer = sum(spec.extent_bytes for spec in apart) - size
+            tensors |= own.tensors
         parts = None if kept is None else written_ranges(manifest.tensors, written)
         with self._gpu_copies.copy_blocks(manifest.blocks, sources, received, clock.mark, parts):
             views = [BlockViews(source) for source in sources]
@@ -130,14 +130,22 @@ class TensorLoader:
             clock.mark("choose products")
         return made
 
-    def _refill(self, own: OwnBuffer, sources: list[torch.Tensor], opened: list[OpenBlock | None], clock: Clock) -> int:
-        """Copy the ranges of a buffer on every rank, and return their bytes."""
-        with raise_on_all_ranks(), closing(own.fill(sources, opened, [range(own.buffer.numel())])) as filled:
+    def _refill(
+        self,
+        own: OwnBuffer,
+        ranges: list[CopyRange],
+        sources: list[torch.Tensor],
+        opened: list[OpenBlock | None],
+        clock: Clock,
+    ) -> int:
+        """Copy ranges of a buffer on every rank, and return their bytes."""
+        whole = range(own.buffer.numel())
+        with raise_on_all_ranks(), closing(own.fill(sources, opened, [whole], ranges)) as filled:
             deque(filled, maxlen=0)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # "prepared" means that the bytes are here
         clock.mark("copy")
-        return sum(each.nbytes for each in own.ranges)
+        return sum(each.nbytes for each in ranges)
 
     def _must_copy(self, spec: TensorSpec, source: torch.Tensor) -> bool:
         if self._device.type == "cuda":

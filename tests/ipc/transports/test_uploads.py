@@ -250,6 +250,32 @@ def test_a_file_that_was_cut_short_ends_the_upload(whole, tmp_path: Path):
 
 
 @gpu
+def test_an_upload_that_cannot_start_a_thread_ends(whole, monkeypatch):
+    """Threads that have started have ended, too, before the error arrives."""
+    started: list[int] = []
+    start = uploads._thread.start_new_thread
+
+    def start_two(*given) -> int:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(start(*given))
+        return started[-1]
+
+    monkeypatch.setattr(uploads._thread, "start_new_thread", start_two)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    source, target = whole.clone(), torch.zeros(len(whole), dtype=torch.uint8, device="cuda:0")
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        copy_all([(source, target)])
+    left = target.clone()
+    source.fill_(9)
+    torch.cuda.synchronize()
+    assert torch.equal(target, left)
+    monkeypatch.undo()
+    assert copy_all([(whole, target)]) == [0]
+    assert torch.equal(target.cpu(), whole)
+
+
+@gpu
 def test_no_copy_of_a_file_is_kept_in_memory(tmp_path: Path):
     size = 2048 * MIB
     path = tmp_path / "x"
