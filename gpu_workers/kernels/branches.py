@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Strength:
@@ -110,24 +111,47 @@ class Branches:
         self.pair: Pair | None = None
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Add to a layer's result ``y`` (..., outputs) what they make of its input ``x``; write into ``y`` if it is
-        contiguous, and return it.
+        """Add to a layer's result ``y`` (..., outputs) what they make of its input ``x``; return it, or a new tensor.
 
-        They compute in their own dtype, into which ``x`` is cast. A strength of 0 adds nothing: no bit changes.
+        They compute in their own dtype, into which ``x`` is cast, with the bits of PEFT; a pair is written into ``y``
+        if it is contiguous, and rounded once. A strength of 0 adds nothing: no bit changes.
         """
-        if not self.active and self.pair is None:
-            return y
+        if self.pair is None:
+            return add_as_peft(self.active, y, x) if self.active else y
         y = y.contiguous()
         out, rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if self.pair is None:
-            add_branches(self.active, out, rows)
-        else:
-            _add_product(out, torch.mm(rows.to(self.pair.down.dtype), self.pair.down.t()), self.pair.up, 1.0)
+        _add_product(out, torch.mm(rows.to(self.pair.down.dtype), self.pair.down.t()), self.pair.up, 1.0)
         return y
 
 
+def add_as_peft(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Add to a layer's result ``y`` (..., outputs) what branches make of its input ``x``; return a new tensor.
+
+    The operations, their order and their dtypes are those of PEFT, so the bits are, too. Each computes in the dtype of
+    its factors, or that of autocast; the sum has the dtype of ``y``.
+
+    Source: PEFT, ``tuners/lora/layer.py``, ``Linear.forward``.
+    """
+    dtype = y.dtype
+    for branch in branches:
+        x = x.to(branch.down.dtype)
+        factor = branch.scale * branch.strength.value
+        if factor != 0.0:
+            y = added(y, F.linear(F.linear(x, branch.down), branch.up) * factor, branch.start)
+    return y.to(dtype)
+
+
+def added(y: torch.Tensor, part: torch.Tensor, start: int) -> torch.Tensor:
+    """Add to the outputs from ``start`` on; PEFT has branches of all outputs alone."""
+    if part.shape[-1] == y.shape[-1]:
+        return y + part
+    y = y.to(torch.promote_types(y.dtype, part.dtype), copy=True)
+    y[..., start : start + part.shape[-1]] += part
+    return y
+
+
 def add_branches(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) -> None:
-    """Add to ``y`` (rows, outputs), in place, what branches make of ``x`` (rows, inputs)."""
+    """Add to ``y`` (rows, outputs), in place, what branches make of ``x`` (rows, inputs), each rounded once."""
     last: tuple[torch.Tensor, torch.Tensor] | None = None
     for branch in branches:
         factor = branch.scale * branch.strength.value

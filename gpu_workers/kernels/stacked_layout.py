@@ -36,6 +36,7 @@ class StackedLayout(StaticLayout):
     def find(cls, places: Sequence[Place]) -> tuple[StackShape, ...] | str:
         found: list[StackShape] = []
         firsts: dict[tuple[int, ...], int] = {}
+        dtypes: set[torch.dtype] = set()
         for number, place in enumerate(places):
             active = active_of(place)
             if not active:
@@ -44,7 +45,8 @@ class StackedLayout(StaticLayout):
             padded = next((each for each in RANKS if each >= rank), None)
             if padded is None:
                 return f"ranks of LoRAs sum up to {rank}, graphs have up to {RANKS[-1]}"
-            if len({each.up.dtype for each in active}) > 1:
+            dtypes |= {each.up.dtype for each in active}
+            if len(dtypes) > 1:
                 return "factors of several dtypes"
             first = firsts.setdefault(tuple(id(each.down) for each in active), number)
             found.append(StackShape(number, padded, active[0].down.shape[1], first))

@@ -67,6 +67,7 @@ class CachedModel:
         self.scratch_bytes = largest_bytes(packed_layers.values())
         self.packed_memory = packed_memory
         self.branches = add_branches_to(module)
+        self._exceptions = exceptions
         self._fast = operations.fuse(config, module, layout, dtype, exceptions)
         if resources is not None and hasattr(self._fast, "resources"):
             cast(Any, self._fast).resources = resources
@@ -98,10 +99,14 @@ class CachedModel:
         """The family's name, for messages."""
         return self.family.name
 
-    @property
-    def branch_dtype(self) -> torch.dtype:
-        """The dtype in which LoRAs' branches compute, as the layers do."""
-        return torch.float32 if self.family.kind == "text_encoder" else self.dtype
+    def branch_dtype(self, layer: str) -> torch.dtype:
+        """Return the dtype in which LoRAs' branches beside a layer compute: that of its weight, if it is wider."""
+        if self.family.kind == "text_encoder":
+            return torch.float32
+        target = f"{layer}.weight"
+        packed = self.packed_layers.get(target)
+        own = self._exceptions.get(target, self.dtype) if packed is None else packed.weight.dtype
+        return torch.promote_types(self.dtype, own)
 
     @property
     def lora_detail(self) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from xditd.gpu_workers.kernels.branches import Branch, Branches
+from xditd.gpu_workers.kernels.branches import Branch, Branches, add_as_peft, added
 from xditd.gpu_workers.models.lora_targets import LayerRows, Target, flat
 from xditd.gpu_workers.packed.linear import PackedLinear
 
@@ -80,23 +80,6 @@ class LayerBranches(Branches):
             del self._layer.__dict__[_KEY]
 
 
-def add_as_peft(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Add to a layer's result ``y`` (..., outputs) what branches make of its input ``x``; return a new tensor.
-
-    The operations, their order and their dtypes are those of PEFT, so the bits are, too. Each computes in the dtype of
-    its factors, or that of autocast; the sum has the dtype of ``y``.
-
-    Source: PEFT, ``tuners/lora/layer.py``, ``Linear.forward``.
-    """
-    dtype = y.dtype
-    for branch in branches:
-        x = x.to(branch.down.dtype)
-        factor = branch.scale * branch.strength.value
-        if factor != 0.0:
-            y = _added(y, F.linear(F.linear(x, branch.down), branch.up) * factor, branch.start)
-    return y.to(dtype)
-
-
 def add_static(branches: Sequence[StaticBranch], y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Do what :func:`add_as_peft` does, with its bits; the host has no factor."""
     dtype = y.dtype
@@ -104,17 +87,8 @@ def add_static(branches: Sequence[StaticBranch], y: torch.Tensor, x: torch.Tenso
         x = x.to(branch.down.dtype)
         part = F.linear(F.linear(x, branch.down), branch.up)
         # A number of the host is multiplied in float32, one on the device in the dtype of the tensor.
-        y = _added(y, (part.float() * branch.factor).to(part.dtype), branch.start)
+        y = added(y, (part.float() * branch.factor).to(part.dtype), branch.start)
     return y.to(dtype)
-
-
-def _added(y: torch.Tensor, part: torch.Tensor, start: int) -> torch.Tensor:
-    """Add to the outputs from ``start`` on; PEFT has branches of all outputs alone."""
-    if part.shape[-1] == y.shape[-1]:
-        return y + part
-    y = y.to(torch.promote_types(y.dtype, part.dtype), copy=True)
-    y[..., start : start + part.shape[-1]] += part
-    return y
 
 
 def branches_of(module: torch.nn.Module) -> dict[str, Branches]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Final, cast
+from typing import cast
 
 import torch
 
@@ -110,13 +110,13 @@ class ClassModel:
         self.planned = self._plan_tokens()
         """The module with its token plan, or the reason why its tokens cannot be split."""
 
-    branch_dtype: Final = None
-    """LoRAs' branches compute in the dtypes of their factors, as PEFT's layers do."""
-
     @property
     def title(self) -> str:
         """The class's name, for messages."""
         return self.class_name
+
+    def branch_dtype(self, layer: str) -> None:
+        """Return no dtype: LoRAs' branches compute in the dtypes of their factors, as PEFT's layers do."""
 
     @cached_property
     def branches(self) -> Mapping[str, Branches]:

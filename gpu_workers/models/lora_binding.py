@@ -80,7 +80,7 @@ class LentLora:
         return model in self._bound
 
     def bind(self, model: AnyModel) -> BoundLora:
-        """Find its layers in a model, once, and convert its factors into the model's compute dtype.
+        """Find its layers in a model, once, and convert its factors into the compute dtypes of these, as PEFT does.
 
         Those of a module that runs as its class keep their dtype.
 
@@ -98,15 +98,15 @@ class LentLora:
         layers, targets = self._find(model)
         known = [layer for layer in layers if layer.target in targets]
         self._check(model, layers, {layer: targets[layer.target] for layer in known})
-        factors = self._factors_in(model.branch_dtype, known)
         strength = Strength(next(_numbers))
         by_layer: dict[str, tuple[Branch, ...]] = {}
         for layer in known:
-            down, up = factors[layer.down], factors[layer.up]
-            first = layer.start or 0
+            first, outputs = layer.start or 0, self._sizes(layer)[1]
             for part in targets[layer.target].parts:
-                start, stop = max(part.start, first), min(part.stop, first + up.shape[0])
+                start, stop = max(part.start, first), min(part.stop, first + outputs)
                 if start < stop:
+                    dtype = model.branch_dtype(part.layer)
+                    down, up = (self._factor_in(dtype, name) for name in (layer.down, layer.up))
                     rows = up[start - first : stop - first]
                     branch = Branch(down, rows, layer.scale, strength, part.at + start - part.start)
                     by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
@@ -160,14 +160,13 @@ class LentLora:
     def _sizes(self, layer: LoraLayer) -> tuple[int, int]:
         return self._factors[layer.down].shape[1], self._factors[layer.up].shape[0]
 
-    def _factors_in(self, dtype: torch.dtype | None, layers: list[LoraLayer]) -> dict[str, torch.Tensor]:
-        """Return the factors of these layers in a dtype, without one in their own: as they are lent, or copies."""
-        converted = {} if dtype is None else self._converted.setdefault(dtype, {})
-        found: dict[str, torch.Tensor] = {}
-        for name in (name for layer in layers for name in (layer.down, layer.up)):
-            lent = self._factors[name]
-            assert isinstance(lent, torch.Tensor)
-            if dtype is not None and lent.dtype != dtype and name not in converted:
-                converted[name] = lent.to(dtype)
-            found[name] = converted.get(name, lent)
-        return found
+    def _factor_in(self, dtype: torch.dtype | None, name: str) -> torch.Tensor:
+        """Return a factor in a dtype, without one in its own: as it is lent, or a copy that is kept."""
+        lent = self._factors[name]
+        assert isinstance(lent, torch.Tensor)
+        if dtype is None or lent.dtype == dtype:
+            return lent
+        converted = self._converted.setdefault(dtype, {})
+        if name not in converted:
+            converted[name] = lent.to(dtype)
+        return converted[name]

@@ -41,6 +41,8 @@ class FiniteCheck:
 
     def fetch(self) -> None:
         """Start to copy the reductions to the host, in stream order, without waiting."""
+        if not self._magnitudes:
+            return  # all results are of whole numbers
         # torch pins the target memory, which an asynchronous copy needs.
         self._read = torch.stack(self._magnitudes).to("cpu", non_blocking=True)
         if self._magnitudes[0].is_cuda:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from xditd.gpu_workers.kernels.branches import Branch, Strength
-from xditd.gpu_workers.models.class_branches import add_as_peft, branches_of, targets_in
+from xditd.gpu_workers.kernels.branches import Branch, Strength, add_as_peft
+from xditd.gpu_workers.models.class_branches import branches_of, targets_in
 
 
 def branch(rank: int, inputs: int, rows: int, strength: Strength, *, start: int = 0) -> Branch:

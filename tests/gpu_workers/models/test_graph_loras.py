@@ -103,3 +103,17 @@ def test_one_graph_serves_loras_of_plain_and_packed_layers(monkeypatch: pytest.M
     loras.clear()
     assert loras.nbytes == 0
     assert not any(key[1].layout for cases in paths._cases.values() for key in cases)
+
+
+def test_factors_of_several_dtypes_have_no_layout() -> None:
+    """Those beside float32 layers of a module in half precision: a layout has one dtype."""
+    strength = Strength(1)
+    strength.value = 0.5
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4, dtype=torch.bfloat16), torch.nn.Linear(4, 4))
+    branches = add_branches_to(module)
+    for each, layer in zip(branches.values(), module, strict=True):
+        dtype = layer.weight.dtype
+        each.active = (Branch(torch.ones(2, 4, dtype=dtype), torch.ones(4, 2, dtype=dtype), 1.0, strength),)
+    assert StackedLayout.find([Place(each, 4) for each in branches.values()]) == "factors of several dtypes"
+    branches["1"].active = ()
+    assert not isinstance(StackedLayout.find([Place(each, 4) for each in branches.values()]), str)

@@ -31,6 +31,12 @@ def checked(*results: torch.Tensor) -> FiniteCheck:
     return finite
 
 
+def test_no_results_to_check_are_no_fault(component: Component) -> None:
+    finite = FiniteCheck()
+    finite.fetch()
+    assert finite.fault(component) is None
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
