@@ -23,7 +23,15 @@ from xditd.client.comfyui.patcher import (
     make_transformer_patcher,
     make_weights,
 )
-from xditd.client.comfyui.stock_dtypes import FLOAT8, cast_as_stock, is_linear, names_in
+from xditd.client.comfyui.stock_dtypes import (
+    FLOAT8,
+    PLAIN,
+    cast_as_stock,
+    is_linear,
+    keeps_file_dtypes,
+    names_in,
+    rounding_casts,
+)
 from xditd.client.comfyui.understood import MODEL_SAMPLING, have_same_steps
 from xditd.client.comfyui.unsupported import refuse
 from xditd.ipc.errors import Unsupported
@@ -90,14 +98,17 @@ def _is_same_sampling(sampling: Any, own: Any) -> bool:
 def _lendable_of(patcher: Any) -> LendableTensors:
     """Describe the unpatched tensors of a stock MODEL, over the memory that holds them.
 
-    Layers of mixed precision name their tensors as files do. With DynamicVRAM, tensors that ComfyUI casts to fp8 when
-    it loads them are still those of the file: they are cast here.
+    Layers of mixed precision name their tensors as files do. With DynamicVRAM, tensors that ComfyUI casts when it
+    loads them are still those of the file: they are cast here.
     """
     module = patcher.model.diffusion_model
+    compute = patcher.model.get_dtype_inference()
+    known = FLOAT8 if keeps_file_dtypes() else (*FLOAT8, *PLAIN)
     tensors = _base_tensors(patcher)
     packing = find_packed(tensors, _label(patcher))
     described = {name for each in packing.packed if each.companions for name in each.names}
-    tensors = cast_as_stock(tensors, names_in(module, FLOAT8), described | packing.markers)
+    dtypes = rounding_casts(tensors, names_in(module, known), compute)
+    tensors = cast_as_stock(tensors, dtypes, described | packing.markers)
     return lendable_tensors(tensors, find_packed(tensors, _label(patcher)), functools.partial(_quantises_input, module))
 
 

@@ -6,7 +6,7 @@ Source: ComfyUI 0.33, ``comfy/sd.py`` (``load_diffusion_model_state_dict``), ``n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import comfy.model_management as management
@@ -16,12 +16,13 @@ import torch
 from comfy.cli_args import PerformanceFeature, args
 
 from xditd.client.comfyui.packed_tensors import LendableTensors, find_packed, is_mixed, lendable_tensors
+from xditd.ipc.errors import Unsupported
 from xditd.ipc.packed import PackedWeight
 
 
 @dataclass(frozen=True)
 class WeightDtype:
-    """A choice of the loader. ``dtype`` of None keeps the file's; ``is_fast`` multiplies plain fp8 in fp8."""
+    """A choice of the loader. ``dtype`` of None is stock's; ``is_fast`` multiplies plain fp8 in fp8."""
 
     dtype: torch.dtype | None = None
     is_fast: bool = False
@@ -32,6 +33,7 @@ class WeightDtype:
 
 
 FLOAT8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
+PLAIN: Final = (torch.bfloat16, torch.float16, torch.float32)
 CHOICES: Final[Mapping[str, WeightDtype]] = {
     "default": WeightDtype(),
     "fp8_e4m3fn": WeightDtype(torch.float8_e4m3fn),
@@ -55,24 +57,31 @@ def hold_as_stock(
 
     ``tensors`` have ComfyUI's names. Packed weights of the file stay as they are. With a choice of fp8, other tensors
     are cast to it where stock does that, which is a copy; with another choice plain tensors are cast. Without a choice
-    plain tensors keep the file's dtype.
+    they are cast as stock does on this device, but for :func:`keeps_file_dtypes`.
 
     Raises:
-        BadCheckpoint, Unsupported: as :func:`~xditd.client.comfyui.packed_tensors.find_packed`.
+        BadCheckpoint, Unsupported: as :func:`~xditd.client.comfyui.packed_tensors.find_packed`; or a dtype in a flag
+            of ComfyUI that the workers do not have.
     """
     packing = find_packed(tensors, label, quantization_metadata)
     mixed = is_mixed(packing)
+    is_chosen = choice.dtype is not None
+    held = None if is_chosen or keeps_file_dtypes() else _held(config, tensors, label, is_mixed=mixed)
+    if held in FLOAT8 and not mixed:
+        choice = replace(choice, dtype=held)
     if not packing.packed and not choice.is_float8:
-        cast = {name: each if choice.dtype is None else each.to(choice.dtype) for name, each in tensors.items()}
-        dtype: torch.dtype = comfy.utils.weight_dtype(cast)  # of most elements, as in ComfyUI's loader
-        return LendableTensors(cast), dtype
+        return _hold_plain(config, tensors, choice, held)
     compute = compute_dtype(config, tensors, choice, is_mixed=mixed)
     # Stock casts fp8 without scales to another fp8, but keeps what layers of a mixed checkpoint have.
     keeps_packed = mixed or not choice.is_float8
     described = {name for each in packing.packed for name in each.names} if keeps_packed else set()
-    if choice.is_float8:
+    target = choice.dtype if choice.is_float8 else held
+    if target is not None:
         shapes = lendable_tensors(tensors, packing, lambda packed: packed.quantises_input).logical(compute)
-        dtypes = _float8_parameters(config, shapes, choice, compute, mixed)
+        dtypes = _parameters(config, shapes, target, compute, is_mixed=mixed)
+        if is_chosen:
+            dtypes = {name: dtype for name, dtype in dtypes.items() if dtype in FLOAT8}
+        dtypes = rounding_casts(tensors, dtypes, compute)
     elif choice.dtype is not None:
         dtypes = dict.fromkeys(tensors, choice.dtype)
     else:
@@ -80,6 +89,18 @@ def hold_as_stock(
     cast = cast_as_stock(tensors, dtypes, described | packing.markers)
     packing = find_packed(cast, label, quantization_metadata)
     return lendable_tensors(cast, packing, _input_policy(choice, mixed)), compute
+
+
+def _hold_plain(
+    config: Any, tensors: Mapping[str, torch.Tensor], choice: WeightDtype, held: torch.dtype | None
+) -> tuple[LendableTensors, torch.dtype]:
+    if held is not None:
+        dtypes = _parameters(config, _on_meta(tensors), held, held, is_mixed=False)
+        cast = cast_as_stock(tensors, rounding_casts(tensors, dtypes, held))
+    else:
+        cast = {name: each if choice.dtype is None else each.to(choice.dtype) for name, each in tensors.items()}
+    dtype: torch.dtype = comfy.utils.weight_dtype(cast)  # of most elements, as in ComfyUI's loader
+    return LendableTensors(cast), dtype
 
 
 def compute_dtype(
@@ -117,21 +138,73 @@ def _input_policy(choice: WeightDtype, is_mixed: bool) -> Callable[[PackedWeight
     return quantises
 
 
-def _float8_parameters(
-    config: Any, shapes: Mapping[str, torch.Tensor], choice: WeightDtype, compute: torch.dtype, is_mixed: bool
-) -> dict[str, torch.dtype]:
-    """Return the parameters that stock casts to fp8 when it loads a checkpoint of these shapes.
+def keeps_file_dtypes() -> bool:
+    """Return whether a loader's default keeps the file's dtypes: where ComfyUI runs on a CPU, without a flag for them.
 
-    Layers of a mixed checkpoint are not among them: those without a format are held in the compute dtype.
+    There stock computes in float32 whatever the file has; the workers may have GPUs, and get the file itself.
+    """
+    return management.is_device_cpu(management.get_torch_device()) and not any(getattr(args, each) for each in _FLAGS)
+
+
+_FLAGS: Final = (
+    "fp32_unet", "fp64_unet", "bf16_unet", "fp16_unet", "fp8_e4m3fn_unet", "fp8_e5m2_unet", "fp8_e8m0fnu_unet",
+)  # fmt: skip
+
+
+def _held(config: Any, tensors: Mapping[str, torch.Tensor], label: str, *, is_mixed: bool) -> torch.dtype:
+    """Return the dtype in which stock holds a model's parameters by default.
+
+    Raises:
+        Unsupported: the workers do not have it.
+    """
+    held: torch.dtype = management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(tensors),
+        supported_dtypes=list(config.supported_inference_dtypes),
+        weight_dtype=None if is_mixed else comfy.utils.weight_dtype(tensors),
+    )
+    if held not in (*FLOAT8, *PLAIN):
+        name = str(held).removeprefix("torch.")
+        raise Unsupported(f"{label}: ComfyUI's flags ask for weights in {name}; choose a weight_dtype, or drop it")
+    return held
+
+
+def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.empty_like(each, device="meta") for name, each in tensors.items()}
+
+
+def _parameters(
+    config: Any, shapes: Mapping[str, torch.Tensor], held: torch.dtype, compute: torch.dtype, *, is_mixed: bool
+) -> dict[str, torch.dtype]:
+    """Return the dtype to which stock casts each parameter when it loads a checkpoint of these shapes.
+
+    Layers of a mixed checkpoint without a format are held in the compute dtype.
     """
     before = config.custom_operations
     config.custom_operations = comfy.ops.mixed_precision_ops({}, compute) if is_mixed else comfy.ops.manual_cast
-    config.set_inference_dtype(choice.dtype, compute)
+    config.set_inference_dtype(held, compute)
     try:
         model = config.get_model(dict(shapes), "", device=torch.device("meta"))
     finally:
         config.custom_operations = before
-    return names_in(model.diffusion_model, FLOAT8)
+    found = names_in(model.diffusion_model, (*FLOAT8, *PLAIN))
+    return {**dict.fromkeys(shapes, compute), **found} if is_mixed else found  # linear layers have no weight yet
+
+
+def rounding_casts(
+    tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], compute: torch.dtype
+) -> dict[str, torch.dtype]:
+    """Leave out casts that change no number: from fp8 to a wider dtype, and from the compute dtype to float32.
+
+    In float32 stock multiplies Wan's patches.
+    """
+
+    def rounds(name: str, dtype: torch.dtype) -> bool:
+        if name not in tensors:
+            return False
+        before = tensors[name].dtype
+        return not ((before in FLOAT8 and dtype in PLAIN) or (before == compute and dtype == torch.float32))
+
+    return {name: dtype for name, dtype in dtypes.items() if rounds(name, dtype)}
 
 
 def is_linear(packed: PackedWeight) -> bool:

@@ -40,8 +40,9 @@ class XditUnetLoader(io.ComfyNode):
                     "weight_dtype",
                     options=list(CHOICES),
                     default="default",
-                    tooltip="default keeps the file's dtypes, without conversion; packed weights (int8, fp8 with "
-                    "scales) stay packed with every choice; fp8 casts all others as ComfyUI's own loader does",
+                    tooltip="default holds plain weights in the dtype that ComfyUI's own loader chooses on a GPU, and "
+                    "those of the file on a CPU; packed weights (int8, fp8 with scales) stay packed with every choice; "
+                    "fp8 casts all others as ComfyUI's own loader does",
                 ),
                 io.Int.Input(
                     "ulysses_degree",

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+from comfyui_families import VARIANTS
+from safetensors.torch import save_file
 
 from xditd.client.demo import checkpoints
+from xditd.ipc.errors import Unsupported
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 BAR = 5e-3
 """After 4 steps. Other kernels round differently; with diffusers' rounding of the timestep the error is 7e-2."""
+
+
+NORM_BARS = {torch.bfloat16: 7e-3, torch.float16: 8e-4}
+"""By norm, after 4 steps of tiny models; found: up to 4.6e-3 and 5.1e-4. Stock is as far from itself in float32. Wan in
+bfloat16 is 3.4e-3 from float16, and FLUX.1 in float16 is 0.27 from bfloat16, which rounds its guidance."""
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +65,97 @@ def test_the_other_rounding_shows(stock, half, conditioning, ksample, latent, re
     expected = ksample(stock, conditioning(1), conditioning(2), dict(latent))
     monkeypatch.setattr(type(half.family), "variant", "class")
     assert relative_error(ksample(half, conditioning(1), conditioning(2), dict(latent)), expected) > 3 * BAR
+
+
+FILES = {
+    "wan_text": torch.bfloat16,  # in float16
+    "wan_vace": torch.float32,
+    "qwen_image": torch.float16,  # in bfloat16
+    "flux1_fill": torch.float16,
+    "flux1_dev": torch.float32,
+    "z_image": torch.float32,
+    "flux1_depth": torch.float8_e4m3fn,
+}
+"""Of each of these models the dtype of a file that ComfyUI holds in another one where it has a GPU."""
+
+
+@pytest.fixture
+def on_a_gpu(comfy, monkeypatch) -> None:
+    """Let ComfyUI choose dtypes as where a GPU multiplies in both; it computes in the one that it holds."""
+    from xditd.client.comfyui import stock_dtypes
+
+    management = comfy.comfy.model_management
+    for name in ("should_use_fp16", "should_use_bf16"):
+        monkeypatch.setattr(management, name, lambda *_, **__: True)
+    monkeypatch.setattr(stock_dtypes, "keeps_file_dtypes", lambda: False)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_another_dtype_are_held_as_stock_holds_them(
+    name, connected, on_a_gpu, comfy, tmp_path, ksample, monkeypatch
+):
+    from xditd.client.comfyui import accelerate
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    variant = VARIANTS[name]
+    path = tmp_path / "file.safetensors"
+    is_packed = FILES[name] == torch.float8_e4m3fn  # of its matrices alone
+    save_file(
+        {
+            each: tensor.to(FILES[name] if tensor.ndim == 2 or not is_packed else torch.bfloat16)
+            for each, tensor in variant.make(0).items()
+        },
+        path,
+    )
+    monkeypatch.setattr(comfy.comfy.model_management, "supports_fp8_compute", lambda *_: True)
+    stock = comfy.comfy.sd.load_diffusion_model(str(path))
+    computes = stock.model.get_dtype_inference()
+    assert computes != FILES[name]
+    monkeypatch.setattr(accelerate, "keeps_file_dtypes", lambda: False)
+    given = variant.text(1), variant.text(2), variant.latent()
+    expected = ksample(stock, *given)
+    for model in (load_unet(str(path)), accelerate.accelerate(stock)):
+        held = {each.dtype for each in model.weights.base.values()}
+        assert held == {FILES[name]} if is_packed else held <= {computes, torch.float32}
+        apart = (ksample(model, *given) - expected).norm() / expected.norm()
+        assert apart <= NORM_BARS[computes]
+
+
+def test_what_is_beside_scaled_float8_has_the_dtype_of_products(
+    connected, on_a_gpu, comfy, tmp_path, ksample, monkeypatch
+):
+    """Wan's, in float16; the file has it in bfloat16 and in float32."""
+    from xditd.client.comfyui import accelerate
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    variant = VARIANTS["wan_text"]
+    tensors = {}
+    for name, tensor in variant.make(0).items():
+        if ".self_attn.q.weight" in name:
+            layer = name.removesuffix(".weight")
+            tensors[name] = tensor.mul(64).to(torch.float8_e4m3fn)
+            tensors[f"{layer}.weight_scale"] = torch.tensor(1 / 64)
+            marker = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+            tensors[f"{layer}.comfy_quant"] = torch.tensor([*json.dumps(marker).encode()], dtype=torch.uint8)
+        else:
+            tensors[name] = tensor if tensor.ndim == 1 else tensor.to(torch.bfloat16)
+    save_file(tensors, tmp_path / "file.safetensors")
+    stock = comfy.comfy.sd.load_diffusion_model(str(tmp_path / "file.safetensors"))
+    assert stock.model.get_dtype_inference() is torch.float16
+    monkeypatch.setattr(accelerate, "keeps_file_dtypes", lambda: False)
+    given = variant.text(1), variant.text(2), variant.latent()
+    expected = ksample(stock, *given)
+    for model in (load_unet(str(tmp_path / "file.safetensors")), accelerate.accelerate(stock)):
+        apart = (ksample(model, *given) - expected).norm() / expected.norm()
+        assert apart <= NORM_BARS[torch.float16]
+
+
+def test_flags_for_the_dtype_are_obeyed_or_refused(connected, comfy, half_file, monkeypatch):
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    monkeypatch.setattr(comfy.comfy.cli_args.args, "fp16_unet", True)
+    assert {each.dtype for each in load_unet(str(half_file)).weights.base.values()} == {torch.float16}
+    monkeypatch.setattr(comfy.comfy.cli_args.args, "fp16_unet", False)
+    monkeypatch.setattr(comfy.comfy.cli_args.args, "fp64_unet", True)
+    with pytest.raises(Unsupported, match="flags ask for weights in float64"):
+        load_unet(str(half_file))
