@@ -119,7 +119,7 @@ def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
-    """Make a VAE object from a checkpoint's tensors. As in stock ComfyUI, fp8 is cast to the dtype of the VAE.
+    """Make a VAE object from a checkpoint's tensors. As in stock ComfyUI, they are cast to the dtype that it chooses.
 
     Raises:
         Unsupported: not the VAE of a family that the workers run, or weights in another packed format.
@@ -137,12 +137,11 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     if vae.first_stage_model is None or latents not in formats:
         refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of {titles()}; use Load VAE")
-    plain = {name: each.to(vae.vae_dtype) if each.dtype in FLOAT8 else each for name, each in plain.items()}
+    plain = _cast(plain, vae.vae_dtype)
     weights = make_weights(plain, ComponentKind.VAE, label, is_whole=True)
     latent_format = formats[latents] if vae.latent_dim == _WITH_FRAMES else None
     vae.first_stage_model = RemoteStage(weights, vae.first_stage_model, latent_format)
     vae.patcher = make_patcher(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
-    vae.vae_dtype = next(iter(plain.values())).dtype
     vae.size = 0
     # Activations are in the workers' memory; not zero, because ComfyUI divides by it.
     vae.memory_used_decode = vae.memory_used_encode = lambda *_: 1
@@ -180,6 +179,7 @@ def weights_of(vae: Any) -> RemoteWeights:
             for name, tensor in vae.first_stage_model.state_dict().items()
             if not name.startswith(("encoder.", "quant_conv.")) and not name.endswith(_COUNTER)
         }
+        tensors = _cast(tensors, vae.vae_dtype)  # with DynamicVRAM, stock does that when it loads them
         found = vae.xditd_weights = make_weights(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found
 
@@ -204,6 +204,10 @@ def why_local(vae: Any) -> str | None:
     if found is None and vae.patcher.patches:
         found = "patches of its weights"
     return found or _why_changed(vae, functions)
+
+
+def _cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
 
 
 def _functions(vae: Any) -> dict[str, Any]:
