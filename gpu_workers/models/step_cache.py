@@ -1,11 +1,12 @@
 """The step cache (ParaAttention's "first block cache"): skip all blocks but the first if a step changes little. Lossy.
 
-The first block always runs. Its residual is compared with that of the last computed step: the relative difference,
-summed over the image tokens of all ranks. Below the threshold, the residual of the other blocks is reused.
+The first block always runs. Its residual is compared with that of the last computed step: the relative difference of
+means over the image tokens of all ranks. Up to the threshold, the residual of the other blocks is reused.
 
-diffusers' hook for that (``apply_first_block_cache``) decides on each rank alone, and ranks that decide differently
-deadlock. xfuser's keeps its state on GPU 0 for every rank, and averages the means of unequal shares. Neither works with
-fused blocks.
+diffusers' hook for that (``apply_first_block_cache``) takes the same decisions for a batch of one image: means and
+their quotient are of the residuals' dtype. It decides on each rank alone, and ranks that decide differently deadlock.
+xfuser's keeps its state on GPU 0 for every rank, and averages the means of unequal shares. Neither works with fused
+blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class _CachedStep:
 class StepCache:
     """The cache of one job. Ranks that share images make the same calls in the same order, each with its own tokens.
 
-    ``threshold``, above 0, is the relative difference below which a step reuses the residual.
+    ``threshold``, above 0, is the greatest relative difference at which a step reuses the residual.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -49,9 +50,10 @@ class StepCache:
         can_reuse = dict.fromkeys(images, False)
         if known:
             sums = [self._compare(self._steps[number].first, first[images.index(number)]) for number in known]
-            totals = sum_over_ranks(torch.stack(sums).cpu().double(), get_sp_group().cpu_group)
-            for number, (difference, size) in zip(known, totals.tolist(), strict=True):
-                can_reuse[number] = difference < self._threshold * size  # False for NaN
+            own = torch.nn.functional.pad(torch.stack(sums).cpu().double(), (0, 1), value=first[0].numel())
+            for number, total in zip(known, sum_over_ranks(own, get_sp_group().cpu_group), strict=True):
+                difference, size = (total[:2] / total[2]).to(first.dtype)
+                can_reuse[number] = (difference / size).item() <= self._threshold  # False for NaN
         for number, is_reused in can_reuse.items():
             if is_reused:
                 self.reused += 1

@@ -105,3 +105,34 @@ def test_what_is_no_size_to_compare_with_is_computed(value: float) -> None:
     assert cache.decide(range(1), tokens) == [False]
     cache.keep(0, tokens[0])
     assert cache.decide(range(1), tokens) == [False]
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decisions_are_those_of_diffusers_where_half_precision_rounds_the_difference(dtype: torch.dtype) -> None:
+    """Thresholds beside each difference: rounded as diffusers' hook does it, and in float32."""
+    from diffusers.hooks.first_block_cache import FBCHeadBlockHook, FBCSharedBlockState
+    from diffusers.hooks.hooks import CacheContext, StateManager
+
+    generator = torch.Generator().manual_seed(0)
+    decided = []
+    for scale in (0.02, 0.05, 0.08, 0.13, 0.3):
+        before = torch.randn(1, 40, 16, generator=generator).to(dtype)
+        now = (before.float() + scale * torch.randn(1, 40, 16, generator=generator)).to(dtype)
+        means = (now - before).abs().mean(), before.abs().mean()
+        rounded, wide = (
+            (means[0] / means[1]).item(),
+            float((now - before).abs().float().mean() / before.abs().float().mean()),
+        )
+        for threshold in (rounded, (rounded + wide) / 2, rounded * 0.99, rounded * 1.01):
+            states = StateManager(FBCSharedBlockState)
+            states.set_context(CacheContext("cond"))
+            states.get_state().head_block_residual = before
+            hook = FBCHeadBlockHook(states, threshold)
+            cache = StepCache(threshold)
+            assert cache.decide(range(1), before) == [False]
+            cache.keep(0, before)
+            (decision,) = cache.decide(range(1), now)
+            assert decision is not hook._should_compute_remaining_blocks(now)
+            decided.append(decision is (wide < threshold))
+    assert not all(decided)  # some differ from what float32 would decide
