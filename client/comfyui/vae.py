@@ -35,6 +35,8 @@ _COUNTER: Final = ".num_batches_tracked"
 _SCALES: Final = (MARKER, ".weight_scale", ".scale_weight")
 """Name endings beside packed weights."""
 
+_UNSCALED: Final = LatentScaling(factor=1.0, shift=0.0)
+
 _WITH_FRAMES: Final = 3
 """Dimensions of latents with frames."""
 
@@ -42,8 +44,8 @@ _WITH_FRAMES: Final = 3
 class RemoteStage(torch.nn.Module):
     """Replaces the model inside ComfyUI's VAE; ComfyUI crops, tiles and scales the values.
 
-    ComfyUI's latents are ``z``, the daemon's ``(z - shift) * factor``, by the component's facts. Those with a dimension
-    of frames are normalised for each channel instead, by ComfyUI's own ``latent_format``.
+    ComfyUI's latents are ``z``, and so are the daemon's here: a scaling would round them in half precision. Those with
+    a dimension of frames are normalised for each channel, by ComfyUI's own ``latent_format``.
     """
 
     def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module, latent_format: Any = None) -> None:
@@ -73,9 +75,7 @@ class RemoteStage(torch.nn.Module):
         """
         if self._format is not None:
             return self._with_frames(_decode, self._format.process_in(z.float())).to(z.dtype)
-        scaling = self._scaling()
-        latents = (z.float() - scaling.shift) * scaling.factor
-        return self._in_batches(_decode, latents).to(z.dtype)
+        return self._in_batches(_decode, z.float()).to(z.dtype)
 
     def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
         """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode.
@@ -86,19 +86,14 @@ class RemoteStage(torch.nn.Module):
         if self._format is not None:
             step = self._latents().frames
             whole = pixels[:, :, : 1 + (pixels.shape[2] - 1) // step * step]
-            z: torch.Tensor = self._format.process_out(self._with_frames(Client.encode, whole.float()))
+            z: torch.Tensor = self._format.process_out(self._with_frames(_encode, whole.float()))
             return z.to(pixels.dtype)
-        latents = self._in_batches(Client.encode, pixels.float())
-        scaling = self._scaling()
-        return (latents / scaling.factor + scaling.shift).to(pixels.dtype)
+        return self._in_batches(_encode, pixels.float()).to(pixels.dtype)
 
     def _latents(self) -> LatentFacts:
         facts = self._weights.loan.facts.vae
         assert facts is not None
         return facts.latents
-
-    def _scaling(self) -> LatentScaling:
-        return self._latents().scaling
 
     def _with_frames(self, run: _Run, x: torch.Tensor) -> torch.Tensor:
         """Run with (batch, channels, frames, height, width); of one frame, as an image."""
@@ -115,7 +110,11 @@ class RemoteStage(torch.nn.Module):
 
 
 def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:
-    return client.decode(loan, latents, clamp=False)
+    return client.decode(loan, latents, scaling=_UNSCALED, clamp=False)
+
+
+def _encode(client: Client, loan: Loan, pixels: torch.Tensor) -> torch.Tensor:
+    return client.encode(loan, pixels, scaling=_UNSCALED)
 
 
 def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
