@@ -20,7 +20,7 @@ from xditd.client.waiting import check_seconds
 from xditd.ipc import limits
 from xditd.ipc.addresses import default_runtime_dir, runtime_dir_at
 from xditd.ipc.errors import BadRequest
-from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.facts import ComponentFacts, LatentScaling
 from xditd.ipc.replies import Decoded, Encoded
 from xditd.ipc.tensors import ComponentKind
 
@@ -321,6 +321,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
         latents: torch.Tensor,
         *,
         transformer: Loan | LoanWithLoras | str | None = None,
+        scaling: LatentScaling | None = None,
         clamp: bool = True,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
@@ -329,8 +330,8 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
         Latents of a video become one, (batch, channels, frames, height, width).
 
         ``transformer`` is the one that made the latents: its facts define their scaling. Without it, the scaling is
-        the default of the VAE's family. ``clamp=False`` keeps values outside the range, for tiles that are blended
-        before they are clamped.
+        the default of the VAE's family, or ``scaling``: factor 1 and shift 0 are of the VAE's own latents, which are
+        not rounded then. ``clamp=False`` keeps values outside the range, for tiles that are blended before that.
 
         Raises:
             BadRequest: latents of another shape, or a transformer whose latents have another size than this VAE's.
@@ -339,7 +340,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
 
         if not isinstance(clamp, bool):
             raise BadRequest(f"clamp: {clamp!r:.100} is of type {type(clamp).__name__}, use True or False")
-        job = decode_request(self._component(vae, ComponentKind.VAE), latents, self._transformer(transformer))
+        job = decode_request(self._component(vae, ComponentKind.VAE), latents, self._transformer(transformer), scaling)
         image = self._runner.run(job, Decoded, deadline_s)["image"]
         return image.clamp_(-1.0, 1.0) if clamp else image
 
@@ -349,12 +350,13 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
         image: torch.Tensor,
         *,
         transformer: Loan | LoanWithLoras | str | None = None,
+        scaling: LatentScaling | None = None,
         deadline_s: float | None = None,
     ) -> torch.Tensor:
         """Encode images (batch, channels, height, width) in [-1, 1] to latents, with their device and dtype.
 
-        A video has frames before its height. ``transformer`` is the one that will use the latents, as in
-        :meth:`decode`.
+        A video has frames before its height. ``transformer`` is the one that will use the latents, and ``scaling``
+        theirs, as in :meth:`decode`.
 
         Raises:
             BadRequest: an image of another shape, or a transformer whose latents have another size than this VAE's.
@@ -362,7 +364,7 @@ class Client(LoanMethods, PromptMethods, DaemonMethods, OfOneProcess):
         """
         from xditd.client.jobs.vae_requests import encode_request
 
-        job = encode_request(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer))
+        job = encode_request(self._component(vae, ComponentKind.VAE), image, self._transformer(transformer), scaling)
         return self._runner.run(job, Encoded, deadline_s)["latents"]
 
     def _transformer(self, component: Loan | LoanWithLoras | str | None) -> Component | None:

@@ -280,7 +280,9 @@ def make_model(
     quantization_metadata = (metadata or {}).get(METADATA)
     packing = find_packed(tensors, label, quantization_metadata)
     shapes = lendable_tensors(tensors, packing, lambda packed: packed.quantises_input).logical(torch.bfloat16)
-    config, family = config_of(shapes, label, metadata)
+    # ComfyUI tells by the values of a norm whether a model may run in float16.
+    values = {name: each for name, each in tensors.items() if each.ndim == 1 and name in shapes}
+    config, family = config_of({**shapes, **values}, label, metadata)
     named = config.process_unet_state_dict(dict(tensors))  # names of ComfyUI's modules, which may differ from the file
     lendable, dtype = hold_as_stock(config, named, label, choice, quantization_metadata)
     logger.debug("weightless model label=%s dtype=%s packed=%d", label, dtype, len(lendable.packed))

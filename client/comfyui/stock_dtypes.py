@@ -195,7 +195,7 @@ def rounding_casts(
 ) -> dict[str, torch.dtype]:
     """Leave out casts that change no number: from fp8 to a wider dtype, and from the compute dtype to float32.
 
-    In float32 stock multiplies Wan's patches.
+    Stock holds and multiplies a model's first layer in float32 where its class says so.
     """
 
     def rounds(name: str, dtype: torch.dtype) -> bool:

@@ -35,6 +35,8 @@ _COUNTER: Final = ".num_batches_tracked"
 _SCALES: Final = (MARKER, ".weight_scale", ".scale_weight")
 """Name endings beside packed weights."""
 
+_UNSCALED: Final = LatentScaling(factor=1.0, shift=0.0)
+
 _WITH_FRAMES: Final = 3
 """Dimensions of latents with frames."""
 
@@ -42,8 +44,8 @@ _WITH_FRAMES: Final = 3
 class RemoteStage(torch.nn.Module):
     """Replaces the model inside ComfyUI's VAE; ComfyUI crops, tiles and scales the values.
 
-    ComfyUI's latents are ``z``, the daemon's ``(z - shift) * factor``, by the component's facts. Those with a dimension
-    of frames are normalised for each channel instead, by ComfyUI's own ``latent_format``.
+    ComfyUI's latents are ``z``, and so are the daemon's here: a scaling would round them in half precision. Those with
+    a dimension of frames are normalised for each channel, by ComfyUI's own ``latent_format``.
     """
 
     def __init__(self, weights: RemoteWeights, shapes: torch.nn.Module, latent_format: Any = None) -> None:
@@ -73,9 +75,7 @@ class RemoteStage(torch.nn.Module):
         """
         if self._format is not None:
             return self._with_frames(_decode, self._format.process_in(z.float())).to(z.dtype)
-        scaling = self._scaling()
-        latents = (z.float() - scaling.shift) * scaling.factor
-        return self._in_batches(_decode, latents).to(z.dtype)
+        return self._in_batches(_decode, z.float()).to(z.dtype)
 
     def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
         """Encode (batch, 3, height, width) in [-1, 1] to the posterior's mode.
@@ -86,19 +86,14 @@ class RemoteStage(torch.nn.Module):
         if self._format is not None:
             step = self._latents().frames
             whole = pixels[:, :, : 1 + (pixels.shape[2] - 1) // step * step]
-            z: torch.Tensor = self._format.process_out(self._with_frames(Client.encode, whole.float()))
+            z: torch.Tensor = self._format.process_out(self._with_frames(_encode, whole.float()))
             return z.to(pixels.dtype)
-        latents = self._in_batches(Client.encode, pixels.float())
-        scaling = self._scaling()
-        return (latents / scaling.factor + scaling.shift).to(pixels.dtype)
+        return self._in_batches(_encode, pixels.float()).to(pixels.dtype)
 
     def _latents(self) -> LatentFacts:
         facts = self._weights.loan.facts.vae
         assert facts is not None
         return facts.latents
-
-    def _scaling(self) -> LatentScaling:
-        return self._latents().scaling
 
     def _with_frames(self, run: _Run, x: torch.Tensor) -> torch.Tensor:
         """Run with (batch, channels, frames, height, width); of one frame, as an image."""
@@ -115,11 +110,15 @@ class RemoteStage(torch.nn.Module):
 
 
 def _decode(client: Client, loan: Loan, latents: torch.Tensor) -> torch.Tensor:
-    return client.decode(loan, latents, clamp=False)
+    return client.decode(loan, latents, scaling=_UNSCALED, clamp=False)
+
+
+def _encode(client: Client, loan: Loan, pixels: torch.Tensor) -> torch.Tensor:
+    return client.encode(loan, pixels, scaling=_UNSCALED)
 
 
 def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
-    """Make a VAE object from a checkpoint's tensors. As in stock ComfyUI, fp8 is cast to the dtype of the VAE.
+    """Make a VAE object from a checkpoint's tensors. As in stock ComfyUI, they are cast to the dtype that it chooses.
 
     Raises:
         Unsupported: not the VAE of a family that the workers run, or weights in another packed format.
@@ -137,12 +136,11 @@ def make_vae(tensors: Mapping[str, torch.Tensor], label: str) -> Any:
     if vae.first_stage_model is None or latents not in formats:
         refuse_known(tensors, label)
         raise Unsupported(f"{label}: not the VAE of {titles()}; use Load VAE")
-    plain = {name: each.to(vae.vae_dtype) if each.dtype in FLOAT8 else each for name, each in plain.items()}
+    plain = _cast(plain, vae.vae_dtype)
     weights = make_weights(plain, ComponentKind.VAE, label, is_whole=True)
     latent_format = formats[latents] if vae.latent_dim == _WITH_FRAMES else None
     vae.first_stage_model = RemoteStage(weights, vae.first_stage_model, latent_format)
     vae.patcher = make_patcher(vae.first_stage_model, weights, vae.device, comfy.model_management.vae_offload_device())
-    vae.vae_dtype = next(iter(plain.values())).dtype
     vae.size = 0
     # Activations are in the workers' memory; not zero, because ComfyUI divides by it.
     vae.memory_used_decode = vae.memory_used_encode = lambda *_: 1
@@ -180,6 +178,7 @@ def weights_of(vae: Any) -> RemoteWeights:
             for name, tensor in vae.first_stage_model.state_dict().items()
             if not name.startswith(("encoder.", "quant_conv.")) and not name.endswith(_COUNTER)
         }
+        tensors = _cast(tensors, vae.vae_dtype)  # with DynamicVRAM, stock does that when it loads them
         found = vae.xditd_weights = make_weights(tensors, ComponentKind.VAE, "vae", is_whole=False)
     return found
 
@@ -204,6 +203,10 @@ def why_local(vae: Any) -> str | None:
     if found is None and vae.patcher.patches:
         found = "patches of its weights"
     return found or _why_changed(vae, functions)
+
+
+def _cast(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
 
 
 def _functions(vae: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from xditd.client.io_places import IoPlaces
 from xditd.client.jobs import checks
 from xditd.client.jobs.component import Component
 from xditd.client.jobs.job_requests import JobRequest
+from xditd.ipc.errors import BadRequest
 from xditd.ipc.facts import LatentScaling
 from xditd.ipc.requests import Decode, Encode
 from xditd.ipc.tensors import HostShmBlock
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def decode_request(vae: Component, latents: torch.Tensor, transformer: Component | None = None) -> JobRequest:
-    """Build the request to decode a transformer's latents to ``image``, or the VAE's own latents without one."""
-    facts, scaling = vae.vae, _scaling_of(vae, transformer)
+def decode_request(
+    vae: Component, latents: torch.Tensor, transformer: Component | None = None, scaling: LatentScaling | None = None
+) -> JobRequest:
+    """Build the request to decode a transformer's latents to ``image``, or the VAE's own latents without one.
+
+    ``scaling`` is that of the latents, if it is neither the transformer's nor the default.
+    """
+    facts, scaling = vae.vae, _scaling_of(vae, transformer, scaling)
     checks.check_latents("latents", latents, facts.latents)
     places = IoPlaces()
     latents_at = places.add_input(latents)
@@ -33,12 +39,14 @@ def decode_request(vae: Component, latents: torch.Tensor, transformer: Component
     return JobRequest(places, [(latents_at, latents)], {"image": out_at}, latents.device, write)
 
 
-def encode_request(vae: Component, image: torch.Tensor, transformer: Component | None = None) -> JobRequest:
+def encode_request(
+    vae: Component, image: torch.Tensor, transformer: Component | None = None, scaling: LatentScaling | None = None
+) -> JobRequest:
     """Build the request to encode an image to a transformer's ``latents``, or to the VAE's own without one.
 
     The image is sent in its memory format, channels first or last.
     """
-    facts, scaling = vae.vae, _scaling_of(vae, transformer)
+    facts, scaling = vae.vae, _scaling_of(vae, transformer, scaling)
     checks.check_image(image, facts)
     shape = facts.latents.shape_of(tuple(image.shape))
     places = IoPlaces()
@@ -55,13 +63,19 @@ def encode_request(vae: Component, image: torch.Tensor, transformer: Component |
     return JobRequest(places, [(image_at, image)], {"latents": out_at}, image.device, write)
 
 
-def _scaling_of(vae: Component, transformer: Component | None) -> LatentScaling | None:
-    """Check that a transformer's latents have the VAE's size, and return their scaling; ``None`` without one."""
+def _scaling_of(vae: Component, transformer: Component | None, scaling: LatentScaling | None) -> LatentScaling | None:
+    """Check that a transformer's latents have the VAE's size, and return their scaling; ``None`` for the default.
+
+    Raises:
+        BadRequest: ``scaling`` is none.
+    """
+    if scaling is not None and not isinstance(scaling, LatentScaling):
+        raise BadRequest(f"scaling: {scaling!r:.100} is of type {type(scaling).__name__}, use a LatentScaling")
     if transformer is None:
-        return None
+        return scaling
     latents = transformer.transformer.latents
     latents.check_vae(vae.vae.latents)
-    return latents.scaling
+    return latents.scaling if scaling is None else scaling
 
 
 def _has_channels_last(image: torch.Tensor) -> bool:

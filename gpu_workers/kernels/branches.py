@@ -137,7 +137,8 @@ def add_as_peft(branches: Sequence[Branch], y: torch.Tensor, x: torch.Tensor) ->
         x = x.to(branch.down.dtype)
         factor = branch.scale * branch.strength.value
         if factor != 0.0:
-            y = added(y, F.linear(F.linear(x, branch.down), branch.up) * factor, branch.start)
+            part = F.linear(F.linear(x, branch.down), branch.up)
+            y = added(y, part if factor == 1.0 else part.mul_(factor), branch.start)
     return y.to(dtype)
 
 

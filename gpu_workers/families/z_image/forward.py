@@ -14,7 +14,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel, ZSingleStreamAttnProcessor
+from diffusers.models.transformers.transformer_z_image import (
+    FeedForward,
+    ZImageTransformer2DModel,
+    ZSingleStreamAttnProcessor,
+)
 from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size
 
 from xditd.gpu_workers.families.z_image.config import NORM_EPSILON, PATCH, padded
@@ -43,10 +47,42 @@ class _Sequence(NamedTuple):
         return _Sequence(pad_end(self.features, tokens, dim=1), pad_end(self.rotation, tokens, dim=1))
 
 
+def _clamped(x: torch.Tensor) -> torch.Tensor:
+    """Keep what overflows float16 at its largest numbers, as ComfyUI does."""
+    return x.nan_to_num(0.0) if x.dtype == torch.float16 else x
+
+
+class ClampingFeedForward(FeedForward):
+    """The class's; as ComfyUI's, with ``clamps``, of float16."""
+
+    clamps = False
+    clamps_result = False
+    """Whether the result is clamped, too: in blocks that are modulated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.clamps:
+            return cast(torch.Tensor, super().forward(x))
+        found = self.w2(_clamped(self._forward_silu_gating(self.w1(x), self.w3(x))))
+        return _clamped(found) if self.clamps_result else found
+
+
 class SplitAttnProcessor(ZSingleStreamAttnProcessor):
     """The class's attention; with :class:`SharedKeys` as the mask, attention over the tokens of all ranks."""
 
+    clamps = False
+
     def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | SharedKeys | None = None,
+        freqs_cis: torch.Tensor | None = None,
+    ) -> Any:
+        found = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+        return _clamped(found) if self.clamps else found
+
+    def _attend(
         self,
         attn: Attention,
         hidden_states: torch.Tensor,
@@ -87,17 +123,22 @@ class SequenceParallelZImage(ZImageTransformer2DModel):
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
+        self._processor = SplitAttnProcessor()
         for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
-            block.attention.set_processor(SplitAttnProcessor())
+            block.attention.set_processor(self._processor)
+            block.feed_forward.__class__ = ClampingFeedForward
+            block.feed_forward.clamps_result = block.modulation
 
     def set_variant(self, variant: str) -> None:
         """Switch the module to ``variant``; without a change it costs one comparison."""
         if variant == self._variant:
             return
         self._variant = variant
+        self._processor.clamps = variant == COMFYUI
         epsilon = torch.finfo(torch.float32).eps if variant == COMFYUI else NORM_EPSILON
         for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
             block.attention.norm_q.eps = block.attention.norm_k.eps = epsilon
+            block.feed_forward.clamps = variant == COMFYUI
 
     def forward_shared(
         self, x: Sequence[torch.Tensor], t: torch.Tensor, cap_feats: Sequence[torch.Tensor]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from comfyui_families import VARIANTS
+import z_image_models
+from comfyui_families import PREFIX, VARIANTS, Z_IMAGE
 from safetensors.torch import save_file
 
 from xditd.client.demo import checkpoints
@@ -159,3 +161,26 @@ def test_flags_for_the_dtype_are_obeyed_or_refused(connected, comfy, half_file, 
     monkeypatch.setattr(comfy.comfy.cli_args.args, "fp64_unet", True)
     with pytest.raises(Unsupported, match="flags ask for weights in float64"):
         load_unet(str(half_file))
+
+
+def test_what_overflows_float16_is_clamped_as_stock_does(connected, on_a_gpu, comfy, tmp_path, ksample):
+    """Z-Image Turbo, which ComfyUI knows by the values of a norm, runs in float16 from a file of it."""
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    variant, path = VARIANTS["z_image"], tmp_path / "file.safetensors"
+    made = z_image_models.state_dict(0, config=replace(Z_IMAGE, layers=2), names=z_image_models.COMFYUI, prefix=PREFIX)
+    tensors = {name: tensor.half() for name, tensor in made.items()}
+    for name in tensors:
+        if name.endswith("ffn_norm1.weight"):
+            tensors[name] = torch.ones_like(tensors[name])
+        if name.endswith(("feed_forward.w1.weight", "feed_forward.w3.weight")):
+            tensors[name] *= 300
+    save_file(tensors, path)
+    stock = comfy.comfy.sd.load_diffusion_model(str(path))
+    assert stock.model.get_dtype_inference() is torch.float16
+    ours, given = load_unet(str(path)), (variant.text(1), variant.text(2), variant.latent())
+    assert {each.dtype for each in ours.weights.base.values()} == {torch.float16}
+    expected = ksample(stock, *given)
+    assert expected.isfinite().all()
+    apart = (ksample(ours, *given) - expected).norm() / expected.norm()
+    assert apart <= 2 * NORM_BARS[torch.float16]

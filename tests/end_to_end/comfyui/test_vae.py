@@ -36,6 +36,56 @@ def test_latents_of_any_size_and_number_are_decoded(shape, vae, stock_vae, relat
     assert relative_error(vae.decode(z), stock_vae.decode(z)) <= TOLERANCE
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("flag", [None, "bf16_vae"])
+def test_a_vae_is_in_the_dtype_of_stock(flag, comfy, connected, decoder_file, tmp_path, relative_error, monkeypatch):
+    """Whatever that of the file: in float32 on a CPU, or in that of a flag."""
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+    from xditd.client.comfyui.vae import weights_of
+
+    path, sd = decoder_file, load_file(decoder_file)
+    if flag is None:
+        path, sd = tmp_path / "half.safetensors", {name: each.bfloat16() for name, each in sd.items()}
+        save_file(sd, path)
+    else:
+        monkeypatch.setattr(comfy.comfy.cli_args.args, flag, True)
+    stock, ours = comfy.comfy.sd.VAE(sd=sd), load_vae(str(path))
+    assert ours.vae_dtype is stock.vae_dtype is (torch.float32 if flag is None else torch.bfloat16)
+    for vae in (ours, stock):
+        assert {each.dtype for each in weights_of(vae).base.values()} == {stock.vae_dtype}
+    z = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert relative_error(ours.decode(z), stock.decode(z)) <= (TOLERANCE if flag is None else 2e-2)
+
+
+@torch.inference_mode()
+def test_latents_are_not_rounded_by_a_scaling(comfy, connected, whole_file, monkeypatch):
+    """In bfloat16 a VAE decodes the numbers that stock's does, and what it encodes is not rounded again."""
+    from xditd.client import Client
+    from xditd.client.comfyui.nodes.vae_loader import load_vae
+
+    sent: list[tuple[torch.Tensor, Any]] = []
+    decode, encode = Client.decode, Client.encode
+
+    def noted(self: Any, vae: Any, latents: torch.Tensor, **more: Any) -> torch.Tensor:
+        sent.append((latents, more["scaling"]))
+        return decode(self, vae, latents, **more)
+
+    def noted_encode(self: Any, vae: Any, pixels: torch.Tensor, **more: Any) -> torch.Tensor:
+        sent.append((encode(self, vae, pixels, **more), more["scaling"]))
+        return sent[-1][0]
+
+    monkeypatch.setattr(comfy.comfy.cli_args.args, "bf16_vae", True)
+    monkeypatch.setattr(Client, "decode", noted)
+    monkeypatch.setattr(Client, "encode", noted_encode)
+    ours = load_vae(str(whole_file))
+    z = torch.randn(1, 16, 2, 2, generator=torch.Generator().manual_seed(1))
+    ours.decode(z)
+    encoded = ours.encode(torch.rand(1, 16, 16, 3, generator=torch.Generator().manual_seed(2)))
+    for (latents, scaling), expected in zip(sent, (z.bfloat16(), encoded), strict=True):
+        half = latents.to(torch.bfloat16)
+        assert torch.equal((half / scaling.factor + scaling.shift).float(), expected.float())
+
+
 def test_vae_save_writes_the_tensors(vae, decoder_file, tmp_path):
     from comfy_extras.nodes_model_merging import VAESave
 
