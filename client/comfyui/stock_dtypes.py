@@ -94,7 +94,9 @@ def hold_as_stock(
 def _hold_plain(
     config: Any, tensors: Mapping[str, torch.Tensor], choice: WeightDtype, held: torch.dtype | None
 ) -> tuple[LendableTensors, torch.dtype]:
-    if held is not None:
+    if held is not None and all(each.dtype == held for each in tensors.values()):
+        cast = dict(tensors)  # the most frequent case, without the time to build a model
+    elif held is not None:
         dtypes = _parameters(config, _on_meta(tensors), held, held, is_mixed=False)
         cast = cast_as_stock(tensors, rounding_casts(tensors, dtypes, held))
     else:
