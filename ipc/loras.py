@@ -52,10 +52,13 @@ class LoraLayer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 class LoraDescription(Described, frozen=True, kw_only=True):
     """The layers of a LoRA. All tensors of its manifest are factors of one of them.
 
-    With ``as_class`` their names are those of a module that runs as its class, and no family has to know them.
+    With ``as_class`` their names are those of a module that runs as its class, and no family has to know them. With
+    ``keeps_dtypes`` factors are those of layers of PEFT, and compute in their own dtypes; others are converted into
+    those of the layers' weights, as PEFT does when it loads them.
     """
 
     as_class: bool = False
+    keeps_dtypes: bool = False
     layers: Annotated[tuple[LoraLayer, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_TENSORS)]
 
 

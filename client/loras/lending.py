@@ -90,7 +90,7 @@ def describe_lora(
             label=label,
             blocks=tuple(memory.blocks),
             tensors=tuple(specs),
-            lora=replace(layers.description, as_class=as_class),
+            lora=replace(layers.description, as_class=as_class, keeps_dtypes=as_class and isinstance(source, ReadLora)),
             generation=generation,
         )
         check_manifest(manifest)

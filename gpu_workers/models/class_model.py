@@ -115,8 +115,11 @@ class ClassModel:
         """The class's name, for messages."""
         return self.class_name
 
-    def branch_dtype(self, layer: str) -> None:
-        """Return no dtype: LoRAs' branches compute in the dtypes of their factors, as PEFT's layers do."""
+    def branch_dtype(self, layer: str) -> torch.dtype:
+        """Return the dtype into which PEFT converts the factors of a layer when it loads them: that of its weight."""
+        weight = self.module.get_submodule(layer).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.dtype
 
     @cached_property
     def branches(self) -> Mapping[str, Branches]:

@@ -39,6 +39,8 @@ class BoundLora:
     strength: Strength
     slots: tuple[tuple[Branches, tuple[Branch, ...]], ...]
     unknown: tuple[str, ...]
+    first: tuple[str, torch.dtype] | None = None
+    """A layer, and the dtype in which its branch computes."""
 
 
 class LentLora:
@@ -77,12 +79,18 @@ class LentLora:
         """Nothing is reserved."""
 
     def is_bound_to(self, model: AnyModel) -> bool:
-        return model in self._bound
+        found = self._bound.get(model)
+        return found is not None and self._fits(found, model)
+
+    def _fits(self, bound: BoundLora, model: AnyModel) -> bool:
+        return (
+            self.description.keeps_dtypes or bound.first is None or model.branch_dtype(bound.first[0]) == bound.first[1]
+        )
 
     def bind(self, model: AnyModel) -> BoundLora:
         """Find its layers in a model, once, and convert its factors into the compute dtypes of these, as PEFT does.
 
-        Those of a module that runs as its class keep their dtype.
+        Those that PEFT has loaded already keep their dtypes.
 
         Raises:
             Unsupported: the model's family takes no LoRAs.
@@ -90,7 +98,7 @@ class LentLora:
             torch.OutOfMemoryError: there is no memory for the copies.
         """
         found = self._bound.get(model)
-        if found is None:
+        if found is None or not self._fits(found, model):  # a module may get weights of another dtype
             found = self._bound[model] = self._bind(model)
         return found
 
@@ -105,14 +113,15 @@ class LentLora:
             for part in targets[layer.target].parts:
                 start, stop = max(part.start, first), min(part.stop, first + outputs)
                 if start < stop:
-                    dtype = model.branch_dtype(part.layer)
+                    dtype = None if self.description.keeps_dtypes else model.branch_dtype(part.layer)
                     down, up = (self._factor_in(dtype, name) for name in (layer.down, layer.up))
                     rows = up[start - first : stop - first]
                     branch = Branch(down, rows, layer.scale, strength, part.at + start - part.start)
                     by_layer[part.layer] = (*by_layer.get(part.layer, ()), branch)
         slots = tuple(model.branch_slots(by_layer))
         unknown = tuple(layer.down for layer in layers if layer.target not in targets)
-        return BoundLora(strength.number, strength, slots, unknown)
+        one = next(((layer, branches[0].up.dtype) for layer, branches in by_layer.items()), None)
+        return BoundLora(strength.number, strength, slots, unknown, one)
 
     def _find(self, model: AnyModel) -> tuple[list[LoraLayer], Mapping[str, Target]]:
         """Return the layers that are meant for a model, and those that the model has, by their names in LoRAs."""

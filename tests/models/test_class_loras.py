@@ -13,7 +13,7 @@ import torch
 from class_entries import ENTRIES
 from class_entry import Random
 from lora_files import Lora
-from nested_values import tensors_of
+from nested_values import cast, tensors_of
 from rounding import BAR, assert_rounding, disturbed
 from running_daemon import RunningDaemon
 
@@ -129,3 +129,23 @@ def test_other_names_and_components_are_refused_by_name(connected: Client) -> No
         with pytest.raises(Unsupported, match="as_class=True"):
             connected.lend_lora(unknown.tensors)
         assert error(connected.call(loan, {**given, "return_dict": False}), run(model, entry)) <= BAR
+
+
+@pytest.mark.parametrize("factors", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "WanTransformer3DModel"])
+def test_factors_have_the_dtype_of_their_layers_as_diffusers_loads_them(
+    one_worker: RunningDaemon, name: str, factors: torch.dtype, tmp_path: Path
+) -> None:
+    """The bits of ``load_lora_adapter`` in bfloat16, where files of LoRAs have another dtype."""
+    entry = ENTRIES[name]
+    model = entry.build().bfloat16()
+    lora = lora_files.make(layers_of(model), "diffusers", 1, dtype=factors, size=0.2)
+    path = lora.save(tmp_path / "x.safetensors")
+    given = cast(entry.arguments(Random(1)), torch.bfloat16)
+    with one_worker.connect() as client, client.lend(model, as_class=True) as loan:
+        with client.lend_lora(path, as_class=True) as lent:
+            found = client.call(loan.with_loras([(lent, 0.7)]), {**given, "return_dict": False})
+        model.load_lora_adapter(path, prefix="transformer", adapter_name="x")
+        model.set_adapters("x", 0.7)
+        (expected,) = model(**given, return_dict=False)
+    assert torch.equal(next(tensors_of(found)), expected)
