@@ -69,6 +69,23 @@ def test_the_other_rounding_shows(stock, half, conditioning, ksample, latent, re
     assert relative_error(ksample(half, conditioning(1), conditioning(2), dict(latent)), expected) > 3 * BAR
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant(name, comfy, connected, tmp_path, ksample):
+    """In bfloat16, with a batch of an odd size and references where the family takes them."""
+    from xditd.client.comfyui.nodes.unet_loader import load_unet
+
+    variant, path = VARIANTS[name], tmp_path / "file.safetensors"
+    save_file({each: tensor.bfloat16() for each, tensor in variant.make(0).items()}, path)
+    stock = comfy.comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.bfloat16})
+    stock.model.manual_cast_dtype = None
+    more = variant.references((6, 10)) if name in REFERENCES else {}
+    given = *(variant.text(seed, size=variant.odd, **more) for seed in (1, 2)), variant.latent(2, variant.odd)
+    ours, theirs = (ksample(model, *given) for model in (load_unet(str(path)), stock))
+    assert (ours - theirs).norm() / theirs.norm() <= NORM_BARS[torch.bfloat16]
+
+
+REFERENCES = ("flux1_dev", "flux2_dev", "flux2_klein", "qwen_image", "qwen_image_edit_2511")
+"""Variants that take reference latents."""
 FILES = {
     "wan_text": torch.bfloat16,  # in float16
     "wan_vace": torch.float32,
