@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Final
@@ -62,18 +64,22 @@ def run(parsed: argparse.Namespace) -> int:
     usual = "info" if parsed.action == "join" else None
     exits.configure_logging(parsed.log_level or usual, parsed.verbose)
     actions = {"join": _join, "leave": _leave, "status": _status, "submit": _submit, "hash": _hash}
-    return actions[parsed.action](parsed)
-
-
-def _hash(parsed: argparse.Namespace) -> int:
-    from xditd.client.cluster.content_hashes import ContentHashes
-
-    digest = ContentHashes().of(Path(expand_home(parsed.file)))
-    print(json_text({"file": parsed.file, "content": digest}) if parsed.json else digest)
+    # Ray prints errors of the cluster to the standard output of any process that is connected, from a thread.
+    with contextlib.redirect_stdout(sys.stderr):
+        said = actions[parsed.action](parsed)
+    if said is not None:
+        print(said)
     return exits.DONE
 
 
-def _join(parsed: argparse.Namespace) -> int:
+def _hash(parsed: argparse.Namespace) -> str:
+    from xditd.client.cluster.content_hashes import ContentHashes
+
+    digest = ContentHashes().of(Path(expand_home(parsed.file)))
+    return json_text({"file": parsed.file, "content": digest}) if parsed.json else digest
+
+
+def _join(parsed: argparse.Namespace) -> str | None:
     import os
 
     from xditd.client.cluster import joining, security
@@ -97,12 +103,10 @@ def _join(parsed: argparse.Namespace) -> int:
         temp_dir=None if parsed.ray_temp_dir is None else Path(parsed.ray_temp_dir).absolute(),
     )
     has_left = joining.join(membership)
-    if parsed.json:
-        print(json_text({"host": membership.name, "has_left": has_left}))
-    return exits.DONE
+    return json_text({"host": membership.name, "has_left": has_left}) if parsed.json else None
 
 
-def _leave(parsed: argparse.Namespace) -> int:
+def _leave(parsed: argparse.Namespace) -> str:
     from xditd.client.cluster import joining
 
     joining.require_ray()
@@ -111,11 +115,10 @@ def _leave(parsed: argparse.Namespace) -> int:
     connection.connect(parsed.address)
     name = parsed.name or socket.gethostname()
     connection.leave(name)
-    print(json_text({"host": name, "has_left": True}) if parsed.json else f"host {name} has left")
-    return exits.DONE
+    return json_text({"host": name, "has_left": True}) if parsed.json else f"host {name} has left"
 
 
-def _status(parsed: argparse.Namespace) -> int:
+def _status(parsed: argparse.Namespace) -> str:
     from xditd.client.cluster import joining
 
     joining.require_ray()
@@ -127,8 +130,7 @@ def _status(parsed: argparse.Namespace) -> int:
     connection.connect(parsed.address)
     found = connection.status()
     if parsed.json:
-        print(json_text({"hosts": {name: msgspec.to_builtins(each) for name, each in found.items()}}, indent=2))
-        return exits.DONE
+        return json_text({"hosts": {name: msgspec.to_builtins(each) for name, each in found.items()}}, indent=2)
     rows = [
         (name, "serving" if each.is_serving else "waiting", len(each.running), each.other_jobs, len(each.files),
          len(each.resident), f"{each.mean_job_s:.2f} s" if each.mean_job_s else "-", each.detail or "-")
@@ -136,8 +138,7 @@ def _status(parsed: argparse.Namespace) -> int:
         for name, each in found.items()
     ]  # fmt: skip
     headers = ("HOST", "STATE", "JOBS", "OTHER JOBS", "FILES", "RESIDENT", "A JOB TAKES", "DETAIL")
-    print(table(headers, rows) if rows else "no host has joined")
-    return exits.DONE
+    return table(headers, rows) if rows else "no host has joined"
 
 
 def _check_submit(parsed: argparse.Namespace) -> None:
@@ -160,7 +161,7 @@ def _check_submit(parsed: argparse.Namespace) -> None:
         parsed.refuse("submit: --fps is of a video; give --frames COUNT, or leave it out")
 
 
-def _submit(parsed: argparse.Namespace) -> int:
+def _submit(parsed: argparse.Namespace) -> str:
     from xditd.client.cluster import joining
 
     _check_submit(parsed)
@@ -195,8 +196,6 @@ def _submit(parsed: argparse.Namespace) -> int:
             "runs": result.runs,
             "timings_ms": result.timings_ms,
         }
-        print(json_text(report, indent=2))
-    else:
-        again = f", run {result.runs} times" if result.runs > 1 else ""
-        print(f"{', '.join(paths)}: seed {result.seed}, by host {result.host}{again}")
-    return exits.DONE
+        return json_text(report, indent=2)
+    again = f", run {result.runs} times" if result.runs > 1 else ""
+    return f"{', '.join(paths)}: seed {result.seed}, by host {result.host}{again}"

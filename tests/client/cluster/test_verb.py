@@ -65,6 +65,20 @@ def test_joining_asks_for_a_token_and_tls(tmp_path, joined, capsys, monkeypatch)
     assert joined == []
 
 
+def test_what_ray_prints_is_no_part_of_the_output(tmp_path, joined, capsys, monkeypatch):
+    """It prints errors of the cluster from a thread of its own."""
+
+    def join_beside_errors(_: joining.Membership) -> bool:
+        print("(raylet) Raylet is terminated.")
+        return True
+
+    monkeypatch.setattr(joining, "join", join_beside_errors)
+    assert main(join(tmp_path, "--accept-remote-code", "--name", "a", "--json")) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"host": "a", "has_left": True}
+    assert "(raylet) Raylet is terminated." in printed.err
+
+
 def test_hash_prints_the_content_hash_of_a_file(tmp_path, capsys):
     file = tmp_path / "a"
     file.write_bytes(b"1")
