@@ -79,35 +79,32 @@ class SplitAttnProcessor(ZSingleStreamAttnProcessor):
         attention_mask: torch.Tensor | SharedKeys | None = None,
         freqs_cis: torch.Tensor | None = None,
     ) -> Any:
-        found = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
-        return _clamped(found) if self.clamps else found
-
-    def _attend(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | SharedKeys | None = None,
-        freqs_cis: torch.Tensor | None = None,
-    ) -> Any:
-        if not isinstance(attention_mask, SharedKeys):
+        if isinstance(attention_mask, SharedKeys):
+            assert freqs_cis is not None
+            found = _attend_shared(attn, hidden_states, attention_mask, freqs_cis)
+        else:
             if isinstance(attn.to_q, PackedLinear):
                 attn = cast(Attention, WithProjections(attn, ("to_q", "to_k", "to_v"), hidden_states))
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
-        assert freqs_cis is not None
-        query, key, value = (
-            part.unflatten(-1, (attn.heads, -1))
-            for part in project_all((attn.to_q, attn.to_k, attn.to_v), hidden_states)
-        )
-        query, key = _rotate(attn.norm_q(query), freqs_cis), _rotate(attn.norm_k(key), freqs_cis)
-        attended = attend(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            valid=attention_mask.valid,
-            layer=attn,
-        )
-        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2, 3).to(query.dtype)))
+            found = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+        return _clamped(found) if self.clamps else found
+
+
+def _attend_shared(
+    attn: Attention, hidden_states: torch.Tensor, keys: SharedKeys, rotation: torch.Tensor
+) -> torch.Tensor:
+    query, key, value = (
+        part.unflatten(-1, (attn.heads, -1)) for part in project_all((attn.to_q, attn.to_k, attn.to_v), hidden_states)
+    )
+    query, key = _rotate(attn.norm_q(query), rotation), _rotate(attn.norm_k(key), rotation)
+    attended = attend(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        valid=keys.valid,
+        layer=attn,
+    )
+    joined = attended.transpose(1, 2).flatten(2, 3).to(query.dtype)
+    return cast(torch.Tensor, attn.to_out[1](attn.to_out[0](joined)))
 
 
 def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
