@@ -97,7 +97,7 @@ def _hold_plain(
     if held is not None and all(each.dtype == held for each in tensors.values()):
         cast = dict(tensors)  # the most frequent case, without the time to build a model
     elif held is not None:
-        dtypes = _parameters(config, _on_meta(tensors), held, held, is_mixed=False)
+        dtypes = _parameters(config, LendableTensors(dict(tensors)).logical(held), held, held, is_mixed=False)
         cast = cast_as_stock(tensors, rounding_casts(tensors, dtypes, held))
     else:
         cast = {name: each if choice.dtype is None else each.to(choice.dtype) for name, each in tensors.items()}
@@ -168,10 +168,6 @@ def _held(config: Any, tensors: Mapping[str, torch.Tensor], label: str, *, is_mi
         name = str(held).removeprefix("torch.")
         raise Unsupported(f"{label}: ComfyUI's flags ask for weights in {name}; choose a weight_dtype, or drop it")
     return held
-
-
-def _on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.empty_like(each, device="meta") for name, each in tensors.items()}
 
 
 def _parameters(
