@@ -43,7 +43,7 @@ from xditd.ipc.errors import (
     WorkersUnavailable,
     XditdError,
 )
-from xditd.ipc.facts import ComponentFacts
+from xditd.ipc.facts import ComponentFacts, LatentScaling
 from xditd.ipc.replies import FramesDecoded, Queued, StepDone
 from xditd.ipc.status import DaemonStatus
 from xditd.ipc.tensors import ComponentKind, CopiedBytes, Tier
@@ -88,6 +88,7 @@ __all__ = [
     "GenerationResult",
     "Internal",
     "KeptTensor",
+    "LatentScaling",
     "LeaseLost",
     "Loan",
     "LoanWithLoras",

@@ -67,7 +67,7 @@ def _scaling_of(vae: Component, transformer: Component | None, scaling: LatentSc
     """Check that a transformer's latents have the VAE's size, and return their scaling; ``None`` for the default.
 
     Raises:
-        BadRequest: ``scaling`` is none.
+        BadRequest: ``scaling`` is of another type.
     """
     if scaling is not None and not isinstance(scaling, LatentScaling):
         raise BadRequest(f"scaling: {scaling!r:.100} is of type {type(scaling).__name__}, use a LatentScaling")
