@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
 from xditd.client.client import Client
@@ -15,6 +16,14 @@ from xditd.client.loans import Loan
 from xditd.client.loras.factors import describe_factors
 from xditd.ipc.job_parts import LoraUse, Numerics
 from xditd.ipc.loras import LoraPart
+from xditd.ipc.tensors import FileBlock, ModuleDescription
+
+
+class LentModule(NamedTuple):
+    """A loan of a module, and the description with which it was lent."""
+
+    loan: Loan
+    description: ModuleDescription | None
 
 
 def lend_module(
@@ -26,15 +35,19 @@ def lend_module(
     replaced: Collection[str],
     acceleration: str | None,
     base_layers: Collection[str] = (),
-) -> Loan:
+    before: LentModule | None = None,
+) -> LentModule:
     """Lend a module to be run as its class does, without the attributes ``replaced`` of the module itself.
 
-    At ``base_layers`` it has layers of PEFT, in whose place their base layers are lent.
+    At ``base_layers`` it has layers of PEFT, in whose place their base layers are lent. ``before`` is the module as it
+    was lent last: its loan is returned, first if it runs in another way now, so that workers hold the weights once.
     The loan borrows the module's tensors: they must not be freed or written to while a call runs.
     """
 
+    description: list[ModuleDescription | None] = []
+
     def make_offer() -> Offer:
-        return describe(
+        offer = describe(
             module,
             label=label,
             generation=generation,
@@ -43,8 +56,23 @@ def lend_module(
             acceleration=acceleration,
             base_layers=base_layers,
         )
+        if all(isinstance(block, FileBlock) for block in offer.manifest.blocks):
+            # The daemon sees by itself whether files changed. Another module of these files may be lent, too, and has
+            # generations of its own.
+            offer.manifest = msgspec.structs.replace(offer.manifest, generation=0)
+        description.append(offer.manifest.module)
+        try:
+            if before is not None and before.loan.is_live and before.description != offer.manifest.module:
+                before.loan.return_()
+        except BaseException:
+            offer.close()
+            raise
+        return offer
 
-    return client._current().lend(make_offer, None)
+    loan = client._current().lend(make_offer, None)
+    if before is not None and before.loan.is_live and before.loan.component_id != loan.component_id:
+        before.loan.return_()
+    return LentModule(loan, description[-1])
 
 
 def lend_factors(

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from xditd.client.class_modules import call_module, lend_module
+from xditd.client.class_modules import LentModule, call_module, lend_module
 from xditd.client.client import Client
 from xditd.client.diffusers.adapter_loans import AdapterLoans
 from xditd.client.diffusers.adapters import NO_ADAPTERS, Scales
@@ -45,10 +45,14 @@ _installing: Final = threading.Lock()
 
 
 class _Lent(NamedTuple):
-    """A loan, and the state of the module when it was lent."""
+    """A module as it was lent, and its state at that time."""
 
-    loan: Loan
+    module: LentModule
     snapshot: Snapshot
+
+    @property
+    def loan(self) -> Loan:
+        return self.module.loan
 
 
 class _Ready(NamedTuple):
@@ -138,7 +142,7 @@ class StandIn:
                 lent.loan.return_()
                 raise
             self._placeholders.install()
-            self._lent = _Lent(lent.loan, Snapshot(self.module, self._replaced))
+            self._lent = _Lent(lent.module, Snapshot(self.module, self._replaced))
         # It references the client, so that the client's own finalizer runs after it.
         self._finalizer = weakref.finalize(self, _give_back_collected, self.client, self._loans, self.name, self._pid)
         self._finalizer.atexit = False  # the daemon sees the process end
@@ -299,10 +303,10 @@ class StandIn:
             self._adapters.keep_only(NO_ADAPTERS if is_lost else snapshot.adapters)
             is_live = before is not None and before.loan.is_live and not is_lost
             if before is not None and is_live and snapshot.has_same_base(before.snapshot):
-                self._lent = _Lent(before.loan, snapshot)
+                self._lent = _Lent(before.module, snapshot)
                 self._note_loans(self._lent)
                 return self._lent
-            loan = lend_module(
+            lent = lend_module(
                 self.client,
                 self.module,
                 label=self.name,
@@ -310,12 +314,11 @@ class StandIn:
                 replaced=self._replaced,
                 acceleration=self._acceleration,
                 base_layers=snapshot.adapters.layers,
+                before=None if before is None else before.module,
             )
             self.lends += 1
-            self._lent = _Lent(loan, snapshot)
+            self._lent = _Lent(lent, snapshot)
             self._note_loans(self._lent)
-            if before is not None and before.loan.is_live and before.loan.component_id != loan.component_id:
-                before.loan.return_()
             return self._lent
 
     def _note_change(self, changes: list[str]) -> None:

@@ -220,32 +220,26 @@ class LeaseTable:
 
 
 def is_same_content(old: Manifest, new: Manifest) -> bool:
-    """Return whether two manifests of the same memory describe the same bytes, and the same module."""
-    return (
-        old.generation == new.generation
-        and old.module == new.module
-        and [*map(_content, old.blocks)] == [*map(_content, new.blocks)]
-    )
+    """Return whether two manifests of the same memory describe the same bytes."""
+    return old.generation == new.generation and [*map(_content, old.blocks)] == [*map(_content, new.blocks)]
 
 
 def is_next_generation(old: Manifest, new: Manifest) -> bool:
     """Return whether a manifest of the same memory follows another one, and no file among its blocks changed."""
-    return (
-        new.generation == old.generation + 1
-        and old.module == new.module
-        and all(
-            _content(before) == _content(after)
-            for before, after in zip(old.blocks, new.blocks, strict=True)
-            if isinstance(before, FileBlock)
-        )
+    return new.generation == old.generation + 1 and all(
+        _content(before) == _content(after)
+        for before, after in zip(old.blocks, new.blocks, strict=True)
+        if isinstance(before, FileBlock)
     )
 
 
 def _memory(manifest: Manifest) -> Hashable:
-    """Identify the memory of a component, and what its bytes mean."""
-    module = None if manifest.module is None else (manifest.module.class_name, manifest.module.config)
-    packed = manifest.packed, manifest.compute_dtype, manifest.lora
-    return tuple(_block_memory(block) for block in manifest.blocks), manifest.tensors, packed, module
+    """Identify the memory of a component, what its bytes mean, and how they are run.
+
+    A module in another state is another component: two models that are of one file may differ in it.
+    """
+    meaning = manifest.packed, manifest.compute_dtype, manifest.lora, manifest.module
+    return tuple(_block_memory(block) for block in manifest.blocks), manifest.tensors, meaning
 
 
 def _block_memory(block: Block) -> Hashable:

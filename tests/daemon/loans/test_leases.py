@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from msgspec.structs import replace
 
 from xditd.daemon.loans.leases import LeaseTable, is_same_content
 from xditd.daemon.sockets.sessions import Session
@@ -18,6 +19,7 @@ from xditd.ipc.tensors import (
     Fingerprint,
     HostShmBlock,
     Manifest,
+    ModuleDescription,
     TensorSpec,
 )
 
@@ -64,6 +66,21 @@ def test_other_memory_kind_or_tensors_are_another_component() -> None:
         manifest([file()]),
     ):
         assert table.find_same_memory(OWNER, other) is None
+
+
+def test_a_module_that_runs_in_another_way_is_another_component() -> None:
+    plain = ModuleDescription(class_name="diffusers.AutoencoderKL", config="{}")
+    table = LeaseTable()
+    lease = table.add(OWNER, replace(manifest([file()]), module=plain))
+    assert table.find_same_memory(OWNER, replace(manifest([file(fd=9)]), module=plain)) is lease
+    for other in (
+        None,
+        replace(plain, config='{"a": 1}'),
+        replace(plain, state=b"tiled"),
+        replace(plain, allows_family=True),
+        replace(plain, acceleration="eager"),
+    ):
+        assert table.find_same_memory(OWNER, replace(manifest([file()]), module=other)) is None
 
 
 def test_older_generation_is_refused() -> None:
