@@ -64,7 +64,7 @@ def run(client: Client, component_id: str) -> torch.Tensor:
     return client.generate(component_id, inputs, height=64, width=64, steps=1, seed=0).result().latents
 
 
-@pytest.mark.parametrize("fifty", ["first", "second"])  # each ends within ten minutes, also on a host with a slow Python
+@pytest.mark.parametrize("fifty", ["first", "second"])  # each ends within ten minutes on any host
 def test_starts_and_stops_leave_nothing(tmp_path: Path, state: Mapping[str, torch.Tensor], fifty: str) -> None:
     """Every tenth start runs a job; of the others some are stopped while ranks still import."""
     shared, used, fds = shared_memory(), used_bytes(), 0
