@@ -18,9 +18,12 @@ from xditd.ipc.status import GroupState
 DEADLINE_S = 120.0
 STEP_DEADLINE_S = 60.0
 """Where other processes use the cores, a step of milliseconds has taken more than the 10 s of a daemon that serves."""
-ONE_CPU = ("taskset", "--cpu-list", str(max(os.sched_getaffinity(0))))
+_CPUS = sorted(os.sched_getaffinity(0), reverse=True)
+_NUMBER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Of this test process among those that run at the same time."""
+ONE_CPU = ("taskset", "--cpu-list", str(_CPUS[_NUMBER % len(_CPUS)]))
 """A worker has as many threads as it has CPUs, and sums over another number may differ in their last bits: tests that
-compare these have one thread."""
+compare these have one thread. Each test process has a CPU of its own, if there are so many."""
 T = TypeVar("T")
 
 
