@@ -4,13 +4,15 @@
     python benchmarks/run.py modules --models flux1 wan --json FILE
     python benchmarks/run.py modules --acceleration eager captured auto --workers 1 2
     python benchmarks/run.py modules --sizes standard large --workers 1 2 4 --json FILE    # for the part speedup
+    python benchmarks/run.py modules --models flux1 --workers 1 --calls 50 --loops 16       # on a host with other load
     python benchmarks/run.py modules --device cpu --small
 
 Weights are random, made on the first GPU. The class in this process and the daemon's worker use the same tensors, in
 turns. Prints the medians of one call in ms and their ratio, one of calls in a row (``in_a_row_ms``), the time to lend,
-the memory that the worker takes, whether the results have the same bits, the spread of calls (longest by shortest), and
-the processor time of the busiest worker for each call (``host_ms``). Calls are timed once the workers have chosen how
-the model runs; ``ready_s`` is when they had: a second run of this command finds compiled graphs on disk. With
+the memory that the worker takes, whether the results have the same bits, the spread of calls (longest by shortest; in
+turns, and ``in_a_row_spread``), and the processor time of the busiest worker for each call (``host_ms``). With
+``--loops`` other programs use the processors meanwhile. Calls are timed once the workers have chosen how the model
+runs; ``ready_s`` is when they had: a second run of this command finds compiled graphs on disk. With
 ``--swap`` two models of the class are called in turns; ``swap`` has the first calls of a turn by the last one, medians
 of the turns from the third on, and the GPU memory that these took more. With ``--profile`` each rank's kernels of one
 call are summed up, with the share of its time in which none runs (``gaps``), these by their length, and the three
@@ -24,10 +26,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from contextlib import ExitStack, nullcontext
-from itertools import product
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -59,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--swap", action="store_true", help="two models of each class in turns: twice the memory")
     parser.add_argument("--profile", action="store_true", help="sum up the kernels of a call; needs GPUs")
     parser.add_argument("--calls", type=int, default=9, help="timed calls of each, in turns; 3 of wan")
+    parser.add_argument("--loops", type=int, default=0, metavar="N", help="N endless loops beside the timed calls")
     add_ranks(parser)
     add_device(parser)
 
@@ -132,7 +138,9 @@ def measure(
     calls = min(given.calls, 3) if name == "wan" else given.calls
     model(**arguments)  # a class may make tables in its first forward: the module would be lent again
     profiler = recorder if given.profile else None
-    found = {each: measure_with(each, model, arguments, calls, client, profiler) for each in given.acceleration}
+    found = {
+        each: measure_with(each, model, arguments, calls, given.loops, client, profiler) for each in given.acceleration
+    }
     if given.swap:
         other = build(class_name, config, device, dtype, seed=SEED + 1)
         other(**arguments)
@@ -150,12 +158,10 @@ def measure_with(
     model: torch.nn.Module,
     arguments: Arguments,
     calls: int,
+    loops: int,
     client: Client,
     recorder: KernelRecorder | None,
 ) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    here_ms: list[float] = []
-    there_ms: list[float] = []
     workers = {worker.pid for worker in client.status().workers}
     before = worker_bytes(workers)
     began = time.perf_counter()
@@ -166,20 +172,14 @@ def measure_with(
         lend_ms = (time.perf_counter() - began) * 1e3
         lent = worker_bytes(workers) - before
         ready_s = settle(model, arguments, client, acceleration)
-        host_s = {pid: processor_s(pid) for pid in workers}
-        for _ in range(calls):
-            results = []
-            for call, into in ((type(model).forward, here_ms), (type(model).__call__, there_ms)):
-                synchronize(device)
-                began = time.perf_counter()
-                results.append(call(model, **arguments))
-                synchronize(device)
-                into.append((time.perf_counter() - began) * 1e3)
-        in_a_row_ms = time_in_a_row(model, arguments, calls)
-        busiest_s = max(processor_s(pid) - before_s for pid, before_s in host_s.items())
+        with endless_loops(loops):
+            host_s = {pid: processor_s(pid) for pid in workers}
+            here_ms, there_ms, results = time_in_turns(model, arguments, calls)
+            in_a_row = time_in_a_row(model, arguments, calls)
+            busiest_s = max(processor_s(pid) - before_s for pid, before_s in host_s.items())
         profiles = {}
         if recorder is not None:
-            recorded = recorder.record(workers, lambda: (model(**arguments), synchronize(device)), PROFILED_CALLS)
+            recorded = recorder.record(workers, lambda: time_in_a_row(model, arguments, 1), PROFILED_CALLS)
             profiles = {f"rank {number}": summarise(recorded[pid]) for number, pid in enumerate(sorted(recorded))}
     status, class_name = client.status(), type(model).__name__
     here, there = (first_tensor(result).float() for result in results)
@@ -187,9 +187,10 @@ def measure_with(
     return {
         "here_ms": round(statistics.median(here_ms), 1),
         "call_ms": round(statistics.median(there_ms), 1),
-        "in_a_row_ms": round(in_a_row_ms, 1),
+        "in_a_row_ms": round(statistics.mean(in_a_row), 1),
         "ratio": round(statistics.median(there_ms) / statistics.median(here_ms), 3),
         "spread": round(max(there_ms) / min(there_ms), 2),
+        "in_a_row_spread": round(max(in_a_row) / min(in_a_row), 2),
         "host_ms": round(busiest_s / (2 * calls) * 1e3, 1),
         "first_lend_ms": round(first_lend_ms, 1),
         "lend_ms": round(lend_ms, 1),
@@ -204,15 +205,46 @@ def measure_with(
     }
 
 
-def time_in_a_row(model: torch.nn.Module, arguments: Arguments, calls: int) -> float:
-    """Return the milliseconds of a call among calls one after the other, as in a pipeline's loop."""
+def time_in_turns(
+    model: torch.nn.Module, arguments: Arguments, calls: int
+) -> tuple[list[float], list[float], list[Any]]:
+    """Return the milliseconds of forwards in this process and of calls, in turns, and the last result of each."""
+    device = next(model.parameters()).device
+    here_ms: list[float] = []
+    there_ms: list[float] = []
+    for _ in range(calls):
+        results = []
+        for call, into in ((type(model).forward, here_ms), (type(model).__call__, there_ms)):
+            synchronize(device)
+            began = time.perf_counter()
+            results.append(call(model, **arguments))
+            synchronize(device)
+            into.append((time.perf_counter() - began) * 1e3)
+    return here_ms, there_ms, results
+
+
+def time_in_a_row(model: torch.nn.Module, arguments: Arguments, calls: int) -> list[float]:
+    """Return the milliseconds of calls one after the other, as in a pipeline's loop."""
     device = next(model.parameters()).device
     synchronize(device)
-    began = time.perf_counter()
+    ends = [time.perf_counter()]
     for _ in range(calls):
         model(**arguments)
-    synchronize(device)
-    return (time.perf_counter() - began) / calls * 1e3
+        synchronize(device)
+        ends.append(time.perf_counter())
+    return [(after - before) * 1e3 for before, after in pairwise(ends)]
+
+
+@contextmanager
+def endless_loops(number: int) -> Iterator[None]:
+    """Run so many programs that only loop, of the priority of this one, until the block ends."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def settle(model: torch.nn.Module, arguments: Arguments, client: Client, acceleration: Acceleration) -> float:
