@@ -69,6 +69,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "torch" in sys.modules:
         # More threads make models this small slower, and many times slower where other processes use the cores.
         sys.modules["torch"].set_num_threads(1)
+        from xditd.gpu_workers.process import cpu_convolutions
+
+        # As workers on the CPU do, whose results are compared with those of this process.
+        cpu_convolutions.install(cpu_convolutions.slow_dtypes())
 
 
 @pytest.hookimpl(optionalhook=True)

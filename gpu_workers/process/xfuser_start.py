@@ -18,7 +18,7 @@ from xditd.gpu_workers.models.clock import Clock
 from xditd.gpu_workers.models.registry import own_families
 from xditd.gpu_workers.parallel import attention, rank_sync, ring, sequence_groups
 from xditd.gpu_workers.parallel.layouts import ParallelLayout
-from xditd.gpu_workers.process import lean_imports, xfuser_cpu
+from xditd.gpu_workers.process import cpu_convolutions, lean_imports, xfuser_cpu
 from xditd.ipc import layout_choice
 from xditd.ipc.degrees import Degrees
 from xditd.ipc.errors import Unsupported
@@ -62,6 +62,8 @@ def start(
     if device.type == "cuda":
         # Before xfuser is imported: it asks for the current GPU then, and every rank would open a context on GPU 0.
         torch.cuda.set_device(device)
+    else:
+        cpu_convolutions.install(cpu_convolutions.slow_dtypes())
     _import_xfuser(device)
     clock.mark("imports")
     store = _join(rank, world_size, store_path, device)
