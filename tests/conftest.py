@@ -69,10 +69,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "torch" in sys.modules:
         # More threads make models this small slower, and many times slower where other processes use the cores.
         sys.modules["torch"].set_num_threads(1)
-        from xditd.gpu_workers.process import cpu_convolutions
-
-        # As workers on the CPU do, whose results are compared with those of this process.
-        cpu_convolutions.install(cpu_convolutions.slow_dtypes())
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -109,6 +105,20 @@ def same_attention_backend() -> Iterator[None]:
         after._active_backend = active
     elif after is not None:
         after._active_backend = sys.modules["diffusers.models.attention_dispatch"].AttentionBackendName.NATIVE
+
+
+@pytest.fixture
+def convolutions_of_workers() -> Iterator[None]:
+    """Convolve as workers on this CPU do, whose results in half precision are compared with those of this process."""
+    from torch.nn import functional
+
+    from xditd.gpu_workers.process import cpu_convolutions
+
+    before = {name: getattr(functional, name) for name in cpu_convolutions.NAMES}
+    cpu_convolutions.install(cpu_convolutions.slow_dtypes())
+    yield
+    for name, convolve in before.items():
+        setattr(functional, name, convolve)
 
 
 class OtherProcess:

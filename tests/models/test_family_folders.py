@@ -25,7 +25,7 @@ WAN = {"text": wan_models.TEXT, "image with CLIP": wan_models.CLIP_IMAGE, "VACE"
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 SIZE = (2, 4, 6)
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_many_threads_as_the_worker", "convolutions_of_workers")]
 
 
 def wan_folder(folder: Path, dtype: torch.dtype, config: Any = wan_models.TEXT, *, seed: int = 0, **how: Any) -> Path:

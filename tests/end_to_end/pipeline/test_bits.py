@@ -18,6 +18,8 @@ from pipeline_parts import image, mask
 
 from xditd.client import BadRequest, Pipeline, Unsupported
 
+pytestmark = pytest.mark.usefixtures("convolutions_of_workers")
+
 Open = Callable[..., Pipeline]
 
 

@@ -19,6 +19,8 @@ from pipeline_parts import image, mask
 
 from xditd.client import Client, Control, Pipeline
 
+pytestmark = pytest.mark.usefixtures("convolutions_of_workers")
+
 GUIDED: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
     "flux1": (folders.flux1, {}, {}),
     "flux2": (

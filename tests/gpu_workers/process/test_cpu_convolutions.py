@@ -27,11 +27,10 @@ LAYERS = [
 
 
 @pytest.fixture
-def widened(monkeypatch: pytest.MonkeyPatch) -> None:
+def widened(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Convolve both dtypes in float32, whatever this processor has."""
-    for name in cpu_convolutions.NAMES:
-        monkeypatch.setattr(functional, name, getattr(functional, name))  # restored at the end
-    cpu_convolutions.install(HALF)
+    monkeypatch.setattr(cpu_convolutions, "slow_dtypes", lambda: HALF)
+    request.getfixturevalue("convolutions_of_workers")
 
 
 @pytest.mark.usefixtures("widened")
