@@ -8,7 +8,7 @@ import msgspec
 
 from xditd.ipc import limits
 from xditd.ipc.arguments import Arguments, Finite, Whole
-from xditd.ipc.field_types import Described, Name
+from xditd.ipc.field_types import Count, Described, Name
 from xditd.ipc.loras import Scale
 from xditd.ipc.protocol import ComponentId
 from xditd.ipc.tensors import IoTensor
@@ -130,6 +130,22 @@ class Sampling(Described, frozen=True, kw_only=True):
     options: Annotated[dict[Name, bool | Whole | Finite], msgspec.Meta(max_length=64)] = msgspec.field(
         default_factory=dict
     )
+
+
+class CutText(Described, frozen=True, kw_only=True):
+    """A text of which the encoder of ``role`` reads the first ``read`` of ``tokens`` tokens, with those of a template.
+
+    ``number`` counts the prompts of the request, or its negative prompts.
+    """
+
+    role: Name
+    number: Count
+    is_negative: bool = False
+    tokens: Count
+    read: Count
+
+
+CutTexts = Annotated[tuple[CutText, ...], msgspec.Meta(max_length=2 * limits.MAX_BATCH * limits.MAX_ROLES)]
 
 
 class Control(Described, frozen=True, kw_only=True):

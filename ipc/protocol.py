@@ -8,7 +8,7 @@ import msgspec
 
 from xditd.ipc import limits
 
-PROTOCOL_VERSION: Final = 34
+PROTOCOL_VERSION: Final = 35
 """Increased with every change of a message, since unknown fields are refused. Not the package's version."""
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]

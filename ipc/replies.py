@@ -10,6 +10,7 @@ from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, ChangedArguments
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.field_types import Bytes, Count, Name
+from xditd.ipc.job_parts import CutTexts
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Reply, Seconds, Text, TimingsMs
 from xditd.ipc.status import DaemonStatus
@@ -135,10 +136,11 @@ class PromptEncoded(Reply, tag="prompt_encoded", frozen=True, kw_only=True):
     """Answers ``EncodePrompt``: tensors, or lists of them, by the names in the transformer's facts.
 
     They are in the job's I/O block or, if that is given, in ``block`` of the process ``provider``. Without encoders,
-    the tree has the token ids and masks of each encoder by its role.
+    the tree has the token ids and masks of each encoder by its role. ``cut`` are the texts that were too long.
     """
 
     results: Argument
+    cut: CutTexts = ()
     block: HostShmBlock | None = None
     provider: ProcessIdentity | None = None
     timings_ms: TimingsMs

@@ -14,6 +14,7 @@ from xditd.ipc import limits
 from xditd.ipc.arguments import Argument, ChangedArguments
 from xditd.ipc.facts import ComponentFacts
 from xditd.ipc.field_types import Bytes, Count, Described, Name
+from xditd.ipc.job_parts import CutTexts
 from xditd.ipc.outlines import Outline
 from xditd.ipc.processes import ProcessIdentity
 from xditd.ipc.protocol import ComponentId, ErrorNames, Message, Seconds, Text, TimingsMs
@@ -236,6 +237,8 @@ class Done(Answer, tag="done", frozen=True, kw_only=True):
     reused_steps: Count = 0
     results: CallResults | None = None
     """Of ``Call`` and ``EncodePrompt``, from rank 0."""
+    cut: CutTexts = ()
+    """Of ``EncodePrompt``, from rank 0."""
 
 
 class ModelBuilt(Answer, tag="model_built", frozen=True, kw_only=True):

@@ -55,6 +55,14 @@ logger = logging.getLogger(__name__)
 Read = Callable[["InIo", "torch.device"], "torch.Tensor"]
 
 
+def _log_cut(encoded: PromptEncoded) -> None:
+    for each in encoded.cut:
+        kind = "negative prompt" if each.is_negative else "prompt"
+        logger.warning(
+            "%s %d: %s reads the first %d of %d tokens", kind, each.number, each.role, each.read, each.tokens
+        )
+
+
 def _read_trees(called: Called, job: CallRequest, read: Read) -> list[Any]:
     return [read_results(tree, device, read) for tree, device in zip(called.results, job.devices, strict=True)]
 
@@ -96,6 +104,7 @@ class Runner:
         block = job.fill(self._pool)
         with self.start(job, block, deadline_s) as pending:
             encoded = pending.wait(PromptEncoded)
+            _log_cut(encoded)
             read = partial(read_results, encoded.results, job.device)
             if encoded.block is None:
                 return read(block.read_result)

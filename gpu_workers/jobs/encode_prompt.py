@@ -25,7 +25,7 @@ from xditd.gpu_workers.models.prompts import Conditioning, PromptInputs, PromptR
 from xditd.gpu_workers.models.result_checks import FiniteCheck
 from xditd.gpu_workers.models.tokenizer_building import BuiltTokenizer, refuse_foreign_errors
 from xditd.gpu_workers.parallel.rank_sync import raise_on_all_ranks, using_all_cores
-from xditd.ipc.job_parts import LoraUses
+from xditd.ipc.job_parts import CutText, LoraUses
 from xditd.ipc.requests import EncodePrompt
 
 NEGATIVE = "negative_"
@@ -38,7 +38,7 @@ def run(job: EncodePrompt, context: JobContext) -> Finished:
     Floating results are in the dtype of the transformer's weights, as diffusers' pipeline gives them to it.
     """
     clock = PhaseClock(context.device)
-    results = None
+    results, cut = None, tuple[CutText, ...]()
     with raise_on_all_ranks():
         transformer = context.components.find(job.transformer_id, "transformer")
         recipe = find_recipe(transformer)
@@ -58,6 +58,7 @@ def run(job: EncodePrompt, context: JobContext) -> Finished:
             check_tokens(job, facts, tokenizers)
             _check_vocabularies(encoders, tokenizers)
             tokens = _tokenize(job, recipe, transformer, tokenizers, images)
+            cut = _cut_texts(tokens)
             clock.end_phase("tokenize")
             if encoders:
                 used = UsedEncoders(context, encoders, loras, job.loras, transformer)
@@ -73,7 +74,7 @@ def run(job: EncodePrompt, context: JobContext) -> Finished:
                 context.components.check_unchanged(encoder, job.loras.get(role, ()))
             results = ResultWriter(io, job.out_offset_bytes, job.out_size_bytes, context.provide).begin([tree])
             clock.end_phase("outputs")
-    return Finished(clock.marks_ms, results=results)
+    return Finished(clock.marks_ms, results=results, cut=cut)
 
 
 def _tokenize(
@@ -96,6 +97,23 @@ def _tokenize(
             ):
                 found[before] = recipe.tokenize(transformer.match.config, inputs, tokenizers)
     return found
+
+
+def _cut_texts(tokens: Mapping[str, Mapping[str, Tokens]]) -> tuple[CutText, ...]:
+    """Return the texts of which an encoder reads the first tokens alone. ``tokens`` are those of :func:`_tokenize`."""
+    found = []
+    for before, by_role in tokens.items():
+        for role, each in by_role.items():
+            read = each.token_ids.shape[1] - each.dropped if each.kept is None else each.kept
+            for number, length in enumerate(each.lengths):
+                if length - each.dropped > read:
+                    is_negative = before == NEGATIVE
+                    found.append(
+                        CutText(
+                            role=role, number=number, is_negative=is_negative, tokens=length - each.dropped, read=read
+                        )
+                    )
+    return tuple(found)
 
 
 def _check_vocabularies(encoders: Mapping[str, Component], tokenizers: Mapping[str, BuiltTokenizer]) -> None:

@@ -47,6 +47,8 @@ class Tokens:
     """Of the states, how many tokens of a template are left out at the front; the recipe does it."""
     kept: int | None = None
     """How many tokens are kept behind these; the recipe cuts the others."""
+    lengths: Sequence[int] = ()
+    """Of each text, how many tokens it has before it is cut; none where nothing is cut."""
 
 
 class PromptEncoders(Protocol):

@@ -41,7 +41,11 @@ def tokenized(
     found = built.tokenizer(
         list(texts), padding=padding, max_length=length, truncation=True, return_tensors="pt", **more
     )
-    return Tokens(found.input_ids, found.attention_mask)
+    lengths = found.attention_mask.sum(1).tolist()
+    for number, text in enumerate(texts):
+        if lengths[number] == length:
+            lengths[number] = len(built.tokenizer(text, verbose=False, **more).input_ids)
+    return Tokens(found.input_ids, found.attention_mask, lengths=lengths)
 
 
 def chat_texts(built: BuiltTokenizer, conversations: Sequence[Sequence[Mapping[str, Any]]], **more: Any) -> list[str]:

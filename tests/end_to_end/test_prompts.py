@@ -110,6 +110,23 @@ def test_flux1_has_the_token_ids_of_diffusers_pipeline(client: Client, flux1: Fl
         assert torch.equal(found[role]["token_ids"], expected)
 
 
+def test_texts_that_are_cut_are_named_in_a_warning(
+    client: Client, flux1: Flux1, caplog: pytest.LogCaptureFixture
+) -> None:
+    fits, long = " a" * 75, " a" * 76
+    clip, t5 = (len(each(long, verbose=False).input_ids) for each in (flux1.pipe.tokenizer, flux1.pipe.tokenizer_2))
+    client.encode_prompt(flux1.transformer, ["a cat", fits], **flux1.loans)
+    assert not caplog.messages
+    client.encode_prompt(flux1.transformer, [fits, long], options={"max_sequence_length": t5}, **flux1.loans)
+    assert caplog.messages.pop() == f"prompt 1: text_encoder reads the first 77 of {clip} tokens"
+    client.encode_prompt(
+        flux1.transformer, "a cat", prompt_2=long, options={"max_sequence_length": t5 - 1}, **flux1.loans
+    )
+    assert caplog.messages.pop() == f"prompt 0: text_encoder_2 reads the first {t5 - 1} of {t5} tokens"
+    client.tokenize(flux1.transformer, long, tokenizers=flux1.tokenizers)
+    assert [each for each in caplog.messages if "text_encoder reads" in each]
+
+
 def test_what_the_family_does_not_take_is_refused_by_name(
     client: Client, flux1: Flux1, transformer: Loan, same: Same
 ) -> None:

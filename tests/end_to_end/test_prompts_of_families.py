@@ -277,3 +277,32 @@ def test_what_pictures_do_not_go_with_is_refused_by_name(qwen_image: Words) -> N
     }.items():  # fmt: skip
         with pytest.raises(BadRequest, match=says):
             qwen_image.encode(**{"prompt": "a cat", **given})
+
+
+# --- Texts that are too long -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["z_image", "klein", "dev", "wan", "qwen_image"])
+def test_texts_that_are_cut_are_named_in_a_warning(
+    model: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    words: Words = request.getfixturevalue(model)
+    long, negatives = "a cat on a mat, " * 20, None if model == "dev" else ["", "a dog, " * 30]
+    dropped = 34 if model == "qwen_image" else 0
+
+    def tokens(text: str) -> int:
+        found = words.client.tokenize(words.transformer, text, tokenizers=words.tokenizers)["text_encoder"]
+        return int(found["mask"].sum()) - dropped
+
+    whole = {each: tokens(each) for each in (long, *(negatives or ()))}
+    read = tokens("") + 10  # templates have tokens, too
+    assert not caplog.messages
+    words.encode(["", long], negatives, options={"max_sequence_length": read})
+    assert whole[long] > read
+    assert caplog.messages == [
+        f"prompt 1: text_encoder reads the first {read} of {whole[long]} tokens",
+        *(
+            f"negative prompt 1: text_encoder reads the first {read} of {whole[each]} tokens"
+            for each in (negatives or ())[1:]
+        ),
+    ]

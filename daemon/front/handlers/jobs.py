@@ -86,6 +86,7 @@ def _reply(request: InferenceRequest, done: list[Done]) -> Reply:
             return PromptEncoded(
                 request_id=request_id,
                 results=found.trees[0],
+                cut=done[0].cut,
                 block=found.block,
                 provider=found.provider,
                 timings_ms=timings_ms,

@@ -8,6 +8,7 @@ Source: diffusers, ``pipeline_flux.py``; tests compare the bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from xditd.gpu_workers.families.flux1.config import Flux1Config
@@ -43,10 +44,11 @@ class Flux1Prompt:
         # The pipeline takes what the tokenizer says. ComfyUI's says 8192, which no CLIP can read.
         said = tokenizers["tokenizer"].tokenizer.model_max_length
         of_clip = said if said <= _CLIP_MOST else _CLIP_LENGTH
-        return {
-            CLIP: Tokens(tokenized(tokenizers["tokenizer"], inputs.texts, of_clip).token_ids),
-            T5: Tokens(tokenized(tokenizers["tokenizer_2"], inputs.second or inputs.texts, length).token_ids),
+        of_both = {
+            CLIP: tokenized(tokenizers["tokenizer"], inputs.texts, of_clip),
+            T5: tokenized(tokenizers["tokenizer_2"], inputs.second or inputs.texts, length),
         }
+        return {role: replace(found, mask=None) for role, found in of_both.items()}
 
     def encode(self, config: Flux1Config, tokens: Mapping[str, Tokens], encoders: PromptEncoders) -> Conditioning:
         _, pooled = encoders.states(CLIP, tokens[CLIP], pooled=True)

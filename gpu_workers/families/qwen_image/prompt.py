@@ -11,6 +11,7 @@ tests compare the bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -80,7 +81,7 @@ class QwenImagePrompt:
         # The pipeline encodes more tokens than it keeps, which changes no bit of those: they attend to earlier ones.
         texts = [_TEXT.format(each) for each in inputs.texts]
         found = tokenized(tokenizers[TOKENIZER], texts, _MOST + _TEXT_DROPPED, padding=True)
-        return {ENCODER: Tokens(found.token_ids, found.mask, dropped=_TEXT_DROPPED, kept=length)}
+        return {ENCODER: replace(found, dropped=_TEXT_DROPPED, kept=length)}
 
     def encode(self, config: QwenImageConfig, tokens: Mapping[str, Tokens], encoders: PromptEncoders) -> Conditioning:
         given = tokens[ENCODER]
