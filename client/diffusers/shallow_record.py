@@ -41,15 +41,16 @@ class Content(NamedTuple):
 
 
 def content_of(tensor: torch.Tensor) -> Content:
+    has_memory = tensor.layout is torch.strided  # others, such as sparse ones, are refused where they would be lent
     return Content(
-        tensor.data_ptr(),
+        tensor.data_ptr() if has_memory else 0,
         0 if tensor.is_inference() else tensor._version,
-        tensor.untyped_storage()._cdata,
+        tensor.untyped_storage()._cdata if has_memory else 0,
         tensor.dtype,
         tensor.device,
         tensor.shape,
-        tensor.stride(),
-        _sample(_sampled_addresses(tensor)),
+        tensor.stride() if has_memory else (),
+        _sample(_sampled_addresses(tensor)) if has_memory else b"",
         type(tensor),
     )
 
@@ -171,6 +172,8 @@ class ShallowRecord:
             return
         if isinstance(value, torch.Tensor):
             self._known.add(id(value))
+            if value.layout is not torch.strided:
+                return  # see content_of
             storage = StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
             self._tensors.append(
                 _Tensor(value, content_of(value), value.is_inference(), _sampled_addresses(value), storage)

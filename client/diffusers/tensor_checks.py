@@ -1,4 +1,4 @@
-"""Refuse parameters and buffers that cannot be lent: quantised weights, and weights that only the daemon has."""
+"""Refuse parameters and buffers that cannot be lent: quantised, sparse, and those that only the daemon has."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ def check_tensors(module: torch.nn.Module, label: str) -> None:
     """Check the parameters and buffers of all submodules.
 
     Raises:
-        Unsupported: a tensor is of a subclass, as quantised weights are, or a placeholder of a weight that the daemon
-            keeps for another module; the error names it and the remedy.
+        Unsupported: a tensor is of a subclass, as quantised weights are, sparse, or a placeholder of a weight that the
+            daemon keeps for another module; the error names it and the remedy.
     """
     for path, each in module.named_modules():
         where = f"{label}.{path}" if path else label
         for name, tensor in (*each._parameters.items(), *each._buffers.items()):
-            if tensor is not None and type(tensor) not in _PLAIN:
+            if tensor is None:
+                continue
+            if type(tensor) not in _PLAIN:
                 raise Unsupported(
                     f"{where}.{name} is a {type(tensor).__module__}.{type(tensor).__qualname__}: workers take plain "
                     "tensors only; dequantise the module first (module.dequantize()), or load it without quantisation"
                 )
-            if tensor is not None and _is_placeholder(tensor):
+            if tensor.layout is not torch.strided:
+                raise Unsupported(
+                    f"{where}.{name} has the layout {tensor.layout}: workers take dense tensors; replace it by its "
+                    "to_dense()"
+                )
+            if _is_placeholder(tensor):
                 raise Unsupported(
                     f"{where}.{name} is shared with a model whose weights are in the daemon alone (keep='daemon'), and "
                     "has no values here: accelerate both with keep='client', or leave that block first"

@@ -282,7 +282,8 @@ def check_memory(path: str, tensor: torch.Tensor) -> None:
     """Check that the memory of a tensor has all of its values.
 
     Raises:
-        BadRequest: a tensor on meta, a sparse or a nested one, or one of a class with operations of its own.
+        BadRequest: a tensor on meta, a sparse or a nested one, one inside of a transform of ``torch.func``, or one of
+            a class with operations of its own.
     """
     import torch
 
@@ -291,6 +292,8 @@ def check_memory(path: str, tensor: torch.Tensor) -> None:
         what = "on the meta device and has no values"
     elif tensor.is_nested or tensor.layout is not torch.strided:
         what = f"of the layout {'nested' if tensor.is_nested else tensor.layout}: use to_dense()"
+    elif torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        what = "inside of vmap or another transform of torch.func: call the module outside of it"
     elif kind not in (torch.Tensor, torch.nn.Parameter) and _has_own_operations(kind):
         what = f"a {kind.__module__}.{kind.__qualname__}, which computes in its own way: give a plain tensor"
     else:

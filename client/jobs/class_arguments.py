@@ -100,15 +100,14 @@ class ClassArgumentWriter(ArgumentWriter):
         if value.requires_grad and torch.is_grad_enabled():
             raise BadRequest(f"{path}: it requires a gradient, and workers compute none: call under torch.no_grad()")
         check_memory(path, value)
+        dtype = dtype_name(value.dtype, path)  # raises UnsupportedDtype with the path
         on_host = self._is_on_gpu and value.device.type == "cpu"
         if value.device.type == "cpu" and value.numel() <= self._max_values and not value.is_complex():
             values = value.detach().flatten().tolist()
             if all(map(math.isfinite, values)):
                 self._note_device(value.device)
-                dtype = dtype_name(value.dtype, path)
                 return Values(dtype=dtype, shape=tuple(value.shape), values=tuple(values), on_host=on_host)
         self._note_device(value.device)
-        dtype_name(value.dtype, path)  # raises UnsupportedDtype with the path
         in_memory = memory_order(value)
         leaf = self._place(value if in_memory is None else value.permute(in_memory))
         order = None if in_memory is None else inverse_order(in_memory)

@@ -17,3 +17,12 @@ def test_tensor_of_a_subclass_is_named() -> None:
     module[1]._parameters["weight"] = torch.zeros(2, 2).as_subclass(Quantised)
     with pytest.raises(Unsupported, match=r"transformer\.1\.weight is a .*Quantised: .*dequantize"):
         check_tensors(module, "transformer")
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=str)
+def test_a_sparse_tensor_is_named(layout: torch.layout) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    weight = module[0].weight.detach().to_sparse(layout=layout)
+    module[0].weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(Unsupported, match=rf"transformer\.0\.weight has the layout {layout}: .*to_dense\(\)"):
+        check_tensors(module, "transformer")

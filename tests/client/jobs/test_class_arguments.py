@@ -17,7 +17,7 @@ from xditd.client.jobs.class_arguments import ClassArgumentWriter
 from xditd.client.jobs.class_results import ClassResultReader, NotReturned
 from xditd.client.jobs.held_tensors import HeldStore, HeldTensor
 from xditd.ipc.arguments import Argument, Given, Held, InIo, ListOf, MapOf, Named, ObjectOf, Opaque, OutputOf, Values
-from xditd.ipc.errors import BadRequest, Internal, Unsupported
+from xditd.ipc.errors import BadRequest, Internal, Unsupported, UnsupportedDtype
 
 CPU = torch.device("cpu")
 
@@ -229,6 +229,16 @@ class _Own(torch.Tensor):
 def test_tensors_without_plain_memory_are_named(both: Fixture, tensor: torch.Tensor, text: str) -> None:
     with pytest.raises(BadRequest, match=rf"x\.a: this tensor cannot be sent.*{text}"):
         both.write({"a": tensor})
+
+
+def test_a_quantised_tensor_is_refused_by_its_dtype(both: Fixture) -> None:
+    with pytest.raises(UnsupportedDtype, match="x: dtype qint8 cannot be sent"):
+        both.write(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+
+
+def test_a_tensor_inside_of_a_transform_of_torch_is_refused(both: Fixture) -> None:
+    with pytest.raises(BadRequest, match="x: this tensor cannot be sent, it is inside of vmap"):
+        torch.func.vmap(both.write)(torch.ones(3, 2))
 
 
 @pytest.mark.parametrize("use", [bool, len, list, lambda part: part[0], lambda part: part(), lambda part: part.shape])

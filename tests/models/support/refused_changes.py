@@ -88,6 +88,13 @@ def own_tensor(pipe: Any) -> Callable[[], None]:
     return lambda: layer._parameters.update(weight=before)
 
 
+def sparse_tensor(pipe: Any) -> Callable[[], None]:
+    layer = block_of(pipe).ff.net[2]
+    before = layer.weight
+    layer.weight = torch.nn.Parameter(before.detach().to_sparse_csr(), requires_grad=False)
+    return lambda: setattr(layer, "weight", before)
+
+
 def swap_class(pipe: Any) -> Callable[[], None]:
     block_of(pipe).__class__ = OwnTransformerBlock
     return lambda: setattr(block_of(pipe), "__class__", FluxTransformerBlock)
@@ -178,6 +185,7 @@ REFUSED = (
     Refused("step cache", enable_cache, "hooks of diffusers, fbc_"),
     Refused("compiled submodule", compile_block, "_compiled_call_impl of transformer_blocks.0"),
     Refused("tensor of a subclass", own_tensor, r"transformer_blocks.0.ff.net.2.weight is a .*OwnTensor"),
+    Refused("sparse tensor", sparse_tensor, r"transformer_blocks.0.ff.net.2.weight has the layout torch.sparse_csr"),
     Refused("submodule of an own class", own_submodule, "OwnBlock"),
     Refused("class of a submodule", swap_class, "OwnTransformerBlock"),
     Refused("lambda in an attribute", unforeseen, "unforeseen of transformer_blocks.0.ff is a function"),
