@@ -10,6 +10,7 @@ import torch
 
 from xditd.gpu_workers.kernels.branches import Branch, Branches
 from xditd.gpu_workers.kernels.static_branches import Place
+from xditd.gpu_workers.models.cached_methods import CachedMethods
 from xditd.gpu_workers.models.class_branches import branches_of, targets_in
 from xditd.gpu_workers.models.class_building import apply_state, check_versions, set_tensors, tensor_names
 from xditd.gpu_workers.models.class_layout import SeparateLayout
@@ -94,6 +95,8 @@ class ClassModel:
         self.packed_layers = {} if self.plan is None else self._pack(self.plan, checkpoint or {})
         self.scratch_bytes = largest_bytes(self.packed_layers.values())
         self._move_buffers()
+        self._cached_methods: dict[str, tuple[Bindings, CachedMethods]] = {}
+        """By owner, for the tensors with which it was lent last. Captured graphs read the results."""
         self.split_checks = SplitChecks(reports=layout.rank == 0)
         """Verdicts on calls, which stay when other weights are plugged."""
         self._without_weights = Snapshot(map(vars, self.module.modules()))
@@ -193,6 +196,7 @@ class ClassModel:
     def release(self, *, is_lent: bool = False) -> None:
         """Free the reserved memory if nothing is plugged, and no weights are lent."""
         if self.owner is None:
+            self._forget_cached_methods()
             self.loras.clear()
             if not is_lent:
                 self.packed_memory.scratch.release(self)
@@ -215,6 +219,7 @@ class ClassModel:
             else:
                 self.packed_layers[name].plug(each)
         set_tensors(self.module, self.state, plain)
+        self._use_cached_methods(owner, bindings)
         self.paths.use_weights(owner, bindings)
 
     def unplug(self) -> None:
@@ -224,6 +229,19 @@ class ClassModel:
         for layer in self.packed_layers.values():
             layer.unplug()
         self.owner = None
+        if self.device.type == "cpu":
+            self._cached_methods.clear()  # results may be views of lent memory, and no graph reads them
+
+    def _use_cached_methods(self, owner: str, bindings: Bindings) -> None:
+        self._forget_cached_methods()
+        known = self._cached_methods.get(owner)
+        if known is None or known[0] is not bindings:
+            known = self._cached_methods[owner] = bindings, CachedMethods(self.module)
+        known[1].install()
+
+    def _forget_cached_methods(self) -> None:
+        """Forget results for tensors that are unmapped: their map is empty."""
+        self._cached_methods = {owner: each for owner, each in self._cached_methods.items() if each[0]}
 
     def _pack(self, plan: LoadPlan, checkpoint: Mapping[str, TensorInfo]) -> dict[str, PackedLinear]:
         """Replace the layers of packed weights, which have no parameter ``weight`` from here on."""

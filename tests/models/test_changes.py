@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from class_entries import ENTRIES
 from class_entry import Random
 from fault_parts import embedded_call, same
 from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
@@ -278,6 +279,45 @@ def test_pipeline_of_a_file_that_another_one_has_lent_again(client: Client, tmp_
         assert fast._stand_ins["transformer"].lends == 3
         with accelerate(second, client=client):
             assert is_near(run_plain(second), plain)
+
+
+@torch.no_grad()
+def test_tables_that_a_class_keeps_are_those_of_one_loan(client: Client) -> None:
+    """Qwen-Image's table of positions has an ``lru_cache`` on a method, whose results the submodule keeps."""
+    entry = ENTRIES["QwenImageTransformer2DModel"]
+
+    def build(power: int) -> Any:
+        model: Any = entry.build()
+        model.pos_embed.pos_freqs = model.pos_embed.pos_freqs**power
+        return model
+
+    def run(model: Any) -> torch.Tensor:
+        return model(**entry.arguments(Random(3)), return_dict=False)[0]
+
+    expected = {power: run(build(power)) for power in (1, 3)}
+    assert not torch.equal(expected[1], expected[3])
+    for power in (3, 1, 3):
+        model = build(power)
+        with accelerate(model, client=client):
+            assert torch.equal(run(model), expected[power])
+    first, second = build(1), build(3)
+    with accelerate(first, client=client), accelerate(second, client=client):
+        for _ in range(2):
+            assert torch.equal(run(first), expected[1])
+            assert torch.equal(run(second), expected[3])
+
+
+@torch.no_grad()
+def test_conjugated_table_is_followed(client: Client) -> None:
+    """The view has the memory, the version and the storage of the table."""
+    entry = ENTRIES["QwenImageTransformer2DModel"]
+    here, there = entry.build(), entry.build()
+    with accelerate(there, client=client):
+        there(**entry.arguments(Random(3)))
+        for each in (here, there):
+            each.pos_embed.pos_freqs = each.pos_embed.pos_freqs.conj()
+        found, expected = (each(**entry.arguments(Random(3)), return_dict=False)[0] for each in (there, here))
+    assert torch.equal(found, expected)
 
 
 def test_forward_that_was_kept_runs_here_after_the_block(client: Client) -> None:
