@@ -34,8 +34,8 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor], device: str | None, me
     host_finder = _HostFinder(memory)
     cuda_finder = _CudaFinder(memory)
     for name, tensor in tensors.items():
-        if tensor.is_neg():
-            spec = None  # its memory holds the negatives of its values
+        if tensor.is_neg() or tensor.is_conj():
+            spec = None  # its memory holds the negatives of its values, or their conjugates
         elif tensor.is_cuda:
             spec = cuda_finder.find(name, tensor)
         elif tensor.device.type == "cpu":

@@ -38,6 +38,9 @@ class Content(NamedTuple):
     stride: tuple[int, ...]
     samples: bytes
     kind: type
+    is_conjugated: bool
+    """A view whose memory holds the conjugates of its values, or their negatives."""
+    is_negated: bool
 
 
 def content_of(tensor: torch.Tensor) -> Content:
@@ -52,6 +55,8 @@ def content_of(tensor: torch.Tensor) -> Content:
         tensor.stride() if has_memory else (),
         _sample(_sampled_addresses(tensor)) if has_memory else b"",
         type(tensor),
+        tensor.is_conj(),
+        tensor.is_neg(),
     )
 
 
@@ -160,6 +165,8 @@ class ShallowRecord:
                 or tensor.stride() != content.stride
                 or tensor.untyped_storage()._cdata != content.storage
                 or tensor.device != content.device
+                or tensor.is_conj() != content.is_conjugated
+                or tensor.is_neg() != content.is_negated
                 or (samples and _sample(samples) != content.samples)
             ):
                 return False

@@ -179,6 +179,13 @@ def test_odd_tensors_keep_their_values(tensor: torch.Tensor, offers: list[Offer]
     assert torch.equal(found.to(torch.float64), tensor.detach().to(torch.float64))
 
 
+def test_conjugated_view_of_an_arena_keeps_its_values(offers: list[Offer]) -> None:
+    table = torch.polar(torch.ones(6), torch.arange(6.0))
+    arena = Arena.copy_of({"decoder.x": table}, "cpu")
+    offers.append(describe({"decoder.x": arena.tensors["decoder.x"].conj(), "decoder.y": torch.ones(2)}))
+    assert torch.equal(values(offers[0])["decoder.x"], table.conj().resolve_conj())
+
+
 def test_empty_tensors_alone(offers: list[Offer]) -> None:
     offers.append(describe({"decoder.x": torch.zeros(0, 3)}))
     assert values(offers[0])["decoder.x"].shape == (0, 3)

@@ -71,6 +71,12 @@ def write_data(pipe: Any) -> None:
     block_of(pipe).ff.net[2].weight.data.mul_(3.0)
 
 
+def negate_data(pipe: Any) -> None:
+    """The memory stays as it is."""
+    weight = block_of(pipe).ff.net[2].weight
+    weight.data = torch._neg_view(weight.data)
+
+
 def build_transposed() -> Any:
     """A weight whose rows lie next to each other in memory."""
     pipe = flux()
@@ -201,6 +207,7 @@ FOLLOWED = (
     Followed("written through data in another order", (write_data, write_data), build=build_transposed),
     Followed("channels last", (channels_last,), has_effect=False, components=("vae",)),
     Followed("data assigned", (assign_data,)),
+    Followed("data negated", (negate_data, negate_data)),
     Followed("data freed and assigned", (free_and_assign_data,)),
     Followed("parameter replaced", (replace_parameter, replace_parameter)),
     Followed("cast", (in_half, to_float), run=run_in_dtype),
