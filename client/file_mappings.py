@@ -41,7 +41,7 @@ class FileMapping:
 
 
 class AddressSpace:
-    """A snapshot of this process's file mappings.
+    """A snapshot of this process's file mappings, without those through which it can write to the file.
 
     Source: proc(5), /proc/pid/maps.
     """
@@ -58,6 +58,8 @@ class AddressSpace:
             name = fields[5].lstrip(b" ") if len(fields) == 6 else b""  # names are padded, and begin with a slash
             if not name.startswith(b"/"):
                 continue
+            if fields[1].startswith(b"rw") and fields[1].endswith(b"s"):
+                continue  # what this process writes there is in the file, whose times do not show each write
             start, end = (int(number, 16) for number in fields[0].split(b"-"))
             major, minor = (int(number, 16) for number in fields[3].split(b":"))
             device, path = os.makedev(major, minor), os.fsdecode(name)

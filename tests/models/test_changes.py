@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from class_entries import ENTRIES
@@ -17,6 +19,7 @@ from flux_pipelines import flux, flux_transformer, run_image_to_image, run_plain
 from followed_changes import FOLLOWED, Followed, write_parameter
 from pipeline_parts import clip_text_encoder
 from refused_changes import REFUSED, Refused, hook_block
+from safetensors.torch import save_file
 from stable_diffusion_pipelines import TEXT_SIZE, unet
 
 from xditd.client import Client, Unsupported, XditdError, accelerate, unaccelerate
@@ -244,6 +247,13 @@ def test_module_without_changes_is_lent_once(client: Client) -> None:
         assert fast._stand_ins["transformer"].lends == 1
 
 
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file, and where its tensors begin."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return {name: entry for name, entry in json.loads(data[8:end]).items() if name != "__metadata__"}, end
+
+
 def is_near(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     """Return whether results differ by roundings: here and in the workers a file's tensors are aligned differently."""
     return all(bool(((mine - its).abs() < 1e-5).all()) for mine, its in zip(found, expected, strict=True))
@@ -266,6 +276,25 @@ def test_pipelines_of_one_file_keep_their_own_states(client: Client, tmp_path: P
         assert is_near(run_plain(pipes[1]), plain)
         assert is_near(run_plain(pipes[0]), changed)
     assert not client.status().components
+
+
+def test_writes_through_a_shared_mapping_of_a_file_are_followed(client: Client, tmp_path: Path) -> None:
+    model, other = flux_transformer(), flux_transformer()
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    header, content = read_header(path)
+    data = np.memmap(path, dtype=np.uint8, mode="r+", offset=content)
+    state = {
+        name: torch.from_numpy(data[slice(*entry["data_offsets"])].view(np.float32).reshape(entry["shape"]))
+        for name, entry in header.items()
+    }
+    model.load_state_dict(state, assign=True)
+    here, there = flux(transformer=other), flux(transformer=model.requires_grad_(False))
+    with accelerate(there, client=client):
+        for _ in range(3):
+            for pipe in (here, there):
+                write_parameter(pipe)
+            assert is_near(run_plain(there), run_plain(here))
 
 
 def test_pipeline_of_a_file_that_another_one_has_lent_again(client: Client, tmp_path: Path) -> None:
