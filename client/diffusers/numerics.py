@@ -86,6 +86,8 @@ def _check_others() -> None:
     changed = {
         "torch.set_flush_denormal(True)": sys.float_info.min / 2.0 == 0.0,
         "torch.backends.mkldnn.enabled = False": not torch._C._get_mkldnn_enabled(),
+        "torch.backends.cudnn.enabled = False": not torch._C._get_cudnn_enabled(),
+        "torch.backends.mha.set_fastpath_enabled(False)": not torch.backends.mha.get_fastpath_enabled(),
         "torch.backends.cuda.matmul.allow_fp16_accumulation = True": torch.backends.cuda.matmul.allow_fp16_accumulation,
         "torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)": (
             torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]

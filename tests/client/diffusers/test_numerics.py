@@ -52,6 +52,8 @@ def set_precision(owner: Any) -> Callable[[str], None]:
     [
         (torch.set_flush_denormal, True, False, "set_flush_denormal"),
         (torch._C._set_mkldnn_enabled, False, True, "mkldnn.enabled"),
+        (torch._C._set_cudnn_enabled, False, True, "cudnn.enabled"),
+        (torch.backends.mha.set_fastpath_enabled, False, True, "set_fastpath_enabled"),
         (torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, True, False, "reduction_math_sdp"),
         (torch._C._set_cublas_allow_fp16_accumulation, True, False, "allow_fp16_accumulation"),
         (set_precision(torch.backends), "tf32", "none", "precision of float32"),
