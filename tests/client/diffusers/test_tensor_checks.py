@@ -19,6 +19,7 @@ def test_tensor_of_a_subclass_is_named() -> None:
         check_tensors(module, "transformer")
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")  # torch: beta
 @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=str)
 def test_a_sparse_tensor_is_named(layout: torch.layout) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2))

@@ -91,7 +91,7 @@ def own_tensor(pipe: Any) -> Callable[[], None]:
 def sparse_tensor(pipe: Any) -> Callable[[], None]:
     layer = block_of(pipe).ff.net[2]
     before = layer.weight
-    layer.weight = torch.nn.Parameter(before.detach().to_sparse_csr(), requires_grad=False)
+    layer.weight = torch.nn.Parameter(before.detach().to_sparse(), requires_grad=False)
     return lambda: setattr(layer, "weight", before)
 
 
@@ -185,7 +185,7 @@ REFUSED = (
     Refused("step cache", enable_cache, "hooks of diffusers, fbc_"),
     Refused("compiled submodule", compile_block, "_compiled_call_impl of transformer_blocks.0"),
     Refused("tensor of a subclass", own_tensor, r"transformer_blocks.0.ff.net.2.weight is a .*OwnTensor"),
-    Refused("sparse tensor", sparse_tensor, r"transformer_blocks.0.ff.net.2.weight has the layout torch.sparse_csr"),
+    Refused("sparse tensor", sparse_tensor, r"transformer_blocks.0.ff.net.2.weight has the layout torch.sparse_coo"),
     Refused("submodule of an own class", own_submodule, "OwnBlock"),
     Refused("class of a submodule", swap_class, "OwnTransformerBlock"),
     Refused("lambda in an attribute", unforeseen, "unforeseen of transformer_blocks.0.ff is a function"),
